@@ -1,0 +1,10 @@
+"""The vocabulary: operators of the `xllm::` namespace, one file per family.
+
+The torch body of an operator is its definition and its fallback. Shapes are over flattened tokens: T tokens of all
+sequences of a step, S rows whose logits are wanted, H heads of width D. Everything computes in float32.
+"""
+
+from xllm.ir.dialect import activation, attention, linear, norm, rope
+from xllm.ir.dialect.library import NAMESPACE, operators
+
+__all__ = ["NAMESPACE", "activation", "attention", "linear", "norm", "operators", "rope"]

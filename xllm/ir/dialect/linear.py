@@ -1,0 +1,33 @@
+"""Products with weights and row gathers."""
+
+import torch
+from torch import Tensor
+
+from xllm.ir.dialect.library import operator
+
+
+@operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    shape=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@operator(
+    "embedding(Tensor ids, Tensor weight) -> Tensor",
+    shape=lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])),
+)
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the vocabulary weight [V, H] for ids [T]: [T, H]."""
+    return weight[ids.long()]
+
+
+@operator(
+    "rows(Tensor table, Tensor index) -> Tensor",
+    shape=lambda table, index: table.new_empty((*index.shape, *table.shape[1:])),
+)
+def rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a plain table [R, W], an activation or a constant, for index [M]: [M, W]."""
+    return table[index.long()]

@@ -1,0 +1,200 @@
+"""What a program is: one FX graph, the weights it reads, the state it mutates, and how its layers repeat.
+
+The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> logits[S, V]`, over the flattened tokens of
+all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`; the KV cache is the one mutable
+input. Plans are side tables keyed by node name and never live in the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.fx as fx
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A symbolic dimension: its printed name and the inclusive range a plan must cover."""
+
+    name: str
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint; `names` are its keys in order of preference (tied weights have several)."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor computed at compile time, found in `Program.constants`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Parts joined along the first axis."""
+
+    parts: tuple[WeightRule, ...]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """`of + by`, elementwise: norms that scale by `1 + weight`."""
+
+    of: WeightRule
+    by: float
+
+
+WeightRule = Source | Constant | Concat | Shift
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight as the graph sees it: float32 semantics, `shape`, and the rule that makes it from the checkpoint."""
+
+    shape: tuple[int, ...]
+    rule: WeightRule
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """What one layer keeps per token: `kv_heads` keys of `key_dim` and values of `value_dim`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """A group of nodes that stands for layers of the model: `index` in this program, `stands_for` in the model."""
+
+    index: int
+    stands_for: tuple[int, ...]
+
+
+@dataclass
+class Program:
+    """One step of a model.
+
+    graph: flat FX graph; every node carries `meta["val"]` (fake tensor) and `meta["custom"]` = {"path", "layer"}.
+    dims: T (tokens of the step) and S (rows whose logits are wanted).
+    weights: by `get_attr` target. constants: float32 arrays made at compile time.
+    kv: what each layer of this program keeps; `layers`: how groups of nodes repeat (see `frontend/stamp.py`).
+    layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats.
+    """
+
+    name: str
+    graph: fx.Graph
+    dims: tuple[Dim, ...]
+    weights: dict[str, Weight]
+    constants: dict[str, np.ndarray]
+    kv: tuple[KVLayer, ...]
+    layers: tuple[LayerSource, ...] = ()
+    layers_path: str = ""
+    plans: dict[str, Any] = field(default_factory=dict)
+
+    def calls(self) -> Iterator[fx.Node]:
+        """The computing nodes in program order."""
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    def input(self, name: str) -> fx.Node:
+        """The placeholder called `name` (ids, positions, slots, last, kv)."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.target == name:
+                return node
+        raise KeyError(f"program {self.name} has no input {name!r}")
+
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    def copy(self) -> Program:
+        """A program whose graph and tables can be changed without touching this one. Plans are not carried over."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.graph, mapping)
+        graph.output(result)
+        new_output, old_output = next(iter(reversed(graph.nodes))), self.output()
+        new_output.meta = dict(old_output.meta)
+        for old, new in mapping.items():
+            new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
+        return Program(
+            self.name, graph, self.dims, dict(self.weights), dict(self.constants), self.kv, self.layers, self.layers_path
+        )
+
+
+def path_of(node: fx.Node) -> str:
+    """Module path the node came from, e.g. "model.layers.0.self_attn.q_proj"; empty outside any module."""
+    return node.meta.get("custom", {}).get("path", "")
+
+
+def layer_of(node: fx.Node) -> int | None:
+    """Index of the layer group (in this program) the node belongs to, or None for prologue and epilogue."""
+    return node.meta.get("custom", {}).get("layer")
+
+
+def move_layer(rule: WeightRule, layers_path: str, to: int) -> WeightRule:
+    """The same rule, reading layer `to` of the stack at `layers_path` instead of the layer it was captured from."""
+    pattern = re.compile(rf"(^|\.){re.escape(layers_path)}\.\d+\.")
+
+    def moved(name: str) -> str:
+        return pattern.sub(lambda m: f"{m.group(1)}{layers_path}.{to}.", name, count=1)
+
+    match rule:
+        case Source(names):
+            return Source(tuple(moved(name) for name in names))
+        case Concat(parts):
+            return Concat(tuple(move_layer(part, layers_path, to) for part in parts))
+        case Shift(of, by):
+            return Shift(move_layer(of, layers_path, to), by)
+    return rule
+
+
+def rule_sources(rule: WeightRule) -> Iterator[Source]:
+    """Every checkpoint tensor a rule reads, in order."""
+    match rule:
+        case Source():
+            yield rule
+        case Concat(parts):
+            for part in parts:
+                yield from rule_sources(part)
+        case Shift(of, _):
+            yield from rule_sources(of)
+
+
+def rule_text(rule: WeightRule) -> str:
+    """The rule on one line, as `xllm show` prints it and digests cover it."""
+    match rule:
+        case Source(names):
+            return names[0]
+        case Constant(name):
+            return f"constant {name}"
+        case Concat(parts):
+            return "concat(" + ", ".join(rule_text(part) for part in parts) + ")"
+        case Shift(of, by):
+            return f"{rule_text(of)} + {by!r}"
+
+
+def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The weight as one array. `read` maps checkpoint names to arrays; raises KeyError naming a missing tensor."""
+    match rule:
+        case Source(names):
+            for name in names:
+                if name in read:
+                    return read[name]
+            raise KeyError(f"the checkpoint has no tensor named {' or '.join(names)}")
+        case Constant(name):
+            return constants[name]
+        case Concat(parts):
+            return np.concatenate([evaluate(part, read, constants) for part in parts], axis=0)
+        case Shift(of, by):
+            return evaluate(of, read, constants).astype(np.float32) + np.float32(by)
