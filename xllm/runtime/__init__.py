@@ -1,0 +1,27 @@
+"""The runtime: continuous batching over an executor and an xTensor KV pool. Standard library and numpy only."""
+
+from xllm.runtime.config import EngineConfig, EngineStats
+from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, RuntimeFault, StepError
+from xllm.runtime.executor import Batch, Executor, Handle, KVSpec, Limits, Row, StepResult
+from xllm.runtime.request import FinishReason, Request, SamplingParams, TokenOutput
+
+__all__ = [
+    "Batch",
+    "EngineConfig",
+    "EngineStats",
+    "Executor",
+    "FinishReason",
+    "Handle",
+    "InvariantBroken",
+    "KVSpec",
+    "Limits",
+    "MemoryFault",
+    "Request",
+    "RequestRefused",
+    "Row",
+    "RuntimeFault",
+    "SamplingParams",
+    "StepError",
+    "StepResult",
+    "TokenOutput",
+]

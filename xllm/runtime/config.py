@@ -1,0 +1,72 @@
+"""The engine's settings and the figures it reports. Unsafe combinations are refused here, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm.runtime.errors import RuntimeFault
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    kv_bytes: memory of the KV pool. page_bytes: None lets the pool choose (2 MiB, see xtensor).
+    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts.
+    max_chunk: tokens of one prompt per step while others wait or memory is scarce (see scheduler).
+    queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
+    admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
+    a background thread. check: assert all invariants after each step (for tests; cost grows with pages).
+    """
+
+    kv_bytes: int
+    page_bytes: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    max_tokens_per_step: int | None = None
+    max_chunk: int = 512
+    max_seqs: int | None = None
+    queue_limit: int = 4096
+    admit_below: float = 0.95
+    async_scheduling: bool = True
+    premap: bool = True
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "page_bytes", "max_tokens_per_step", "max_chunk", "max_seqs", "queue_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")
+        if not 0 < self.admit_below <= 1:
+            raise RuntimeFault("invalid_config", f"admit_below is {self.admit_below}, must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot. running and waiting are requests; the token and event figures count since start.
+
+    prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
+    again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
+    kv_waste_bytes: memory of pages held by running sequences beyond their tokens. critical_maps and hidden_maps: pages
+    mapped while a step waited for them, and by the background thread.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    page_bytes: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    wasted_rows: int = 0
+    accepted: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    failed_steps: int = 0
+    critical_maps: int = 0
+    hidden_maps: int = 0
+    unmaps: int = 0
+    kv_waste_bytes: int = 0

@@ -1,0 +1,102 @@
+"""The border between the scheduler's world and a device: an immutable batch in, sampled tokens out.
+
+The engine owns slots, positions and KV addresses; the executor owns weights, sampler state and the device. A negative
+token id -1-r in a row stands for row r of the previous step's sampled vector, so that a step can be launched before the
+tokens it continues from are known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from xllm.runtime.request import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step of this executor can hold. `max_len` counts tokens of one sequence, prompt and output together."""
+
+    max_tokens_per_step: int
+    max_seqs: int
+    max_len: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """KV bytes: `group_tokens` consecutive tokens of all layers take `group_bytes` contiguous bytes of a span."""
+
+    group_bytes: int
+    group_tokens: int = 16
+
+
+class Row(NamedTuple):
+    """The tokens of one sequence in one step, at positions start, start+1, ... (a tuple for the reason of TokenOutput).
+
+    `kv_base` is the address of the sequence's contiguous KV span; positions 0..start-1 of it are already written.
+    With `sample`, the logits of the last token are sampled for `slot`; sampled rows keep their order in the result.
+    """
+
+    slot: int
+    kv_base: int
+    start: int
+    tokens: Sequence[int]
+    sample: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step. `step` counts launches from 0."""
+
+    step: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits;
+    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0)."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class Handle(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises StepError when the device failed; its KV writes are then undefined."""
+        ...
+
+
+class Executor(Protocol):
+    """A device that runs steps in launch order.
+
+    After a failed step the executor stays usable, and the next step, launched already, may hold placeholders into the
+    failed one: it reads any valid token id there, because the engine drops those rows.
+    """
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def kv(self) -> KVSpec: ...
+
+    def attach(self, slot: int, request: Request, generated: Sequence[int]) -> None:
+        """Set up the sampler state of `slot`, which no launched step references. `generated` tokens exist already (a
+        preempted sequence comes back); the next draw is number len(generated). Raises StepError."""
+        ...
+
+    def detach(self, slot: int) -> None:
+        """Drop the sampler state of `slot`, which no launched step references any more."""
+        ...
+
+    def launch(self, batch: Batch) -> Handle:
+        """Queue a step and return at once. Raises StepError when it cannot be queued."""
+        ...
