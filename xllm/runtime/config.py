@@ -12,8 +12,9 @@ class EngineConfig:
     """Settings of one engine.
 
     kv_bytes: memory of the KV pool. page_bytes: None lets the pool choose (2 MiB, see xtensor).
-    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts.
-    max_chunk: tokens of one prompt per step while others wait or memory is scarce (see scheduler).
+    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts. The first bounds how
+    long a decode can wait behind prompts. max_chunk: tokens of one prompt per step while others need the budget or memory
+    is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. check: assert all invariants after each step (for tests; cost grows with pages).
@@ -22,7 +23,7 @@ class EngineConfig:
     kv_bytes: int
     page_bytes: int | None = None
     eos_ids: tuple[int, ...] = ()
-    max_tokens_per_step: int | None = None
+    max_tokens_per_step: int | None = 512
     max_chunk: int = 512
     max_seqs: int | None = None
     queue_limit: int = 4096

@@ -94,7 +94,7 @@ class Executor(Protocol):
         ...
 
     def detach(self, slot: int) -> None:
-        """Drop the sampler state of `slot`, which no launched step references any more."""
+        """Drop the sampler state of `slot`, which no launched step references any more; also after a failed attach."""
         ...
 
     def launch(self, batch: Batch) -> Handle:

@@ -1,0 +1,320 @@
+"""The engine without a thread or a lock: plan a step, launch it, commit its results. Whoever drives it (engine loop,
+simulator, test) chooses the order: launch and commit at once, or launch step i+1 before committing step i.
+
+A sequence's slot and pages are given up when no launched step refers to them any more, never earlier. Results of rows whose
+sequence ended meanwhile are dropped.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xllm.runtime.config import EngineConfig, EngineStats
+from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, StepError
+from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
+from xllm.runtime.kv import KvPool, PoolPlan
+from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
+from xllm.runtime.sequence import Sequence, State
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A launched step: its rows' sequences in row order, and whether each one is sampled."""
+
+    handle: Handle
+    rows: tuple[Grant, ...]
+
+
+class Core:
+    """Sequences, queues and counters of one engine. Not thread-safe. Outputs gather in `outputs` until taken."""
+
+    def __init__(self, executor: Executor, config: EngineConfig, pool: KvPool, clock: Callable[[], float]):
+        limits = executor.limits
+        self.executor = executor
+        self.pool = pool
+        self.budget = Budget(
+            tokens=min(config.max_tokens_per_step or limits.max_tokens_per_step, limits.max_tokens_per_step),
+            max_chunk=config.max_chunk,
+            admit_pages=int(pool.plan.pages * config.admit_below),
+            pool=pool.plan,
+        )
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.leaving: list[Sequence] = []
+        self.outputs: list[TokenOutput] = []
+        self.why: tuple[str, ...] = ()
+        self._clock = clock
+        self._check = config.check
+        self._eos = frozenset(config.eos_ids)
+        self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
+        self._preemptions = self._wasted_rows = self._failed_steps = 0
+        self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do, not even for a launched step."""
+        return not (self.running or self.waiting or self.leaving)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_order)
+
+    def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled", error: str | None = None) -> None:
+        """End a sequence now; what a launched step still uses is given up when that step has ended."""
+        if sequence.finish is None:
+            self._end(sequence, reason, error)
+
+    def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
+        """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
+        queues = Queues(self.running, self.waiting, self.pool.plan.spans - len(self.running) - len(self.leaving))
+        decision = decide(queues, self.budget, self.pool.free_pages, self._clock())
+        self.why = decision.why
+        for victim in decision.preempted:
+            self._preempt(victim)
+        self._admit(decision)
+        grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
+        if not grants:
+            return None
+        batch = Batch(self._steps, tuple([self._row(grant) for grant in grants]))
+        return batch, grants
+
+    def launch(self, planned: tuple[Batch, tuple[Grant, ...]] | None) -> Flight | None:
+        """Hand the step to the executor and note what it will have computed."""
+        if planned is None:
+            return None
+        batch, grants = planned
+        sampled = 0
+        for grant in grants:
+            sequence = grant.sequence
+            sequence.computed += grant.tokens
+            sequence.flights += 1
+            if grant.sample:
+                sequence.pending += 1
+                sequence.pending_row = sampled
+                sampled += 1
+        self._steps += 1
+        try:
+            return Flight(self.executor.launch(batch), grants)
+        except StepError as error:
+            self._fail(grants, error)
+            return None
+
+    def commit(self, flight: Flight | None) -> None:
+        """Wait for a launched step, append its tokens, end what is complete and give up what nobody uses any more."""
+        if flight is None:
+            return
+        try:
+            result = flight.handle.result()
+        except StepError as error:
+            self._fail(flight.rows, error)
+        else:
+            self._accept(flight.rows, result)
+        if self._check:
+            self.check()
+
+    def take_outputs(self) -> list[TokenOutput]:
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        figures, plan = self.pool.figures(), self.pool.plan
+        return EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            free_pages=self.pool.free_pages,
+            total_pages=plan.pages,
+            page_bytes=plan.page_bytes,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            recomputed_tokens=self._recomputed_tokens,
+            preemptions=self._preemptions,
+            wasted_rows=self._wasted_rows,
+            finished=self._ends["stop"] + self._ends["length"],
+            cancelled=self._ends["cancelled"],
+            failed=self._ends["error"],
+            failed_steps=self._failed_steps,
+            critical_maps=figures.critical_maps,
+            hidden_maps=figures.hidden_maps,
+            unmaps=figures.unmaps,
+            kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
+        )
+
+    def check(self) -> None:
+        """Assert what must hold between steps. Raises InvariantBroken."""
+        self.pool.check()
+        holders = self.running + self.leaving
+        slots = [sequence.slot for sequence in holders]
+        problems = {
+            "a slot has two sequences": len(set(slots)) < len(slots),
+            "a running sequence has no slot": any(slot < 0 for slot in slots),
+            "pages are miscounted": sum(sequence.pages for sequence in holders)
+            != self.pool.plan.pages - self.pool.free_pages,
+            "tokens lie beyond the pages": any(sequence.computed > sequence.capacity for sequence in holders),
+            "running is out of order": self.running != sorted(self.running, key=_order),
+            "waiting is out of order": self.waiting != sorted(self.waiting, key=_order),
+            "a waiting sequence holds something": any(
+                sequence.slot >= 0 or sequence.pages or sequence.flights or sequence.pending
+                for sequence in self.waiting
+            ),
+            "a leaving sequence is not in flight": any(not sequence.flights for sequence in self.leaving),
+            "states are wrong": any(sequence.state != State.RUNNING for sequence in self.running)
+            or any(sequence.state != State.WAITING for sequence in self.waiting)
+            or any(sequence.state != State.LEAVING for sequence in self.leaving),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise InvariantBroken(f"engine: {problem}")
+
+    def _admit(self, decision: Decision) -> None:
+        del self.waiting[: len(decision.admitted)]
+        for sequence in decision.admitted:
+            sequence.slot = self.pool.start(sequence.remaining)
+            sequence.state = State.RUNNING
+            self.running.append(sequence)
+            self._recomputed_tokens += sequence.recompute
+            try:
+                self.executor.attach(sequence.slot, sequence.request, sequence.generated)
+            except StepError as error:
+                self._end(sequence, "error", str(error))
+
+    def _prepare(self, grant: Grant) -> bool:
+        """Back a row's tokens with pages. A sequence that cannot have them fails alone."""
+        sequence = grant.sequence
+        if sequence.finish is not None:
+            return False
+        if grant.pages > sequence.pages:
+            try:
+                self.pool.grow(sequence.slot, sequence.computed + grant.tokens)
+            except MemoryFault as error:
+                self._end(sequence, "error", str(error))
+                return False
+            sequence.pages = grant.pages
+            sequence.capacity = self.pool.plan.tokens_for(grant.pages)
+        return True
+
+    def _row(self, grant: Grant) -> Row:
+        sequence = grant.sequence
+        base = self.pool.base(sequence.slot)
+        return Row(sequence.slot, base, sequence.computed, sequence.tokens_of(grant.tokens), grant.sample)
+
+    def _accept(self, rows: tuple[Grant, ...], result: StepResult) -> None:
+        tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
+        sampled = -1
+        for sequence, _, _, sample in rows:
+            sequence.flights -= 1
+            if sample:
+                sampled += 1
+                sequence.pending -= 1
+            if sequence.finish is not None:
+                self._wasted_rows += sample
+            elif sample and tokens[sampled] < 0:
+                self._end(sequence, "error", "numeric_error: the logits hold NaN or infinity")
+            elif sample:
+                self._append(sequence, tokens[sampled], logprobs[sampled], _best(sequence, result, sampled))
+            if sequence.state is State.LEAVING and not sequence.flights:
+                self._give_up(sequence)
+
+    def _append(self, sequence: Sequence, token: int, logprob: float, best: tuple[tuple[int, float], ...]) -> None:
+        index = len(sequence.tokens) - sequence.prompt_tokens
+        sequence.tokens.append(token)
+        reason = sequence.end_reason(token, self._eos)
+        wanted = sequence.request.params.logprobs is not None
+        self._generated_tokens += 1
+        if index == 0:
+            self._prompt_tokens += sequence.prompt_tokens
+        self.outputs.append(
+            TokenOutput(
+                sequence.id, token, index, logprob if wanted else None, best, reason, None, 0, sequence.prompt_tokens
+            )
+        )
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _fail(self, rows: tuple[Grant, ...], error: StepError) -> None:
+        """A step failed: its requests end with the error, all others go on."""
+        self._failed_steps += 1
+        for sequence, _, _, sample in rows:
+            sequence.flights -= 1
+            sequence.pending -= sample
+            self.cancel(sequence, "error", str(error))
+            if sequence.state is State.LEAVING and not sequence.flights:
+                self._give_up(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End without a further token."""
+        index = len(sequence.tokens) - sequence.prompt_tokens
+        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, 0, sequence.prompt_tokens))
+        self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish = reason
+        self._ends[reason] += 1
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+            sequence.state = State.DONE
+        elif sequence.state is State.RUNNING:
+            self._leave(sequence)
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._preemptions += 1
+        self._leave(victim)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.leaving.append(sequence)
+        sequence.state = State.LEAVING
+        if not sequence.flights:
+            self._give_up(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Return slot and pages. A sequence that is not finished was preempted: it waits to be computed again."""
+        self.leaving.remove(sequence)
+        self.executor.detach(sequence.slot)
+        self.pool.finish(sequence.slot)
+        sequence.recompute = sequence.computed
+        sequence.slot, sequence.pages, sequence.capacity, sequence.computed = -1, 0, 0, 0
+        if sequence.finish is None:
+            sequence.state = State.WAITING
+            self.add(sequence)
+        else:
+            sequence.state = State.DONE
+
+
+def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> Sequence:
+    """A sequence for an acceptable request; its order is set when it is queued. Raises RequestRefused for one that can
+    never run."""
+    prompt, wanted = len(request.prompt), request.params.max_tokens
+    # The last token is never fed back, so its KV needs no room.
+    capacity = plan.tokens_for(plan.pages) + 1
+    if prompt == 0:
+        raise RequestRefused("empty_prompt", "the prompt has no tokens")
+    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
+        bad = next(token for token in request.prompt if not 0 <= token < vocab)
+        raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
+    for token in request.params.logit_bias:
+        if not 0 <= token < vocab:
+            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
+    if prompt + (wanted or 1) > max_len:
+        asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
+        raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
+    if prompt + (wanted or 1) > capacity:
+        raise RequestRefused(
+            "exceeds_capacity",
+            f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
+            "give the engine more memory",
+        )
+    return Sequence(request, wanted or min(max_len, capacity) - prompt)
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order
+
+
+def _best(sequence: Sequence, result: StepResult, row: int) -> tuple[tuple[int, float], ...]:
+    count = sequence.request.params.logprobs
+    if not count:
+        return ()
+    return tuple(zip(result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True))

@@ -1,0 +1,313 @@
+"""The xTensor pool: which physical page backs which part of which sequence's contiguous span.
+
+A slot is a virtual span of max_len tokens. Its pages are mapped from the front; the first `committed` ones are promised to
+the sequence, later ones are mapped ahead and may be taken back. Finished spans keep their pages mapped (Reusable) for the
+next sequence of like length. A reused page still holds old bytes: nobody reads them, because kernels read positions
+0..p of a span only, and all of those were written by its present owner.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from enum import IntEnum
+
+from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.executor import KVSpec
+from xllm.runtime.xtensor import PageMemory, choose_page_bytes
+
+AHEAD_PAGES = 8
+
+
+class PageState(IntEnum):
+    """Free: nobody's. Allocated: taken, about to be mapped. Mapped: in the span of a live sequence. Reusable: in the span
+    of no sequence, still mapped."""
+
+    FREE = 0
+    ALLOCATED = 1
+    MAPPED = 2
+    REUSABLE = 3
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Sizes of a pool, all fixed before serving. A span is `span_pages` long; there are `spans` of them."""
+
+    kv: KVSpec
+    page_bytes: int
+    pages: int
+    span_pages: int
+    spans: int
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of one sequence, in whole token groups."""
+        return -(-(-(-tokens // self.kv.group_tokens) * self.kv.group_bytes) // self.page_bytes)
+
+    def tokens_for(self, pages: int) -> int:
+        """Most tokens that `pages` pages hold."""
+        return pages * self.page_bytes // self.kv.group_bytes * self.kv.group_tokens
+
+    def waste_bytes(self, tokens: int) -> int:
+        """Memory a sequence of `tokens` tokens is promised but does not use: always less than one page."""
+        return self.pages_for(tokens) * self.page_bytes - -(-tokens // self.kv.group_tokens) * self.kv.group_bytes
+
+
+def plan_pool(kv: KVSpec, max_len: int, max_seqs: int, kv_bytes: int, page_bytes: int | None = None) -> PoolPlan:
+    """Divide `kv_bytes` into pages for `max_seqs` spans of `max_len` tokens. Raises MemoryFault (pool_too_small) when not
+    even one page fits. More pages than all spans can hold together are not made."""
+    span_bytes = -(-max_len // kv.group_tokens) * kv.group_bytes
+    page_bytes = page_bytes or choose_page_bytes(kv_bytes, span_bytes, max_seqs)
+    span_pages = -(-span_bytes // page_bytes)
+    pages = min(kv_bytes // page_bytes, span_pages * max_seqs)
+    if pages < 1:
+        raise MemoryFault(
+            "pool_too_small", f"{kv_bytes} bytes of KV memory hold no page of {page_bytes} bytes; raise it"
+        )
+    return PoolPlan(kv, page_bytes, pages, span_pages, max_seqs)
+
+
+@dataclass(frozen=True)
+class PoolFigures:
+    """Pages by state now, and counters since start: critical maps happened while a step waited, hidden ones in the
+    background."""
+
+    states: dict[PageState, int]
+    critical_maps: int
+    hidden_maps: int
+    unmaps: int
+
+
+@dataclass
+class _Span:
+    base: int
+    pages: list[int]  # ids, front to back
+    live: bool = False
+    committed: int = 0
+    goal: int = 0  # pages worth having mapped, known from the prompt
+
+
+class KvPool:
+    """The pages of one engine. Thread-safe: one lock, held for at most one map and one unmap at a time by the background.
+
+    Commitments alone decide what fits: as long as they sum up to no more than the pool, `grow` succeeds, whatever has
+    been mapped ahead. So scheduling never depends on the background thread's timing.
+    """
+
+    def __init__(self, plan: PoolPlan, memory: PageMemory):
+        self.plan = plan
+        self._memory = memory
+        span_bytes = plan.span_pages * plan.page_bytes
+        base = memory.reserve(span_bytes * plan.spans)
+        self._spans = [_Span(base + slot * span_bytes, []) for slot in range(plan.spans)]
+        self._free = list(reversed(memory.create_pages(plan.pages)))
+        self._state = {page: PageState.FREE for page in self._free}
+        self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is
+        self._committed = 0
+        self._live = 0
+        self._reusable = 0
+        self._hungry: set[int] = set()  # live slots with fewer pages ahead than they should have
+        self._critical_maps = self._hidden_maps = self._unmaps = 0
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    @property
+    def free_pages(self) -> int:
+        """Pages no sequence was promised (whether or not something is mapped)."""
+        return self.plan.pages - self._committed
+
+    def start(self, tokens: int) -> int:
+        """Give a span to a new sequence that will soon need `tokens` tokens; returns its slot. At most `spans` live."""
+        with self._lock:
+            wanted = self.plan.pages_for(tokens)
+            idle = (slot for slot, span in enumerate(self._spans) if not span.live)
+            slot = min(idle, key=lambda slot: self._cost_of(slot, wanted))
+            span = self._spans[slot]
+            span.live, span.goal, span.committed = True, wanted, 0
+            self._live += 1
+            self._reusable -= len(span.pages)
+            for page in span.pages:
+                self._state[page] = PageState.MAPPED
+            self._feed(slot)
+            self._work.notify()
+            return slot
+
+    def base(self, slot: int) -> int:
+        """Address of the slot's span; the same for the life of the pool."""
+        return self._spans[slot].base
+
+    def grow(self, slot: int, tokens: int) -> None:
+        """Back the first `tokens` tokens of a live slot. Raises MemoryFault when the commitments exceed the pool or a
+        mapping fails (what was mapped until then stays)."""
+        span = self._spans[slot]
+        needed = self.plan.pages_for(tokens)
+        if needed <= span.committed:
+            return
+        with self._lock:
+            if self._committed + needed - span.committed > self.plan.pages:
+                raise MemoryFault("memory_unavailable", f"slot {slot} needs {needed} pages, {self.free_pages} are free")
+            while len(span.pages) < needed:
+                self._map_next(slot, self._take_page(slot))
+                self._critical_maps += 1
+            self._committed += needed - span.committed
+            span.committed = needed
+            self._feed(slot)
+
+    def finish(self, slot: int) -> None:
+        """End a sequence: its pages stay mapped for the next one. No launched step may still reference the slot."""
+        with self._lock:
+            span = self._spans[slot]
+            self._committed -= span.committed
+            self._live -= 1
+            self._reusable += len(span.pages)
+            span.live, span.committed, span.goal = False, 0, 0
+            for page in span.pages:
+                self._state[page] = PageState.REUSABLE
+            self._hungry.discard(slot)
+            self._work.notify()
+
+    def premap(self) -> bool:
+        """Map one page ahead of need, for the live sequence with the least, else for the next one to start. Returns False
+        when everybody has enough or no page is left that is not in use. The background thread does just this."""
+        with self._lock:
+            slot = self._neediest()
+            if slot is None:
+                return False
+            self._map_next(slot, self._free.pop() if self._free else self._reclaim())
+            self._hidden_maps += 1
+            span = self._spans[slot]
+            address = span.base + (len(span.pages) - 1) * self.plan.page_bytes
+            if span.live:
+                self._feed(slot)
+        # Outside the lock: zeroing a page takes milliseconds. If it is taken back meanwhile, this touches a hole.
+        self._memory.populate(address)
+        return True
+
+    def start_premapping(self) -> None:
+        """Start the background thread. Off, the pool is deterministic and maps everything when it is needed."""
+        self._thread = threading.Thread(target=self._premap_forever, name="xllm-premap", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the background thread and give all memory back."""
+        with self._lock:
+            self._closing = True
+            self._work.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._memory.release()
+
+    def figures(self) -> PoolFigures:
+        with self._lock:
+            mapped = len(self._owner) - self._reusable
+            allocated = self.plan.pages - len(self._free) - len(self._owner)
+            states = (len(self._free), allocated, mapped, self._reusable)
+            by_state = dict(zip(PageState, states, strict=True))
+            return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps)
+
+    def check(self) -> None:
+        """Assert the invariants: every page has one state and one owner, and all counters agree. Raises InvariantBroken."""
+        with self._lock:
+            counts = Counter(self._state.values())
+            held = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
+            live = [span for span in self._spans if span.live]
+            _require(len(self._state) == self.plan.pages == sum(counts.values()), "states do not sum up to the pool")
+            _require({page: slot for slot, page in held} == self._owner, "a page is in a span that does not own it")
+            _require(len(held) == len(self._owner), "a page is in two places")
+            _require(len(set(self._free)) == len(self._free) == counts[PageState.FREE], "the free list is wrong")
+            _require(not self._owner.keys() & set(self._free), "a free page has an owner")
+            for slot, page in held:
+                state = PageState.MAPPED if self._spans[slot].live else PageState.REUSABLE
+                _require(self._state[page] == state, f"page {page} is {self._state[page].name}, not {state.name}")
+            _require(counts[PageState.REUSABLE] == self._reusable, "reusable pages are miscounted")
+            _require(self._committed == sum(span.committed for span in live), "commitments are miscounted")
+            _require(self._committed <= self.plan.pages, "more is promised than there is")
+            _require(self._live == len(live), "live spans are miscounted")
+            for span in live:
+                _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
+
+    def _cost_of(self, slot: int, wanted: int) -> tuple[int, bool, int, int, int]:
+        """Order of idle spans for a demand: no unmapping first, at most one page too many, then the fewest maps."""
+        have = len(self._spans[slot].pages)
+        missing, slack = max(0, wanted - have), max(0, have - wanted)
+        return max(0, missing - len(self._free)), slack > 1, missing, slack, slot
+
+    def _map_next(self, slot: int, page: int) -> None:
+        span = self._spans[slot]
+        self._state[page] = PageState.ALLOCATED
+        try:
+            self._memory.map(page, span.base + len(span.pages) * self.plan.page_bytes)
+        except MemoryFault:
+            self._state[page] = PageState.FREE
+            self._free.append(page)
+            raise
+        self._state[page] = PageState.MAPPED if span.live else PageState.REUSABLE
+        self._reusable += not span.live
+        self._owner[page] = slot
+        span.pages.append(page)
+
+    def _take_page(self, slot: int) -> int:
+        """A page for a step that waits: free, else from an idle span, else one that another sequence has ahead."""
+        if self._free:
+            return self._free.pop()
+        if self._reusable:
+            return self._reclaim()
+        spare = (other for other, span in enumerate(self._spans) if span.live and other != slot)
+        return self._unmap_last(max(spare, key=lambda other: self._ahead(other)))
+
+    def _reclaim(self) -> int:
+        """Take the last page of the shortest idle span: long spans stay whole for long sequences."""
+        idle = (slot for slot, span in enumerate(self._spans) if span.pages and not span.live)
+        slot = min(idle, key=lambda slot: len(self._spans[slot].pages))
+        self._reusable -= 1
+        return self._unmap_last(slot)
+
+    def _unmap_last(self, slot: int) -> int:
+        span = self._spans[slot]
+        self._memory.unmap(span.base + (len(span.pages) - 1) * self.plan.page_bytes)
+        self._unmaps += 1
+        page = span.pages.pop()
+        del self._owner[page]
+        return page
+
+    def _ahead(self, slot: int) -> int:
+        return len(self._spans[slot].pages) - self._spans[slot].committed
+
+    def _feed(self, slot: int) -> None:
+        """Note whether a live slot should get more pages ahead: all of its prompt, and its share of AHEAD_PAGES."""
+        span = self._spans[slot]
+        share = -(-AHEAD_PAGES // self._live)
+        if len(span.pages) < min(self.plan.span_pages, max(span.goal, span.committed + share)):
+            self._hungry.add(slot)
+            self._work.notify()
+        else:
+            self._hungry.discard(slot)
+
+    def _neediest(self) -> int | None:
+        if not self._free and not self._reusable:
+            return None
+        if self._hungry:
+            return min(self._hungry, key=lambda slot: (self._ahead(slot), slot))
+        if self._free and self._reusable < AHEAD_PAGES:
+            return next((slot for slot, span in enumerate(self._spans) if not span.live and not span.pages), None)
+        return None
+
+    def _premap_forever(self) -> None:
+        while True:
+            with self._lock:
+                while not self._closing and self._neediest() is None:
+                    self._work.wait()
+                if self._closing:
+                    return
+            try:
+                self.premap()
+            except MemoryFault:
+                # The step that needs the page will meet the same fault and report it; trying again would spin.
+                return
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvariantBroken(f"KV pool: {message}")

@@ -1,0 +1,100 @@
+"""One request inside the engine: what is known of its tokens, what was launched, and when it ends.
+
+`computed` tokens have their KV written or being written by a launched step; `pending` sampled tokens are in flight, their
+ids not known here yet. `remaining` tokens must still pass through the model; a row that covers all of them samples the
+next token. A decode is just the case where one remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from enum import Enum
+
+from xllm.runtime.request import FinishReason, Request
+
+
+class State(Enum):
+    """WAITING: queued, no slot. RUNNING: has a slot. LEAVING: preempted or finished while a launched step still refers
+    to its slot. DONE: has neither slot nor future; its last output was delivered."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    LEAVING = "leaving"
+    DONE = "done"
+
+
+class Sequence:
+    """Mutable, owned by the engine thread. `order` is the place of its submission among all (lower is older);
+    `max_outputs` the most tokens it may generate, known at submission."""
+
+    __slots__ = (
+        "capacity",
+        "computed",
+        "finish",
+        "flights",
+        "max_outputs",
+        "order",
+        "pages",
+        "pending",
+        "pending_row",
+        "prompt_tokens",
+        "recompute",
+        "request",
+        "slot",
+        "state",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, max_outputs: int, order: int = 0):
+        self.request = request
+        self.order = order
+        self.max_outputs = max_outputs
+        self.prompt_tokens = len(request.prompt)
+        self.tokens = list(request.prompt)  # prompt and generated, as far as known
+        self.state = State.WAITING
+        self.finish: FinishReason | None = None
+        self.slot = -1
+        self.pages = 0
+        self.capacity = 0  # tokens that `pages` pages hold
+        self.computed = 0
+        self.pending = 0
+        self.pending_row = -1  # of the last sampled token in flight, in its step's vector
+        self.flights = 0  # launched steps that refer to the slot
+        self.recompute = 0  # tokens whose KV preemption has thrown away
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def outputs(self) -> int:
+        """Generated tokens, known or in flight."""
+        return len(self.tokens) + self.pending - self.prompt_tokens
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens the model has not seen."""
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.computed >= self.prompt_tokens and self.remaining == 1
+
+    def tokens_of(self, count: int) -> Ordered[int]:
+        """Ids of the next `count` tokens; one in flight is named by its row of the previous step."""
+        if self.pending:
+            return (-1 - self.pending_row,)
+        return self.tokens[self.computed : self.computed + count]
+
+    def end_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
+        """Does the token just appended end the sequence, and how? EOS and stop ids count from min_tokens on."""
+        params = self.request.params
+        generated = len(self.tokens) - self.prompt_tokens
+        if generated >= params.min_tokens:
+            if token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos):
+                return "stop"
+        return "length" if generated >= self.max_outputs else None
