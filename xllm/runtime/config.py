@@ -12,9 +12,9 @@ class EngineConfig:
     """Settings of one engine.
 
     kv_bytes: memory of the KV pool. page_bytes: None lets the pool choose (2 MiB, see xtensor).
-    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts. The first bounds how
-    long a decode can wait behind prompts. max_chunk: tokens of one prompt per step while others need the budget or memory
-    is scarce (see scheduler).
+    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts. The first bounds
+    how long a decode can wait behind prompts. max_chunk: tokens of one prompt per step while others need the budget or
+    memory is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. check: assert all invariants after each step (for tests; cost grows with pages).

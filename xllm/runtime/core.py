@@ -1,8 +1,8 @@
 """The engine without a thread or a lock: plan a step, launch it, commit its results. Whoever drives it (engine loop,
 simulator, test) chooses the order: launch and commit at once, or launch step i+1 before committing step i.
 
-A sequence's slot and pages are given up when no launched step refers to them any more, never earlier. Results of rows whose
-sequence ended meanwhile are dropped.
+A sequence's slot and pages are given up when no launched step refers to them any more, never earlier. Results of rows
+whose sequence ended meanwhile are dropped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine's thread: takes requests from any thread, drives the core with one of two loops, delivers outputs.
 
-The overlapped loop launches step i+1 before it commits step i, so that all host work happens while the device computes. The
-plain loop commits each step at once: the same outputs, and the oracle to compare with.
+The overlapped loop launches step i+1 before it commits step i, so that all host work happens while the device computes.
+The plain loop commits each step at once: the same outputs, and the oracle to compare with.
 """
 
 from __future__ import annotations
@@ -143,10 +143,11 @@ class Engine:
         self._deliver(progress=flight is not None or launched is not None)
         return launched
 
-    def _plain_turn(self, flight: None) -> None:
+    def _plain_turn(self, _: Flight | None) -> Flight | None:
         launched = self._core.launch(self._core.plan())
         self._core.commit(launched)
         self._deliver(progress=launched is not None)
+        return None
 
     def _take_requests(self, flight: Flight | None) -> bool:
         """Move what other threads left into the core, waiting for it when there is nothing else. False: stop."""

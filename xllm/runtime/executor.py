@@ -35,7 +35,8 @@ class KVSpec:
 
 
 class Row(NamedTuple):
-    """The tokens of one sequence in one step, at positions start, start+1, ... (a tuple for the reason of TokenOutput).
+    """The tokens of one sequence in one step, at positions start, start+1, ... (A tuple: one is built per sequence and
+    step, where a frozen dataclass costs three times as much.)
 
     `kv_base` is the address of the sequence's contiguous KV span; positions 0..start-1 of it are already written.
     With `sample`, the logits of the last token are sampled for `slot`; sampled rows keep their order in the result.

@@ -1,9 +1,9 @@
 """The xTensor pool: which physical page backs which part of which sequence's contiguous span.
 
-A slot is a virtual span of max_len tokens. Its pages are mapped from the front; the first `committed` ones are promised to
-the sequence, later ones are mapped ahead and may be taken back. Finished spans keep their pages mapped (Reusable) for the
-next sequence of like length. A reused page still holds old bytes: nobody reads them, because kernels read positions
-0..p of a span only, and all of those were written by its present owner.
+A slot is a virtual span of max_len tokens. Its pages are mapped from the front; the first `committed` ones are promised
+to the sequence, later ones are mapped ahead and may be taken back. Finished spans keep their pages mapped (Reusable)
+for the next sequence of like length. A reused page still holds old bytes: nobody reads them, because kernels read
+positions 0..p of a span only, and all of those were written by its present owner.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ AHEAD_PAGES = 8
 
 
 class PageState(IntEnum):
-    """Free: nobody's. Allocated: taken, about to be mapped. Mapped: in the span of a live sequence. Reusable: in the span
-    of no sequence, still mapped."""
+    """Free: nobody's. Allocated: taken, about to be mapped. Mapped: in the span of a live sequence. Reusable: in the
+    span of no sequence, still mapped."""
 
     FREE = 0
     ALLOCATED = 1
@@ -54,8 +54,8 @@ class PoolPlan:
 
 
 def plan_pool(kv: KVSpec, max_len: int, max_seqs: int, kv_bytes: int, page_bytes: int | None = None) -> PoolPlan:
-    """Divide `kv_bytes` into pages for `max_seqs` spans of `max_len` tokens. Raises MemoryFault (pool_too_small) when not
-    even one page fits. More pages than all spans can hold together are not made."""
+    """Divide `kv_bytes` into pages for `max_seqs` spans of `max_len` tokens. Raises MemoryFault (pool_too_small) when
+    not even one page fits. More pages than all spans can hold together are not made."""
     span_bytes = -(-max_len // kv.group_tokens) * kv.group_bytes
     page_bytes = page_bytes or choose_page_bytes(kv_bytes, span_bytes, max_seqs)
     span_pages = -(-span_bytes // page_bytes)
@@ -88,7 +88,8 @@ class _Span:
 
 
 class KvPool:
-    """The pages of one engine. Thread-safe: one lock, held for at most one map and one unmap at a time by the background.
+    """The pages of one engine. Thread-safe: one lock, held for at most one map and one unmap at a time by the
+    background.
 
     Commitments alone decide what fits: as long as they sum up to no more than the pool, `grow` succeeds, whatever has
     been mapped ahead. So scheduling never depends on the background thread's timing.
@@ -169,8 +170,8 @@ class KvPool:
             self._work.notify()
 
     def premap(self) -> bool:
-        """Map one page ahead of need, for the live sequence with the least, else for the next one to start. Returns False
-        when everybody has enough or no page is left that is not in use. The background thread does just this."""
+        """Map one page ahead of need, for the live sequence with the least, else for the next one to start. Returns
+        False when everybody has enough or no page is left that is not in use. The background thread does just this."""
         with self._lock:
             slot = self._neediest()
             if slot is None:
@@ -208,7 +209,8 @@ class KvPool:
             return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps)
 
     def check(self) -> None:
-        """Assert the invariants: every page has one state and one owner, and all counters agree. Raises InvariantBroken."""
+        """Assert the invariants: every page has one state and one owner, and all counters agree. Raises
+        InvariantBroken."""
         with self._lock:
             counts = Counter(self._state.values())
             held = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]

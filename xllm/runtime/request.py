@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from xllm.runtime.errors import RequestRefused
 
@@ -20,8 +20,8 @@ class SamplingParams:
     """How the next token is chosen. Values out of range raise RequestRefused (invalid_parameter) naming the field.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `max_tokens` None means up to the context limit.
-    `min_tokens` generated tokens must exist before an EOS or stop id ends the request. `logprobs` None is off, k asks for
-    the chosen token and the k best ones. `seed` None lets the sampler choose one.
+    `min_tokens` generated tokens must exist before an EOS or stop id ends the request. `logprobs` None is off, k asks
+    for the chosen token and the k best ones. `seed` None lets the sampler choose one.
     """
 
     temperature: float = 1.0
@@ -66,9 +66,9 @@ def _within(name: str, value: float, low: float, high: float, finite: bool = Fal
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt apart
-    for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for order:
-    order is that of `submit`)."""
+    """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
+    apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
+    order: order is that of `submit`)."""
 
     id: str
     prompt: tuple[int, ...]
@@ -77,9 +77,9 @@ class Request:
     arrival: float = 0.0
 
 
-class TokenOutput(NamedTuple):
-    """One generated token, or the end of a request (a tuple: one is built per sequence and step, where a frozen
-    dataclass costs four times as much).
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One generated token, or the end of a request.
 
     `index` counts generated tokens from 0; a token that ends the request by EOS or stop id is delivered with
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".

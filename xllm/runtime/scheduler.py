@@ -1,10 +1,10 @@
-"""Which tokens of which sequences make up the next step. A pure function: it reads the state, changes nothing, looks at no
-clock, and gives the same decision for the same state.
+"""Which tokens of which sequences make up the next step. A pure function: it reads the state, changes nothing, looks at
+no clock, and gives the same decision for the same state.
 
 Order: decodes, then prefills that run, then waiting requests first come first served; older before younger everywhere.
-Each prompt gets a chunk of at most `max_chunk`; tokens then left go back to the prompts, oldest first, as long as memory is
-ample: the pages taken leave one free page for every running sequence. When pages run out, the last-arrived sequence gives
-up its own (recompute), never for a younger one; the oldest can always go on, so everything ends.
+Each prompt gets a chunk of at most `max_chunk`; tokens then left go back to the prompts, oldest first, as long as
+memory is ample: the pages taken leave one free page for every running sequence. When pages run out, the last-arrived
+sequence gives up its own (recompute), never for a younger one; the oldest can always go on, so everything ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from xllm.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one step. `admit_pages`: pages that may be in use or promised after an admission, while anything runs."""
+    """Limits of one step. `admit_pages`: pages that may be in use or promised after an admission, while anything
+    runs."""
 
     tokens: int
     max_chunk: int
@@ -37,7 +38,8 @@ class Queues:
 
 
 class Grant(NamedTuple):
-    """`tokens` next tokens of a sequence, for which it will hold `pages` pages in all; `sample` if they are its last."""
+    """`tokens` next tokens of a sequence, for which it will hold `pages` pages in all; `sample` if they are its
+    last."""
 
     sequence: Sequence
     tokens: int
@@ -47,8 +49,9 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """The step: rows in `grants`; `admitted` (a prefix of waiting) need a slot first, `preempted` give theirs up (youngest
-    first). `why` has one sentence for each thing not done; `oldest_wait` is the age of the first request left waiting."""
+    """The step: rows in `grants`; `admitted` (a prefix of waiting) need a slot first, `preempted` give theirs up
+    (youngest first). `why` has one sentence for each thing not done; `oldest_wait` is the age of the first request left
+    waiting."""
 
     grants: tuple[Grant, ...]
     admitted: tuple[Sequence, ...]

@@ -1,8 +1,8 @@
 """One request inside the engine: what is known of its tokens, what was launched, and when it ends.
 
-`computed` tokens have their KV written or being written by a launched step; `pending` sampled tokens are in flight, their
-ids not known here yet. `remaining` tokens must still pass through the model; a row that covers all of them samples the
-next token. A decode is just the case where one remains.
+`computed` tokens have their KV written or being written by a launched step; `pending` sampled tokens are in flight,
+their ids not known here yet. `remaining` tokens must still pass through the model; a row that covers all of them
+samples the next token. A decode is just the case where one remains.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Sequence:
         """Does the token just appended end the sequence, and how? EOS and stop ids count from min_tokens on."""
         params = self.request.params
         generated = len(self.tokens) - self.prompt_tokens
-        if generated >= params.min_tokens:
-            if token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos):
-                return "stop"
+        stops = token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos)
+        if stops and generated >= params.min_tokens:
+            return "stop"
         return "length" if generated >= self.max_outputs else None

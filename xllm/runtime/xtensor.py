@@ -1,7 +1,7 @@
 """Virtual memory for the KV pool: address ranges without backing, and physical pages that are mapped into them.
 
-One interface fits Linux, CUDA and Ascend: reserve, create_pages, map, unmap, release, export, import. On Linux a page is a
-part of one memfd, mapped with MAP_FIXED. Unmapped parts of a range are holes: a private read-only mapping without
+One interface fits Linux, CUDA and Ascend: reserve, create_pages, map, unmap, release, export, import. On Linux a page
+is a part of one memfd, mapped with MAP_FIXED. Unmapped parts of a range are holes: a private read-only mapping without
 backing, so that reading one gives zeros and writing one is a fault instead of somebody's data.
 """
 
@@ -33,7 +33,8 @@ _SYSTEM_PAGE = 4096
 
 @dataclass(frozen=True)
 class PageTicket:
-    """A physical page another process may map: a file descriptor (sent by SCM_RIGHTS), an offset and a size in bytes."""
+    """A physical page another process may map: a file descriptor (sent by SCM_RIGHTS), an offset and a size in
+    bytes."""
 
     fd: int
     offset: int
@@ -101,8 +102,8 @@ def choose_page_bytes(pool_bytes: int, span_bytes: int, spans: int) -> int:
 class LinuxMemory:
     """PageMemory on memfd and mmap. `page_bytes` is a power of two of at least 4096.
 
-    Huge pages are used when the system grants them: reserved ones (hugetlbfs) if the whole pool fits into those that are
-    free, else transparent ones by madvise. Without either everything works, the first touch of a page costs more.
+    Huge pages are used when the system grants them: reserved ones (hugetlbfs) if the whole pool fits into those that
+    are free, else transparent ones by madvise. Without either everything works, the first touch of a page costs more.
     """
 
     def __init__(self, page_bytes: int = PAGE_BYTES, huge: bool = True):
@@ -159,8 +160,8 @@ class LinuxMemory:
         if self._libc.madvise(address, self._page_bytes, _MADV_POPULATE_WRITE) == 0:
             return
         # Kernels before 5.14: reading allocates a page of shared memory as well, and cannot race with a writer.
-        bytes_there = np.frombuffer((ctypes.c_ubyte * self._page_bytes).from_address(address), np.uint8)
-        bytes_there[::_SYSTEM_PAGE].max()
+        there = np.ctypeslib.as_array((ctypes.c_ubyte * self._page_bytes).from_address(address))
+        there[::_SYSTEM_PAGE].max()
 
     def unmap(self, address: int, pages: int = 1) -> None:
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
