@@ -1,0 +1,58 @@
+// Which levels this CPU and its operating system support: cpuid for the instructions, xgetbv for the registers that are saved.
+#include "levels.h"
+
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#if defined(__x86_64__)
+namespace xk_v2 { const xk::Level &level(); }
+namespace xk_v3 { const xk::Level &level(); }
+namespace xk_v4 { const xk::Level &level(); }
+#else
+namespace xk_arm64 { const xk::Level &level(); }
+#endif
+
+namespace xk {
+namespace {
+
+std::vector<const Level *> detect() {
+#if defined(__x86_64__)
+  unsigned a = 0, b1 = 0, c1 = 0, d1 = 0, b7 = 0, c7 = 0, d7 = 0, cx = 0, dx = 0;
+  __get_cpuid(1, &a, &b1, &c1, &d1);
+  __get_cpuid_count(7, 0, &a, &b7, &c7, &d7);
+  unsigned b = 0;
+  __get_cpuid(0x80000001u, &a, &b, &cx, &dx);
+  const auto bits = [](unsigned value, unsigned mask) { return (value & mask) == mask; };
+  unsigned saved = 0, high = 0;
+  if (c1 & bit_OSXSAVE) asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  const bool v2 = bits(c1, bit_SSE3 | bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT);
+  const bool v3 = v2 && bits(saved, 0x6) && bits(c1, bit_AVX | bit_FMA | bit_F16C | bit_MOVBE) &&
+                  bits(b7, bit_AVX2 | bit_BMI | bit_BMI2) && bits(cx, 1u << 5 /* lzcnt */);
+  const bool v4 = v3 && bits(saved, 0xe6) && bits(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
+  std::vector<const Level *> found;
+  if (v2) found.push_back(&xk_v2::level());
+  if (v3) found.push_back(&xk_v3::level());
+  if (v4) found.push_back(&xk_v4::level());
+  return found;
+#else
+  return {&xk_arm64::level()};
+#endif
+}
+
+}  // namespace
+
+const std::vector<const Level *> &levels() {
+  static const std::vector<const Level *> found = detect();
+  return found;
+}
+
+const Level *find_level(const char *name) {
+  for (const Level *level : levels())
+    if (strcmp(level->name, name) == 0) return level;
+  return nullptr;
+}
+
+}  // namespace xk
