@@ -1,0 +1,260 @@
+"""A device made of Python: page memory that knows what is mapped where, and an executor whose next token depends on every
+token before it, read back through the mappings. Whatever breaks the rows' contract fails an assertion here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xllm.runtime import Batch, EngineConfig, KVSpec, Limits, Request, SamplingParams, StepError, StepResult, TokenOutput
+from xllm.runtime.engine import Engine
+from xllm.runtime.xtensor import PageTicket
+
+EOS = 0
+
+
+class FakeMemory:
+    """PageMemory without memory: `bytes` remembers what was written to each page."""
+
+    huge_pages = "none"
+
+    def __init__(self, page_bytes: int):
+        self.page_bytes = page_bytes
+        self.mapped: dict[int, int] = {}  # address -> page
+        self.where: dict[int, int] = {}  # page -> address
+        self.content: dict[tuple[int, int], object] = {}
+        self.end = page_bytes
+        self.pages = 0
+
+    def reserve(self, size: int) -> int:
+        address, self.end = self.end, self.end + size
+        return address
+
+    def create_pages(self, count: int) -> range:
+        self.pages += count
+        return range(self.pages - count, self.pages)
+
+    def map(self, page: int, address: int) -> None:
+        assert address % self.page_bytes == 0 and address not in self.mapped and page not in self.where
+        self.mapped[address], self.where[page] = page, address
+
+    def populate(self, address: int) -> None:
+        assert address % self.page_bytes == 0
+
+    def unmap(self, address: int, pages: int = 1) -> None:
+        for offset in range(pages):
+            del self.where[self.mapped.pop(address + offset * self.page_bytes)]
+
+    def export_page(self, page: int) -> PageTicket:
+        raise NotImplementedError
+
+    def import_page(self, ticket: PageTicket) -> int:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        self.mapped, self.where = {}, {}
+
+    def write(self, address: int, value: object) -> None:
+        base = address // self.page_bytes * self.page_bytes
+        self.content[self.mapped[base], address - base] = value
+
+    def read(self, address: int) -> object:
+        base = address // self.page_bytes * self.page_bytes
+        return self.content[self.mapped[base], address - base]
+
+
+def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
+    return zlib.crc32(np.array([seed or 0, *tokens], np.int32).tobytes()) % vocab
+
+
+def expected_outputs(request: Request, max_outputs: int, vocab: int, eos: int = EOS) -> list[int]:
+    """What a request generates when nothing else runs: the oracle."""
+    tokens, params = list(request.prompt), request.params
+    while len(tokens) - len(request.prompt) < max_outputs:
+        tokens.append(next_token(tokens, params.seed, vocab))
+        generated = len(tokens) - len(request.prompt)
+        ends = tokens[-1] in params.stop_token_ids or (tokens[-1] == eos and not params.ignore_eos)
+        if ends and generated >= params.min_tokens:
+            break
+    return tokens[len(request.prompt) :]
+
+
+@dataclass
+class _Handle:
+    executor: FakeExecutor
+    batch: Batch
+
+    def result(self) -> StepResult:
+        return self.executor.run_until(self.batch)
+
+
+class FakeExecutor:
+    """Runs a step only when its result is asked for, that is as late as possible: a slot or page given up too early is
+    then certain to be missed."""
+
+    def __init__(self, memory: FakeMemory, limits: Limits, kv: KVSpec, budget: int | None = None):
+        self.memory, self.limits, self.kv = memory, limits, kv
+        self.budget = budget or limits.max_tokens_per_step
+        self.sequences: dict[int, _Slot] = {}
+        self.queue: list[Batch] = []
+        self.sampled_slots: list[int] = []  # of the step launched last
+        self.sampled: list[int] = []  # of the step run last
+        self.fail_steps: set[int] = set()
+        self.refuse_steps: set[int] = set()
+        self.refuse_attach: set[str] = set()
+        self.numeric_errors: set[tuple[str, int]] = set()  # (request, output index)
+        self.batches: list[Batch] = []
+        self.largest_step = 0
+
+    def attach(self, slot, request, generated) -> None:
+        assert slot not in self.sequences
+        assert not any(row.slot == slot for batch in self.queue for row in batch.rows)
+        if request.id in self.refuse_attach:
+            self.sequences[slot] = _Slot(request, 0)
+            raise StepError("device_error", "no sampler state left")
+        self.sequences[slot] = _Slot(request, len(request.prompt) + len(generated))
+
+    def detach(self, slot) -> None:
+        assert not any(row.slot == slot for batch in self.queue for row in batch.rows)
+        del self.sequences[slot]
+
+    def launch(self, batch: Batch) -> _Handle:
+        assert batch.rows and len({row.slot for row in batch.rows}) == len(batch.rows) <= self.limits.max_seqs
+        total = sum(len(row.tokens) for row in batch.rows)
+        assert 1 <= total <= self.budget
+        self.largest_step = max(self.largest_step, total)
+        for row in batch.rows:
+            sequence = self.sequences[row.slot]
+            assert row.start == sequence.launched, "positions are not contiguous"
+            assert row.start + len(row.tokens) <= self.limits.max_len
+            assert len(row.tokens) >= 1
+            sequence.launched += len(row.tokens)
+            assert row.sample == (sequence.launched == sequence.length), "only the last token is sampled"
+            sequence.length += row.sample
+            for token in row.tokens:
+                if token < 0:
+                    assert self.queue, "a placeholder into a step that was committed"
+                    assert self.sampled_slots[-1 - token] == row.slot
+        if batch.step in self.refuse_steps:
+            raise StepError("device_error", "cannot launch")
+        self.sampled_slots = [row.slot for row in batch.rows if row.sample]
+        self.queue.append(batch)
+        self.batches.append(batch)
+        assert len(self.queue) <= 2
+        return _Handle(self, batch)
+
+    def run_until(self, batch: Batch) -> StepResult:
+        assert self.queue[0] is batch, "steps are committed in order"
+        self.queue.pop(0)
+        tokens = [self._run_row(row) for row in batch.rows]
+        previous, self.sampled = self.sampled, [token for token in tokens if token is not None]
+        del previous
+        if batch.step in self.fail_steps:
+            self.sampled = [1 for _ in self.sampled]
+            raise StepError("device_error", "step failed")
+        chosen = np.array(self.sampled, np.int32)
+        best = np.stack([chosen, chosen + 1], axis=1)
+        return StepResult(chosen, -chosen.astype(np.float32), best, -best.astype(np.float32))
+
+    def _run_row(self, row) -> int | None:
+        sequence = self.sequences[row.slot]
+        history = [self.memory.read(self._address(row, position)) for position in range(row.start)]
+        tokens = [token if token >= 0 else max(0, self.sampled[-1 - token]) for token in row.tokens]
+        for position, token in enumerate(tokens, row.start):
+            self.memory.write(self._address(row, position), token)
+        if not row.sample:
+            return None
+        known = history + tokens
+        if (sequence.request.id, len(known) - len(sequence.request.prompt)) in self.numeric_errors:
+            return -1
+        return next_token(known, sequence.request.params.seed, self.limits.vocab)
+
+    def _address(self, row, position: int) -> int:
+        group, lane = divmod(position, self.kv.group_tokens)
+        return row.kv_base + group * self.kv.group_bytes + lane * self.kv.group_bytes // self.kv.group_tokens
+
+
+@dataclass
+class _Slot:
+    request: Request
+    length: int  # tokens known or sampled in flight
+    launched: int = 0
+
+
+@dataclass
+class Rig:
+    """An engine on fakes, driven step by step in the test's own thread; `now` counts turns."""
+
+    max_tokens_per_step: int = 64
+    max_chunk: int = 16
+    max_seqs: int = 8
+    max_len: int = 256
+    vocab: int = 50
+    pages: int = 64
+    page_bytes: int = 4096
+    group_bytes: int = 1000
+    async_scheduling: bool = True
+    admit_below: float = 0.95
+    queue_limit: int = 1000
+    outputs: list[TokenOutput] = field(default_factory=list)
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        self.memory = FakeMemory(self.page_bytes)
+        limits = Limits(self.max_tokens_per_step, self.max_seqs, self.max_len, self.vocab)
+        self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes))
+        config = EngineConfig(
+            kv_bytes=self.pages * self.page_bytes,
+            page_bytes=self.page_bytes,
+            eos_ids=(EOS,),
+            max_chunk=self.max_chunk,
+            queue_limit=self.queue_limit,
+            admit_below=self.admit_below,
+            async_scheduling=self.async_scheduling,
+            premap=False,
+            check=True,
+        )
+        self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
+        self.flight = None
+
+    @property
+    def busy(self) -> bool:
+        engine = self.engine
+        return bool(self.flight or engine._submitted or engine._cancelled or not engine._core.idle)
+
+    def turn(self) -> None:
+        """One turn of the engine's loop, if it would not sleep."""
+        self.now += 1
+        if self.busy:
+            self.engine._take_requests(self.flight)
+            self.flight = self.engine._turn(self.flight)
+
+    def finish(self, turns: int = 100_000) -> None:
+        for _ in range(turns):
+            if not self.busy:
+                return
+            self.turn()
+        raise AssertionError(f"still busy after {turns} turns: {self.engine.why}")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [o.token for o in self.outputs if o.request_id == request_id and o.token is not None]
+
+    def end(self, request_id: str) -> TokenOutput:
+        ends = [output for output in self.outputs if output.request_id == request_id and output.finish_reason]
+        assert len(ends) == 1, f"{request_id} ended {len(ends)} times"
+        assert [o for o in self.outputs if o.request_id == request_id][-1] is ends[0], "output after the end"
+        return ends[0]
+
+    def assert_baseline(self) -> None:
+        """Nothing is held any more."""
+        assert self.engine.pool.free_pages == self.engine.pool.plan.pages
+        assert not self.executor.sequences and not self.executor.queue and not self.engine._live
+
+
+def request(name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, **params) -> Request:
+    if isinstance(prompt, int):
+        prompt = tuple(zlib.crc32(f"{name}/{i}".encode()) % 40 for i in range(prompt))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params))
