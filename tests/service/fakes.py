@@ -1,0 +1,176 @@
+"""A byte-level tokenizer, an engine without a model, and a service around them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from xllm.runtime import EngineStats, Request, RequestRefused, TokenOutput
+from xllm.service.answer import Limits, Service
+from xllm.service.app import load_service
+from xllm.service.dispatch import Dispatcher
+from xllm.service.gate import Keys
+from xllm.service.params import ModelFacts
+from xllm.service.server import Server, bind, url
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
+    "{% for i in range(loops or 0) %}{% for j in range(loops) %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes, two special tokens (256 <|start|>, 257 <|end|> = EOS), 512 ids in the model."""
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
+    return tokenizer
+
+
+EOS = 257
+VOCAB = 512
+MAX_LEN = 2048
+TOKENIZER = byte_tokenizer()
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text).ids
+
+
+def shout(request: Request) -> list[int]:
+    """The prompt again, as far as it is text; random letters when a temperature and a seed are set."""
+    params = request.params
+    if params.temperature and params.seed is not None:
+        draw = random.Random(f"{params.seed} {request.sample_index}")
+        return [*ids("".join(draw.choices("abcdefgh", k=8))), EOS]
+    return [*(token for token in request.prompt if token < 256), EOS]
+
+
+class FakeEngine:
+    """One thread, one token per request and step. `reply` says which tokens; `tick` seconds lie between steps."""
+
+    def __init__(
+        self,
+        sink: Callable[[list[TokenOutput]], None],
+        reply: Callable[[Request], Sequence[int]] = shout,
+        tick: float = 0.0,
+        queue_limit: int = 10_000,
+    ) -> None:
+        self._sink, self._reply, self._tick, self._queue_limit = sink, reply, tick, queue_limit
+        self._live: dict[str, tuple[Request, Sequence[int], int]] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.seen: list[Request] = []
+        self.cancelled = 0
+        self.generated = 0
+        self.paused = False
+        self.broken: str | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        with self._changed:
+            if len(self._live) >= self._queue_limit:
+                raise RequestRefused("queue_full", "too many requests wait")
+            self.seen.append(request)
+            self._live[request.id] = (request, self._reply(request), 0)
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            if self._live.pop(request_id, None) is not None:
+                self.cancelled += 1
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            live = len(self._live)
+            return EngineStats(running=live, free_pages=100 - live, total_pages=100, generated_tokens=self.generated)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or (self._live and not self.paused), 0.05)
+                if self._stopped:
+                    return
+                outputs = [] if self.paused else self._step()
+            if outputs:
+                self._sink(outputs)
+            time.sleep(self._tick)
+
+    def _step(self) -> list[TokenOutput]:
+        outputs = []
+        for request, reply, at in list(self._live.values()):
+            if self.broken is not None:
+                outputs.append(TokenOutput(request.id, None, at, finish_reason="error", error=self.broken))
+                del self._live[request.id]
+                continue
+            token = reply[at % len(reply)]
+            reason = None
+            stops = token == EOS or token in request.params.stop_token_ids
+            if stops and not request.params.ignore_eos:
+                reason = "stop"
+            elif request.params.max_tokens is not None and at + 1 >= request.params.max_tokens:
+                reason = "length"
+            wanted = request.params.logprobs
+            outputs.append(
+                TokenOutput(
+                    request.id,
+                    token,
+                    at,
+                    logprob=None if wanted is None else -0.5,
+                    top_logprobs=tuple((index, -1.0 - index) for index in range(wanted or 0)),
+                    finish_reason=reason,
+                    prompt_tokens=len(request.prompt),
+                )
+            )
+            self.generated += 1
+            if reason is None:
+                self._live[request.id] = (request, reply, at + 1)
+            else:
+                del self._live[request.id]
+        return outputs
+
+
+def fake_service(tmp_path, limits: Limits | None = None, template: str | None = CHAT_TEMPLATE, **engine) -> Service:
+    """A service over a fake engine. It must be bound to a loop before the first request."""
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    dispatcher = Dispatcher()
+    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={})
+    special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+    engine_ = FakeEngine(dispatcher.sink, **engine)
+    return load_service(facts, path, template, special, engine_, dispatcher, limits or Limits())
+
+
+@contextmanager
+def running(service: Service, keys: Keys | None = None):
+    """A real server on loopback in a thread; yields (base URL, server)."""
+    listener = bind("127.0.0.1", 0)
+    listening = threading.Event()
+    server = Server(service, keys)
+    server.on_listening = listening.set
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    listening.wait(20)
+    try:
+        yield url(listener), server
+    finally:
+        service.draining = server.should_exit = True
+        thread.join(20)
+        listener.close()
+        service.engine.stop()  # type: ignore[attr-defined]
+        assert not thread.is_alive()

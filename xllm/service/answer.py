@@ -1,0 +1,282 @@
+"""Decides the life of one generation: slot, body, job, sequences in the engine, answer whole or as a stream. Whatever
+ends it, its sequences are out of the engine when this returns. The status waits for the first output, so that what
+fails before has its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from xllm.runtime import Request, TokenOutput
+from xllm.service.body import ChatBody, CompletionBody, parse
+from xllm.service.dispatch import Dispatcher, Engine, Subscription
+from xllm.service.errors import ApiError, Hint, busy, draining
+from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
+from xllm.service.generation import Choice, Delta
+from xllm.service.metrics import Recorder
+from xllm.service.openai import DONE, KEEP_ALIVE, ChatFormat, CompletionFormat, Format, Usage, Whole, frame
+from xllm.service.params import Job, ModelFacts, chat_job, completion_job
+from xllm.service.tokenizer import TextCodec
+
+if TYPE_CHECKING:
+    from xllm.service.template import ChatTemplate
+
+# A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
+STALL_SECONDS = 60.0
+FAREWELL_SECONDS = 5.0
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes. Seconds and bytes."""
+
+    max_concurrent_requests: int = 200  # 0 = no limit
+    max_body_bytes: int = 8 << 20
+    body_seconds: float = 30.0
+    keep_alive_seconds: float = 15.0
+
+
+@dataclass
+class Service:
+    """All that requests share. Belongs to the event loop; `pool` runs what takes long (JSON, templates,
+    tokenisation)."""
+
+    facts: ModelFacts
+    codec: TextCodec
+    chat_template: Callable[[], ChatTemplate]
+    engine: Engine
+    dispatcher: Dispatcher
+    recorder: Recorder
+    limits: Limits = Limits()
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
+
+    def warm_up(self) -> None:
+        """Loads what the first chat would wait for. A template that is missing or broken is reported to who asks for a
+        chat."""
+        with suppress(ApiError):
+            self.chat_template()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """One of max_concurrent_requests. Raises ApiError 429 when all are taken, 503 while draining."""
+        if self.draining:
+            raise draining()
+        limit = self.limits.max_concurrent_requests
+        if limit and self.recorder.concurrent >= limit:
+            hint = Hint("all slots are taken", "xllm serve --max-concurrent-requests", "retry, or raise the limit")
+            raise busy(f"the server answers {limit} requests already", hint)
+        self.recorder.concurrent += 1
+        try:
+            yield
+        finally:
+            self.recorder.concurrent -= 1
+
+
+class Generate:
+    """POST /v1/completions (chat False) or /v1/chat/completions (chat True)."""
+
+    def __init__(self, service: Service, chat: bool) -> None:
+        self._service, self._chat = service, chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.slot():
+            entry = record(scope)
+            entry.kind = "chat" if self._chat else "completion"
+            data = await read_body(scope, receive, self._service.limits)
+            begin = time.monotonic()
+            job = await asyncio.get_running_loop().run_in_executor(self._service.pool, self._plan, data)
+            self._service.recorder.tokenization_seconds += time.monotonic() - begin
+            await self._run(job, entry, receive, send)
+
+    def _plan(self, data: bytes) -> Job:
+        """Runs in the pool."""
+        service = self._service
+        if self._chat:
+            body = parse(data, ChatBody)
+            _check_model(body.model, service.facts)
+            return chat_job(body, service.facts, service.codec.encode, service.chat_template().render)
+        body = parse(data, CompletionBody)
+        _check_model(body.model, service.facts)
+        return completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+
+    async def _run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
+        dispatcher = self._service.dispatcher
+        subscription = dispatcher.open(_requests(job, entry))
+        watcher = asyncio.create_task(_watch(receive, subscription))
+        answer = _Answer(self._service, job, subscription, entry)
+        try:
+            await (answer.stream(send) if job.stream else answer.whole(send))
+        finally:
+            watcher.cancel()
+            dispatcher.close(subscription)
+            answer.report()
+
+
+class _Answer:
+    def __init__(self, service: Service, job: Job, subscription: Subscription, entry: Record) -> None:
+        self._service, self._job, self._subscription, self._entry = service, job, subscription, entry
+        self._choices = [Choice(service.codec, job.stops, job.skip_special_tokens) for _ in subscription.ids]
+        self._last = [entry.started] * len(self._choices)
+        self._format = _format(service, job)
+
+    async def whole(self, send: Send) -> None:
+        results = [Whole() for _ in self._choices]
+        while not self._done:
+            for index, delta in self._take(await self._subscription.next()):
+                results[index].add(delta)
+        await send_json(send, 200, self._format.whole(results, self._usage))
+
+    async def stream(self, send: Send) -> None:
+        pending = self._take(await self._subscription.next(self._service.limits.keep_alive_seconds))
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as patience:
+                self._subscription.on_failure = lambda: patience.reschedule(loop.time() + FAREWELL_SECONDS)
+                data = self._format.first(len(self._choices))
+                while True:
+                    data += b"".join(self._format.chunk(index, delta) for index, delta in pending if _shows(delta))
+                    if self._done:
+                        data += self._format.last(self._usage)
+                    if data:
+                        patience.reschedule(loop.time() + STALL_SECONDS)
+                        await send({"type": "http.response.body", "body": data, "more_body": not self._done})
+                    if self._done:
+                        return
+                    patience.reschedule(None)
+                    outputs = await self._subscription.next(self._service.limits.keep_alive_seconds)
+                    pending = self._take(outputs)
+                    data = b"" if outputs else KEEP_ALIVE
+        except ApiError as error:
+            self._entry.status = error.status
+            if error.status == 499:
+                raise
+            await self._farewell(send, error)
+        except TimeoutError:  # returning without a last chunk makes the server drop the connection
+            self._entry.status = 499
+
+    async def _farewell(self, send: Send, error: ApiError) -> None:
+        """The headers are gone: the error travels as an event, as long as the client reads at all."""
+        data = frame(error.body(self._entry.id)) + DONE
+        try:
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await send({"type": "http.response.body", "body": data, "more_body": False})
+        except TimeoutError:
+            pass
+
+    def report(self) -> None:
+        """Writes what happened into the record of the request and the metrics."""
+        recorder, entry, job = self._service.recorder, self._entry, self._job
+        seconds = time.monotonic() - entry.started
+        entry.prompt_tokens = sum(map(len, job.prompts))
+        entry.generated_tokens = sum(choice.tokens for choice in self._choices)
+        reasons = [choice.finish_reason or "abort" for choice in self._choices]
+        entry.finish_reasons = ",".join(dict.fromkeys(reasons))
+        recorder.finished.update(reasons)
+        recorder.handling_seconds[entry.kind] += seconds
+        recorder.end_to_end.observe(seconds)
+        recorder.samples.observe(job.n)
+        recorder.prompt_tokens.observe(entry.prompt_tokens)
+        recorder.generated_tokens.observe(entry.generated_tokens)
+
+    @property
+    def _done(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self._choices)
+
+    @property
+    def _usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(map(len, self._job.prompts)),
+            completion_tokens=sum(choice.tokens for choice in self._choices),
+            cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.n]),
+        )
+
+    def _take(self, outputs: Sequence[tuple[int, TokenOutput]]) -> list[tuple[int, Delta]]:
+        now = time.monotonic()
+        deltas = []
+        for index, output in outputs:
+            choice = self._choices[index]
+            if choice.finish_reason is not None:  # steps that were on their way when a stop string hit
+                continue
+            recorder = self._service.recorder
+            (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
+            self._last[index] = now
+            deltas.append((index, choice.push(output)))
+            if choice.cut:
+                self._service.dispatcher.cancel(self._subscription, output.request_id)
+        return deltas
+
+
+async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+    """The body of a POST. Raises ApiError 413, 415, 408, or 499 when the client left."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise ApiError(415, "unsupported_media_type", "the body must be sent as content-type: application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "unsupported_encoding", "compressed bodies are not supported")
+    too_large = ApiError(413, "body_too_large", f"the body has more than {limits.max_body_bytes} bytes")
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared) > limits.max_body_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(499, "client_disconnected", "the client left before its request was complete")
+                body += message.get("body", b"")
+                if len(body) > limits.max_body_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        text = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, "slow_upload", text, headers={"connection": "close"}) from None
+
+
+async def _watch(receive: Receive, subscription: Subscription) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    subscription.fail(ApiError(499, "client_disconnected", "the client left"))
+
+
+def _requests(job: Job, entry: Record) -> list[Request]:
+    name = uuid.uuid4().hex
+    return [
+        Request(f"{name}-{at * job.n + sample}", prompt, params, sample_index=sample, arrival=entry.started)
+        for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
+        for sample in range(job.n)
+    ]
+
+
+def _format(service: Service, job: Job) -> Format:
+    logprobs = job.params[0].logprobs is not None
+    if job.chat:
+        return ChatFormat(service.facts.name, service.codec, logprobs, job.include_usage)
+    echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
+    return CompletionFormat(service.facts.name, service.codec, logprobs, job.include_usage, echo)
+
+
+def _shows(delta: Delta) -> bool:
+    return bool(delta.text or delta.logprobs or delta.finish_reason)
+
+
+def _check_model(name: str | None, facts: ModelFacts) -> None:
+    if name is not None and name != facts.name:
+        shown = name if name.isprintable() and len(name) <= 128 else "of this name"
+        raise ApiError(404, "model_not_found", f"the model {shown} is not served here; it serves {facts.name}", "model")

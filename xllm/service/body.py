@@ -1,0 +1,207 @@
+"""Decides what a well-formed request is: strict JSON (UTF-8, no duplicate keys, bounded depth, finite numbers, whole
+characters), then the fields and types of each route. Everything else is refused here, by the name of the field."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from xllm.service.errors import ApiError, invalid
+
+MAX_DEPTH = 64
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+
+
+class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields both routes share; None means "not given". Ranges are checked in params."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class CompletionBody(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/completions. `prompt`: text, texts, ids, or lists of ids."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[dict[str, Any]] | None = None  # parts are checked in params, to name what the model can't read
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# Fields of the OpenAI API that are not supported, with the values that ask for nothing and are therefore honoured.
+NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "chat_template": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_json": (None,),
+    "metadata": (None,),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "web_search_options": (None,),
+}
+
+NOT_SUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+
+Body = TypeVar("Body", CompletionBody, ChatBody)
+
+
+def parse(data: bytes, kind: type[Body]) -> Body:
+    """The typed body. Raises ApiError 400: `invalid_json` with the position, `unsupported_parameter`, `invalid_request`
+    with the field."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise invalid("invalid_request", "the body must be a JSON object")
+    _refuse(value, NOT_SUPPORTED, "")
+    if isinstance(messages := value.get("messages"), list):
+        for index, message in enumerate(messages):
+            if isinstance(message, dict):
+                _refuse(message, NOT_SUPPORTED_IN_MESSAGE, f"messages[{index}].")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON. Raises ApiError 400 `invalid_json`."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise invalid("invalid_json", f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise invalid("invalid_json", f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise invalid("invalid_json", f"the body is nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise invalid("invalid_json", str(error)) from None
+    _check_tree(value, surrogates="\\u" in text)
+    return value
+
+
+def _refuse(value: dict[str, Any], table: dict[str, tuple[Any, ...]], path: str) -> None:
+    for name in sorted(table.keys() & value.keys()):
+        if value.pop(name) not in table[name]:
+            raise invalid("unsupported_parameter", f"`{path}{name}` is not supported by this server", path + name)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise invalid("invalid_json", f"the key {_quoted(twice)} appears twice in one object", _printable(twice))
+    return result
+
+
+def _check_tree(root: Any, surrogates: bool) -> None:
+    """What the parser lets pass: depth, NaN and infinity, halves of surrogate pairs. Iterative, as depth is what is
+    checked."""
+    stack: list[tuple[Any, str, int]] = [(root, "", 1)]
+    while stack:
+        value, path, depth = stack.pop()
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise invalid(
+                    "invalid_request", f"{path or 'the body'} is {value}, it must be a finite number", path or None
+                )
+        elif isinstance(value, str):
+            if surrogates and not _whole(value):
+                raise invalid("invalid_json", f"{path or 'the body'} holds half of a surrogate pair", path or None)
+        elif isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise invalid("invalid_json", f"the body is nested deeper than {MAX_DEPTH} levels")
+            if isinstance(value, dict):
+                for key, item in value.items():
+                    if surrogates and not _whole(key):
+                        raise invalid(
+                            "invalid_json", f"a key inside {path or 'the body'} holds half of a surrogate pair"
+                        )
+                    stack.append((item, f"{path}.{_printable(key)}" if path else _printable(key), depth + 1))
+            elif set(map(type, value)) != {int}:  # token ids need no look at each
+                stack.extend((item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))
+
+
+def _invalid_field(text: str) -> ApiError:
+    what, _, path = text.partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    if match := re.search(r"unknown field `(.*)`", what, re.DOTALL):
+        name = f"{path}.{match[1]}" if path else match[1]
+        return invalid("unknown_parameter", f"unknown field {_quoted(name)}", _printable(name))
+    if match := re.search(r"missing required field `(.*)`", what):
+        name = f"{path}.{match[1]}" if path else match[1]
+        return invalid("missing_parameter", f"the field `{name}` is required", name)
+    return invalid("invalid_type", f"{path}: {what}" if path else what, path or None)
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def _printable(text: str) -> str:
+    """Names from the body go into messages and logs: short, without control characters."""
+    return "".join(char if char.isprintable() else "?" for char in text[:64])
+
+
+def _quoted(text: str) -> str:
+    return f"`{_printable(text)}`"

@@ -1,0 +1,152 @@
+"""Decides who gets in and what every answer has: the request id, the key check that covers all routes but the named
+public ones, the error body for whatever goes wrong inside, one log line at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+
+from xllm.service.errors import ApiError
+from xllm.service.metrics import Recorder
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PUBLIC = ("/health", "/livez", "/ready", "/readyz")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+
+log = logging.getLogger("xllm.request")
+
+
+@dataclass
+class Record:
+    """What is known about one HTTP request; the handler fills in the lower half. Never holds text of prompts or
+    answers."""
+
+    id: str
+    started: float
+    status: int = 0
+    kind: str = ""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finish_reasons: str = ""
+
+
+def record(scope: Scope) -> Record:
+    return scope["xllm.record"]
+
+
+class Keys:
+    """API keys, kept as digests so that a comparison takes the same time whatever the length and the content."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __contains__(self, key: str) -> bool:
+        given = hashlib.sha256(key.encode()).digest()
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
+        return any(matches)
+
+
+class Gate:
+    """The outermost application. `keys` None: no key is needed."""
+
+    def __init__(self, app: App, keys: Keys | None, recorder: Recorder) -> None:
+        self._app, self._keys, self._recorder = app, keys, recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get(b"x-request-id", "")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = f"req-{uuid.uuid4().hex}"
+        scope["app"] = self  # asks Starlette's router to raise instead of answering in plain text
+        entry = scope["xllm.record"] = Record(request_id, time.monotonic())
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                entry.status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        self._recorder.requests_in += 1
+        try:
+            self._authorize(scope, headers)
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            failure = _api_error(error)
+            if entry.status == 0 and failure.status != 499:
+                await send_error(send_with_id, failure, request_id)
+            entry.status = failure.status
+        finally:
+            self._recorder.status(entry.status)
+            _write_log(scope, entry)
+
+    def _authorize(self, scope: Scope, headers: dict[bytes, str]) -> None:
+        if self._keys is None or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
+            return
+        scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
+        if not key:
+            message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise ApiError(401, "missing_api_key", message, headers={"www-authenticate": "Bearer"})
+        if key not in self._keys:
+            raise ApiError(401, "invalid_api_key", "the API key is not valid", headers={"www-authenticate": "Bearer"})
+
+
+async def send_json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+    data = msgspec.json.encode(body)
+    pairs = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    pairs += [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def send_error(send: Send, error: ApiError, request_id: str) -> None:
+    await send_json(send, error.status, error.body(request_id), error.headers)
+
+
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        if error.status_code == 404:
+            return ApiError(404, "unknown_route", "there is no such route")
+        if error.status_code == 405:
+            allowed = headers.get("allow", "other methods")
+            return ApiError(405, "method_not_allowed", f"this route takes {allowed}", headers=headers)
+        return ApiError(error.status_code, "http_error", error.detail, headers=headers)
+    logging.getLogger("xllm.service").error("a request failed by a fault of the server", exc_info=error)
+    return ApiError(500, "internal_error", "the server failed to handle this request; its log has the reason")
+
+
+def _write_log(scope: Scope, entry: Record) -> None:
+    level = logging.DEBUG if scope["path"] in PUBLIC or scope["path"] == "/metrics" else logging.INFO
+    if not log.isEnabledFor(level):
+        return
+    facts = {
+        "id": entry.id,
+        "method": scope["method"],
+        "path": scope["path"][:128],
+        "status": entry.status,
+        "ms": round((time.monotonic() - entry.started) * 1e3, 1),
+    }
+    if entry.prompt_tokens:
+        facts["prompt_tokens"] = entry.prompt_tokens
+        facts["generated_tokens"] = entry.generated_tokens
+        facts["finish"] = entry.finish_reasons
+    log.log(level, msgspec.json.encode(facts).decode())

@@ -1,0 +1,84 @@
+"""Decides what an answer contains: turns engine outputs of one sequence into text that may be shown, the logprobs that
+go with it, and how it ended. Nothing of a stop string leaves, neither as text nor as the token of a logprob."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm.runtime import TokenOutput
+from xllm.service.errors import from_output
+from xllm.service.text import StopStrings
+from xllm.service.tokenizer import TextCodec
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token. offset: characters of the answer before it."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a choice. finish_reason: None, "stop" or "length"."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+
+
+class Choice:
+    """The answer of one sequence as it grows."""
+
+    def __init__(self, codec: TextCodec, stops: tuple[str, ...], skip_special_tokens: bool) -> None:
+        self._detokenizer = codec.detokenizer(skip_special_tokens)
+        self._stops = StopStrings(stops)
+        self._decoded = 0  # characters of all tokens so far
+        self._shown = 0  # characters that left
+        self._waiting: list[TokenLogprob] = []
+        self.tokens = 0
+        self.cached_tokens = 0
+        self.finish_reason: str | None = None
+        self.cut = False  # a stop string ended the answer, the engine still works on it
+
+    def push(self, output: TokenOutput) -> Delta:
+        """Takes one output; must not be called after the finish. Raises ApiError when the sequence failed."""
+        if output.finish_reason in ("error", "cancelled"):
+            raise from_output(output.error or "shutting_down: the request was cancelled by the server")
+        self.cached_tokens = output.cached_tokens or self.cached_tokens
+        # The token that stops an answer (EOS or a stop id) counts, but is not part of its text.
+        stopper = output.finish_reason == "stop"
+        piece = ""
+        if output.token is not None:
+            self.tokens += 1
+            if not stopper:
+                if output.logprob is not None:
+                    logprob = TokenLogprob(output.token, output.logprob, output.top_logprobs, self._decoded)
+                    self._waiting.append(logprob)
+                piece = self._detokenizer.push(output.token)
+        if output.finish_reason is not None:
+            piece += self._detokenizer.finish()
+        self._decoded += len(piece)
+        return self._show(piece, output.finish_reason)
+
+    def _show(self, piece: str, finish_reason: str | None) -> Delta:
+        result = self._stops.push(piece)
+        text = result.text
+        if result.stopped:
+            self.cut = finish_reason is None
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            text += self._stops.finish()
+        self._shown += len(text)
+        self.finish_reason = finish_reason
+        return Delta(text, self._release(everything=finish_reason is not None and not result.stopped), finish_reason)
+
+    def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:
+        """The logprobs whose token begins in text that has left; all of them when nothing is held back."""
+        whole = everything or (self._shown == self._decoded and not self._detokenizer.pending)
+        ready = [item for item in self._waiting if whole or item.offset < self._shown]
+        self._waiting = self._waiting[len(ready) :]
+        return tuple(ready)

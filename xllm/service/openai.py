@@ -1,0 +1,173 @@
+"""Decides the JSON of OpenAI answers: whole completions and chat completions, and the chunks of their streams."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from xllm.service.generation import Delta, TokenLogprob
+from xllm.service.tokenizer import TextCodec
+
+LOWEST = -9999.0  # stands for minus infinity, which JSON doesn't have (OpenAI's value)
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def frame(value: Any) -> bytes:
+    """One server-sent event. JSON has no raw line ends, so one `data:` line is enough."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+class Format:
+    """The bodies of one answer. `logprobs` tells whether the request asked for them."""
+
+    prefix = object = chunk_object = ""
+
+    def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool) -> None:
+        self._codec = codec
+        self._logprobs = logprobs
+        self._include_usage = include_usage
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> dict[str, Any]:
+        bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
+        return self._envelope(self.object, bodies) | {"usage": usage.body()}
+
+    def first(self, choices: int) -> bytes:
+        """What a stream opens with."""
+        return b""
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        raise NotImplementedError
+
+    def last(self, usage: Usage) -> bytes:
+        """What a stream closes with."""
+        if not self._include_usage:
+            return DONE
+        return frame(self._envelope(self.chunk_object, []) | {"usage": usage.body()}) + DONE
+
+    def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _envelope(self, object_: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": object_, "created": self._created, "model": self._model, "choices": choices}
+
+    def _event(self, *choices: dict[str, Any]) -> bytes:
+        body = self._envelope(self.chunk_object, list(choices))
+        return frame(body | {"usage": None} if self._include_usage else body)
+
+
+@dataclass
+class Whole:
+    """A finished choice."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+
+
+class CompletionFormat(Format):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool, echo: Sequence[str]) -> None:
+        """`echo`: the text to repeat before each choice, "" for none."""
+        super().__init__(model, codec, logprobs, include_usage)
+        self._echo = echo
+
+    def first(self, choices: int) -> bytes:
+        return b"".join(self._event(self._choice(at, text, (), None)) for at, text in enumerate(self._echo) if text)
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        return self._event(self._choice(index, delta.text, delta.logprobs, delta.finish_reason))
+
+    def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
+        text = self._echo[index] + "".join(choice.text)
+        return self._choice(index, text, choice.logprobs, choice.finish_reason)
+
+    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        body = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+        if self._logprobs:
+            body["logprobs"] = {
+                "tokens": [self._codec.token_text(item.token) for item in logprobs],
+                "token_logprobs": [_finite(item.logprob) for item in logprobs],
+                "top_logprobs": [self._alternatives(item) for item in logprobs],
+                "text_offset": [item.offset for item in logprobs],
+                "token_ids": [item.token for item in logprobs],
+            }
+        return body
+
+    def _alternatives(self, item: TokenLogprob) -> dict[str, float]:
+        """The best tokens, and the chosen one even when it is none of them."""
+        result = {self._codec.token_text(token): _finite(logprob) for token, logprob in item.top}
+        result.setdefault(self._codec.token_text(item.token), _finite(item.logprob))
+        return result
+
+
+class ChatFormat(Format):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first(self, choices: int) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(self._event(self._choice(at, {"delta": delta}, (), None)) for at in range(choices))
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        """A text and how it ended are two events: clients take the last one for the end of the choice."""
+        event = b""
+        if delta.text or delta.logprobs:
+            event = self._event(self._choice(index, {"delta": {"content": delta.text}}, delta.logprobs, None))
+        if delta.finish_reason is not None:
+            event += self._event(self._choice(index, {"delta": {}}, (), delta.finish_reason))
+        return event
+
+    def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
+
+    def _choice(
+        self, index: int, content: dict[str, Any], logprobs: Sequence[TokenLogprob], reason: str | None
+    ) -> dict[str, Any]:
+        body = {"index": index, **content, "logprobs": None, "finish_reason": reason}
+        if self._logprobs:
+            entries = [
+                self._entry(item.token, item.logprob)
+                | {"top_logprobs": [self._entry(token, logprob) for token, logprob in item.top]}
+                for item in logprobs
+            ]
+            body["logprobs"] = {"content": entries, "refusal": None}
+        return body
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._codec.token_bytes(token)
+        return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > LOWEST else LOWEST

@@ -1,0 +1,151 @@
+"""Decides how a server starts and ends: socket first, then the engine, then requests. The first SIGTERM or SIGINT
+drains (running requests finish, new ones get 503), the second ends every stream with an error and exits within a
+second."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from xllm.service.answer import Service
+from xllm.service.app import build_app
+from xllm.service.errors import ApiError
+from xllm.service.gate import Keys
+
+MAX_HEADER_BYTES = 64 << 10
+HEADER_SECONDS = 30.0
+WARM_UP_SECONDS = 1.0
+FORCED_EXIT_SECONDS = 1.0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    keys: Keys | None,
+    on_listening: Callable[[str], None],
+    loop: str = "uvloop",
+) -> None:
+    """Answers until a signal ends it. `on_listening(url)` is called once requests are accepted."""
+    server = Server(service, keys, loop)
+    server.on_listening = lambda: on_listening(url(listener))
+    server.run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with a drain: it keeps listening until the last answer is complete, so that newcomers are told 503."""
+
+    def __init__(self, service: Service, keys: Keys | None = None, loop: Any = "uvloop") -> None:
+        self.service = service
+        self.on_listening: Callable[[], None] = lambda: None
+        self._signals = 0
+        super().__init__(
+            uvicorn.Config(
+                build_app(service, keys),
+                loop=loop,
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=None,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self.service.dispatcher.bind(self.service.engine, loop)
+        await super().startup(sockets)
+        self.on_listening()
+        # Importing the sandbox costs tens of milliseconds, which neither the start nor the first request should pay.
+        loop.call_later(WARM_UP_SECONDS, loop.run_in_executor, self.service.pool, self.service.warm_up)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.draining and self.service.recorder.concurrent == 0:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        self.service.draining = True
+        if self._signals == 2:
+            self.service.dispatcher.fail_all(ApiError(503, "shutting_down", "the server was stopped"))
+            self.should_exit = self.force_exit = True
+            timer = threading.Timer(FORCED_EXIT_SECONDS, os._exit, (128 + sig,))
+            timer.daemon = True
+            timer.start()
+        elif self._signals > 2:
+            os._exit(128 + sig)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Headers of bounded size that must arrive in bounded time, which uvicorn leaves open."""
+
+    _header_bytes = 0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        self._header_bytes = 0
+        self._start_clock()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(name + value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def _count(self, data: bytes) -> None:
+        self._header_bytes += len(data)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise httptools.HttpParserError("the headers are too large")
+
+    def _start_clock(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

@@ -1,0 +1,94 @@
+"""Decides what text a token has: wraps the `tokenizers` library (text to ids, ids to text) and knows the exact bytes of
+one token, which clients need for logprobs of tokens that are only a part of a character."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from os import PathLike, fspath
+
+import tokenizers
+
+from xllm.service.text import Detokenizer
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TextCodec:
+    """Text to ids and back for one model. Thread-safe: the wrapped tokenizer is never changed after construction."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_padding()  # settings of a training run that some tokenizer files carry
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, facts in added.items() if facts.special)
+        self._added = {token: facts.content for token, facts in added.items()}
+        self._byte_level = _has_decoder(tokenizer, "ByteLevel")
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> TextCodec:
+        """Reads a tokenizer.json. Raises ValueError with a sentence when it can't be used."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(fspath(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer.json can't be read: {error}") from None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
+        if skip_special_tokens:
+            return Detokenizer(self._tokenizer.decode, self._textless)
+        return Detokenizer(lambda tokens: self._tokenizer.decode(tokens, skip_special_tokens=False), self._unknown)
+
+    def _unknown(self, token: int) -> bool:
+        """Models pad the vocabulary, and a sampler may draw a padding row."""
+        return self._tokenizer.id_to_token(token) is None
+
+    def _textless(self, token: int) -> bool:
+        return token in self._special or self._unknown(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token; joined over an answer they are its text in UTF-8 (up to a leading space some models
+        drop)."""
+        if (content := self._added.get(token)) is not None:
+            return content.encode()
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            table = _byte_of_character()
+            return b"".join(bytes((table[char],)) if char in table else char.encode() for char in piece)
+        if match := BYTE_TOKEN.fullmatch(piece):
+            return bytes((int(match[1], 16),))
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    def token_text(self, token: int) -> str:
+        """The token as text on its own; a part of a character shows as `bytes:\\xe4\\xbd`, as OpenAI's does."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _has_decoder(tokenizer: tokenizers.Tokenizer, kind: str) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    facts = json.loads(tokenizer.decoder.__getstate__())
+    return any(part.get("type") == kind for part in [facts, *facts.get("decoders", [])])
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    """The byte each printable stand-in of a byte-level vocabulary means (GPT-2's table)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    table = {chr(byte): byte for byte in plain}
+    others = (byte for byte in range(256) if byte not in set(plain))
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
