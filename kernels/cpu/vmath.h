@@ -5,10 +5,10 @@
 
 namespace XK_LEVEL {
 
-// e^x; 0 below -87.3 (where the result would be subnormal), the largest power near 3.4e38 above 88.7; NaN stays NaN.
+// e^x; 0 below -87.3 (where the result would be subnormal), infinite above 88.7; NaN stays NaN.
 XK_INLINE f32x16 exp(f32x16 x) {
-  const f32x16 low = set1(-87.3365447f), input = x;
-  x = min(set1(88.7228317f), max(low, x));
+  const f32x16 low = set1(-87.3365447f), high = set1(88.7228317f), input = x;
+  x = min(high, max(low, x));
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
   const f32x16 magic = set1(12582912.0f), shifted = fma(x, set1(1.44269504f), magic), n = shifted - magic;
   f32x16 r = fma(n, set1(-0.693359375f), x);
@@ -26,7 +26,7 @@ XK_INLINE f32x16 exp(f32x16 x) {
     const vi power = (vi)shifted.v[i] - (vi)magic.v[i], half = power >> 1;
     scaled.v[i] = p.v[i] * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
   }
-  return select_less(input, low, zero(), scaled);
+  return select_less(input, low, zero(), select_less(high, input, set1(__builtin_inff()), scaled));
 }
 
 XK_INLINE float exp(float x) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from xllm.kernels import cpu
 
 from tests.kernels.oracle import KernelRun

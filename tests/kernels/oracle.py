@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from xllm.kernels import cpu
 
 
@@ -49,7 +48,10 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> 
 
 
 def attention(q, k, v, positions, scale, window=0, softcap=0.0, sinks=None) -> np.ndarray:
-    """One sequence: q [T, Hq, D]; k, v [L, Hkv, D] by absolute position; row t sees max(0, p-window+1)..p for p = positions[t]."""
+    """One sequence: q [T, Hq, D]; k, v [L, Hkv, D] by absolute position.
+
+    Row t sees tokens max(0, p - window + 1)..p, where p = positions[t].
+    """
     share, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
     for t, p in enumerate(positions):
         first = max(0, p - window + 1) if window else 0
@@ -94,7 +96,7 @@ def batch(
     where = [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
     positions = np.concatenate(where).astype(np.int32) if total else np.zeros(0, np.int32)
     seq_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    spans = spans or [aligned(64)] * len(lengths)
+    spans = list(spans)[: len(lengths)] or [aligned(64)] * len(lengths)
     return cpu.Batch(
         np.zeros(total, np.int32) if ids is None else np.asarray(ids, np.int32),
         positions,

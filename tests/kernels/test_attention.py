@@ -1,0 +1,126 @@
+"""attention, and the KV write before it.
+
+Right, blind to what a row must not see, and the same bits under any cut of a prompt.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from xllm.kernels import cpu
+
+from tests.kernels.oracle import KernelRun, aligned, attention, batch, relative_error, rounded
+
+LAYER_OFFSET = 256  # bytes: a layer that is not the first
+
+
+class Model:
+    """One layer's shape, a span per sequence, and the two calls that fill and read it."""
+
+    def __init__(self, run, q_heads, kv_heads, dim, suffix, tokens, spans=1, **options):
+        self.run, self.q_heads, self.kv_heads, self.dim, self.suffix = run, q_heads, kv_heads, dim, suffix
+        self.options = {"window": 0, "softcap": 0.0, "sinks": None} | options
+        self.scale = 1 / math.sqrt(dim)
+        self.group_bytes = LAYER_OFFSET + kv_heads * dim * 32 * (4 if suffix == "f32" else 2) + 128
+        # 0xff everywhere: memory that was never written is NaN, and must not matter.
+        self.spans = [aligned(self.group_bytes * (tokens // 16 + 1), 0xFF) for _ in range(spans)]
+
+    def step(self, q, k, v, lengths, starts):
+        """Writes k, v [T, Hkv, D] and attends with q [T, Hq, D]; rows of all sequences together."""
+        step = batch(lengths, starts, self.spans)
+        shape = {"layer_offset": LAYER_OFFSET, "group_bytes": self.group_bytes, "kv_heads": self.kv_heads}
+        shape["head_dim"] = self.dim
+        out = np.full(q.shape, np.nan, np.float32)
+        self.run(f"kv_write.{self.suffix}", {"k": k, "v": v}, shape, step=step)
+        self.run(
+            f"attention.{self.suffix}",
+            {"q": q, "sinks": self.options["sinks"], "out": out},
+            shape | {"q_heads": self.q_heads, "window": self.options["window"]},
+            {"scale": self.scale, "softcap": self.options["softcap"]},
+            step=step,
+        )
+        return out
+
+    def oracle(self, q, k, v, start=0):
+        k, v = rounded(k, self.suffix), rounded(v, self.suffix)
+        return attention(q, k, v, range(start, start + len(q)), self.scale, **self.options)
+
+
+def inputs(rng, tokens, q_heads, kv_heads, dim):
+    shapes = ((tokens, q_heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim))
+    return [rng.standard_normal(s, np.float32) for s in shapes]
+
+
+SHAPES = [
+    pytest.param(4, 4, 64, {}, id="multi-head"),
+    pytest.param(4, 2, 128, {}, id="grouped"),
+    pytest.param(7, 1, 24, {}, id="one-kv-head-odd-dim"),
+    pytest.param(2, 2, 5, {}, id="tiny-dim"),
+    pytest.param(4, 2, 32, {"window": 1}, id="window-1"),
+    pytest.param(4, 2, 32, {"window": 19}, id="window-19"),
+    pytest.param(4, 2, 32, {"window": 100}, id="window-100"),
+    pytest.param(4, 2, 32, {"softcap": 3.0}, id="softcap"),
+    pytest.param(4, 2, 32, {"sinks": np.array([0.5, -2, 4, 30], np.float32)}, id="sinks"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim", "options"), SHAPES)
+def test_matches_float64_and_bits_do_not_depend_on_the_cut(run, rng, suffix, q_heads, kv_heads, dim, options):
+    tokens = 150
+    q, k, v = inputs(rng, tokens, q_heads, kv_heads, dim)
+    model = Model(run, q_heads, kv_heads, dim, suffix, tokens, spans=4, **options)
+    whole = model.step(q, k, v, [tokens], [0])
+    assert relative_error(whole, model.oracle(q, k, v)) < 1e-6
+
+    model.spans = model.spans[1:]
+    cuts = [0, 5, 6, 23, 64, 70, 133, tokens]
+    chunks = [model.step(q[a:b].copy(), k[a:b].copy(), v[a:b].copy(), [b - a], [a]) for a, b in pairwise(cuts)]
+    assert np.array_equal(np.concatenate(chunks), whole)
+
+    model.spans = model.spans[1:]
+    alone = KernelRun(cpu.Runner(1, run.runner.level))
+    model.run = alone
+    rows = [model.step(q[t : t + 1], k[t : t + 1], v[t : t + 1], [1], [t]) for t in range(tokens)]
+    alone.runner.close()
+    assert np.array_equal(np.concatenate(rows), whole)
+
+
+@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+def test_sequences_of_a_batch_do_not_meet(run, rng, suffix):
+    lengths, starts = [1, 40, 17, 1], [90, 0, 51, 0]
+    model = Model(run, 6, 2, 48, suffix, 128, spans=4)
+    past = [inputs(rng, start, 6, 2, 48) for start in starts]
+    for n, (q, k, v) in enumerate(past):
+        if starts[n]:
+            model.step(q, k, v, [0] * n + [starts[n]] + [0] * (3 - n), [0] * 4)
+    now = [inputs(rng, length, 6, 2, 48) for length in lengths]
+    out = model.step(*(np.concatenate(parts) for parts in zip(*now, strict=True)), lengths, starts)
+    row = 0
+    for n, length in enumerate(lengths):
+        k, v = (np.concatenate([past[n][i], now[n][i]]) for i in (1, 2))
+        assert relative_error(out[row : row + length], model.oracle(now[n][0], k, v, starts[n])) < 1e-6
+        row += length
+
+
+def test_long_context_with_far_apart_scores(run, rng):
+    """Large scores in a late block: the running sums are rescaled, nothing overflows."""
+    tokens = 700
+    q, k, v = inputs(rng, tokens, 2, 1, 32)
+    k[640:] *= 40
+    model = Model(run, 2, 1, 32, "f32", tokens)
+    got = model.step(q, k, v, [tokens], [0])
+    assert np.isfinite(got).all()
+    assert relative_error(got, model.oracle(q, k, v)) < 1e-5
+
+
+def test_a_poisoned_token_reaches_only_those_who_see_it(run, rng):
+    q, k, v = inputs(rng, 80, 4, 2, 32)
+    clean = Model(run, 4, 2, 32, "f32", 80, window=30).step(q, k, v, [80], [0])
+    k[37], v[37] = np.nan, np.inf
+    spoiled = Model(run, 4, 2, 32, "f32", 80, window=30).step(q, k, v, [80], [0])
+    sees = np.arange(80)
+    sees = (sees >= 37) & (sees < 37 + 30)
+    assert np.array_equal(spoiled[~sees], clean[~sees])
+    assert np.isnan(spoiled[sees]).all()

@@ -1,0 +1,67 @@
+"""linear: right to float32 rounding, and the same bits whatever the rows, their order and the threads."""
+
+import numpy as np
+import pytest
+from xllm.kernels import cpu
+
+from tests.kernels.oracle import KernelRun, pack, relative_error, rounded
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 25, 97, 200)
+
+
+def linear(run, x, packed, bias, n, suffix):
+    out = np.full((len(x), n), np.nan, np.float32)
+    ints = {"k": x.shape[1], "n": n}
+    run(f"linear.{suffix}", {"x": x, "weight": packed, "bias": bias, "out": out}, ints, rows=len(x))
+    return out
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17)])
+def test_matches_float64(run, rng, suffix, k, n):
+    weight = rng.standard_normal((n, k), np.float32)
+    bias = rng.standard_normal(n, np.float32)
+    packed = pack(weight, DTYPES[suffix])
+    for rows in ROWS:
+        x = rng.standard_normal((rows, k), np.float32)
+        want = x.astype(np.float64) @ rounded(weight, suffix).T.astype(np.float64)
+        assert relative_error(linear(run, x, packed, bias, n, suffix), want + bias) < 2e-6
+        assert relative_error(linear(run, x, packed, None, n, suffix), want) < 2e-6
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_bits_do_not_depend_on_rows_or_threads(run, rng, suffix):
+    k, n = 1103, 70
+    packed = pack(rng.standard_normal((n, k), np.float32), DTYPES[suffix])
+    bias = rng.standard_normal(n, np.float32)
+    x = rng.standard_normal((max(ROWS), k), np.float32)
+    whole = linear(run, x, packed, bias, n, suffix)
+    for rows in ROWS:
+        part = np.ascontiguousarray(x[-rows:])
+        assert np.array_equal(linear(run, part, packed, bias, n, suffix), whole[-rows:])
+    with cpu.Runner(1, run.runner.level) as alone:
+        assert np.array_equal(linear(KernelRun(alone), x, packed, bias, n, suffix), whole)
+
+
+def test_a_poisoned_row_stays_alone(run, rng):
+    x = rng.standard_normal((9, 40), np.float32)
+    packed = pack(rng.standard_normal((33, 40), np.float32), "float32")
+    clean = linear(run, x, packed, None, 33, "f32")
+    x[4] = np.nan
+    spoiled = linear(run, x, packed, None, 33, "f32")
+    assert np.isnan(spoiled[4]).all()
+    assert np.array_equal(np.delete(spoiled, 4, 0), np.delete(clean, 4, 0))
+
+
+def test_rows_s(run, rng):
+    """A call with rows = S works on S rows of a step that has more tokens."""
+    from tests.kernels.oracle import batch
+
+    x = rng.standard_normal((2, 24), np.float32)
+    packed, out = pack(rng.standard_normal((16, 24), np.float32), "float32"), np.full((3, 16), 7, np.float32)
+    step = batch([5], last=[1, 4])
+    args = {"x": x, "weight": packed, "bias": None, "out": out}
+    run("linear.f32", args, {"k": 24, "n": 16}, step=step, which="S")
+    assert np.array_equal(out[:2], linear(run, x, packed, None, 16, "f32"))
+    assert (out[2] == 7).all()

@@ -1,0 +1,88 @@
+"""rope, kv_write and the fused query/key kernel, which must give the bits of its parts."""
+
+import numpy as np
+import pytest
+
+from tests.kernels.oracle import aligned, batch, bf16_bits, relative_error, rms_norm, rope
+
+
+def angles(rng, rows, rotary, interleaved):
+    half = rng.uniform(-3, 3, (rows, rotary // 2)).astype(np.float32)
+    full = np.repeat(half, 2, -1) if interleaved else np.concatenate([half, half], -1)
+    return np.cos(full), np.sin(full)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize(("heads", "dim", "rotary"), [(3, 64, 64), (2, 80, 32), (1, 10, 6), (2, 128, 128), (2, 16, 0)])
+def test_rope(run, rng, heads, dim, rotary, interleaved):
+    x = rng.standard_normal((9, heads, dim), np.float32)
+    cos, sin = angles(rng, 9, rotary, interleaved)
+    out = np.full_like(x, np.nan)
+    ints = {"heads": heads, "head_dim": dim, "rotary_dim": rotary, "interleaved": interleaved}
+    cos, sin = (a if rotary else np.zeros((9, 1), np.float32) for a in (cos, sin))
+    run("rope.f32", {"x": x, "cos": cos, "sin": sin, "out": out}, ints, rows=9)
+    assert relative_error(out, rope(x, cos[:, :rotary], sin[:, :rotary], bool(interleaved))) < 2e-7
+
+
+def read_span(span, group_bytes, offset, kv_heads, dim, suffix, tokens):
+    """[tokens, kv_heads, dim] raw elements of K and V as the layout is documented."""
+    dtype = np.uint32 if suffix == "f32" else np.uint16
+    size = kv_heads * dim * 32 * dtype().itemsize
+    keys, values = [], []
+    for token in range(tokens):
+        begin = token // 16 * group_bytes + offset
+        heads = span[begin : begin + size].view(dtype).reshape(kv_heads, 2, dim * 16)
+        keys.append(heads[:, 0].reshape(kv_heads, dim, 16)[:, :, token % 16])
+        values.append(heads[:, 1].reshape(kv_heads, 16, dim)[:, token % 16])
+    return np.array(keys), np.array(values)
+
+
+def bits(x, suffix):
+    return x.view(np.uint32) if suffix == "f32" else bf16_bits(x)
+
+
+@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("dim", "rotary", "interleaved"), [(64, 64, 0), (24, 12, 0), (32, 16, 1), (16, 0, 0)])
+def test_fused_gives_the_bits_of_its_parts(run, rng, suffix, norm, dim, rotary, interleaved):
+    q_heads, kv_heads, lengths, starts = 4, 2, [21, 3], [0, 30]
+    rows, offset, group_bytes = sum(lengths), 64, 64 + kv_heads * dim * 32 * 4
+    qkv = rng.standard_normal((rows, q_heads + 2 * kv_heads, dim), np.float32)
+    weights = [rng.standard_normal(dim, np.float32) for _ in range(2)] if norm else [None, None]
+    cos, sin = angles(rng, rows, rotary, interleaved) if rotary else (None, None)
+    spans = [aligned(group_bytes * 3) for _ in lengths]
+    step, q_out = batch(lengths, starts, spans), np.full((rows, q_heads, dim), np.nan, np.float32)
+    ints = {"layer_offset": offset, "group_bytes": group_bytes, "q_heads": q_heads, "kv_heads": kv_heads}
+    ints |= {"head_dim": dim, "rotary_dim": rotary, "interleaved": interleaved}
+    args = {"qkv": qkv, "q_norm": weights[0], "k_norm": weights[1], "cos": cos, "sin": sin, "q_out": q_out}
+    run(f"qk_norm_rope_write.{suffix}", args, ints, {"eps": 1e-6}, step=step)
+
+    def parts(x, weight):
+        x = np.ascontiguousarray(x)
+        if weight is not None:
+            flat, out = x.reshape(-1, dim), np.empty_like(x)
+            norm_args = {"x": flat, "weight": weight, "out": out}
+            run("rms_norm.f32", norm_args, {"width": dim}, {"eps": 1e-6}, rows=len(flat))
+            assert relative_error(out, rms_norm(x, weight, 1e-6)) < 3e-7
+            x = out
+        if rotary:
+            out, ints = np.empty_like(x), {"heads": x.shape[1], "head_dim": dim, "rotary_dim": rotary}
+            rope_args = {"x": x, "cos": cos, "sin": sin, "out": out}
+            run("rope.f32", rope_args, ints | {"interleaved": interleaved}, rows=rows)
+            x = out
+        return x
+
+    assert np.array_equal(q_out, parts(qkv[:, :q_heads], weights[0]))
+    key, value = parts(qkv[:, q_heads : q_heads + kv_heads], weights[1]), qkv[:, q_heads + kv_heads :]
+    row = 0
+    for span, length, start in zip(spans, lengths, starts, strict=True):
+        keys, values = read_span(span, group_bytes, offset, kv_heads, dim, suffix, start + length)
+        assert np.array_equal(keys[start:], bits(key[row : row + length], suffix))
+        assert np.array_equal(values[start:], bits(value[row : row + length], suffix))
+        row += length
+
+    other = [aligned(group_bytes * 3) for _ in lengths]
+    write = {"layer_offset": offset, "group_bytes": group_bytes, "kv_heads": kv_heads, "head_dim": dim}
+    step = batch(lengths, starts, other)
+    run(f"kv_write.{suffix}", {"k": key, "v": np.ascontiguousarray(value)}, write, step=step)
+    assert all(np.array_equal(a, b) for a, b in zip(spans, other, strict=True))
