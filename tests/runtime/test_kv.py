@@ -149,6 +149,26 @@ def test_a_failed_mapping_loses_no_page():
     pool.check()
 
 
+def test_a_failed_unmapping_loses_no_page():
+    pool = make_pool(pages=4)
+    run(pool, 4)
+
+    def refuse(address, pages=1):
+        raise MemoryFault("memory_unavailable", "mmap failed")
+
+    works, pool._memory.unmap = pool._memory.unmap, refuse
+    blocker, slot = pool.start(64), pool.start(16)
+    with pytest.raises(MemoryFault):
+        pool.grow(slot, 16)
+    pool.finish(blocker)
+    with pytest.raises(MemoryFault):
+        pool.grow(slot, 16)
+    pool.check()
+    pool._memory.unmap = works
+    pool.grow(slot, 16)
+    pool.check()
+
+
 def test_check_notices_a_lost_page():
     pool = make_pool()
     pool._free.pop()

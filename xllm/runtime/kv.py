@@ -107,7 +107,9 @@ class KvPool:
         self._committed = 0
         self._live = 0
         self._reusable = 0
-        self._hungry: set[int] = set()  # live slots with fewer pages ahead than they should have
+        # Idle slots by how many pages they have: a start looks at a handful of lengths, not at every slot.
+        self._idle: dict[int, list[int]] = {0: list(reversed(range(plan.spans)))}
+        self._hungry: dict[int, None] = {}  # live slots with fewer pages ahead than they should have, longest first
         self._critical_maps = self._hidden_maps = self._unmaps = 0
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -123,8 +125,7 @@ class KvPool:
         """Give a span to a new sequence that will soon need `tokens` tokens; returns its slot. At most `spans` live."""
         with self._lock:
             wanted = self.plan.pages_for(tokens)
-            idle = (slot for slot, span in enumerate(self._spans) if not span.live)
-            slot = min(idle, key=lambda slot: self._cost_of(slot, wanted))
+            slot = self._take_idle(min(self._idle, key=lambda length: self._cost_of(length, wanted)))
             span = self._spans[slot]
             span.live, span.goal, span.committed = True, wanted, 0
             self._live += 1
@@ -166,22 +167,32 @@ class KvPool:
             span.live, span.committed, span.goal = False, 0, 0
             for page in span.pages:
                 self._state[page] = PageState.REUSABLE
-            self._hungry.discard(slot)
+            self._add_idle(slot)
+            self._hungry.pop(slot, None)
             self._work.notify()
 
     def premap(self) -> bool:
-        """Map one page ahead of need, for the live sequence with the least, else for the next one to start. Returns
-        False when everybody has enough or no page is left that is not in use. The background thread does just this."""
+        """Map one page ahead of need, for the live sequence that lacks one longest, else for the next one to start.
+        Returns False when everybody has enough or no page is left that is not in use. The background thread does just
+        this."""
         with self._lock:
             slot = self._neediest()
             if slot is None:
                 return False
-            self._map_next(slot, self._free.pop() if self._free else self._reclaim())
-            self._hidden_maps += 1
             span = self._spans[slot]
-            address = span.base + (len(span.pages) - 1) * self.plan.page_bytes
+            page = self._free.pop() if self._free else self._reclaim()
             if span.live:
+                self._hungry.pop(slot)
+                self._map_next(slot, page)
                 self._feed(slot)
+            else:
+                self._take_idle(0)
+                try:
+                    self._map_next(slot, page)
+                finally:
+                    self._add_idle(slot)
+            self._hidden_maps += 1
+            address = span.base + (len(span.pages) - 1) * self.plan.page_bytes
         # Outside the lock: zeroing a page takes milliseconds. If it is taken back meanwhile, this touches a hole.
         self._memory.populate(address)
         return True
@@ -227,14 +238,27 @@ class KvPool:
             _require(self._committed == sum(span.committed for span in live), "commitments are miscounted")
             _require(self._committed <= self.plan.pages, "more is promised than there is")
             _require(self._live == len(live), "live spans are miscounted")
+            idle = {(length, slot) for length, slots in self._idle.items() for slot in slots}
+            lengths = {(len(span.pages), slot) for slot, span in enumerate(self._spans) if not span.live}
+            _require(idle == lengths and all(self._idle.values()), "idle spans are misfiled")
             for span in live:
                 _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
 
-    def _cost_of(self, slot: int, wanted: int) -> tuple[int, bool, int, int, int]:
+    def _cost_of(self, length: int, wanted: int) -> tuple[int, bool, int, int]:
         """Order of idle spans for a demand: no unmapping first, at most one page too many, then the fewest maps."""
-        have = len(self._spans[slot].pages)
-        missing, slack = max(0, wanted - have), max(0, have - wanted)
-        return max(0, missing - len(self._free)), slack > 1, missing, slack, slot
+        missing, slack = max(0, wanted - length), max(0, length - wanted)
+        return max(0, missing - len(self._free)), slack > 1, missing, slack
+
+    def _take_idle(self, length: int) -> int:
+        """The idle slot of that many pages that was used last: its caches are the warmest."""
+        slots = self._idle[length]
+        slot = slots.pop()
+        if not slots:
+            del self._idle[length]
+        return slot
+
+    def _add_idle(self, slot: int) -> None:
+        self._idle.setdefault(len(self._spans[slot].pages), []).append(slot)
 
     def _map_next(self, slot: int, page: int) -> None:
         span = self._spans[slot]
@@ -261,10 +285,13 @@ class KvPool:
 
     def _reclaim(self) -> int:
         """Take the last page of the shortest idle span: long spans stay whole for long sequences."""
-        idle = (slot for slot, span in enumerate(self._spans) if span.pages and not span.live)
-        slot = min(idle, key=lambda slot: len(self._spans[slot].pages))
+        slot = self._take_idle(min(length for length in self._idle if length))
+        try:
+            page = self._unmap_last(slot)
+        finally:
+            self._add_idle(slot)
         self._reusable -= 1
-        return self._unmap_last(slot)
+        return page
 
     def _unmap_last(self, slot: int) -> int:
         span = self._spans[slot]
@@ -282,18 +309,18 @@ class KvPool:
         span = self._spans[slot]
         share = -(-AHEAD_PAGES // self._live)
         if len(span.pages) < min(self.plan.span_pages, max(span.goal, span.committed + share)):
-            self._hungry.add(slot)
+            self._hungry[slot] = None
             self._work.notify()
         else:
-            self._hungry.discard(slot)
+            self._hungry.pop(slot, None)
 
     def _neediest(self) -> int | None:
         if not self._free and not self._reusable:
             return None
         if self._hungry:
-            return min(self._hungry, key=lambda slot: (self._ahead(slot), slot))
-        if self._free and self._reusable < AHEAD_PAGES:
-            return next((slot for slot, span in enumerate(self._spans) if not span.live and not span.pages), None)
+            return next(iter(self._hungry))
+        if self._free and self._reusable < AHEAD_PAGES and 0 in self._idle:
+            return self._idle[0][-1]
         return None
 
     def _premap_forever(self) -> None:
