@@ -185,7 +185,10 @@ def rule_text(rule: WeightRule) -> str:
 
 
 def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weight as one array. `read` maps checkpoint names to arrays; raises KeyError naming a missing tensor."""
+    """The weight as one array: float32, float16, or bfloat16 as uint16, whatever its sources are.
+
+    `read` maps checkpoint names to arrays of these types. Raises KeyError naming a tensor that is missing.
+    """
     match rule:
         case Source(names):
             for name in names:
@@ -195,6 +198,16 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
         case Constant(name):
             return constants[name]
         case Concat(parts):
-            return np.concatenate([evaluate(part, read, constants) for part in parts], axis=0)
+            arrays = [evaluate(part, read, constants) for part in parts]
+            if len({array.dtype for array in arrays}) > 1:
+                arrays = [widen(array) for array in arrays]
+            return np.concatenate(arrays, axis=0)
         case Shift(of, by):
-            return evaluate(of, read, constants).astype(np.float32) + np.float32(by)
+            return widen(evaluate(of, read, constants)) + np.float32(by)
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """float32 of a float32, float16 or bfloat16 (held as uint16) array; exact in every case."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)

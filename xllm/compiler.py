@@ -1,0 +1,293 @@
+"""`xllm compile`: capture, rewrite, stamp, plan, pack, write. The order of this file is the order of the work.
+
+Nothing is decided here but the order; choices are made by passes and targets, and each is on record in the report.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import xllm
+from xllm.artifact import Artifact, ArtifactWriter, writing
+from xllm.errors import CompileError
+from xllm.plan import Plan, StoredWeight
+
+Progress = Callable[[str, int, int], None]  # stage or item, done, total
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a user may choose. None means: by the checkpoint.
+
+    weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together; max_len:
+    tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. traffic: (tokens of a step,
+    weight) pairs the buckets are chosen for. debug: the XLLM_DEBUG ladder, 0 to 5.
+    """
+
+    target: str = "cpu"
+    weights: str | None = None
+    kv: str | None = None
+    max_seqs: int = 64
+    max_len: int | None = None
+    max_batch_tokens: int = 512
+    disable: tuple[str, ...] = ()
+    traffic: tuple[tuple[int, float], ...] = ()
+    debug: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weights", DTYPES), ("kv", DTYPES), ("target", ("cpu",))):
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise CompileError(f"{name} is {value!r}", code="bad-option", try_="one of " + ", ".join(allowed))
+        for name in ("max_seqs", "max_batch_tokens", "max_len"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1 << 20:
+                raise CompileError(f"{name} is {value}", code="bad-option", try_=f"a {name} from 1 to {1 << 20}")
+
+
+DTYPES = ("float32", "bfloat16")
+DEFAULT_MAX_LEN = 4096
+PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of its form with every layer written out
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compile did: pass records, operators left to torch, sizes, seconds per stage, peak memory in bytes."""
+
+    artifact: Path
+    records: tuple[Any, ...]
+    fallbacks: tuple[tuple[str, str], ...]
+    weight_bytes: int
+    arena_bytes: int
+    token_bytes: int
+    buckets: tuple[tuple[int, int], ...]
+    unused: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    peak_bytes: int = field(default=0, compare=False)
+
+    def text(self) -> str:
+        """The report as lines for a person."""
+        lines = [f"wrote {self.artifact}"]
+        for record in self.records:
+            missed = f", {len(record.misses)} near misses" if record.misses else ""
+            lines.append(f"  {record.name:<20} {record.hits:>5} hits{missed}  {record.seconds:.2f} s")
+        lines.append(
+            f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
+            f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
+        )
+        lines += [f"  runs in torch: {node}: {why}" for node, why in self.fallbacks]
+        if self.fallbacks:
+            lines.append("  serving will import torch for these operators (seconds at start, and a copy for each call)")
+        lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
+        spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
+        return "\n".join(lines)
+
+
+def compile_checkpoint(
+    checkpoint: str | Path, out: str | Path, options: CompileOptions | None = None, progress: Progress | None = None
+) -> Report:
+    """Compiles the checkpoint folder into the artifact `out`, whole or not at all. Raises CompileError or ArtifactError."""
+    options, tell, clock = options or CompileOptions(), progress or (lambda *_: None), _Stopwatch()
+    with writing(out) as writer:
+        tell("loading the compiler", 0, 0)
+        from xllm.frontend.facts import facts as read_facts
+        from xllm.frontend.huggingface import capture
+        from xllm.frontend.stamp import stamp
+        from xllm.frontend.weights import Checkpoint
+        from xllm.ir.show import digest
+        from xllm.passes import PLANS, REWRITES, Context, pipeline_text, run_pipeline, without
+        from xllm.passes.debug import Ladder, dump_planned
+        from xllm.passes.emit import emit_plan
+        from xllm.targets import cpu
+
+        clock.lap("imports")
+        facts = read_facts(checkpoint)
+        tensors = Checkpoint.open(checkpoint)
+        options = _resolved(options, facts.max_len, tensors.dtype)
+        target = cpu.host_target()
+        context = Context(target, str(options.weights), str(options.kv), options.traffic)
+        tell("capturing", 0, 0)
+        program = capture(
+            checkpoint, max_len=options.max_len, max_tokens=options.max_batch_tokens, max_seqs=options.max_seqs
+        )
+        clock.lap("capture")
+        ladder = Ladder(options.debug, target.name, lambda name, text: writer.write(f"ir/{name}.ir", text))
+        ladder.captured(program)
+        tell("rewriting", 0, 0)
+        program, rewrites = run_pipeline(program, without(REWRITES, options.disable), context, ladder.observe)
+        program = stamp(program)
+        tensors.check(program.weights)
+        tell("planning", 0, 0)
+        program, plans = run_pipeline(program, PLANS, context, ladder.observe)
+        plan = emit_plan(program)
+        for suffix, text in dump_planned(program, plan, target.name).items():
+            writer.write(f"ir/{ladder.count:02d}-{PLANNED}{suffix and UNFOLDED}.ir", text)
+        clock.lap("passes")
+        plan, header = writer.write_weights(
+            _sized(plan), lambda weight: _packed(program, weight, tensors), lambda name, done, total: tell("packing weights", done, total)
+        )
+        clock.lap("weights")
+        writer.write("plan.json", plan.to_json())
+        _copy_tokenizer(writer, facts)
+        records = (*rewrites, *plans)
+        passes = (*without(REWRITES, options.disable), *PLANS)
+        writer.finish(
+            {
+                "toolchain": {"xllm": xllm.__version__, "torch": _version("torch"), "transformers": _version("transformers")},
+                "target": {"name": target.name, "level": target.level, "architecture": cpu.architecture()},
+                "model": {
+                    "name": facts.name,
+                    "architecture": facts.architecture,
+                    "vocab": facts.vocab_size,
+                    "max_len": options.max_len,
+                    "trained_len": facts.max_len,
+                    "eos_ids": list(facts.eos_ids),
+                    "bos_id": facts.bos_id,
+                },
+                "generation": dict(facts.generation),
+                "special_tokens": dict(facts.special_tokens),
+                "limits": {
+                    "max_len": options.max_len,
+                    "max_seqs": options.max_seqs,
+                    "max_batch_tokens": options.max_batch_tokens,
+                },
+                "weights_dtype": options.weights,
+                "kv_dtype": options.kv,
+                "weights_header": header,
+                "pipeline": pipeline_text(passes),
+                "passes": [
+                    {"name": r.name, "kind": r.kind, "hits": r.hits, "misses": list(r.misses), "before": r.before, "after": r.after}
+                    for r in records
+                ],
+                "program": digest(program),
+            }
+        )
+    return Report(
+        artifact=Path(out),
+        records=records,
+        fallbacks=tuple((c.node, c.op) for c in plan.calls if c.kernel == "torch"),
+        weight_bytes=sum(weight.bytes for weight in plan.weights.values()),
+        arena_bytes=plan.arena_bytes,
+        token_bytes=plan.kv.token_bytes,
+        buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
+        unused=tensors.unused(program.weights),
+        seconds=clock.laps,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def show(path: str | Path, stage: str | None = None, unfold: bool = False) -> str:
+    """A program dump of an artifact: the last stage, or the one named. Raises CompileError listing the stages there are."""
+    stages = Artifact.open(path).stages()
+    name = stage or PLANNED
+    if name not in stages:
+        known = ", ".join(stage for stage in stages if not stage.endswith(UNFOLDED))
+        raise CompileError(f"there is no stage {name!r}", code="unknown-stage", try_=f"one of {known}")
+    if unfold and name + UNFOLDED in stages:
+        return stages[name + UNFOLDED].read_text()
+    text = stages[name].read_text()
+    return _unfolded(text) if unfold else text
+
+
+def describe_passes() -> str:
+    """Every pass in order: kind, name with options, and the first line of what it does."""
+    from xllm.passes import PLANS, REQUIRED, REWRITES
+
+    lines = []
+    for step in (*REWRITES, *PLANS):
+        summary = (sys.modules[type(step).__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        optional = "" if step.name() in REQUIRED else "  (--disable-pass)"
+        lines.append(f"{step.kind:<8} {step.spelled():<24} {summary}{optional}")
+    return "\n".join(lines)
+
+
+def _unfolded(text: str) -> str:
+    """A folded dump with every layer block written once per layer it stands for."""
+
+    def repeated(block: re.Match[str]) -> str:
+        numbers: list[int] = []
+        for part in block["layers"].split():
+            first, _, last = part.partition("..")
+            numbers += range(int(first), int(last or first) + 1)
+        return "".join(f"  layer {number} {{\n{block['body']}  }}\n" for number in numbers)
+
+    return re.sub(r"  layer (?P<layers>[\d. ]+) \{\n(?P<body>.*?)  \}\n", repeated, text, flags=re.DOTALL)
+
+
+def _resolved(options: CompileOptions, trained_len: int, checkpoint_dtype: str) -> CompileOptions:
+    """Options with every None replaced: storage follows the checkpoint, length the model, at most DEFAULT_MAX_LEN."""
+    weights = options.weights or ("bfloat16" if checkpoint_dtype == "bfloat16" else "float32")
+    max_len = options.max_len or min(trained_len or DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
+    if trained_len and max_len > trained_len:
+        raise CompileError(
+            f"max_len {max_len} is beyond the {trained_len} positions of the model",
+            code="bad-option",
+            try_=f"--max-len {trained_len} or less",
+        )
+    return replace(options, weights=weights, kv=options.kv or weights, max_len=max_len)
+
+
+def _sized(plan: Plan) -> Plan:
+    from xllm.passes.emit import weight_bytes
+    from xllm.targets.cpu import PANEL_ROWS
+
+    sized = {key: replace(weight, bytes=weight_bytes(weight, PANEL_ROWS)) for key, weight in plan.weights.items()}
+    return replace(plan, weights=sized)
+
+
+def _packed(program: Any, stored: StoredWeight, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A weight's bytes as the target wants them, from its rule and the mapped checkpoint."""
+    from xllm.ir.program import evaluate, widen
+    from xllm.kernels.cpu import pack_panels
+
+    weight = program.weights[stored.name]
+    array = evaluate(weight.rule, tensors, program.constants)
+    if tuple(array.shape) != weight.shape:
+        raise CompileError(
+            f"{stored.name} is {tuple(array.shape)} in the checkpoint, the model wants {weight.shape}",
+            code="weight-shape",
+            pass_name="weights",
+            try_="the config.json that belongs to these weights",
+        )
+    if stored.layout.form == "plain":
+        return np.ascontiguousarray(widen(array)).reshape(-1).view(np.uint8)
+    raw = array if array.dtype == np.uint16 else widen(array)
+    return pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+
+
+def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:
+    if facts.tokenizer_path is not None:
+        writer.write("tokenizer/tokenizer.json", facts.tokenizer_path.read_bytes())
+    if facts.chat_template is not None:
+        writer.write("tokenizer/chat_template.jinja", facts.chat_template)
+
+
+class _Stopwatch:
+    """Seconds between laps, by stage name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = now - self._since
+        self._since = now
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,62 @@
+"""How a program runs in torch: node by node on real tensors. The oracle of every rewrite, and slow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from xllm.ir.program import Constant, Program, evaluate
+
+
+def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; kv, which is written to); `weights` by
+    `get_attr` target (see `bind`). Raises KeyError for a missing input or weight.
+    """
+    device = inputs["ids"].device
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = inputs[str(node.target)]
+            elif node.op == "get_attr":
+                values[node] = _weight(program, str(node.target), weights, device)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda arg: _real(arg, values, device))  # type: ignore[misc]
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[program.output().all_input_nodes[0]]
+
+
+def bind(program: Program, read: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Every weight as a float32 tensor, made by its rule from checkpoint arrays and the program's constants."""
+    made = {}
+    for name, weight in program.weights.items():
+        array = np.ascontiguousarray(evaluate(weight.rule, read, program.constants)).reshape(weight.shape)
+        made[name] = torch.from_numpy(array.copy() if not array.flags.writeable else array)
+    return made
+
+
+def empty_state(program: Program, slots: int, tokens: int) -> Tensor:
+    """The kv input for `run`: [layers, slots, tokens, width of the widest layer], float32 NaN, so that reading unwritten rows shows."""
+    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
+    return torch.full((len(program.kv), slots, tokens, width), float("nan"))
+
+
+def _weight(program: Program, name: str, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    if name in weights:
+        return weights[name]
+    rule = program.weights[name].rule
+    if isinstance(rule, Constant):
+        return torch.from_numpy(program.constants[rule.name]).to(device)
+    raise KeyError(f"weight {name!r} of program {program.name} was not given")
+
+
+def _real(arg: Any, values: Mapping[fx.Node, Any], device: torch.device) -> Any:
+    if isinstance(arg, fx.Node):
+        return values[arg]
+    # In a program the device `meta` means wherever it runs.
+    return device if isinstance(arg, torch.device) and arg.type == "meta" else arg

@@ -1,0 +1,92 @@
+"""THE list: every pass of the compiler, in the order it runs. Order is source order; nothing else decides it.
+
+Rewrites run on the captured program, where each distinct layer stands once. Then the program is stamped to full depth
+(`frontend/stamp.py`), and plans are made for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xllm.errors import CompileError
+from xllm.passes.base import Context, Outcome, Pass, Record, parse_options, run_pipeline
+from xllm.passes.canonicalize import Canonicalize
+from xllm.passes.choose_buckets import ChooseBuckets
+from xllm.passes.choose_kernels import ChooseKernels
+from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
+from xllm.passes.fuse_gate_up import FuseGateUp
+from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
+from xllm.passes.fuse_qkv import FuseQkv
+from xllm.passes.fuse_rms_norm import FuseRmsNorm
+from xllm.passes.fuse_rope import FuseRope
+from xllm.passes.plan_memory import PlanMemory
+from xllm.passes.schedule_streams import ScheduleStreams
+
+REWRITES: tuple[Pass, ...] = (
+    Canonicalize(),
+    FuseRmsNorm(),
+    FuseAddRmsNorm(),
+    FuseRope(),
+    FuseQkv(),
+    FuseQkNormRope(),
+    FuseGateUp(),
+)
+PLANS: tuple[Pass, ...] = (
+    ChooseKernels(),
+    ChooseBuckets(),
+    ScheduleStreams(),
+    PlanMemory(),
+)
+REQUIRED = frozenset({"canonicalize", *(step.name() for step in PLANS)})
+
+
+def without(passes: Iterable[Pass], disabled: Iterable[str]) -> tuple[Pass, ...]:
+    """The passes less those named. Raises CompileError for an unknown name or one the pipeline cannot do without."""
+    known = {step.name() for step in (*REWRITES, *PLANS)}
+    off = set(disabled)
+    if unknown := sorted(off - known):
+        raise CompileError(
+            f"there is no pass named {', '.join(unknown)}", code="unknown-pass", try_="`xllm passes` lists them all"
+        )
+    if needed := sorted(off & REQUIRED):
+        raise CompileError(
+            f"{', '.join(needed)} cannot be left out: later passes need its result",
+            code="required-pass",
+            try_="passes that may be disabled: " + ", ".join(sorted(known - REQUIRED)),
+        )
+    return tuple(step for step in passes if step.name() not in off)
+
+
+def pipeline_text(passes: Iterable[Pass]) -> str:
+    """The pipeline as recorded in the manifest; `parse_pipeline` gives the passes back."""
+    return " ".join(step.spelled() for step in passes)
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """The passes a pipeline string names, with their options. Raises CompileError for an unknown name or option."""
+    known = {step.name(): type(step) for step in (*REWRITES, *PLANS)}
+    passes = []
+    for word in text.split():
+        name = word.partition("{")[0]
+        if name not in known:
+            raise CompileError(f"there is no pass named {name}", code="unknown-pass", try_="`xllm passes` lists them all")
+        try:
+            passes.append(known[name](**parse_options(word)))
+        except TypeError as error:
+            raise CompileError(f"{word}: {error}", code="unknown-pass", try_="`xllm passes` lists the options") from error
+    return tuple(passes)
+
+
+__all__ = [
+    "PLANS",
+    "REQUIRED",
+    "REWRITES",
+    "Context",
+    "Outcome",
+    "Pass",
+    "Record",
+    "parse_pipeline",
+    "pipeline_text",
+    "run_pipeline",
+    "without",
+]

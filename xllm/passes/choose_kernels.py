@@ -1,0 +1,79 @@
+"""Chooses a provider for every operation: a kernel of the target, or the operator's torch body, with the reason.
+
+Adds `plans["kernels"]`: node name -> Choice. Views and tuple elements cost nothing and need none. An operation on the state
+has no torch fallback (its state lives in the target's layout): there a missing kernel is a CompileError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from xllm.errors import CompileError
+from xllm.ir import Program
+from xllm.ir.effects import effects, is_symbolic
+from xllm.passes.base import Context, Outcome, Pass
+from xllm.passes.operations import Reader, bytes_of, is_alias
+from xllm.targets.base import Cost, Extent, Layout, Lowering, Operation, Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """provider "cpu" (or another target), or "torch"; `why` says what the target refused when torch was taken."""
+
+    provider: str
+    operation: Operation
+    lowering: Lowering
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ChooseKernels(Pass):
+    kind: ClassVar[Literal["rewrite", "plan"]] = "plan"
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        reader, target = Reader(program), context.target
+        kv = target.kv_spec(tuple((k.kv_heads, k.key_dim, k.value_dim) for k in program.kv), context.kv_dtype)
+        states = frozenset({program.input("kv")})
+        choices: dict[str, Choice] = {}
+        misses = []
+        for node in program.calls():
+            if is_alias(node) or is_symbolic(node):
+                continue
+            operation = reader.operation(node)
+            lowered = target.lower(operation, kv, context.weights_dtype)
+            if isinstance(lowered, Lowering):
+                choices[node.name] = Choice(target.name, operation, lowered)
+                continue
+            touched = effects(node, states)
+            if touched.reads or touched.writes:
+                raise CompileError(
+                    f"{operation.op} works on the KV state and target {target.name} has no kernel for it: {lowered.why}",
+                    code="no-kernel",
+                    pass_name=self.name(),
+                    node=node.name,
+                    where=operation.path,
+                    try_="another --kv dtype or target",
+                )
+            misses.append((node.name, f"{operation.op} runs its torch body: {lowered.why}"))
+            choices[node.name] = Choice("torch", operation, fallback(operation), lowered.why)
+        program.plans["kernels"] = choices
+        program.plans["kv"] = kv
+        hits = tuple(name for name, choice in choices.items() if choice.provider != "torch")
+        return Outcome(program, hits, tuple(misses))
+
+
+def fallback(operation: Operation) -> Lowering:
+    """The torch provider: weights stored row-major in float32, cost counted as bytes in and out."""
+    tensors = [value for value in _flat(list(operation.args.values())) if isinstance(value, Tensor)]
+    layouts = {tensor.name: Layout("plain", "float32") for tensor in tensors if tensor.kind == "weight"}
+    moved = Extent()
+    for tensor in (*tensors, *operation.results):
+        size = bytes_of(tensor)
+        moved = Extent(moved.t + size.t, moved.s + size.s, moved.const + size.const)
+    return Lowering("torch", {}, layouts=layouts, cost=Cost(bytes=moved))
+
+
+def _flat(values: list[object]) -> list[object]:
+    return [item for value in values for item in (_flat(value) if isinstance(value, list) else [value])]
+

@@ -1,0 +1,100 @@
+"""Writes down what the plans decided: the Plan the runtime executes. Chooses nothing itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xllm.ir import Program
+from xllm.passes.choose_kernels import Choice
+from xllm.passes.operations import DTYPE_BYTES, Reader, bytes_of
+from xllm.passes.schedule_streams import Schedule
+from xllm.plan import Bucket, Buffer, Call, Plan, StoredWeight
+from xllm.targets.base import Extent, Layout, Tensor
+
+_SIGILS = {"value": "%", "weight": "@", "input": "$"}
+
+
+def emit_plan(program: Program) -> Plan:
+    """Needs the plans of every PLAN pass. Weights have their layout here; their place in a file comes with the artifact."""
+    choices: dict[str, Choice] = program.plans["kernels"]
+    schedule: Schedule = program.plans["streams"]
+    place = {name: index for index, name in enumerate(schedule.order)}
+    stored = _stored_weights(program, choices)
+    calls = tuple(
+        _call(choices[name], schedule.stream[name], tuple(place[other] for other in schedule.waits.get(name, ())), stored)
+        for name in schedule.order
+    )
+    buffers = {
+        result.name: Buffer(bytes_of(result), result.dtype, result.shape)
+        for choice in choices.values()
+        for result in choice.operation.results
+    }
+    buckets = tuple(Bucket(arena.T, arena.S, arena.bytes, dict(arena.offsets)) for arena in program.plans["memory"])
+    logits = Reader(program).owner(program.output().all_input_nodes[0])
+    used = tuple(dict.fromkeys(schedule.stream[name] for name in schedule.order))
+    return Plan(calls, buffers, buckets, stored, program.plans["kv"], logits, used)
+
+
+def weight_bytes(weight: StoredWeight, packed_rows: int) -> int:
+    """Bytes of a stored weight; panels pad the first dimension to `packed_rows`."""
+    rows, *rest = weight.shape if weight.shape else (1,)
+    if weight.layout.form != "plain":
+        rows = -(-rows // packed_rows) * packed_rows
+    total = rows * DTYPE_BYTES[weight.layout.dtype]
+    for size in rest:
+        total *= size
+    return total
+
+
+def _stored_weights(program: Program, choices: dict[str, Choice]) -> dict[str, StoredWeight]:
+    """One entry per weight and layout: a weight that two kernels want differently is stored twice, under two names."""
+    layouts: dict[str, list[Layout]] = {}
+    for choice in choices.values():
+        for name, layout in choice.lowering.layouts.items():
+            held = layouts.setdefault(name, [])
+            if layout not in held:
+                held.append(layout)
+    return {
+        stored_name(name, layout, held): StoredWeight(name, program.weights[name].shape, layout)
+        for name, held in sorted(layouts.items())
+        for layout in held
+    }
+
+
+def stored_name(name: str, layout: Layout, held: list[Layout]) -> str:
+    return name if layout == held[0] else f"{name}#{layout.form}.{layout.dtype}"
+
+
+def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str, StoredWeight]) -> Call:
+    op, low = choice.operation, choice.lowering
+
+    def reference(tensor: Tensor | None) -> str:
+        if tensor is None:
+            return ""
+        if tensor.kind == "weight":
+            wanted = low.layouts[tensor.name]
+            found = (key for key, held in stored.items() if held.name == tensor.name and held.layout == wanted)
+            return "@" + next(found)
+        return _SIGILS[tensor.kind] + tensor.name
+
+    def operand(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"ref": reference(value), "shape": [_size(size) for size in value.shape], "dtype": value.dtype}
+        if isinstance(value, Extent):
+            return {"size": _size(value)}
+        if isinstance(value, list):
+            return {"list": [operand(item) for item in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        return {"torch": str(value).removeprefix("torch.")}
+
+    common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost}
+    if choice.provider == "torch":
+        operands = tuple((name, operand(value)) for name, value in op.args.items())
+        return Call(kernel="torch", operands=operands, results=tuple("%" + r.name for r in op.results), **common)
+    args = {name: reference(tensor) for name, tensor in low.args.items()}
+    return Call(kernel=low.kernel, args=args, ints=dict(low.ints), floats=dict(low.floats), rows=low.rows, **common)
+
+
+def _size(size: int | Extent) -> Any:
+    return size if isinstance(size, int) else {"t": size.t, "s": size.s, "const": size.const}

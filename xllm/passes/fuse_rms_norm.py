@@ -1,0 +1,81 @@
+"""One operator for root-mean-square normalisation.
+
+before:  %p = aten.pow(%x, 2)            after:  %n = xllm.rms_norm(%x, @weight, eps=1e-06)
+         %m = aten.mean(%p, [-1], True)
+         %r = aten.rsqrt(%m + 1e-06)
+         %n = @weight * (%x * %r)
+
+A scale of `1 + weight` becomes a weight rule. Does not fire when the mean runs over other dimensions, when an inner value
+has another user, or when the norm has no weight.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx as fx
+
+from xllm.ir import Program, Shift, Weight
+from xllm.passes.base import Context, Outcome, Pass
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, match
+
+aten = torch.ops.aten
+x, weight = Var("x"), Param("weight")
+
+_SQUARES = (
+    Op((aten.pow.Tensor_Scalar,), (x, Num(equals=2))),
+    Op((aten.mul.Tensor,), (x, x)),
+    Op((aten.square.default,), (x,)),
+)
+_SCALES = (weight, Op((aten.add.Tensor,), (weight, Num("shift")), commutes=True, shared=True))
+
+
+def _patterns() -> list[Any]:
+    found = []
+    for scale in _SCALES:
+        for square in _SQUARES:
+            mean = Op((aten.mean.dim,), (square, [-1], True))
+            inverse = Op((aten.rsqrt.default,), (Op((aten.add.Tensor,), (mean, Num("eps")), commutes=True),), name="anchor")
+            normed = Op((aten.mul.Tensor,), (x, inverse), commutes=True)
+            found.append(Op((aten.mul.Tensor,), (scale, normed), commutes=True))
+    return found
+
+
+PATTERNS = _patterns()
+
+
+@dataclass(frozen=True)
+class FuseRmsNorm(Pass):
+    kind: ClassVar[Literal["rewrite", "plan"]] = "rewrite"
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        editor = Editor(program)
+        for node in list(program.calls()):
+            if node.target is aten.rsqrt.default:
+                self._fuse(editor, node)
+        editor.finish()
+        return Outcome(program, tuple(editor.hits), tuple(editor.misses))
+
+    def _fuse(self, editor: Editor, anchor: fx.Node) -> None:
+        miss = Miss()
+        for root in _two_users_up(anchor):
+            for pattern in PATTERNS:
+                binds = match(pattern, root, miss)
+                if binds is not None and binds["anchor"] is anchor:
+                    return self._replace(editor, root, binds)
+        editor.miss(anchor, miss.why or "its result is not scaled by a weight")
+
+    def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
+        scale = binds["weight"]
+        if shift := binds.get("shift"):
+            name = f"{scale.target}+{shift!r}"
+            held = editor.program.weights[scale.target]
+            scale = editor.weight(name, Weight(held.shape, Shift(held.rule, float(shift))))
+        with editor.before(root):
+            fused = editor.emit(torch.ops.xllm.rms_norm.default, binds["x"], scale, float(binds["eps"]), like=root)
+        root.replace_all_uses_with(fused)
+        editor.hit(fused)
+
+
+def _two_users_up(node: fx.Node) -> list[fx.Node]:
+    return [root for user in node.users for root in user.users]

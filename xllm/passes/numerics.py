@@ -1,0 +1,85 @@
+"""Checks a rewrite by running it: the program before and after, in torch, on the same random weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from xllm.errors import CompileError
+from xllm.ir import Program, Source
+from xllm.ir.interpret import run
+from xllm.ir.program import evaluate
+
+TOLERANCE = 1e-5
+
+
+def check_same(
+    before: Program, after: Program, who: str, sources: Mapping[str, np.ndarray], tolerance: float = TOLERANCE
+) -> float:
+    """Largest ‖after - before‖/‖before‖ over two steps (a prefill of two sequences, then a decode of both).
+
+    `sources` are checkpoint tensors (see `random_sources`). Raises CompileError naming the pass `who` above `tolerance`.
+    """
+    steps = random_steps(before, 0)
+    outputs = [run_steps(program, sources, steps) for program in (before, after)]
+    worst = max(
+        float((new - old).norm() / old.norm().clamp_min(1e-30)) for old, new in zip(*outputs, strict=True)
+    )
+    if not worst <= tolerance:
+        raise CompileError(
+            f"the program computes something else after this pass: relative difference {worst:.2e}",
+            code="numerics",
+            pass_name=who,
+            try_=f"--disable-pass {who}, and report it with the output of XLLM_DEBUG=3",
+        )
+    return worst
+
+
+def random_sources(captured: Program, seed: int = 0) -> dict[str, np.ndarray]:
+    """A random float32 tensor for every checkpoint tensor a captured program reads; its rewrites read the same ones."""
+    arrays = {}
+    for weight in captured.weights.values():
+        if not isinstance(weight.rule, Source):
+            continue
+        name, shape = weight.rule.names[0], weight.shape
+        generator = np.random.default_rng([seed, *name.encode()])
+        scale = 1.0 if len(shape) == 1 else shape[-1] ** -0.5
+        arrays[name] = generator.standard_normal(shape, np.float32) * np.float32(scale)
+    return arrays
+
+
+def random_steps(program: Program, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Inputs of two steps over two slots: prompts of 5 and 3 tokens, then one token each."""
+    vocab = min(weight.shape[0] for name, weight in program.weights.items() if "embed" in name or "lm_head" in name)
+    generator = torch.Generator().manual_seed(seed)
+    spans = [((0, 0, 5), (1, 0, 3)), ((0, 5, 1), (1, 3, 1))]
+    steps = []
+    for rows in spans:
+        slots = [slot for slot, _, count in rows for _ in range(count)]
+        positions = [start + i for _, start, count in rows for i in range(count)]
+        ends = np.cumsum([count for _, _, count in rows]) - 1
+        steps.append(
+            {
+                "ids": torch.randint(0, vocab, (len(slots),), generator=generator, dtype=torch.int32),
+                "positions": torch.tensor(positions, dtype=torch.int32),
+                "slots": torch.tensor(slots, dtype=torch.int32),
+                "last": torch.tensor(ends, dtype=torch.int32),
+            }
+        )
+    return steps
+
+
+def run_steps(
+    program: Program, sources: Mapping[str, np.ndarray], steps: list[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Logits of each step, one state carried through."""
+    weights = {
+        name: torch.from_numpy(np.ascontiguousarray(evaluate(weight.rule, sources, program.constants)))
+        for name, weight in program.weights.items()
+    }
+    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
+    kv = torch.zeros(len(program.kv), 2, 16, width)
+    with torch.no_grad():
+        return [run(program, {**step, "kv": kv}, weights) for step in steps]

@@ -1,0 +1,133 @@
+"""A node as a target sees it: plain data, sizes linear in T and S, views resolved to the value they look at."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+
+from xllm.errors import CompileError
+from xllm.ir import Program
+from xllm.ir.program import path_of
+from xllm.targets.base import Extent, Operation, Tensor
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+    torch.bfloat16: "bfloat16",
+}
+DTYPE_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
+aten = torch.ops.aten
+
+
+class Reader:
+    """Translates the nodes of one program. Every value has the name of the node (or node.i) that owns its memory."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        symbol = {name: program.input(source).meta["val"].shape[0] for source, name in (("ids", "T"), ("last", "S"))}
+        self._symbols = {str(size): name for name, size in symbol.items()}
+
+    def owner(self, node: fx.Node) -> str:
+        """Name of the value whose memory `node` is: itself, or what a view or a tuple element looks at."""
+        if node.target is aten.reshape.default:
+            return self.owner(node.args[0])  # pyright: ignore[reportArgumentType]
+        if node.target is operator.getitem:
+            return f"{node.args[0].name}.{node.args[1]}"  # pyright: ignore
+        return node.name
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        value = node.meta["val"]
+        shape = tuple(self.size(size, node) for size in value.shape)
+        if node.op == "get_attr":
+            return Tensor(str(node.target), "weight", shape, "float32")
+        if node.op == "placeholder":
+            return Tensor(str(node.target), "state" if node.target == "kv" else "input", shape, _DTYPES[value.dtype])
+        return Tensor(self.owner(node), "value", shape, _dtype(value, node))
+
+    def results(self, node: fx.Node) -> tuple[Tensor, ...]:
+        value = node.meta["val"]
+        if value is None:
+            return ()
+        if isinstance(value, torch.Tensor):
+            return (self.tensor(node),)
+        return tuple(
+            Tensor(f"{node.name}.{index}", "value", tuple(self.size(size, node) for size in part.shape), _dtype(part, node))
+            for index, part in enumerate(value)
+        )
+
+    def operation(self, node: fx.Node) -> Operation:
+        schema = node.target._schema.arguments  # pyright: ignore
+        args = {argument.name: self._argument(value) for argument, value in zip(schema, node.args, strict=False)}
+        args |= {key: self._argument(value) for key, value in node.kwargs.items()}
+        return Operation(node.name, op_name(node), args, self.results(node), path_of(node))
+
+    def size(self, size: Any, node: fx.Node) -> int | Extent:
+        """A shape entry: an int, or T and S in linear form."""
+        if isinstance(size, int):
+            return size
+        expression = sympy.sympify(size.node.expr if hasattr(size, "node") else size)
+        extent = {"T": 0, "S": 0}
+        poly = expression.as_poly(*expression.free_symbols)
+        if poly is None or poly.total_degree() > 1:
+            raise CompileError(
+                f"size {expression} is not linear in the step's tokens and rows",
+                code="unsupported-shape",
+                node=node.name,
+                where=path_of(node),
+                try_="move the operation out of the model, or lift it to an operator of the dialect",
+            )
+        for symbol in expression.free_symbols:
+            extent[self._symbols[str(symbol)]] = int(expression.coeff(symbol))
+        return Extent(extent["T"], extent["S"], int(expression.subs(dict.fromkeys(expression.free_symbols, 0))))
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            held = value.meta.get("val")
+            if isinstance(held, torch.SymInt):
+                return self.size(held, value)
+            return self.tensor(value)
+        if isinstance(value, list | tuple):
+            return [self._argument(item) for item in value]
+        return value
+
+
+def op_name(node: fx.Node) -> str:
+    """xllm.linear for dialect operators, aten.add.Tensor for the rest."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(getattr(target, "__name__", target))
+    if target.namespace == "xllm":
+        return f"xllm.{target._opname}"
+    return f"{target.namespace}.{target._opname}.{target._overloadname}"
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Calls that make no bytes: views of memory in order and elements of a tuple."""
+    return node.target in (aten.reshape.default, operator.getitem)
+
+
+def bytes_of(tensor: Tensor) -> Extent:
+    """Bytes of a value, linear in T and S. Raises ValueError when two dimensions are symbolic."""
+    total = Extent(const=DTYPE_BYTES[tensor.dtype])
+    for size in tensor.shape:
+        if isinstance(size, int):
+            total = total.times(size)
+        elif total.t or total.s:
+            raise ValueError(f"{tensor.name} has two symbolic dimensions")
+        else:
+            total = size.times(total.const)
+    return total
+
+
+def _dtype(value: torch.Tensor, node: fx.Node) -> str:
+    if value.dtype not in _DTYPES:
+        raise CompileError(
+            f"values of {value.dtype} are not supported", code="unsupported-dtype", node=node.name, where=path_of(node)
+        )
+    return _DTYPES[value.dtype]

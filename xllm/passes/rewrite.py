@@ -1,0 +1,192 @@
+"""The one way to change a graph: patterns that match, and an editor that replaces, counts hits and explains misses.
+
+A pattern is a tree of `Op`, `Var`, `Num`, `Param`, `Maybe`, lists and literals. Matching backtracks over commutative operators and remembers the
+deepest place where it failed, so that a near miss can say what was expected and what stood there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from xllm.ir import Program, Weight
+from xllm.ir.build import emit, emit_weight, prune
+
+Binds = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Var:
+    """Any value; the same name twice must be the same node."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Num:
+    """A Python number, bound by name, or exactly `equals`."""
+
+    name: str = ""
+    equals: float | int | None = None
+
+
+@dataclass(frozen=True)
+class Param:
+    """A weight of the program."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A value or None: an optional argument."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """A call of one of `targets`. `commutes` also tries the first two arguments swapped; a node matched in the inside of a
+    pattern must have no other user unless `shared`. `name` binds the node itself."""
+
+    targets: tuple[Callable[..., Any], ...]
+    args: tuple[Any, ...]
+    commutes: bool = False
+    shared: bool = False
+    name: str = ""
+
+
+@dataclass
+class Miss:
+    """The deepest failure of a match: how many pattern nodes had matched before, and why the next did not."""
+
+    depth: int = -1
+    why: str = ""
+
+    def note(self, depth: int, why: str) -> None:
+        if depth > self.depth:
+            self.depth, self.why = depth, why
+
+
+def match(pattern: Any, value: Any, miss: Miss) -> Binds | None:
+    """The first consistent binding of `pattern` against `value`, or None with `miss` filled in."""
+    return next(_match(pattern, value, {"__depth": 0}, miss, root=True), None)
+
+
+def _match(pattern: Any, value: Any, binds: Binds, miss: Miss, root: bool = False) -> Iterator[Binds]:
+    depth = binds["__depth"]
+    match pattern:
+        case Var(name):
+            if not isinstance(value, fx.Node):
+                miss.note(depth, f"expected a value for {name}, found {value!r}")
+            elif binds.get(name, value) is not value:
+                miss.note(depth, f"{name} is %{binds[name].name} in one place and %{value.name} in another")
+            else:
+                yield {**binds, name: value}
+        case Num(name, equals):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                miss.note(depth, f"expected a number, found {_describe(value)}")
+            elif equals is not None and value != equals:
+                miss.note(depth, f"expected {equals}, found {value}")
+            else:
+                yield {**binds, name: value} if name else binds
+        case Param(name):
+            if not (isinstance(value, fx.Node) and value.op == "get_attr"):
+                miss.note(depth, f"expected a weight for {name}, found {_describe(value)}")
+            elif binds.get(name, value) is value:
+                yield {**binds, name: value}
+        case Maybe(name):
+            if value is None or isinstance(value, fx.Node):
+                yield {**binds, name: value}
+            else:
+                miss.note(depth, f"expected a value or nothing for {name}, found {value!r}")
+        case list():
+            if isinstance(value, list | tuple) and len(value) == len(pattern):
+                yield from _match_all(tuple(pattern), tuple(value), binds, miss)
+            else:
+                miss.note(depth, f"expected {len(pattern)} items, found {_describe(value)}")
+        case Op():
+            yield from _match_op(pattern, value, binds, miss, root)
+        case _ if value == pattern:
+            yield binds
+        case _:
+            miss.note(depth, f"expected {pattern!r}, found {_describe(value)}")
+
+
+def _match_op(pattern: Op, value: Any, binds: Binds, miss: Miss, root: bool) -> Iterator[Binds]:
+    depth = binds["__depth"]
+    names = "/".join(str(target) for target in pattern.targets)
+    if not (isinstance(value, fx.Node) and value.op == "call_function" and value.target in pattern.targets):
+        miss.note(depth, f"expected {names}, found {_describe(value)}")
+        return
+    if not root and not pattern.shared and len(value.users) > 1:
+        miss.note(depth, f"%{value.name} has {len(value.users)} users, so it cannot be fused away")
+        return
+    if len(value.args) != len(pattern.args):
+        miss.note(depth, f"{names} has {len(value.args)} arguments at %{value.name}, expected {len(pattern.args)}")
+        return
+    orders = [value.args]
+    if pattern.commutes:
+        orders.append((value.args[1], value.args[0], *value.args[2:]))
+    started = {**binds, "__depth": depth + 1, **({pattern.name: value} if pattern.name else {})}
+    for order in orders:
+        yield from _match_all(pattern.args, order, started, miss)
+
+
+def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], binds: Binds, miss: Miss) -> Iterator[Binds]:
+    if not patterns:
+        yield binds
+        return
+    for bound in _match(patterns[0], values[0], binds, miss):
+        yield from _match_all(patterns[1:], values[1:], bound, miss)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name} ({value.target})" if value.op == "call_function" else f"%{value.name} ({value.op})"
+    return repr(value)
+
+
+@dataclass
+class Editor:
+    """Edits one program for one pass run: emit, replace, count. Call `finish()` once at the end."""
+
+    program: Program
+    hits: list[str] = field(default_factory=list)
+    misses: list[tuple[str, str]] = field(default_factory=list)
+
+    def before(self, node: fx.Node) -> Any:
+        return self.program.graph.inserting_before(node)
+
+    def emit(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
+        return emit(self.program, target, args, like=like)
+
+    def weight(self, name: str, weight: Weight) -> fx.Node:
+        return emit_weight(self.program, name, weight)
+
+    def hit(self, node: fx.Node) -> None:
+        self.hits.append(node.name)
+
+    def miss(self, node: fx.Node, why: str) -> None:
+        self.misses.append((node.name, why))
+
+    def finish(self) -> None:
+        prune(self.program)
+
+
+def attention_pairs(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Every attention call with the KV write of its layer, in program order."""
+    calls = list(program.calls())
+    writes = {_layer_argument(node): node for node in calls if node.target is torch.ops.xllm.kv_write.default}
+    attentions = [node for node in calls if node.target is torch.ops.xllm.attention.default]
+    return [(node, writes[_layer_argument(node)]) for node in attentions if _layer_argument(node) in writes]
+
+
+def _layer_argument(node: fx.Node) -> Any:
+    """Value of the schema argument called `layer`."""
+    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
+    return node.args[names.index("layer")]

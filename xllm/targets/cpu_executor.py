@@ -1,0 +1,247 @@
+"""Runs the plan of an artifact on the CPU: weights mapped, arena allocated, every bucket's plan bound, once, at start.
+
+A worker thread runs launched steps in order: one native call walks the plan, one samples. The native calls release the GIL,
+so that the engine builds the next step meanwhile. No torch, unless the plan names operators that have no native kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from xllm.artifact import Artifact, ArtifactError, Progress
+from xllm.kernels import cpu
+from xllm.kernels.cpu.sampling import Sampler, SamplingError
+from xllm.plan import Bucket, Plan
+from xllm.plan import Call as PlannedCall
+from xllm.runtime.errors import StepError
+from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
+from xllm.runtime.request import Request
+
+MAX_LOGPROBS = 20
+HUGE_PAGE_BYTES = 2 << 20
+
+
+class CpuExecutor:
+    """The executor of `xllm.runtime` for one artifact. Raises ArtifactError when this machine cannot run it."""
+
+    def __init__(
+        self, artifact: Artifact, threads: int, *, verify: bool = True, progress: Progress | None = None
+    ) -> None:
+        manifest, plan = artifact.manifest, artifact.plan
+        level = usable_level(manifest["target"])
+        self._plan = plan
+        self.weights = artifact.map_weights(verify, progress)
+        self.limits = Limits(
+            max_tokens_per_step=plan.buckets[-1].T,
+            max_seqs=manifest["limits"]["max_seqs"],
+            max_len=manifest["limits"]["max_len"],
+            vocab=manifest["model"]["vocab"],
+        )
+        self.kv = KVSpec(group_bytes=plan.kv.group_bytes, group_tokens=plan.kv.group_tokens)
+        self._runner = cpu.Runner(threads, level)
+        self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
+        self._eos = tuple(manifest["model"]["eos_ids"])
+        self._key = os.urandom(16)
+        self._arena, self.arena_address = allocate(plan.arena_bytes)
+        self._buckets = [self._bind(bucket) for bucket in plan.buckets]
+        self._last_bucket = plan.buckets[-1]
+        self._previous = np.zeros(1, np.int32)
+        self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
+        self._worker.start()
+
+    def attach(self, slot: int, request: Request, generated: Sequence[int]) -> None:
+        params = request.params
+        stops = () if params.ignore_eos else self._eos
+        try:
+            if params.seed is None:
+                params = replace(params, seed=self._seed_for(request.id))
+            self._sampler.attach(
+                slot, params, request.prompt, generated, request.sample_index, (*stops, *params.stop_token_ids)
+            )
+        except SamplingError as error:
+            raise StepError("invalid_parameter", str(error)) from error
+
+    def detach(self, slot: int) -> None:
+        self._sampler.detach(slot)
+
+    def launch(self, batch: Batch) -> Ticket:
+        ticket = Ticket()
+        self._steps.put((batch, ticket))
+        return ticket
+
+    def close(self) -> None:
+        """Ends the worker and gives memory back; launched steps finish first."""
+        self._steps.put(None)
+        self._worker.join()
+        self._runner.close()
+
+    def logits(self, rows: int) -> np.ndarray:
+        """Copy of the latest step's logits, float32 [rows, vocab]: for tests and numerics, after the step's result."""
+        start = self._last_bucket.offsets[self._plan.logits]
+        raw = self._arena[start : start + rows * self.limits.vocab * 4]
+        return raw.view(np.float32).reshape(rows, self.limits.vocab).copy()
+
+    # --- the worker ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (item := self._steps.get()) is not None:
+            batch, ticket = item
+            try:
+                ticket.succeed(self._run(batch))
+            except Exception as error:  # the boundary to the engine: a fault is a value
+                ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
+
+    def _run(self, batch: Batch) -> StepResult:
+        step = flatten(batch, self._previous)
+        bound = next(bound for bound in self._buckets if bound.fits(step))
+        self._last_bucket = bound.bucket
+        bound.run(step)
+        slots = np.array([row.slot for row in batch.rows if row.sample], np.int32)
+        if not len(slots):
+            empty = np.zeros((0, 0), np.float32)
+            return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty)
+        address = self.arena_address + bound.bucket.offsets[self._plan.logits]
+        sampled = self._sampler.sample(address, slots)
+        # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
+        self._previous = np.maximum(sampled.tokens, 0)
+        return StepResult(sampled.tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+
+    # --- binding ------------------------------------------------------------------------------------------------------
+
+    def _bind(self, bucket: Bucket) -> BoundPlan:
+        """One bucket's calls with addresses in place of names, cut where an operator needs the torch fallback."""
+
+        def address(reference: str) -> int | str | None:
+            kind, name = reference[:1], reference[1:]
+            if kind == "%":
+                return self.arena_address + bucket.offsets[name]
+            if kind == "@":
+                return self.weights.address + self._plan.weights[name].offset
+            return name if kind == "$" else None
+
+        pieces: list[Callable[[Step], None]] = []
+        native: list[cpu.Call] = []
+
+        def flush() -> None:
+            if native:
+                plan = self._runner.add_plan(native)
+                pieces.append(lambda step: self._runner.run(plan, step.native))
+                native.clear()
+
+        for call in self._plan.calls:
+            if call.kernel == "torch":
+                flush()
+                pieces.append(self._fallback(call, bucket))
+                continue
+            args = {name: address(reference) for name, reference in call.args.items()}
+            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, call.rows))  # pyright: ignore
+        flush()
+        return BoundPlan(bucket, tuple(pieces))
+
+    def _fallback(self, call: PlannedCall, bucket: Bucket) -> Callable[[Step], None]:
+        from xllm.targets.fallback import TorchCall
+
+        return TorchCall(call, self._plan, bucket, self._arena, self.weights).run
+
+    def _seed_for(self, request_id: str) -> int:
+        """A seed the client did not choose: unpredictable, and the same again when a preempted request comes back."""
+        return int.from_bytes(hashlib.blake2b(request_id.encode(), key=self._key, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch as flat arrays: ids, positions int32[T] (placeholders resolved), last int32[S], and the native form."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    last: np.ndarray
+    native: cpu.Batch
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """A bucket ready to run: native pieces with fallback calls between them (one piece where every kernel is native)."""
+
+    bucket: Bucket
+    pieces: tuple[Callable[[Step], None], ...]
+
+    def fits(self, step: Step) -> bool:
+        return len(step.ids) <= self.bucket.T and len(step.last) <= self.bucket.S
+
+    def run(self, step: Step) -> None:
+        for piece in self.pieces:
+            piece(step)
+
+
+class Ticket:
+    """Handle of a launched step."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._outcome: StepResult | StepError | None = None
+
+    def result(self) -> StepResult:
+        self._done.wait()
+        if isinstance(self._outcome, StepError):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+    def succeed(self, result: StepResult) -> None:
+        self._outcome = result
+        self._done.set()
+
+    def fail(self, error: StepError) -> None:
+        self._outcome = error
+        self._done.set()
+
+
+def flatten(batch: Batch, previous: np.ndarray) -> Step:
+    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to."""
+    counts = [len(row.tokens) for row in batch.rows]
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    ids = np.concatenate([np.asarray(row.tokens, np.int32) for row in batch.rows])
+    if len(ids) and int(ids.min()) < 0:
+        held = ids < 0
+        ids[held] = previous[-1 - ids[held]]
+    positions = np.concatenate([np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)])
+    last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
+    bases = np.array([row.kv_base for row in batch.rows], np.uint64)
+    return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
+
+
+def usable_level(target: dict[str, str]) -> str:
+    """The level the artifact was compiled for, if this machine has it. Raises ArtifactError naming both."""
+    if target["name"] != "cpu":
+        raise ArtifactError("wrong-target", f"the artifact is for target {target['name']}, this runtime is cpu")
+    if target["level"] not in cpu.levels():
+        raise ArtifactError(
+            "wrong-target",
+            f"the artifact is for CPU level {target['level']}, this machine has {', '.join(cpu.levels())};"
+            " compile the checkpoint again on this machine",
+        )
+    return target["level"]
+
+
+def allocate(size: int) -> tuple[np.ndarray, int]:
+    """Anonymous memory of at least `size` bytes at a page border, huge pages where the system grants them."""
+    length = max(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+    block = mmap.mmap(-1, length)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            block.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # advice only
+    array = np.frombuffer(block, np.uint8)
+    return array, array.ctypes.data
+

@@ -1,0 +1,103 @@
+"""The fallback provider: runs the torch body of an operator that has no native kernel, on arrays of the arena.
+
+Importing this imports torch: a process that serves such a plan pays for it, and the compile report says so. Operators are
+looked up by name in the aten and xllm namespaces; nothing else in an artifact can be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import xllm.ir.dialect  # noqa: F401  # registers the xllm operators
+from xllm.artifact import ArtifactError, MappedWeights
+from xllm.plan import Bucket, Call, Plan
+from xllm.targets.base import Extent
+
+_NAMESPACES = ("aten", "xllm")
+_NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
+
+
+class StepArrays(Protocol):
+    """What a call needs of a step."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def last(self) -> np.ndarray: ...
+
+
+class TorchCall:
+    """One planned call bound to a bucket. Raises ArtifactError for an operator that does not exist."""
+
+    def __init__(self, call: Call, plan: Plan, bucket: Bucket, arena: np.ndarray, weights: MappedWeights) -> None:
+        self._call, self._plan, self._bucket = call, plan, bucket
+        self._arena, self._weights = arena, weights
+        self._operator = find_operator(call.op)
+
+    def run(self, step: StepArrays) -> None:
+        T, S = len(step.ids), len(step.last)
+        args = {name: self._value(operand, step, T, S) for name, operand in self._call.operands}
+        schema = self._operator._schema.arguments
+        positional = [args[argument.name] for argument in schema if argument.name in args and not argument.kwarg_only]
+        named = {argument.name: args[argument.name] for argument in schema if argument.name in args and argument.kwarg_only}
+        with torch.no_grad():
+            produced = self._operator(*positional, **named)
+        for reference, value in zip(self._call.results, _as_tuple(produced), strict=True):
+            name = reference[1:]
+            held = self._plan.buffers[name]
+            shape = [_at(size, T, S) for size in held.shape]
+            np.copyto(self._array(self._bucket.offsets[name], shape, held.dtype), value.numpy())
+
+    def _value(self, operand: dict[str, Any], step: StepArrays, T: int, S: int) -> Any:
+        if "ref" in operand:
+            shape = [_at(size, T, S) for size in operand["shape"]]
+            return torch.from_numpy(self._tensor(operand["ref"], shape, operand["dtype"], step))
+        if "size" in operand:
+            return _at(operand["size"], T, S)
+        if "list" in operand:
+            return [self._value(item, step, T, S) for item in operand["list"]]
+        if "torch" in operand:
+            return getattr(torch, operand["torch"])
+        return operand["value"]
+
+    def _tensor(self, reference: str, shape: list[int], dtype: str, step: StepArrays) -> np.ndarray:
+        kind, name = reference[:1], reference[1:]
+        if kind == "$":
+            return getattr(step, name)
+        if kind == "@":
+            return self._weights.array(self._plan.weights[name]).reshape(shape).copy()
+        return self._array(self._bucket.offsets[name], shape, dtype)
+
+    def _array(self, offset: int, shape: list[int], dtype: str) -> np.ndarray:
+        kind = np.dtype(_NUMPY[dtype])
+        size = int(np.prod(shape)) * kind.itemsize
+        return self._arena[offset : offset + size].view(kind).reshape(shape)
+
+
+def find_operator(name: str) -> Callable[..., Any] | Any:
+    """aten.add.Tensor or xllm.linear as a torch operator. Raises ArtifactError for any other name."""
+    namespace, _, rest = name.partition(".")
+    operator, _, overload = rest.partition(".")
+    if namespace in _NAMESPACES and operator.isidentifier() and (overload or "default").isidentifier():
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if found := getattr(packet, overload or "default", None):
+            return found
+    raise ArtifactError("unknown-operator", f"the plan calls {name}, which this torch does not have; compile again")
+
+
+def _at(size: Any, T: int, S: int) -> int:
+    if isinstance(size, Extent):
+        return size.at(T, S)
+    if isinstance(size, dict):
+        return Extent(**size).at(T, S)
+    return size
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
