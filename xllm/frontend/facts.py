@@ -1,0 +1,195 @@
+"""What a checkpoint folder says about its model: configuration, tokens, chat template. Files are read, never fetched or run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xllm.errors import CompileError
+
+_MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts a server needs that are not in the graph.
+
+    max_len: positions the model was made for. generation: contents of generation_config.json. special_tokens: texts by role,
+    as tokenizer_config.json names them ("bos_token", ...). tokenizer_path: tokenizer.json, None where none was asked for.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    max_len: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    generation: Mapping[str, Any]
+    tokenizer_path: Path | None
+    special_tokens: Mapping[str, str]
+    chat_template: str | None
+
+
+def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
+    """Facts of the checkpoint in `folder`. Raises CompileError for missing files; tokenizer=False does without tokenizer.json."""
+    folder = Path(folder)
+    config = read_config(folder)
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    tokens = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    eos = generation.get("eos_token_id", None)
+    bos = generation.get("bos_token_id", None)
+    return ModelFacts(
+        name=folder.resolve().name,
+        architecture=(config.architectures or [type(config).__name__])[0],
+        vocab_size=int(config.vocab_size),
+        max_len=int(getattr(config, "max_position_embeddings", None) or 0),
+        eos_ids=_ids(eos if eos is not None else config.eos_token_id, "eos_token_id"),
+        bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
+        generation=generation,
+        tokenizer_path=_tokenizer(folder) if tokenizer else None,
+        special_tokens=_special_tokens(tokens),
+        chat_template=_chat_template(folder, tokens),
+    )
+
+
+def read_config(folder: str | Path) -> Any:
+    """The transformers configuration of a local checkpoint folder, after refusing what is never captured."""
+    from transformers import AutoConfig
+
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CompileError(
+            f"there is no config.json in {Path(folder).name!r}",
+            code="no-config",
+            pass_name="capture",
+            where=str(folder),
+            try_="a folder as Hugging Face checkpoints have it: config.json, *.safetensors, tokenizer.json",
+        )
+    raw = read_json(path)
+    if "auto_map" in raw:
+        raise CompileError(
+            "the checkpoint brings its own model code (auto_map), which is never run",
+            code="remote-code",
+            pass_name="capture",
+            where="config.json",
+            try_="a checkpoint of an architecture that transformers itself contains",
+        )
+    refuse_quantised(raw)
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from KeyError to validation errors here
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CompileError(
+            f"transformers does not accept this configuration: {reason}",
+            code="bad-config",
+            pass_name="capture",
+            where="config.json",
+            node=f"model_type {raw.get('model_type')!r}",
+            try_="the config.json that came with the checkpoint, or a newer transformers",
+        ) from error
+    check_config(config)
+    return config
+
+
+def check_config(config: Any) -> None:
+    """Raises CompileError for configurations that are no decoder-only model over one token stream."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise CompileError(
+            f"{type(config).__name__} describes an encoder-decoder model",
+            code="unsupported-model",
+            pass_name="capture",
+            where="config.json",
+            node="is_encoder_decoder",
+            try_="a decoder-only checkpoint (architecture ending in ForCausalLM)",
+        )
+    refuse_quantised({"quantization_config": getattr(config, "quantization_config", None)})
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise CompileError(
+            "layers attend within chunks, which the attention operator cannot express",
+            code="unsupported-attention",
+            pass_name="capture",
+            where="config.json",
+            node="layer_types: chunked_attention",
+            try_="a model with full or sliding-window attention",
+        )
+
+
+def refuse_quantised(raw: Mapping[str, Any]) -> None:
+    """Raises CompileError when a configuration says its weights are quantised."""
+    quantisation = raw.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+        raise CompileError(
+            f"the checkpoint is quantised ({method or 'unnamed method'})",
+            code="quantised-checkpoint",
+            pass_name="capture",
+            where="config.json",
+            node="quantization_config",
+            try_="the float32, float16 or bfloat16 checkpoint it was made from",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of sane size. Raises CompileError naming the file."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CompileError(
+            f"{path.name} cannot be read: {error}",
+            code="bad-json",
+            pass_name="capture",
+            where=path.name,
+            try_="the file as it came with the checkpoint",
+        ) from error
+    return value
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    """One id, several or none, as a tuple."""
+    ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise CompileError(f"{name} is {value!r}, not token ids", code="bad-config", pass_name="capture", where="config.json")
+    return tuple(ids)
+
+
+def _tokenizer(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        old = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+        found = f"only {', '.join(old)}, an older form" if old else "and no other form of it"
+        raise CompileError(
+            f"there is no tokenizer.json in {folder.name!r}, {found}",
+            code="no-tokenizer",
+            pass_name="capture",
+            where="tokenizer.json",
+            try_="AutoTokenizer.from_pretrained(folder).save_pretrained(folder), which writes tokenizer.json",
+        )
+    return path
+
+
+def _special_tokens(tokens: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in tokens.items():
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found
+
+
+def _chat_template(folder: Path, tokens: Mapping[str, Any]) -> str | None:
+    """The default chat template: its own file first, then tokenizer_config.json (one text, or several by name)."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = tokens.get("chat_template")
+    if isinstance(template, list):
+        by_name = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
+        template = by_name.get("default") or next(iter(by_name.values()), None)
+    return template if isinstance(template, str) else None

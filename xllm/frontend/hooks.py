@@ -1,0 +1,176 @@
+"""What the model's code meets while it is traced: our attention, a mask that is none, and the cut to the wanted rows.
+
+The attention function is registered on the instances transformers' modules read, for the time of one capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xllm.errors import CompileError
+from xllm.frontend.layers import Stack, Walk
+from xllm.ir.program import KVLayer
+
+HOOK = "xllm"
+# Tensors models hand to every attention function although only the mask or the rotary embedding needs them.
+_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The inputs of the step being traced; position_ids is `positions` as the model was given them, [1, T]."""
+
+    positions: Tensor
+    position_ids: Tensor
+    slots: Tensor
+    last: Tensor
+    kv: Tensor
+
+
+class Step(nn.Module):
+    """What is exported: the whole causal language model over one flattened batch. Logits [S, V]."""
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["_session"] = session
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, kv: Tensor) -> Tensor:
+        position_ids = positions.unsqueeze(0)
+        self.__dict__["_session"].inputs = StepInputs(positions, position_ids, slots, last, kv)
+        return self.model(input_ids=ids.unsqueeze(0), position_ids=position_ids, use_cache=False).logits.select(0, 0)
+
+
+class Session:
+    """One capture: the inputs of its step, the layer each module belongs to, and what each layer keeps."""
+
+    def __init__(self) -> None:
+        self.inputs: StepInputs | None = None
+        self._layer_of: dict[nn.Module, int] = {}
+        self._names: list[str] = []
+        self._kv: dict[int, KVLayer] = {}
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """Puts our functions where the models look for them; whatever happens, they are gone afterwards."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS[HOOK] = self.attention
+        ALL_MASK_ATTENTION_FUNCTIONS[HOOK] = _no_mask
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS[HOOK]
+            del ALL_MASK_ATTENTION_FUNCTIONS[HOOK]
+
+    def follow(self, stack: Stack, walk: Walk) -> None:
+        """Learns which captured layer each module is part of."""
+        for captured, real in enumerate(walk.layers):
+            layer = stack.layers[real]
+            self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
+            self._layer_of.update({module: captured for module in layer.modules()})
+
+    def index(self, position_ids: Tensor) -> Tensor:
+        """Row index [T] for the positions a rotary module was asked for."""
+        assert self.inputs is not None
+        if position_ids is self.inputs.position_ids:
+            return self.inputs.positions
+        if position_ids.dim() > 2 or (position_ids.dim() == 2 and position_ids.shape[0] != 1):
+            raise CompileError(
+                "positions have several coordinates per token",
+                code="unsupported-positions",
+                pass_name="capture",
+                try_="a text-only model (multimodal rotary positions are not captured)",
+            )
+        return position_ids.reshape(-1)
+
+    def keep_last_rows(self, decoder: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the decoder below the output head: only the rows whose logits are wanted go on."""
+        assert self.inputs is not None
+        hidden = output[0]
+        wanted = torch.ops.xllm.rows(hidden.select(0, 0), self.inputs.last).unsqueeze(0)
+        if isinstance(output, tuple):
+            return (wanted, *output[1:])
+        output["last_hidden_state"] = wanted
+        return output
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, None]:
+        """query, key, value [1, heads, T, width] as transformers passes them; the result is [1, T, heads, width]."""
+        inputs = self.inputs
+        assert inputs is not None
+        layer = self._place(module, attention_mask, rest)
+        heads, width = int(key.shape[1]), int(key.shape[3])
+        self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
+        q, k, v = (part.transpose(1, 2).squeeze(0) for part in (query, key, value))
+        torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
+        scale = float(scaling) if scaling is not None else width**-0.5
+        options = (layer, heads, int(value.shape[3]), scale, int(sliding_window or 0), float(softcap or 0.0))
+        out = torch.ops.xllm.attention(inputs.kv, q, inputs.positions, inputs.slots, s_aux, *options)
+        return out.unsqueeze(0), None
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """What each captured layer keeps. Raises CompileError for a layer that never called attention."""
+        for captured, name in enumerate(self._names):
+            if captured not in self._kv:
+                raise CompileError(
+                    "a layer mixes tokens without attention, or keeps state that is not keys and values",
+                    code="recurrent-layer",
+                    pass_name="capture",
+                    where=name,
+                    node="no attention call",
+                    try_="a model whose every layer attends (recurrent and convolutional layers are not captured)",
+                )
+        return tuple(self._kv[captured] for captured in range(len(self._names)))
+
+    def _place(self, module: nn.Module, mask: Any, rest: dict[str, Any]) -> int:
+        """The captured layer of an attention call, after refusing what our operator does not compute."""
+        layer = self._layer_of.get(module)
+        name = type(module).__name__
+        refused = ""
+        if layer is None:
+            refused = "attention outside the decoder layers"
+        elif layer in self._kv:
+            refused = "a second attention in one layer"
+        elif mask is not None:
+            refused = "an attention mask the model made itself"
+        elif rest.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            refused = "attention that is not causal"
+        else:
+            extra = [key for key, value in rest.items() if isinstance(value, Tensor) and key not in _HARMLESS]
+            refused = f"attention with an extra tensor {extra[0]!r}" if extra else ""
+        if refused:
+            where = f"{self._names[layer]}, {name}" if layer is not None else name
+            raise CompileError(
+                f"{refused} cannot be expressed",
+                code="unsupported-attention",
+                pass_name="capture",
+                where=where,
+                node="attention",
+                try_="a decoder with one causal self-attention per layer",
+            )
+        assert layer is not None
+        return layer
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and windows are part of `xllm::attention`."""

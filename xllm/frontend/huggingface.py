@@ -1,0 +1,295 @@
+"""Capture of a Hugging Face causal language model, from transformers' own modules, as one step over flattened tokens.
+
+Nothing here knows a model by name. Attention leaves through transformers' attention registry (`hooks.py`), rotary modules become
+tables, layers that others stand for are skipped in place, everything else is exported as it is. Nothing global stays changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim as ExportDim
+from torch.export import ExportedProgram
+
+from xllm.errors import CompileError
+from xllm.frontend.exported import Place, to_graph
+from xllm.frontend.facts import check_config, read_config
+from xllm.frontend.failures import explain
+from xllm.frontend.hooks import HOOK, Session, Step
+from xllm.frontend.layers import LastOutput, SkippedLayer, choose_walk, every_layer, find_stack, layer_kinds
+from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
+from xllm.frontend.stamp import check_equal_layers
+from xllm.ir.build import prune
+from xllm.ir.program import Constant, Dim, Program, Source, Weight
+
+DEFAULT_MAX_LEN = 32768
+# Example sizes of T and S: primes no model dimension equals, so that no size is taken for another.
+_EXAMPLE_TOKENS, _EXAMPLE_ROWS = 1009, 211
+
+
+def capture(
+    folder: str | Path, *, max_len: int | None = None, full: bool = False, max_tokens: int = 8192, max_seqs: int = 256
+) -> Program:
+    """The step program of the checkpoint in `folder`, from its config.json alone: no weights are read.
+
+    max_len: positions the program can address, which sizes the rotary tables; by default the model's own limit, at most
+    32768. full: capture every layer instead of the distinct ones (`stamp` then changes nothing). max_tokens, max_seqs: upper
+    bounds of the dims T and S. Raises CompileError for what cannot be captured.
+    """
+    config = read_config(folder)
+    name = Path(folder).resolve().name
+    return capture_config(config, name=name, max_len=max_len, full=full, max_tokens=max_tokens, max_seqs=max_seqs)
+
+
+def capture_config(
+    config: Any,
+    *,
+    name: str,
+    max_len: int | None = None,
+    full: bool = False,
+    max_tokens: int = 8192,
+    max_seqs: int = 256,
+) -> Program:
+    """As `capture`, from a transformers configuration object, which is left unchanged."""
+    check_config(config)
+    config = copy.deepcopy(config)
+    length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
+    session = Session()
+    with session.registered(), torch.no_grad():
+        model = _build(config)
+        stack = find_stack(model)
+        kinds = layer_kinds(stack, config.to_dict())
+        walk = every_layer(len(stack.layers)) if full else choose_walk(kinds)
+        place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)})
+        tensors = _checkpoint_tensors(model, place)
+        _skip_layers(model, stack.path, walk.layers)
+        constants = _lift_rotary(model, session, place, length)
+        session.follow(stack, walk)
+        exported = _export(model, session)
+    bound = _Tensors(model, place, tensors, constants, exported.constants)
+    graph, weights = to_graph(exported, place, bound)
+    kv = session.kv_layers()
+    program = Program(
+        name=name,
+        graph=graph,
+        dims=(Dim("T", 1, max_tokens), Dim("S", 1, max_seqs)),
+        weights=weights,
+        constants={},
+        kv=kv,
+        layers=walk.sources,
+        layers_path=stack.path,
+    )
+    prune(program)
+    used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
+    program.constants = {key: bound.arrays[key] for key in sorted(used)}
+    _type_state(program, max_seqs, length)
+    check_equal_layers(program, [kinds[real] for real in walk.layers])
+    return program
+
+
+def _build(config: Any) -> nn.Module:
+    """The model on the meta device, float32, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    config._attn_implementation = HOOK
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    except Exception as error:  # transformers raises anything from ImportError to KeyError here
+        raise CompileError(
+            f"transformers cannot build {_architecture(config)} as a causal language model: {_first_line(error)}",
+            code="unsupported-model",
+            pass_name="capture",
+            try_="a decoder-only checkpoint whose architecture ends in ForCausalLM",
+        ) from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise CompileError(
+            f"{type(model).__name__} computes attention on its own, not through transformers' attention interface",
+            code="no-attention-interface",
+            pass_name="capture",
+            where=type(model).__name__,
+            node="attention",
+            try_="another implementation of the architecture in transformers, or one that names _supports_attention_backend",
+        )
+    return model
+
+
+def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, Weight]]:
+    """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input embedding first."""
+    state = model.state_dict(keep_vars=True)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    shared: dict[int, list[str]] = {}
+    for key, tensor in state.items():
+        shared.setdefault(id(tensor), []).append(key)
+    first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
+    embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
+    found: dict[str, tuple[str, Weight]] = {}
+    for identity, keys in shared.items():
+        if identity in first:
+            keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
+        names = tuple(place.renumber(key) for key in keys)
+        weight = Weight(tuple(state[keys[0]].shape), Source(names))
+        found.update({key: (names[0], weight) for key in keys})
+    return found
+
+
+def _skip_layers(model: nn.Module, layers_path: str, kept: tuple[int, ...]) -> None:
+    """Replaces, in place, every layer that is not captured."""
+    layers = model.get_submodule(layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    last_output = LastOutput()
+    for index, layer in enumerate(layers):
+        if index in kept:
+            layer.register_forward_hook(last_output.remember)
+        else:
+            layers[index] = SkippedLayer(layer, last_output)
+
+
+def _lift_rotary(model: nn.Module, session: Session, place: Place, length: int) -> dict[str, tuple[str, np.ndarray]]:
+    """Replaces every rotary module by rows of its tables; the tables by the path of the buffer that stands for them.
+
+    Modules with equal tables share one constant.
+    """
+    constants: dict[str, tuple[str, np.ndarray]] = {}
+    by_content: dict[bytes, str] = {}
+    names: set[str] = set()
+    for path, module in list(model.named_modules()):
+        if not is_rotary(module):
+            continue
+        tables = make_tables(with_buffers(model, module, path), length)
+        if tables is None:
+            continue
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, RotaryRows(tables, session.index))
+        stem = re.sub(rf"^{re.escape(place.layers_path)}\.\d+\.", "", path)
+        for variant, pair in tables.items():
+            for part, table in (("cos", pair.cos), ("sin", pair.sin)):
+                buffer = f"{variant}_{part}".lstrip("_")
+                key = part.encode() + repr(table.shape).encode() + table.tobytes()
+                if key not in by_content:
+                    by_content[key] = _fresh_name(f"{stem}.{buffer}", names)
+                constants[f"{path}.{buffer}"] = (by_content[key], table)
+    return constants
+
+
+def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
+    """A copy of a module of the meta-device model with its own buffers filled, on the CPU, as loading a checkpoint would."""
+    filled = copy.copy(module)
+    buffers = {
+        name: torch.full(part.shape, float("nan") if part.is_floating_point() else 0, dtype=part.dtype, device="cpu")
+        for name, part in module.named_buffers(recurse=False)
+    }
+    filled.__dict__ = {**module.__dict__, "_buffers": buffers}
+    try:
+        model._init_weights(filled)  # type: ignore[operator]
+    except Exception as error:
+        raise _unknown_buffer(module, path, _first_line(error)) from error
+    for name, part in buffers.items():
+        if part.is_floating_point() and part.isnan().any():
+            raise _unknown_buffer(module, f"{path}.{name}", "transformers has no rule that fills it")
+    return filled
+
+
+def _export(model: nn.Module, session: Session) -> ExportedProgram:
+    tokens, rows = ExportDim("T", min=2), ExportDim("S", min=2)
+
+    def example(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, device="meta")
+
+    arguments = (example(_EXAMPLE_TOKENS), example(_EXAMPLE_TOKENS), example(_EXAMPLE_TOKENS), example(_EXAMPLE_ROWS))
+    state = torch.zeros(1, 1, 1, 1, device="meta")
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None)
+    decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(decoder, nn.Module):
+        raise CompileError(
+            f"{type(model).__name__} has no decoder below its output head",
+            code="unsupported-model",
+            pass_name="capture",
+            try_="a checkpoint whose architecture ends in ForCausalLM",
+        )
+    decoder.register_forward_hook(session.keep_last_rows)
+    try:
+        return torch.export.export(Step(model, session), (*arguments, state), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise explain(error, model) from error
+
+
+class _Tensors:
+    """Names the parameters, buffers and lifted constants of the exported step; collects the arrays of those made here."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place: Place,
+        checkpoint: Mapping[str, tuple[str, Weight]],
+        rotary: Mapping[str, tuple[str, np.ndarray]],
+        lifted: Mapping[str, Any],
+    ) -> None:
+        self.model = model
+        self.place = place
+        self.checkpoint = checkpoint
+        self.rotary = rotary
+        self.lifted = lifted
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def __call__(self, path: str) -> tuple[str, Weight]:
+        """Name in the program and weight of the tensor at `path`, a module path or the name of a lifted constant."""
+        if path in self.checkpoint:
+            return self.checkpoint[path]
+        if path in self.rotary:
+            return self._constant(*self.rotary[path])
+        if path in self.lifted:
+            return self._constant(path, self._array(self.lifted[path], path))
+        owner, _, name = path.rpartition(".")
+        filled = with_buffers(self.model, self.model.get_submodule(owner), owner)
+        return self._constant(self.place.renumber(path), self._array(getattr(filled, name), path))
+
+    def _constant(self, name: str, array: np.ndarray) -> tuple[str, Weight]:
+        self.arrays[name] = array
+        return name, Weight(tuple(array.shape), Constant(name))
+
+    def _array(self, value: Tensor, path: str) -> np.ndarray:
+        if value.is_meta:
+            raise CompileError("a tensor made while tracing has no value", code="unknown-buffer", pass_name="capture", where=path)
+        return value.detach().float().numpy() if value.is_floating_point() else value.detach().numpy()
+
+
+def _type_state(program: Program, max_seqs: int, length: int) -> None:
+    """Gives the kv input the type the dialect states: [layers, slots, tokens, width of the widest layer]."""
+    state = program.input("kv")
+    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
+    state.meta["val"] = state.meta["val"].new_empty((len(program.kv), max_seqs, length, width))
+
+
+def _unknown_buffer(module: nn.Module, path: str, why: str) -> CompileError:
+    return CompileError(
+        f"{type(module).__name__} keeps a buffer that is in no checkpoint and whose value is not known: {why}",
+        code="unknown-buffer",
+        pass_name="capture",
+        where=path,
+        try_="an architecture whose _init_weights fills its buffers, as transformers' loading does",
+    )
+
+
+def _architecture(config: Any) -> str:
+    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _fresh_name(wanted: str, names: set[str]) -> str:
+    name, count = wanted, 0
+    while name in names:
+        count += 1
+        name = f"{wanted}_{count}"
+    names.add(name)
+    return name

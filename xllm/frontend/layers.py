@@ -1,0 +1,174 @@
+"""Which layers of a model are worth capturing: the repeated stack, the kind of each layer, and a short walk that shows them all.
+
+Layers of equal kind that stand between equal neighbours compute the same, so one of them is captured and stamped for the others.
+The index of a layer is no part of its kind; what a layer makes of its index shows in the captured operators, which are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from xllm.errors import CompileError
+from xllm.ir.program import LayerSource
+
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The repeated layers of a model: their module path and the modules, in order."""
+
+    path: str
+    layers: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The layers to capture (indices into the model, ascending) and what each stands for."""
+
+    layers: tuple[int, ...]
+    sources: tuple[LayerSource, ...]
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The outermost module list with the most parameters. Raises CompileError when the model repeats nothing."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or path.startswith(inside):
+            continue
+        inside = (*inside, f"{path}.")
+        elements = sum(parameter.numel() for parameter in module.parameters())
+        if len(module) and (best is None or elements > best[0]):
+            best = (elements, path, module)
+    if best is None:
+        raise CompileError(
+            f"{type(model).__name__} has no list of decoder layers",
+            code="no-layer-stack",
+            pass_name="capture",
+            try_="a decoder model whose layers are a torch.nn.ModuleList",
+        )
+    return Stack(best[1], tuple(best[2]))
+
+
+def layer_kinds(stack: Stack, config: Mapping[str, Any]) -> list[Hashable]:
+    """One comparable value per layer: module tree, tensor shapes, plain attributes, and the entry of every per-layer list of the config."""
+    count = len(stack.layers)
+    facts = [_facts(layer) for layer in stack.layers]
+    for key, value in config.items():
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            for entry, found in zip(value, facts, strict=True):
+                found[f"config {key}"] = repr(entry)
+    counters = _counters(facts)
+    return [tuple(sorted((key, value) for key, value in found.items() if key not in counters)) for found in facts]
+
+
+def choose_walk(kinds: Sequence[Hashable]) -> Walk:
+    """The shortest walk found by cutting: every (previous, kind, next) of the model stays, every step is a step of the model."""
+    count = len(kinds)
+    contexts = [
+        (kinds[i - 1] if i else None, kind, kinds[i + 1] if i + 1 < count else None) for i, kind in enumerate(kinds)
+    ]
+    kept = list(range(count))
+    while (cut := _longest_cut([contexts[i] for i in kept])) is not None:
+        begin, end = cut
+        del kept[begin:end]
+    stands_for: list[list[int]] = [[] for _ in kept]
+    previous = -1
+    for context in contexts:
+        follows = previous + 1
+        if follows >= len(kept) or contexts[kept[follows]] != context:
+            follows = next(c for c, i in enumerate(kept) if contexts[i] == context)
+        stands_for[follows].append(sum(map(len, stands_for)))
+        previous = follows
+    return Walk(tuple(kept), tuple(LayerSource(c, tuple(real)) for c, real in enumerate(stands_for)))
+
+
+def every_layer(count: int) -> Walk:
+    """The walk that captures all layers, each standing for itself."""
+    return Walk(tuple(range(count)), tuple(LayerSource(i, (i,)) for i in range(count)))
+
+
+class LastOutput:
+    """What the last captured layer returned while tracing: a tensor, or a tuple that starts with the hidden states."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def remember(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of a captured layer."""
+        self.value = output
+
+
+class SkippedLayer(nn.Module):
+    """Takes the place of a layer that another one stands for: hands its input on in the form its predecessor gave it.
+
+    Keeping the place keeps every index: configuration lists and layer indices mean what they meant in the full model.
+    """
+
+    def __init__(self, layer: nn.Module, last_output: LastOutput) -> None:
+        super().__init__()
+        self.__dict__["_stands_in_for"] = layer  # outside the module tree, so that its parameters are not exported
+        self.__dict__["_last_output"] = last_output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stands_in_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        output = self.__dict__["_last_output"].value
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _facts(layer: nn.Module) -> dict[str, Any]:
+    """Everything comparable about a layer, by path: classes, tensors, plain attributes."""
+    facts: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        facts[f"class {path}"] = f"{type(module).__module__}.{type(module).__qualname__}"
+        tensors = [*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)]
+        facts.update({f"tensor {name}": f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors})
+        for name, value in vars(module).items():
+            if name not in _MODULE_FIELDS:
+                plain = isinstance(value, int) and not isinstance(value, bool)
+                facts[f"attribute {path}.{name}"] = value if plain else _described(value)
+    return facts
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_described(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_described(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return type(value).__qualname__
+
+
+def _counters(facts: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The attributes that merely count layers: index plus a constant in every layer."""
+    counters = set()
+    for key, first in facts[0].items():
+        if isinstance(first, int) and all(found.get(key) == first + i for i, found in enumerate(facts)):
+            counters.add(key)
+    return counters
+
+
+def _longest_cut(contexts: Sequence[Hashable]) -> tuple[int, int] | None:
+    """The longest stretch [begin, end) that can go: the walk stays connected and no context is lost."""
+    count = len(contexts)
+    for length in range(count - 1, 0, -1):
+        for begin in range(1, count - length + 1):
+            end = begin + length
+            if contexts[begin - 1] == contexts[end - 1]:
+                left = set(contexts[:begin]) | set(contexts[end:])
+                if left.issuperset(contexts[begin:end]):
+                    return begin, end
+    return None

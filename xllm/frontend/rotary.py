@@ -1,0 +1,148 @@
+"""Rotary embeddings become tables: the row of position p is what the model's own module gives for position p.
+
+A module that makes (cos, sin) from positions alone needs no operators in the program: it is run once, here, on the CPU in float32.
+Where the frequencies depend on the current length (dynamic NTK, longrope), the row of position p is what the module gives at
+length p + 1, as in decoding token by token: so a token never depends on how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_SAMPLES = 24  # positions at which a vectorised table is compared with the module run for that position alone
+
+
+@dataclass(frozen=True)
+class Tables:
+    """cos and sin, float32 [positions, rotary_dim]."""
+
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether the module has the structure of a rotary embedding: inverse frequencies as a buffer of its own."""
+    return bool(_variants(module))
+
+
+def make_tables(module: nn.Module, max_len: int) -> dict[str, Tables] | None:
+    """Tables by variant ("" or the layer type that the module is asked for); None when it does not make (cos, sin).
+
+    `module` lies on the CPU with its buffers filled; it is copied, never changed.
+    """
+    tables: dict[str, Tables] = {}
+    for variant in _variants(module):
+        made = _make(module, variant, max_len)
+        if made is None:
+            return None
+        tables[variant] = Tables(made[0].numpy(), made[1].numpy())
+    return tables
+
+
+class RotaryRows(nn.Module):
+    """Stands where the rotary module stood and reads rows of its tables; buffers `{variant}_cos`, `{variant}_sin` on meta."""
+
+    def __init__(self, tables: Mapping[str, Tables], index: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._index = index
+        for variant, pair in tables.items():
+            for part, table in (("cos", pair.cos), ("sin", pair.sin)):
+                self.register_buffer(
+                    f"{variant}_{part}".lstrip("_"), torch.empty(table.shape, device="meta"), persistent=False
+                )
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        variant = layer_type or ""
+        index = self._index(position_ids)
+        cos, sin = (getattr(self, f"{variant}_{part}".lstrip("_")) for part in ("cos", "sin"))
+        return torch.ops.xllm.rows(cos, index).unsqueeze(0), torch.ops.xllm.rows(sin, index).unsqueeze(0)
+
+
+def _variants(module: nn.Module) -> list[str]:
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    found = [name.removesuffix("inv_freq").rstrip("_") for name in names if name.endswith("inv_freq")]
+    return sorted(variant for variant in found if not variant.endswith("original"))
+
+
+def _make(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor, Tensor] | None:
+    positions = torch.arange(max_len)
+    whole = _call(module, variant, positions)
+    if whole is None:
+        return None
+    if _right(module, variant, positions, whole):
+        return whole
+    return _per_position(module, variant, max_len) or _by_stretches(module, variant, 0, max_len)
+
+
+def _call(module: nn.Module, variant: str, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) [P, rotary_dim] of a fresh copy of the module for these positions; the length is the largest plus one."""
+    fresh = _fresh(module)
+    extra: dict[str, Any] = {"layer_type": variant} if variant else {}
+    try:
+        result = fresh(torch.empty(1, dtype=torch.float32), positions[None], **extra)
+    except TypeError:  # another signature: not the module this file knows how to replace
+        return None
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
+        return None
+    cos, sin = (part.reshape(-1, part.shape[-1]) for part in result)
+    if cos.is_complex() or cos.shape != sin.shape or cos.shape[0] != positions.numel():
+        return None
+    return cos.float().contiguous(), sin.float().contiguous()
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    """The module with buffers of its own: some update their frequencies in place as the length grows."""
+    fresh = copy.copy(module)
+    fresh.__dict__ = {**module.__dict__, "_buffers": {name: part.clone() for name, part in module.named_buffers(recurse=False)}}
+    return fresh
+
+
+def _right(module: nn.Module, variant: str, positions: Tensor, made: tuple[Tensor, Tensor]) -> bool:
+    """Whether the rows agree with the module run for one position alone, at both ends and at samples between."""
+    picks = torch.linspace(0, positions.numel() - 1, min(_SAMPLES, positions.numel())).long().unique()
+    for pick in picks.tolist():
+        alone = _call(module, variant, positions[pick : pick + 1])
+        # An angle is position times frequency in float32: its rounding grows with the position.
+        tolerance = 1e-6 + 2.0**-22 * float(positions[pick])
+        if alone is None or any((made[i][pick] - alone[i][0]).abs().max() > tolerance for i in (0, 1)):
+            return False
+    return True
+
+
+def _per_position(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor, Tensor] | None:
+    """All rows at once for frequencies that change with every length: the module's own init function given all lengths."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    fresh: Any = _fresh(module)
+    types = getattr(fresh, "rope_type", "default")
+    init = ROPE_INIT_FUNCTIONS.get(types[variant] if variant else types)
+    if init is None:
+        return None
+    positions = torch.arange(max_len)
+    try:
+        frequencies, _ = init(fresh.config, None, seq_len=positions[:, None] + 1, layer_type=variant or None)  # type: ignore[arg-type]
+    except (RuntimeError, TypeError):
+        return None
+    setattr(fresh, f"{variant}_inv_freq".lstrip("_"), frequencies)
+    fresh.rope_type = {**types, variant: "default"} if variant else "default"  # the frequencies stay as set
+    made = _call(fresh, variant, positions)
+    return made if made is not None and _right(module, variant, positions, made) else None
+
+
+def _by_stretches(module: nn.Module, variant: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Rows for [begin, end), halved until both ends of a stretch agree with the module run for them alone."""
+    positions = torch.arange(begin, end)
+    made = _call(module, variant, positions)
+    assert made is not None
+    if end - begin == 1 or _right(module, variant, positions, made):
+        return made
+    middle = (begin + end) // 2
+    left, right = (_by_stretches(module, variant, *part) for part in ((begin, middle), (middle, end)))
+    return torch.cat((left[0], right[0])), torch.cat((left[1], right[1]))

@@ -1,0 +1,276 @@
+"""From the captured layers back to the model's depth: the node group of a layer is copied for every layer it stands for.
+
+Weights are renamed by rule, KV operators get the real layer index, values that cross from one layer to the next are rewired to
+the real predecessor. It works on a fresh capture and on one that passes have rewritten, whatever values cross the border then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from xllm.errors import CompileError
+from xllm.ir.program import LayerSource, Program, Source, Weight, layer_of, move_layer
+
+
+def stamp(program: Program) -> Program:
+    """The program at full depth; its `layers` then stand for themselves. `program` is left unchanged, plans are not carried.
+
+    Raises CompileError when a layer reads anything but the prologue and the layer before it, or when the values that cross a
+    border do not correspond.
+    """
+    if not program.layers:
+        return program.copy()
+    return _Stamper(program).run()
+
+
+def check_equal_layers(program: Program, kinds: Sequence[Hashable]) -> None:
+    """Raises CompileError when captured layers of one kind differ in operators or constants: index-dependent computation."""
+    groups = _groups(program)
+    first: dict[Hashable, int] = {}
+    for captured, kind in enumerate(kinds):
+        model = first.setdefault(kind, captured)
+        node = _difference(program, groups.get(model, []), groups.get(captured, []))
+        if node is not None:
+            raise CompileError(
+                f"layers {model} and {captured} of the capture look alike but compute differently",
+                code="layers-differ",
+                pass_name="capture",
+                where=str(node.meta["custom"]["path"]),
+                node=node.name,
+                try_="capture with full=True, which takes every layer as it is",
+            )
+
+
+class _Stamper:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.leaf = program.layers_path.rpartition(".")[2]
+        self.groups = _groups(program)
+        self.sources = _sources(program.layers)
+        self.graph = fx.Graph()
+        self.weights: dict[str, Weight] = {}
+        self.reads: dict[str, fx.Node] = {}
+        self.shared: dict[fx.Node, fx.Node] = {}
+        self.copies: list[dict[fx.Node, fx.Node]] = []
+
+    def run(self) -> Program:
+        program = self.program
+        prologue, epilogue = self._outside()
+        for node in prologue:
+            self._copy(node, None, 0, self.shared)
+        for real, captured in enumerate(self.sources):
+            self.copies.append({})
+            for node in self.groups[captured]:
+                self._copy(node, captured, real, self.copies[real])
+        depth = len(self.sources)
+        for node in epilogue:
+            self._copy(node, None, depth, self.shared)
+        output = self.graph.output(
+            fx.map_arg(program.output().args[0], lambda arg: self._value(arg, None, depth, program.output()))
+        )
+        output.meta = dict(program.output().meta)
+        stamped = Program(
+            name=program.name,
+            graph=self.graph,
+            dims=program.dims,
+            weights=self.weights,
+            constants=dict(program.constants),
+            kv=tuple(program.kv[captured] for captured in self.sources),
+            layers=tuple(LayerSource(real, (real,)) for real in range(depth)),
+            layers_path=program.layers_path,
+        )
+        state = stamped.input("kv")
+        state.meta["val"] = state.meta["val"].new_empty((depth, *state.meta["val"].shape[1:]))
+        return stamped
+
+    def _outside(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes before and after the layers; what depends on a layer comes after."""
+        prologue: list[fx.Node] = []
+        epilogue: list[fx.Node] = []
+        late: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            if node.op in ("get_attr", "output"):
+                continue
+            if layer_of(node) is not None:
+                late.add(node)
+            elif any(arg in late for arg in node.all_input_nodes):
+                late.add(node)
+                epilogue.append(node)
+            else:
+                prologue.append(node)
+        return prologue, epilogue
+
+    def _copy(self, node: fx.Node, captured: int | None, real: int, made: dict[fx.Node, fx.Node]) -> None:
+        def value(arg: fx.Node) -> fx.Node:
+            return self._value(arg, captured, real, node)
+
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        name = node.name
+        custom = dict(node.meta["custom"])
+        if captured is not None:
+            args, kwargs = _with_layer(node, args, kwargs, captured, real)
+            name = self._moved_name(name, captured, real)
+            custom.update(path=self._moved(f"{custom['path']}.", real)[:-1], layer=real)
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=name)
+        new.meta = {**node.meta, "custom": custom}
+        made[node] = new
+
+    def _value(self, arg: fx.Node, captured: int | None, real: int, user: fx.Node) -> fx.Node:
+        """What `arg` becomes for a user that is copied for layer `real` (the depth, for the epilogue)."""
+        if arg.op == "get_attr":
+            return self._read(arg, captured, real, user)
+        home = layer_of(arg)
+        if home is None:
+            return self.shared[arg]
+        if home == captured:
+            return self.copies[real][arg]
+        consumer = captured if captured is not None else len(self.groups)
+        if home != consumer - 1 or real == 0:
+            raise _unsound(f"layer {home} is read by a node that does not follow it", user)
+        before = self.sources[real - 1]
+        return self.copies[real - 1][self._counterpart(arg, consumer, before, user)]
+
+    def _read(self, node: fx.Node, captured: int | None, real: int, user: fx.Node) -> fx.Node:
+        target = str(node.target)
+        owner = _layer_in(target, self.program.layers_path)
+        if owner is not None and owner != captured:
+            raise _unsound(f"the weight {target} of layer {owner} is read by another layer", user)
+        weight = self.program.weights[target]
+        name, custom = node.name, dict(node.meta["custom"])
+        if owner is not None:
+            assert captured is not None
+            weight = Weight(weight.shape, move_layer(weight.rule, self.program.layers_path, real))
+            target = self._moved(target, real)
+            name = self._moved_name(name, captured, real)
+            layer = None if custom["layer"] is None else real
+            custom.update(path=self._moved(f"{custom['path']}.", real)[:-1], layer=layer)
+        if target not in self.reads:
+            self.weights[target] = weight
+            self.reads[target] = self.graph.create_node("get_attr", target, name=name)
+            self.reads[target].meta = {**node.meta, "custom": custom}
+        return self.reads[target]
+
+    def _counterpart(self, arg: fx.Node, consumer: int, before: int, user: fx.Node) -> fx.Node:
+        """The value of captured layer `before` that takes the role `arg` has for `consumer`: same place in what crosses."""
+        if before == consumer - 1:
+            return arg
+        here, there = self._crossing(consumer), self._crossing(before + 1)
+        alike = len(here) == len(there) and all(
+            one.target == other.target and _type(one) == _type(other) for one, other in zip(here, there, strict=True)
+        )
+        if not alike:
+            raise _unsound(
+                f"what layer {consumer} takes from its predecessor is not what layer {before} hands on", user
+            )
+        return there[here.index(arg)]
+
+    def _crossing(self, consumer: int) -> list[fx.Node]:
+        """The values of the captured layer before `consumer` that it reads, in the order it first reads them."""
+        nodes = self.groups.get(consumer) or self._outside()[1]
+        read = [arg for node in nodes for arg in node.all_input_nodes]
+        return list(dict.fromkeys(arg for arg in read if arg.op != "get_attr" and layer_of(arg) == consumer - 1))
+
+    def _moved(self, name: str, real: int) -> str:
+        rule = move_layer(Source((name,)), self.program.layers_path, real)
+        assert isinstance(rule, Source)
+        return rule.names[0]
+
+    def _moved_name(self, name: str, captured: int, real: int) -> str:
+        pattern = rf"(^|_){re.escape(self.leaf)}_{captured}(?=_|$)"
+        moved, count = re.subn(pattern, rf"\g<1>{self.leaf}_{real}", name, count=1)
+        return moved if count else f"{self.leaf}_{real}_{name}"
+
+
+def _groups(program: Program) -> dict[int, list[fx.Node]]:
+    groups: dict[int, list[fx.Node]] = {layer.index: [] for layer in program.layers}
+    for node in program.calls():
+        layer = layer_of(node)
+        if layer is not None:
+            groups.setdefault(layer, []).append(node)
+    return groups
+
+
+def _sources(layers: Sequence[LayerSource]) -> list[int]:
+    """The captured layer of every real one, by depth."""
+    source = {real: layer.index for layer in layers for real in layer.stands_for}
+    if sorted(source) != list(range(len(source))):
+        raise CompileError(
+            f"the layers {sorted(source)} that captured layers stand for are not a whole model",
+            code="unsound-layers",
+            pass_name="stamp",
+        )
+    return [source[real] for real in range(len(source))]
+
+
+def _with_layer(
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], captured: int, real: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the operator's `layer`, if it has one, moved from the captured to the real index."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "xllm":
+        return args, kwargs
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name != "layer":
+            continue
+        given = kwargs["layer"] if "layer" in kwargs else args[position]
+        if given != captured:
+            raise _unsound(f"an operator of layer {captured} names layer {given}", node)
+        if "layer" in kwargs:
+            return args, {**kwargs, "layer": real}
+        return (*args[:position], real, *args[position + 1 :]), kwargs
+    return args, kwargs
+
+
+def _difference(program: Program, one: Sequence[fx.Node], other: Sequence[fx.Node]) -> fx.Node | None:
+    """The first node of `other` that does not do what its partner in `one` does; None for equal groups."""
+    if len(one) != len(other):
+        longer = one if len(one) > len(other) else other
+        return longer[min(len(one), len(other))]
+    partner = dict(zip(one, other, strict=True))
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            if a in partner:
+                return partner[a] is b
+            if a.op == "get_attr":
+                return _without_layer(a, program) == _without_layer(b, program) and _type(a) == _type(b)
+            both_shared = layer_of(a) is None and layer_of(b) is None
+            return a is b or (not both_shared and _type(a) == _type(b))
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return type(a) is type(b) and a == b
+
+    for a, b in zip(one, other, strict=True):
+        moved = _with_layer(a, a.args, dict(a.kwargs), layer_of(a) or 0, layer_of(b) or 0)
+        if a.target != b.target or not same(moved[0], b.args) or not same(list(moved[1].items()), list(b.kwargs.items())):
+            return b
+    return None
+
+
+def _without_layer(node: fx.Node, program: Program) -> str:
+    return re.sub(rf"(^|\.){re.escape(program.layers_path)}\.\d+\.", r"\1", str(node.target), count=1)
+
+
+def _layer_in(name: str, layers_path: str) -> int | None:
+    match = re.search(rf"(?:^|\.){re.escape(layers_path)}\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else str(type(value))
+
+
+def _unsound(why: str, node: fx.Node) -> CompileError:
+    return CompileError(
+        why,
+        code="unsound-layers",
+        pass_name="stamp",
+        where=str(node.meta.get("custom", {}).get("path", "")),
+        node=node.name,
+        try_="capture with full=True",
+    )
