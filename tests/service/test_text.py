@@ -54,7 +54,8 @@ def test_any_bytes_equal_one_shot_decoding(tokens):
 @pytest.mark.parametrize("tokenizer", [LLAMA, METASPACE])
 @given(st.data())
 def test_sentencepiece_with_byte_fallback_equals_one_shot_decoding(tokenizer, data):
-    """Bytes come as whole characters here: a decoder with byte fallback takes back valid characters of an invalid run."""
+    """Bytes come as whole characters here: a decoder with byte fallback takes back valid characters of an invalid
+    run."""
     tokens: list[int] = []
     for part in data.draw(st.lists(st.one_of(st.sampled_from(PIECES), st.sampled_from("é日😀")), max_size=30)):
         if part in PIECES:
