@@ -1,5 +1,5 @@
-"""A device made of Python: page memory that knows what is mapped where, and an executor whose next token depends on every
-token before it, read back through the mappings. Whatever breaks the rows' contract fails an assertion here.
+"""A device made of Python: page memory that knows what is mapped where, and an executor whose next token depends on
+every token before it, read back through the mappings. Whatever breaks the rows' contract fails an assertion here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xllm.runtime import Batch, EngineConfig, KVSpec, Limits, Request, SamplingParams, StepError, StepResult, TokenOutput
+from xllm.runtime import (
+    Batch,
+    EngineConfig,
+    KVSpec,
+    Limits,
+    Request,
+    SamplingParams,
+    StepError,
+    StepResult,
+    TokenOutput,
+)
 from xllm.runtime.engine import Engine
 from xllm.runtime.xtensor import PageTicket
 
@@ -70,16 +80,15 @@ def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
     return zlib.crc32(np.array([seed or 0, *tokens], np.int32).tobytes()) % vocab
 
 
-def expected_outputs(request: Request, max_outputs: int, vocab: int, eos: int = EOS) -> list[int]:
-    """What a request generates when nothing else runs: the oracle."""
-    tokens, params = list(request.prompt), request.params
-    while len(tokens) - len(request.prompt) < max_outputs:
-        tokens.append(next_token(tokens, params.seed, vocab))
-        generated = len(tokens) - len(request.prompt)
-        ends = tokens[-1] in params.stop_token_ids or (tokens[-1] == eos and not params.ignore_eos)
-        if ends and generated >= params.min_tokens:
-            break
-    return tokens[len(request.prompt) :]
+def expected_outputs(request: Request, max_outputs: int, vocab: int, eos: int = EOS) -> tuple[list[int], str]:
+    """What a request generates when nothing else runs, and how it ends: the oracle."""
+    tokens, params = [], request.params
+    while len(tokens) < max_outputs:
+        tokens.append(next_token([*request.prompt, *tokens], params.seed, vocab))
+        stops = tokens[-1] in params.stop_token_ids or (tokens[-1] == eos and not params.ignore_eos)
+        if stops and len(tokens) >= params.min_tokens:
+            return tokens, "stop"
+    return tokens, "length"
 
 
 @dataclass
@@ -150,8 +159,7 @@ class FakeExecutor:
         assert self.queue[0] is batch, "steps are committed in order"
         self.queue.pop(0)
         tokens = [self._run_row(row) for row in batch.rows]
-        previous, self.sampled = self.sampled, [token for token in tokens if token is not None]
-        del previous
+        self.sampled = [token for token in tokens if token is not None]
         if batch.step in self.fail_steps:
             self.sampled = [1 for _ in self.sampled]
             raise StepError("device_error", "step failed")

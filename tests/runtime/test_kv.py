@@ -181,7 +181,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = make_pool(pages=12, span_pages=6, spans=5, group_bytes=1500)
+        self.memory = FakeMemory(PAGE)
+        self.pool = KvPool(PoolPlan(KVSpec(1500), PAGE, pages=12, span_pages=6, spans=5), self.memory)
         self.live: dict[int, int] = {}
 
     @precondition(lambda self: len(self.live) < 5)
@@ -220,7 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.free_pages == 12 - promised
         for slot, tokens in self.live.items():
             for page in range(self.pool.plan.pages_for(tokens)):
-                assert self.pool.base(slot) + page * PAGE in self.pool._memory.mapped
+                assert self.pool.base(slot) + page * PAGE in self.memory.mapped
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
@@ -271,4 +272,4 @@ def test_the_background_thread_maps_ahead_and_ends():
     pool.grow(slot, 16)
     pool.check()
     pool.close()
-    assert not pool._thread.is_alive()
+    assert "xllm-premap" not in {thread.name for thread in threading.enumerate()}

@@ -117,7 +117,7 @@ def test_release_returns_descriptors_and_mappings():
 
 @linux
 def test_faults_name_the_call_and_the_errno(memory):
-    with pytest.raises(MemoryFault, match="mmap failed for .* bytes: ENOMEM"):
+    with pytest.raises(MemoryFault, match=r"mmap failed for .* bytes: ENOMEM"):
         memory.reserve(1 << 60)
     with pytest.raises(MemoryFault, match="power of two"):
         LinuxMemory(5000)
