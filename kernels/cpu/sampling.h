@@ -1,0 +1,39 @@
+// C ABI of the sampler: per-slot state (parameters, history, position) and one call per step.
+// Calls on different slots may run at the same time; calls on the same slot, and two sample calls, must be ordered by
+// the caller.
+#pragma once
+#include "xk.h"
+
+typedef struct xk_sampler xk_sampler;
+
+typedef struct {  // copied by xk_sampler_attach; ranges are checked by the Python binding
+  uint64_t seed;
+  double top_p;                                    // >= 1: off
+  float temperature;                               // 0: greedy
+  float min_p;                                     // 0: off
+  float presence, frequency, repetition;           // 0, 0, 1: off
+  int32_t top_k;                                   // <= 0: off
+  int32_t sample_index, min_tokens;
+  int32_t logprobs;                                // -1: off, else chosen + this many best
+  int32_t bias_count, suppress_count, prompt_count, generated_count;
+  const int32_t *bias_ids;                         // [bias_count] distinct
+  const float *bias;                               // [bias_count]
+  const int32_t *suppress_ids;                     // [suppress_count] never drawn before min_tokens tokens exist
+  const int32_t *prompt_ids, *generated_ids;
+} xk_sampling_params;
+
+enum { XK_SAMPLED = 0, XK_BAD_SLOT = 1, XK_DETACHED_SLOT = 2, XK_SLOT_TWICE = 3 };
+
+// `workers` is the size of the pool that sample() will be given. NULL, and 1 from attach, mean that memory is short.
+XK_API xk_sampler *xk_sampler_new(int32_t vocab, int32_t max_slots, int32_t workers);
+XK_API void xk_sampler_free(xk_sampler *sampler);
+XK_API int32_t xk_sampler_attach(xk_sampler *sampler, int32_t slot, const xk_sampling_params *params);
+XK_API void xk_sampler_detach(xk_sampler *sampler, int32_t slot);
+
+// pool: from xk_runner_pool. logits [rows, vocab] f32, edited while the call runs and restored before it returns.
+// tokens, logprobs [rows]; top_ids, top_logprobs [rows, top_width], unused cells -1 and -inf; the logprob of a row
+// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf gives token -1 and leaves its
+// slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
+XK_API int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
+                                 int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids,
+                                 float *top_logprobs);
