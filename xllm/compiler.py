@@ -9,11 +9,11 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ import xllm
 from xllm.artifact import Artifact, ArtifactWriter, writing
 from xllm.errors import CompileError
 from xllm.plan import Plan, StoredWeight
+
+if TYPE_CHECKING:
+    from xllm.frontend.weights import Checkpoint
 
 Progress = Callable[[str, int, int], None]  # stage or item, done, total
 
@@ -114,7 +117,7 @@ def compile_checkpoint(
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
-        options = _resolved(options, facts.max_len, tensors.dtype)
+        options = _resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
         target = cpu.host_target()
         context = Context(target, str(options.weights), str(options.kv), options.traffic)
         tell("capturing", 0, 0)
@@ -127,7 +130,7 @@ def compile_checkpoint(
         tell("rewriting", 0, 0)
         program, rewrites = run_pipeline(program, without(REWRITES, options.disable), context, ladder.observe)
         program = stamp(program)
-        tensors.check(program.weights)
+        unused = tensors.check(program)
         tell("planning", 0, 0)
         program, plans = run_pipeline(program, PLANS, context, ladder.observe)
         plan = emit_plan(program)
@@ -135,7 +138,9 @@ def compile_checkpoint(
             writer.write(f"ir/{ladder.count:02d}-{PLANNED}{suffix and UNFOLDED}.ir", text)
         clock.lap("passes")
         plan, header = writer.write_weights(
-            _sized(plan), lambda weight: _packed(program, weight, tensors), lambda name, done, total: tell("packing weights", done, total)
+            _sized(plan),
+            lambda weight: _packed(program, weight, _Bits(tensors)),
+            lambda name, done, total: tell("packing weights", done, total),
         )
         clock.lap("weights")
         writer.write("plan.json", plan.to_json())
@@ -181,7 +186,7 @@ def compile_checkpoint(
         arena_bytes=plan.arena_bytes,
         token_bytes=plan.kv.token_bytes,
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
-        unused=tensors.unused(program.weights),
+        unused=unused,
         seconds=clock.laps,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -225,9 +230,9 @@ def _unfolded(text: str) -> str:
     return re.sub(r"  layer (?P<layers>[\d. ]+) \{\n(?P<body>.*?)  \}\n", repeated, text, flags=re.DOTALL)
 
 
-def _resolved(options: CompileOptions, trained_len: int, checkpoint_dtype: str) -> CompileOptions:
+def _resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> CompileOptions:
     """Options with every None replaced: storage follows the checkpoint, length the model, at most DEFAULT_MAX_LEN."""
-    weights = options.weights or ("bfloat16" if checkpoint_dtype == "bfloat16" else "float32")
+    weights = options.weights or ("bfloat16" if "bfloat16" in dtypes else "float32")
     max_len = options.max_len or min(trained_len or DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
     if trained_len and max_len > trained_len:
         raise CompileError(
@@ -271,6 +276,22 @@ def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:
         writer.write("tokenizer/tokenizer.json", facts.tokenizer_path.read_bytes())
     if facts.chat_template is not None:
         writer.write("tokenizer/chat_template.jinja", facts.chat_template)
+
+
+class _Bits(Mapping[str, np.ndarray]):
+    """A checkpoint read as it is stored, so that a bfloat16 tensor is packed without a float32 copy of it."""
+
+    def __init__(self, tensors: Checkpoint) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors.raw(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class _Stopwatch:

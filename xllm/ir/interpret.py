@@ -14,8 +14,8 @@ from xllm.ir.program import Constant, Program, evaluate
 
 
 def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; kv, which is written to); `weights` by
-    `get_attr` target (see `bind`). Raises KeyError for a missing input or weight.
+    """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; kv, which is written to);
+    `weights` by `get_attr` target (see `bind`). Raises KeyError for a missing input or weight.
     """
     device = inputs["ids"].device
     values: dict[fx.Node, Any] = {}
@@ -26,8 +26,9 @@ def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Te
             elif node.op == "get_attr":
                 values[node] = _weight(program, str(node.target), weights, device)
             elif node.op == "call_function":
-                args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda arg: _real(arg, values, device))  # type: ignore[misc]
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                args = fx.node.map_aggregate(node.args, lambda arg: _real(arg, values, device))
+                kwargs = fx.node.map_aggregate(node.kwargs, lambda arg: _real(arg, values, device))
+                values[node] = node.target(*args, **kwargs)  # pyright: ignore
     return values[program.output().all_input_nodes[0]]
 
 
@@ -41,7 +42,9 @@ def bind(program: Program, read: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def empty_state(program: Program, slots: int, tokens: int) -> Tensor:
-    """The kv input for `run`: [layers, slots, tokens, width of the widest layer], float32 NaN, so that reading unwritten rows shows."""
+    """The kv input for `run`: [layers, slots, tokens, width of the widest layer], float32 NaN, so that reading
+    unwritten rows shows.
+    """
     width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
     return torch.full((len(program.kv), slots, tokens, width), float("nan"))
 

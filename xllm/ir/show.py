@@ -21,6 +21,9 @@ from xllm.ir.program import Program, layer_of, path_of, rule_text
 
 _DTYPES = {torch.float32: "f32", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool", torch.bfloat16: "bf16"}
 
+# Operators that are what their module is for: their values take the module's name.
+_NAMED_BY_MODULE = ("linear", "embedding", "rms_norm", "add_rms_norm")
+
 
 def digest(program: Program) -> str:
     """sha256 over everything a plan could depend on: unfolded text, weight rules, constants."""
@@ -121,7 +124,7 @@ class Names:
             return f"{self._names[node.args[0]]}.{node.args[1]}"  # pyright: ignore[reportArgumentType]
         short = getattr(node.target, "_opname", getattr(node.target, "__name__", "call"))
         leaf = path.rpartition(".")[2]
-        return leaf if short == "linear" and leaf and not leaf.isdigit() else short
+        return leaf if short in _NAMED_BY_MODULE and leaf and not leaf.isdigit() else short
 
     @staticmethod
     def _unique(stem: str, taken: set[str]) -> str:

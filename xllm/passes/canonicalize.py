@@ -32,7 +32,7 @@ xllm = torch.ops.xllm
 
 _IDENTITIES = (
     aten.to.dtype, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.expand.default,
-    aten.dropout.default, aten.lift_fresh_copy.default, aten._to_copy.default,
+    aten.dropout.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor,
 )  # fmt: skip
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
           aten.flatten.using_ints, aten.squeeze.default)  # fmt: skip
@@ -49,6 +49,7 @@ class Canonicalize(Pass):
                 program.graph.erase_node(node)
                 editor.hit(node)
         prune(program)
+        _weights_first(program)
         _drop_batch(editor)
         for step in (_drop_identities, _join_dialect, _merge_views, _merge_transposes, _count_from_end):
             for node in list(program.calls()):
@@ -57,6 +58,14 @@ class Canonicalize(Pass):
             prune(program)
         editor.finish()
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
+
+
+def _weights_first(program: Program) -> None:
+    """Weights and inputs stand before all calls, so that any pass may use them anywhere."""
+    first = next(iter(program.calls()))
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            first.prepend(node)
 
 
 # --- batch dimension -------------------------------------------------------------------------------------------------
@@ -80,7 +89,8 @@ def _drop_batch(editor: Editor) -> None:
 
 def _rebuild_bare(editor: Editor, node: fx.Node, bare: dict[fx.Node, fx.Node]) -> None:
     program = editor.program
-    if node.target is aten.select.int and node.args[1:] == (0, 0) and node.args[0] in bare:
+    takes_lead = (aten.select.int, (0, 0)), (aten.squeeze.dim, (0,))
+    if (node.target, node.args[1:]) in takes_lead and node.args[0] in bare:
         node.replace_all_uses_with(bare[node.args[0]])
         editor.hit(node)
         return
@@ -191,7 +201,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, fx.Node]], tuple[Any, ...] | 
 
 
 def _drop_identities(editor: Editor, node: fx.Node) -> None:
-    """Casts to the dtype a value has, copies, expansions to the shape it has."""
+    """Casts to the dtype a value has, copies, expansions to the shape it has, slices of all of it."""
     if node.target in _IDENTITIES and type_key(node.meta["val"]) == type_key(_source(node).meta["val"]):
         node.replace_all_uses_with(_source(node))
         editor.hit(node)

@@ -9,8 +9,7 @@ import torch
 
 from xllm.errors import CompileError
 from xllm.ir import Program, Source
-from xllm.ir.interpret import run
-from xllm.ir.program import evaluate
+from xllm.ir.interpret import bind, empty_state, run
 
 TOLERANCE = 1e-5
 
@@ -75,11 +74,5 @@ def run_steps(
     program: Program, sources: Mapping[str, np.ndarray], steps: list[dict[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """Logits of each step, one state carried through."""
-    weights = {
-        name: torch.from_numpy(np.ascontiguousarray(evaluate(weight.rule, sources, program.constants)))
-        for name, weight in program.weights.items()
-    }
-    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
-    kv = torch.zeros(len(program.kv), 2, 16, width)
-    with torch.no_grad():
-        return [run(program, {**step, "kv": kv}, weights) for step in steps]
+    weights, kv = bind(program, sources), empty_state(program, slots=2, tokens=16)
+    return [run(program, {**step, "kv": kv}, weights) for step in steps]

@@ -1,0 +1,118 @@
+"""Checkpoint folders with random weights in real shapes: what benchmarks and tests run on, since weights cannot be fetched.
+
+    python -m bench.checkpoints qwen3-0.6b OUT
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+        "vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960, "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+}  # fmt: skip
+
+
+def write_checkpoint(
+    folder: str | Path, config: Mapping[str, Any], *, dtype: str = "bfloat16", seed: int = 0, tokenizer: bool = True
+) -> Path:
+    """A checkpoint of `config` (a config.json) with random weights of the size a trained model has. Returns the folder.
+
+    dtype "float32" or "bfloat16". The tokenizer is byte-level with `vocab_size` entries, made up where bytes end.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=1))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(root)), dtype=torch.float32)
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        held.pop("lm_head.weight", None)
+    _write_safetensors(root / "model.safetensors", held, dtype, seed)
+    eos = config.get("eos_token_id", 1)
+    (root / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "do_sample": False}))
+    if tokenizer:
+        write_tokenizer(root, int(config["vocab_size"]), eos)
+    return root
+
+
+def write_tokenizer(root: Path, vocab_size: int, eos: int) -> None:
+    """A byte-level BPE of `vocab_size` ids: bytes first, then merges of what went before; ChatML template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab, merges = {letter: index for index, letter in enumerate(alphabet)}, []
+    for left in list(vocab):
+        for right in alphabet:
+            if len(vocab) < vocab_size and left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+    pairs = [word for word in vocab if len(word) == 2]
+    for left in pairs:
+        for right in alphabet:
+            if len(vocab) < vocab_size:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+    for name, at in (("<|endoftext|>", eos - 2), ("<|im_start|>", eos - 1), ("<|im_end|>", eos)):
+        if at >= 0:
+            word = next(word for word, index in vocab.items() if index == at)
+            merges = [pair for pair in merges if word not in (pair[0] + pair[1], *pair)]
+            del vocab[word]
+            vocab[name] = at
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in vocab if name.startswith("<|")])
+    tokenizer.save(str(root / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = {"eos_token": "<|im_end|>", "chat_template": template}
+    (root / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+    """Random tensors, streamed: norms near one, matrices of standard deviation 1 / sqrt(width)."""
+    size, kind = (2, "BF16") if dtype == "bfloat16" else (4, "F32")
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        count = int(np.prod(shape)) * size
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + count]}
+        at += count
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = np.random.default_rng(seed)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            values = generator.standard_normal(shape, np.float32)
+            values = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(shape[-1] ** -0.5)
+            values = values.astype(np.float32)
+            out.write(_bfloat16(values).data if size == 2 else values.data)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest even, as uint16."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f"usage: python -m bench.checkpoints {'|'.join(SHAPES)} OUT")
+    print(write_checkpoint(sys.argv[2], SHAPES[sys.argv[1]]))
