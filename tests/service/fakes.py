@@ -17,6 +17,7 @@ from xllm.service.dispatch import Dispatcher
 from xllm.service.gate import Keys
 from xllm.service.params import ModelFacts
 from xllm.service.server import Server, bind, url
+from xllm.service.tokenizer import TextCodec
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
@@ -153,7 +154,7 @@ def fake_service(tmp_path, limits: Limits | None = None, template: str | None = 
     facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={})
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
-    return load_service(facts, path, template, special, engine_, dispatcher, limits or Limits())
+    return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
 
 
 @contextmanager

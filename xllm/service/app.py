@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from os import PathLike
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from xllm import __version__
 from xllm.service.answer import Generate, Limits, Service
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, invalid
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
 def load_service(
     facts: ModelFacts,
-    tokenizer_path: str | PathLike[str],
+    codec: TextCodec,
     chat_template: str | None,
     special_tokens: Mapping[str, str],
     engine: Engine,
     dispatcher: Dispatcher,
     limits: Limits,
 ) -> Service:
-    """Everything the routes share. Raises ValueError when the tokenizer can't be read; the template waits for its first
-    use."""
+    """Everything the routes share. The chat template is compiled by its first use."""
 
     @cache
     def template() -> ChatTemplate:
@@ -48,7 +47,7 @@ def load_service(
 
     return Service(
         facts=facts,
-        codec=TextCodec.from_file(tokenizer_path),
+        codec=codec,
         chat_template=template,
         engine=engine,
         dispatcher=dispatcher,
@@ -98,21 +97,10 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         Route("/ready", Json(ready), methods=["GET"]),
         Route("/readyz", Json(ready), methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
-        Route("/version", Json(lambda scope: {"version": version()}), methods=["GET"]),
+        Route("/version", Json(lambda scope: {"version": __version__}), methods=["GET"]),
         Route("/v1/models", Json(lambda scope: {"object": "list", "data": [model]}), methods=["GET"]),
         Route("/v1/models/{name:path}", Json(one_model), methods=["GET"]),
         Route("/v1/completions", Generate(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Generate(service, chat=True), methods=["POST"]),
     ]
     return Gate(Router(routes, redirect_slashes=False), keys, service.recorder)
-
-
-def version() -> str:
-    """The installed version."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("xllm")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"

@@ -1,0 +1,205 @@
+"""Decides how the two commands that answer start: `serve` over HTTP, `generate` on the terminal. Both open the engine
+beside everything else that takes time, and never import torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xllm import config
+
+if TYPE_CHECKING:
+    from xllm.artifact import Artifact
+    from xllm.service.params import Job, ModelFacts
+    from xllm.service.tokenizer import TextCodec
+
+
+class UsageError(ValueError):
+    """What the user asked for can't be done as asked; the message says what to try."""
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """`xllm serve`: answers until a signal ends it."""
+    import logging
+
+    keys = None
+    if arguments.api_key_file is not None:
+        keys = config.api_keys(arguments.api_key_file)
+    elif not config.is_loopback(arguments.host):
+        raise UsageError(f"--host {arguments.host} can be reached by others: give --api-key-file FILE, or 127.0.0.1")
+    folder = _artifact_folder(arguments.model)
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    from xllm.llm import open_engine
+    from xllm.service.dispatch import Dispatcher
+    from xllm.service.server import bind
+    from xllm.service.server import serve as answer
+
+    try:
+        listener = bind(arguments.host, arguments.port)
+    except OSError as error:
+        raise UsageError(
+            f"can't listen on {arguments.host}:{arguments.port}: {error.strerror}; try --port 0 for a free one"
+        ) from None
+    dispatcher = Dispatcher()
+    # Checking the weights runs outside the interpreter lock: beside it, the tokenizer and the HTTP stack are loaded.
+    with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
+        opening = opener.submit(open_engine, folder, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
+        from xllm.service.answer import Limits
+        from xllm.service.app import load_service
+        from xllm.service.gate import Keys
+
+        codec = _codec(folder)
+        artifact, engine, ledger = opening.result()
+    try:
+        print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
+        service = load_service(
+            facts=_facts(artifact, arguments.served_model_name),
+            codec=codec,
+            chat_template=artifact.chat_template,
+            special_tokens=artifact.special_tokens,
+            engine=engine,
+            dispatcher=dispatcher,
+            limits=Limits(max_concurrent_requests=arguments.max_concurrent_requests, max_body_bytes=arguments.max_body),
+        )
+        answer(service, listener, Keys(keys) if keys else None, lambda url: print(f"listening on {url}", flush=True))
+    finally:
+        engine.stop()
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`xllm generate`: the text on stdout as it comes, one line of timings on stderr."""
+    from xllm.llm import open_engine
+    from xllm.runtime import Request, TokenOutput
+    from xllm.service.generation import Choice
+
+    begin = time.perf_counter()
+    outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+    artifact, engine, _ = open_engine(arguments.artifact, outputs.put, **_engine(arguments))
+    try:
+        codec = _codec(arguments.artifact)
+        job = _job(arguments, artifact, codec)
+        choice = Choice(codec, job.stops, job.skip_special_tokens)
+        loaded = first = time.perf_counter()
+        engine.submit(Request("generate", job.prompts[0], job.params[0]))
+        while choice.finish_reason is None:
+            for output in outputs.get():
+                if choice.finish_reason is None:
+                    first = first if choice.tokens else time.perf_counter()
+                    print(choice.push(output).text, end="", flush=True)
+        end = time.perf_counter()
+    finally:
+        engine.stop()
+    print()
+    steps = choice.tokens - 1
+    rate = f", {steps / (end - first):.1f} tokens/s" if steps > 0 else ""
+    print(
+        f"load {loaded - begin:.2f} s · prompt {len(job.prompts[0])} tokens, first token after {first - loaded:.3f} s"
+        f" · answer {choice.tokens} tokens{rate} · ended by {choice.finish_reason}",
+        file=sys.stderr,
+    )
+
+
+def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) -> Job:
+    """The prompt and the sampling flags under the rules of the HTTP API."""
+    from xllm.service.body import ChatBody, CompletionBody, Message
+    from xllm.service.errors import ApiError
+    from xllm.service.params import chat_job, completion_job
+
+    names = ("max_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
+    names += ("repetition_penalty", "top_k", "min_tokens", "seed", "stop", "ignore_eos")
+    fields = {name: getattr(arguments, name) for name in names}
+    facts = _facts(artifact, None)
+    try:
+        if not arguments.chat:
+            return completion_job(CompletionBody(prompt=arguments.prompt, **fields), facts, codec.encode, codec.decode)
+        if artifact.chat_template is None:
+            raise UsageError("this artifact has no chat template; leave --chat out")
+        from xllm.service.template import ChatTemplate
+
+        template = ChatTemplate(artifact.chat_template, artifact.special_tokens)
+        messages = [Message(role="user", content=arguments.prompt)]
+        return chat_job(ChatBody(messages=messages, **fields), facts, codec.encode, template.render)
+    except ApiError as error:
+        raise UsageError(error.message) from None
+
+
+def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
+    from xllm.service.params import ModelFacts, default_sampling
+
+    model = artifact.manifest["model"]
+    return ModelFacts(
+        name=name or artifact.name,
+        vocab=model["vocab"],
+        max_len=model["max_len"],
+        defaults=default_sampling(artifact.generation),
+    )
+
+
+def _codec(folder: Path) -> TextCodec:
+    from xllm.service.tokenizer import TextCodec
+
+    path = folder / "tokenizer" / "tokenizer.json"
+    if (folder / "manifest.json").is_file() and not path.is_file():
+        raise UsageError(f"{folder} has no tokenizer: its checkpoint had no tokenizer.json, and text needs one")
+    return TextCodec.from_file(path)
+
+
+def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "memory_bytes": arguments.memory,
+        "threads": arguments.threads,
+        "chunk": arguments.chunk,
+        "async_scheduling": not arguments.no_async_scheduling,
+    }
+
+
+def _artifact_folder(model: Path) -> Path:
+    """The artifact to serve; a checkpoint folder is compiled into the cache first, in a process of its own, because a
+    server never imports torch."""
+    if (model / "manifest.json").is_file():
+        return model
+    if not (model / "config.json").is_file():
+        raise UsageError(f"{model} is neither an artifact (manifest.json) nor a checkpoint folder (config.json)")
+    artifact = _cached_artifact(model)
+    if (artifact / "manifest.json").is_file():
+        print(f"{model} is a checkpoint; serving the artifact compiled from it before: {artifact}", flush=True)
+        return artifact
+    needs_compiler(f"{model} is a checkpoint and compiling it")
+    import subprocess
+
+    print(f"{model} is a checkpoint; compiling it once into {artifact}", flush=True)
+    command = [sys.executable, "-m", "xllm.cli", "compile", os.fspath(model), "-o", os.fspath(artifact)]
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code if code > 0 else 1)
+    return artifact
+
+
+def _cached_artifact(checkpoint: Path) -> Path:
+    """Named by the checkpoint's files as they are now, by this version and this machine's instruction set."""
+    import hashlib
+
+    from xllm import __version__
+    from xllm.kernels.cpu import level
+
+    root = checkpoint.resolve()
+    files = sorted(file for file in root.iterdir() if file.is_file())
+    states = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    digest = hashlib.sha256("\n".join([__version__, level(), os.fspath(root), *states]).encode()).hexdigest()
+    return config.environment().cache / "artifacts" / f"{root.name}-{digest[:16]}.xllm"
+
+
+def needs_compiler(what: str) -> None:
+    """Raises UsageError when the packages that compile are missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "transformers", "networkx") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{what} needs {', '.join(missing)}: pip install 'xllm[compile]'; or compile elsewhere, serving needs none"
+        )
