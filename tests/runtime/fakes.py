@@ -27,7 +27,7 @@ EOS = 0
 
 
 class FakeMemory:
-    """PageMemory without memory: `bytes` remembers what was written to each page."""
+    """PageMemory without memory: `content` remembers what was written to each page."""
 
     huge_pages = "none"
 
@@ -35,7 +35,7 @@ class FakeMemory:
         self.page_bytes = page_bytes
         self.mapped: dict[int, int] = {}  # address -> page
         self.where: dict[int, int] = {}  # page -> address
-        self.content: dict[tuple[int, int], object] = {}
+        self.content: dict[tuple[int, int], int] = {}
         self.end = page_bytes
         self.pages = 0
 
@@ -67,11 +67,11 @@ class FakeMemory:
     def release(self) -> None:
         self.mapped, self.where = {}, {}
 
-    def write(self, address: int, value: object) -> None:
+    def write(self, address: int, value: int) -> None:
         base = address // self.page_bytes * self.page_bytes
         self.content[self.mapped[base], address - base] = value
 
-    def read(self, address: int) -> object:
+    def read(self, address: int) -> int:
         base = address // self.page_bytes * self.page_bytes
         return self.content[self.mapped[base], address - base]
 

@@ -103,6 +103,11 @@ def test_pages_promised_to_a_running_prompt_are_not_given_to_another():
     assert decide(state, budget(64, 16, pages=102), 102 - 1, 0.0).admitted
 
 
+def test_pages_promised_in_the_same_step_count_as_well():
+    state = Queues([], [waiting(0, 60 * 16), waiting(1, 60 * 16)], 8)
+    assert [s.id for s in decide(state, budget(64, 16, pages=100), 100, 0.0).admitted] == ["w0"]
+
+
 def test_out_of_pages_the_last_arrived_gives_way():
     old, young, youngest = decoding(0, 33), decoding(1, 20), decoding(2, 20)
     decision = decide(Queues([old, young, youngest], [waiting(3, 5)], 8), budget(64), 0, 0.0)
@@ -136,6 +141,12 @@ def test_what_was_freed_for_an_older_sequence_is_not_taken_by_a_younger_one():
     decision = decide(Queues([a, b, victim], [], 8), budget(64), 0, 0.0)
     assert [s.id for s in decision.preempted] == ["r2"], "one page comes, for the oldest; the next one waits"
     assert decision.grants == ()
+
+
+def test_each_waiting_sequence_gets_pages_of_its_own():
+    a, b, c, d = (decoding(n, length, in_flight=True) for n, length in ((0, 33), (1, 33), (2, 10), (3, 10)))
+    decision = decide(Queues([a, b, c, d], [], 8), budget(64), 0, 0.0)
+    assert [s.id for s in decision.preempted] == ["r3", "r2"], "one page for r0, another for r1"
 
 
 def test_a_sequence_whose_last_token_is_in_flight_gets_no_row():
