@@ -69,7 +69,8 @@ def decide(queues: Queues, budget: Budget, free_pages: int, now: float) -> Decis
     """The next step. `free_pages` are pages promised to nobody, `now` is in the unit of Request.arrival. An empty
     `grants` means that nothing can run before a launched step is committed (or that there is nothing)."""
     step = _Step(queues, budget, free_pages)
-    prefills = []
+    prefills: list[Sequence] = []
+    grants, preempted = step.grants, step.preempted
     # The one loop over all sequences: properties are spelled out and the common case is dealt with in place.
     for sequence in queues.running:
         computed, known = sequence.computed, len(sequence.tokens) + sequence.pending
@@ -77,14 +78,14 @@ def decide(queues: Queues, budget: Budget, free_pages: int, now: float) -> Decis
             continue
         if known - computed > 1 or computed < sequence.prompt_tokens:
             prefills.append(sequence)
-        elif computed < sequence.capacity and step.tokens > 0 and not step.preempted:
-            step.grants[sequence.order] = Grant(sequence, 1, sequence.pages, True)
+        elif computed < sequence.capacity and step.tokens > 0 and not preempted:
+            grants[sequence.order] = Grant(sequence, 1, sequence.pages, True)
             step.tokens -= 1
         else:
             step.give_decode(sequence)
     for sequence in prefills:
         step.give_chunk(sequence)
-    admitted = step.admit()
+    admitted = step.admit(prefills)
     step.give_leftover()
     if step.skipped:
         step.why.append(f"{step.skipped} running sequences: no tokens left in the step")
@@ -135,13 +136,13 @@ class _Step:
             tokens = self.affordable(sequence, chunk(0, sequence.remaining, self.limits.max_chunk, self.tokens))
         self.grant(sequence, tokens, self.pool.pages_for(sequence.computed + tokens))
 
-    def admit(self) -> list[Sequence]:
+    def admit(self, prefills: list[Sequence]) -> list[Sequence]:
         """First come first served, none overtakes: a request whose whole text has no room keeps the ones behind it
         waiting, or small ones could starve it for ever."""
         admitted: list[Sequence] = []
-        if self.stalled or self.preempted:
+        if self.stalled or self.preempted or not self.queues.waiting:
             return admitted
-        promised = sum(self.promise(sequence) for sequence in self.queues.running)
+        promised = sum(self.promise(sequence) for sequence in prefills)
         used = self.pool.pages - self.free
         for sequence in self.queues.waiting:
             if self.tokens < 1:
@@ -194,10 +195,10 @@ class _Step:
         return max(0, min(tokens, room))
 
     def promise(self, sequence: Sequence) -> int:
-        """Pages a running sequence still needs for the tokens it is known to have."""
+        """Pages a running prompt still needs for the tokens it is known to have."""
         grant = self.grants.get(sequence.order)
         held = grant.pages if grant else sequence.pages
-        return max(0, self.pool.pages_for(len(sequence.tokens) + sequence.pending) - held)
+        return max(0, self.pool.pages_for(len(sequence.tokens)) - held)
 
     def is_victim(self, sequence: Sequence) -> bool:
         return bool(self.preempted) and sequence.order >= self.preempted[-1].order
