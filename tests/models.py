@@ -1,0 +1,74 @@
+"""Small random checkpoints of every family that must work, and an executor that keeps the logits it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.checkpoints import write_checkpoint
+from xllm.artifact import Artifact
+from xllm.compiler import CompileOptions, compile_checkpoint
+from xllm.runtime.executor import Batch, StepResult
+from xllm.targets.cpu_executor import CpuExecutor
+
+VOCAB = 515  # no multiple of a panel
+
+_COMMON: Mapping[str, Any] = {
+    "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": 1,
+    "eos_token_id": VOCAB - 1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def family(model_type: str, architecture: str, **changes: Any) -> dict[str, Any]:
+    """A config.json of the family."""
+    return {**_COMMON, "model_type": model_type, "architectures": [architecture], **changes}
+
+
+def _llama(scaling: Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    rope = {"rope_scaling": {"rope_theta": 10000.0, **scaling}} if scaling else {"rope_theta": 10000.0}
+    return family("llama", "LlamaForCausalLM", **rope, **changes)
+
+
+FAMILIES: Mapping[str, dict[str, Any]] = {
+    "qwen2": family("qwen2", "Qwen2ForCausalLM", num_hidden_layers=3, hidden_size=96),
+    "qwen3": family("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True),
+    "llama": _llama(),
+    "llama3": _llama({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 64}),
+    "llama-linear": _llama({"rope_type": "linear", "factor": 4.0}),
+    "llama-dynamic": _llama({"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=48),
+    "llama-yarn": _llama({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "llama-longrope": _llama({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32,
+                              "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                              "long_factor": [1.0 + 0.7 * i for i in range(8)]}),
+    "mistral": family("mistral", "MistralForCausalLM", sliding_window=24),
+}  # fmt: skip
+
+
+def build(
+    folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None
+) -> tuple[Path, Path]:
+    """Writes a checkpoint and compiles it; returns both folders."""
+    checkpoint, artifact = folder / "checkpoint", folder / "artifact"
+    write_checkpoint(checkpoint, config, dtype=dtype)
+    compile_checkpoint(checkpoint, artifact, options)
+    return checkpoint, artifact
+
+
+class WatchedExecutor(CpuExecutor):
+    """Keeps every row of logits it computed: `seen[slot, position]`, float32 [vocab]; the last write counts."""
+
+    def __init__(self, artifact: Artifact, threads: int = 1) -> None:
+        self.seen: dict[tuple[int, int], np.ndarray] = {}
+        super().__init__(artifact, threads)
+
+    def _run(self, batch: Batch) -> StepResult:
+        result = super()._run(batch)
+        sampled = [row for row in batch.rows if row.sample]
+        for row, logits in zip(sampled, self.logits(len(sampled)), strict=True):
+            self.seen[row.slot, row.start + len(row.tokens) - 1] = logits
+        return result

@@ -1,0 +1,146 @@
+"""The same bits under any schedule: 64 prompts alone, then together in every way the engine can be made to run them."""
+
+from __future__ import annotations
+
+import queue
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import FAMILIES, VOCAB, WatchedExecutor, build
+from xllm.artifact import Artifact
+from xllm.compiler import CompileOptions
+from xllm.runtime.config import EngineConfig
+from xllm.runtime.engine import Engine
+from xllm.runtime.executor import Batch, StepResult
+from xllm.runtime.request import Request, SamplingParams, TokenOutput
+
+PROMPTS, NEW_TOKENS = 64, 12
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way to run the prompts. `kv_groups`: size of the pool; small ones force preemption."""
+
+    chunk: int = 512
+    budget: int = 512
+    max_seqs: int = 64
+    overlapped: bool = True
+    threads: int = 1
+    kv_groups: int = 4096
+    seed: int = 0
+
+
+SCHEDULES = {
+    "chunks of 16": Schedule(chunk=16, budget=48, seed=1),
+    "chunks of 64": Schedule(chunk=64, budget=96, threads=2, seed=2),
+    "chunks of 512, plain loop": Schedule(chunk=512, overlapped=False, seed=3),
+    "two at a time": Schedule(max_seqs=2, threads=2, seed=4),
+    "preempted": Schedule(chunk=32, kv_groups=28, seed=5),
+    "preempted, plain loop, two threads": Schedule(chunk=64, kv_groups=28, overlapped=False, threads=2, seed=6),
+}
+
+
+@pytest.fixture(scope="module", params=["qwen3 float32", "mistral bfloat16"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    name, dtype = request.param.split()
+    options = CompileOptions(weights=dtype, kv=dtype, max_len=256)
+    return Artifact.open(build(tmp_path_factory.mktemp("bits"), FAMILIES[name], dtype=dtype, options=options)[1])
+
+
+@pytest.fixture(scope="module")
+def alone(artifact: Artifact) -> dict[str, list[bytes]]:
+    return run(artifact, Schedule(overlapped=False), one_by_one=True)[0]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_same_tokens_and_logit_bits(name: str, artifact: Artifact, alone: dict[str, list[bytes]]) -> None:
+    together, preemptions = run(artifact, SCHEDULES[name])
+    assert together == alone
+    assert (preemptions > 0) == name.startswith("preempted")
+
+
+def requests() -> list[Request]:
+    """Prompts of 1 to 120 tokens; half of them sampled with every feature on."""
+    rng = np.random.default_rng(11)
+    made = []
+    for index in range(PROMPTS):
+        prompt = tuple(rng.integers(0, VOCAB, int(rng.integers(1, 120))).tolist())
+        params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        if index % 2:
+            params = SamplingParams(
+                temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=index, presence_penalty=0.4, frequency_penalty=0.3,
+                repetition_penalty=1.1, logit_bias={5: 1.5}, max_tokens=NEW_TOKENS, ignore_eos=True,
+            )  # fmt: skip
+        made.append(Request(f"r{index}", prompt, params))
+    return made
+
+
+class BitsExecutor(WatchedExecutor):
+    """Keeps, per request, token and logit bits of every sampled row, by position, so that recomputation shows too."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.rows: dict[str, dict[int, bytes]] = {}
+        self._owner: dict[int, str] = {}
+        super().__init__(artifact, threads)
+
+    def attach(self, slot: int, request: Request, generated) -> None:  # pyright: ignore
+        self._owner[slot] = request.id
+        super().attach(slot, request, generated)
+
+    def _run(self, batch: Batch) -> StepResult:
+        owners = {row.slot: self._owner[row.slot] for row in batch.rows}
+        result = super()._run(batch)
+        sampled = [row for row in batch.rows if row.sample]
+        for row, token in zip(sampled, result.tokens, strict=True):
+            position = row.start + len(row.tokens) - 1
+            bits = self.seen[row.slot, position].tobytes() + token.tobytes()
+            held = self.rows.setdefault(owners[row.slot], {}).setdefault(position, bits)
+            assert held == bits, "one position gave two different rows"
+        return result
+
+
+def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tuple[dict[str, list[bytes]], int]:
+    """Every request's rows (logit bits and token) in order, and how often the engine preempted."""
+    outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+    executor = BitsExecutor(artifact, schedule.threads)
+    config = EngineConfig(
+        kv_bytes=schedule.kv_groups * executor.kv.group_bytes,
+        page_bytes=4096,
+        max_tokens_per_step=schedule.budget,
+        max_chunk=schedule.chunk,
+        max_seqs=schedule.max_seqs,
+        async_scheduling=schedule.overlapped,
+        check=True,
+    )
+    engine = Engine(executor, config, outputs.put)
+    engine.start()
+    order = requests()
+    rng = random.Random(schedule.seed)
+    rng.shuffle(order)
+    waiting, live = list(order), 0
+    tokens: dict[str, list[int]] = {request.id: [] for request in order}
+    try:
+        while waiting or live:
+            burst = 1 if one_by_one else rng.randint(1, 16)
+            while waiting and burst and not (one_by_one and live):
+                engine.submit(waiting.pop())
+                live, burst = live + 1, burst - 1
+            for output in outputs.get():
+                assert output.error is None
+                if output.token is not None:
+                    tokens[output.request_id].append(output.token)
+                live -= output.finish_reason is not None
+        preemptions = engine.stats().preemptions
+    finally:
+        engine.stop()
+        executor.close()
+    assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
+    prompts = {request.id: len(request.prompt) for request in order}
+    rows = {
+        name: [executor.rows[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)] for name in sorted(prompts)
+    }
+    return rows, preemptions
