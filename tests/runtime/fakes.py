@@ -4,10 +4,12 @@ every token before it, read back through the mappings. Whatever breaks the rows'
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
 from xllm.runtime import (
     Batch,
@@ -21,7 +23,7 @@ from xllm.runtime import (
     TokenOutput,
 )
 from xllm.runtime.engine import Engine
-from xllm.runtime.xtensor import PageTicket
+from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 EOS = 0
 
@@ -76,6 +78,16 @@ class FakeMemory:
         return self.content[self.mapped[base], address - base]
 
 
+class RealMemory(LinuxMemory):
+    """The system's memory under the same tests: a hole reads as token 0."""
+
+    def write(self, address: int, value: int) -> None:
+        ctypes.c_int32.from_address(address).value = value
+
+    def read(self, address: int) -> int:
+        return ctypes.c_int32.from_address(address).value
+
+
 def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
     return zlib.crc32(np.array([seed or 0, *tokens], np.int32).tobytes()) % vocab
 
@@ -104,8 +116,9 @@ class FakeExecutor:
     """Runs a step only when its result is asked for, that is as late as possible: a slot or page given up too early is
     then certain to be missed."""
 
-    def __init__(self, memory: FakeMemory, limits: Limits, kv: KVSpec, budget: int | None = None):
-        self.memory, self.limits, self.kv = memory, limits, kv
+    def __init__(self, memory: FakeMemory | RealMemory, limits: Limits, kv: KVSpec, budget: int | None = None):
+        self.memory: FakeMemory | RealMemory = memory
+        self.limits, self.kv = limits, kv
         self.budget = budget or limits.max_tokens_per_step
         self.sequences: dict[int, _Slot] = {}
         self.queue: list[Batch] = []
@@ -207,11 +220,13 @@ class Rig:
     async_scheduling: bool = True
     admit_below: float = 0.95
     queue_limit: int = 1000
+    real_memory: bool = False
+    premap: bool = False
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
     def __post_init__(self) -> None:
-        self.memory = FakeMemory(self.page_bytes)
+        self.memory = RealMemory(self.page_bytes) if self.real_memory else FakeMemory(self.page_bytes)
         limits = Limits(self.max_tokens_per_step, self.max_seqs, self.max_len, self.vocab)
         self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes))
         config = EngineConfig(
@@ -222,7 +237,7 @@ class Rig:
             queue_limit=self.queue_limit,
             admit_below=self.admit_below,
             async_scheduling=self.async_scheduling,
-            premap=False,
+            premap=self.premap,
             check=True,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
@@ -266,3 +281,19 @@ def request(name: str, prompt: int | tuple[int, ...], max_tokens: int | None = N
     if isinstance(prompt, int):
         prompt = tuple(zlib.crc32(f"{name}/{i}".encode()) % 40 for i in range(prompt))
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params))
+
+
+def limit_of(rig: Rig, req: Request) -> int:
+    """Most tokens the engine lets a request generate."""
+    capacity = min(rig.max_len, rig.engine.pool.plan.tokens_for(rig.engine.pool.plan.pages) + 1)
+    return req.params.max_tokens or capacity - len(req.prompt)
+
+
+def assert_as_alone(rig: Rig, req: Request) -> None:
+    expected, reason = expected_outputs(req, limit_of(rig, req), rig.vocab)
+    assert rig.tokens(req.id) == expected
+    assert rig.end(req.id).finish_reason == reason
+    assert [o.index for o in rig.outputs if o.request_id == req.id] == list(range(len(expected)))
+
+
+BOTH_LOOPS = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])

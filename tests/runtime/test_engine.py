@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import threading
-from collections import Counter
-
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from tests.runtime.fakes import EOS, FakeExecutor, FakeMemory, Rig, expected_outputs, request
-from xllm.runtime import EngineConfig, KVSpec, Limits, Request, RequestRefused, SamplingParams, TokenOutput
-from xllm.runtime.engine import Engine
-
-BOTH_LOOPS = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
-
-
-def limit_of(rig: Rig, req: Request) -> int:
-    capacity = min(rig.max_len, rig.engine.pool.plan.tokens_for(rig.engine.pool.plan.pages) + 1)
-    return req.params.max_tokens or capacity - len(req.prompt)
-
-
-def assert_as_alone(rig: Rig, req: Request) -> None:
-    expected, reason = expected_outputs(req, limit_of(rig, req), rig.vocab)
-    assert rig.tokens(req.id) == expected
-    assert rig.end(req.id).finish_reason == reason
-    assert [o.index for o in rig.outputs if o.request_id == req.id] == list(range(len(expected)))
+from tests.runtime.fakes import (
+    BOTH_LOOPS,
+    EOS,
+    Rig,
+    assert_as_alone,
+    request,
+)
+from xllm.runtime import Request, RequestRefused, SamplingParams
 
 
 @BOTH_LOOPS
@@ -248,119 +233,6 @@ def test_a_full_queue_and_a_duplicate_are_refused():
     rig.finish()
 
 
-ARRIVALS = st.lists(
-    st.tuples(
-        st.sampled_from([0, 0, 0, 1, 3, 12]),  # turns until it arrives
-        st.integers(1, 60),  # prompt
-        st.sampled_from([None, None, 90, 60, 35, 34, 33, 7, 1]),  # max_tokens
-        st.booleans(),  # ignore_eos
-        st.integers(0, 4),  # min_tokens
-        st.sampled_from([None, None, None, None, 1, 5, 40]),  # cancelled that many turns after arrival
-    ),
-    min_size=4,
-    max_size=10,
-)
-
-
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    arrivals=ARRIVALS,
-    budget=st.sampled_from([1, 3, 16, 64]),
-    max_chunk=st.integers(1, 40),
-    max_seqs=st.integers(2, 6),
-    spans=st.sampled_from([0.4, 1.0, 1.2, 1.7, 2.5, 6.0]),
-    group_bytes=st.sampled_from([1500, 4096, 10_000]),
-    admit_below=st.sampled_from([0.5, 0.95, 1.0]),
-    vocab=st.sampled_from([9, 45, 500]),
-    overlap=st.booleans(),
-    premaps=st.integers(0, 3),
-    fail_steps=st.sets(st.integers(0, 60), max_size=2),
-)
-def test_any_schedule_gives_what_each_request_gives_alone(
-    arrivals, budget, max_chunk, max_seqs, spans, group_bytes, admit_below, vocab, overlap, premaps, fail_steps
-):
-    """`spans` is the pool's size in sequences of full length: memory is tight in most examples."""
-    rig = Rig(
-        max_tokens_per_step=budget,
-        max_chunk=max_chunk,
-        max_seqs=max_seqs,
-        max_len=96,
-        vocab=vocab,
-        pages=max(1, int(spans * 6 * group_bytes / 4096)),
-        group_bytes=group_bytes,
-        async_scheduling=overlap,
-        admit_below=admit_below,
-    )
-    rig.executor.fail_steps = fail_steps
-    serve_and_check(rig, arrivals, premaps)
-
-
-@BOTH_LOOPS
-@pytest.mark.parametrize("seed", range(12))
-def test_dense_traffic_in_tight_memory(seed, overlap):
-    """Long outputs, everybody at once, room for one and a half: preemption all the time."""
-    rng = random.Random(seed)
-    rig = Rig(
-        max_tokens_per_step=rng.choice([8, 64]),
-        max_chunk=rng.choice([5, 64]),
-        max_len=96,
-        vocab=500,
-        pages=rng.choice([6, 9, 14]),
-        group_bytes=4096,
-        async_scheduling=overlap,
-        admit_below=1.0,
-    )
-    arrivals = [
-        (rng.randint(0, 30), rng.randint(1, 60), rng.choice([None, 35, 20]), rng.random() < 0.8, 0, None)
-        for _ in range(14)
-    ]
-    serve_and_check(rig, arrivals, premaps=seed % 3)
-    assert rig.engine.stats().preemptions > 0
-
-
-def serve_and_check(rig: Rig, arrivals, premaps: int) -> None:
-    accepted, cancels, refused = {}, {}, 0
-    due = sorted((at, n) for n, (at, *_) in enumerate(arrivals))
-    while due or rig.busy:
-        while due and due[0][0] <= rig.now:
-            n = due.pop(0)[1]
-            _, prompt, max_tokens, ignore_eos, min_tokens, cancel = arrivals[n]
-            if max_tokens is not None:
-                min_tokens = min(min_tokens, max_tokens)
-            req = request(
-                f"r{n}", tuple((7 * n + i) % rig.vocab for i in range(prompt)), max_tokens,
-                ignore_eos=ignore_eos, min_tokens=min_tokens, seed=n,
-            )  # fmt: skip
-            try:
-                rig.engine.submit(req)
-            except RequestRefused as refusal:
-                assert refusal.code in ("exceeds_capacity", "context_length_exceeded")
-                refused += 1
-                continue
-            accepted[req.id] = req
-            if cancel is not None:
-                cancels[req.id] = rig.now + cancel
-        for name, at in cancels.items():
-            if at == rig.now:
-                rig.engine.cancel(name)
-        for _ in range(premaps):
-            rig.engine.pool.premap()
-        rig.turn()
-        assert rig.now < 100_000, "no end in sight"
-    for name, req in accepted.items():
-        if rig.end(name).finish_reason in ("cancelled", "error"):
-            assert name in cancels or rig.executor.fail_steps
-            expected, _ = expected_outputs(req, limit_of(rig, req), rig.vocab)
-            assert rig.tokens(name) == expected[: len(rig.tokens(name))]
-        else:
-            assert_as_alone(rig, req)
-    stats = rig.engine.stats()
-    assert stats.accepted == len(accepted) == len(arrivals) - refused
-    assert stats.accepted == stats.finished + stats.cancelled + stats.failed
-    assert (stats.running, stats.waiting) == (0, 0)
-    rig.assert_baseline()
-
-
 def test_two_runs_take_the_same_decisions():
     def batches():
         rig = Rig(pages=6, admit_below=1.0)
@@ -370,85 +242,3 @@ def test_two_runs_take_the_same_decisions():
         return rig.executor.batches
 
     assert batches() == batches()
-
-
-class TestThread:
-    """The engine's own thread, on the same fakes."""
-
-    def engine(self, sink, **config):
-        memory = FakeMemory(4096)
-        executor = FakeExecutor(memory, Limits(64, 8, 256, 50), KVSpec(1000))
-        settings = EngineConfig(kv_bytes=64 * 4096, page_bytes=4096, eos_ids=(EOS,), check=True, **config)
-        return Engine(executor, settings, sink, memory)
-
-    @BOTH_LOOPS
-    def test_drain_waits_for_everything_and_refuses_new_requests(self, overlap):
-        outputs = []
-        engine = self.engine(outputs.extend, async_scheduling=overlap)
-        engine.start()
-        requests = [request(f"r{n}", 1 + n, max_tokens=20, seed=n) for n in range(40)]
-        for req in requests:
-            engine.submit(req)
-        assert engine.drain(60.0)
-        with pytest.raises(RequestRefused, match="shutting_down"):
-            engine.submit(request("late", 3))
-        assert engine.stats().free_pages == engine.stats().total_pages
-        engine.stop()
-        engine.stop()
-        for req in requests:
-            tokens = [o.token for o in outputs if o.request_id == req.id]
-            assert tokens == expected_outputs(req, 20, 50)[0]
-
-    @BOTH_LOOPS
-    def test_many_threads_submit_and_cancel(self, overlap):
-        outputs: list[TokenOutput] = []
-        engine = self.engine(outputs.extend, async_scheduling=overlap)
-        engine.start()
-
-        def client(number: int) -> None:
-            rng = random.Random(number)
-            for n in range(30):
-                name = f"c{number}.{n}"
-                engine.submit(request(name, rng.randint(1, 60), max_tokens=rng.randint(1, 40), seed=number))
-                if rng.random() < 0.4:
-                    engine.cancel(name if rng.random() < 0.5 else f"c{number}.{rng.randint(0, n)}")
-
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
-        assert engine.drain(120.0)
-        ends = Counter(output.request_id for output in outputs if output.finish_reason)
-        assert len(ends) == 120 and set(ends.values()) == {1}
-        stats = engine.stats()
-        assert stats.free_pages == stats.total_pages and stats.finished + stats.cancelled == 120
-        engine.stop()
-
-    def test_stop_ends_every_request_with_an_error(self):
-        outputs = []
-        engine = self.engine(outputs.extend)
-        for n in range(20):
-            engine.submit(request(f"r{n}", 5, ignore_eos=True))
-        engine.start()
-        engine.stop()
-        ends = [o for o in outputs if o.finish_reason]
-        assert len(ends) == 20
-        assert {o.error.split(":")[0] for o in ends if o.finish_reason == "error"} <= {"shutting_down"}
-
-    def test_a_sink_that_raises_ends_the_engine_but_nobody_waits(self):
-        calls = []
-
-        def sink(outputs):
-            calls.append(outputs)
-            if len(calls) == 1:
-                raise ValueError("broken sink")
-
-        engine = self.engine(sink)
-        engine.submit(request("a", 5, ignore_eos=True))
-        engine.start()
-        assert engine.drain(60.0)
-        with pytest.raises(RequestRefused, match="engine_failed"):
-            engine.submit(request("b", 5))
-        assert [(o.request_id, o.finish_reason) for o in calls[-1]] == [("a", "error")]
-        engine.stop()

@@ -60,7 +60,7 @@ class Engine:
         self._accepted = 0
         self._quiet = True
         self._refusal: RequestRefused | None = None
-        self._stopping = False
+        self._stopping = self._failed = False
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
 
     def start(self) -> None:
@@ -106,14 +106,21 @@ class Engine:
             return self._changed.wait_for(lambda: self._quiet or not self._thread.is_alive(), timeout)
 
     def stop(self) -> None:
-        """End every request (error shutting_down), the thread and the pool. Calling it again does nothing."""
+        """End every request (error shutting_down), the thread and the pool. Waits for launched steps. Calling it again
+        does nothing."""
         with self._lock:
             self._refuse("shutting_down", "the engine is stopping")
             self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        self.pool.close()
+        elif self._thread.ident is None:
+            self._run()
+        if self._failed:
+            # A launched step may still be writing: its memory stays until the process ends.
+            self.pool.stop_premapping()
+        else:
+            self.pool.close()
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread."""
@@ -157,13 +164,14 @@ class Engine:
                 self._changed.notify_all()
                 self._changed.wait()
             self._quiet = False
+            stopping = self._stopping
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
         for sequence in submitted:
             self._core.add(sequence)
         for sequence, reason in cancelled:
             self._core.cancel(sequence, reason)
-        return not self._stopping
+        return not stopping
 
     def _deliver(self, progress: bool) -> None:
         outputs = self._core.take_outputs()
@@ -194,6 +202,7 @@ class Engine:
         """The core's state is not to be trusted any more: end what lives without it."""
         code = error.code if isinstance(error, RuntimeFault) else "internal_error"
         with self._lock:
+            self._failed = True
             self._refuse("engine_failed", "the engine failed and must be restarted; the log says why")
             left, self._live = list(self._live.values()), {}
             self._quiet = True

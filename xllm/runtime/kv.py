@@ -202,13 +202,17 @@ class KvPool:
         self._thread = threading.Thread(target=self._premap_forever, name="xllm-premap", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop the background thread and give all memory back."""
+    def stop_premapping(self) -> None:
+        """End the background thread, if there is one."""
         with self._lock:
             self._closing = True
             self._work.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def close(self) -> None:
+        """End the background thread and give all memory back. No launched step may be left."""
+        self.stop_premapping()
         self._memory.release()
 
     def figures(self) -> PoolFigures:

@@ -86,7 +86,7 @@ def decide(queues: Queues, budget: Budget, free_pages: int, now: float) -> Decis
     for sequence in prefills:
         step.give_chunk(sequence)
     admitted = step.admit(prefills)
-    step.give_leftover()
+    step.give_leftover(prefills + admitted)
     if step.skipped:
         step.why.append(f"{step.skipped} running sequences: no tokens left in the step")
     waiting = queues.waiting[len(admitted) :]
@@ -164,13 +164,13 @@ class _Step:
             admitted.append(sequence)
         return admitted
 
-    def give_leftover(self) -> None:
+    def give_leftover(self, prompts: list[Sequence]) -> None:
         """Tokens that nobody else can use shorten the prompts' way, unless decodes may soon need the memory."""
-        for order, grant in list(self.grants.items()):
-            sequence = grant.sequence
+        for sequence in prompts:
             if self.tokens < 1:
                 return
-            if grant.sample:
+            grant = self.grants.get(sequence.order)
+            if grant is None or grant.sample:
                 continue
             reserve = len(self.queues.running) + self.coming
             tokens = grant.tokens + chunk(grant.tokens, sequence.remaining, self.tokens, self.tokens)
@@ -178,7 +178,6 @@ class _Step:
             if self.free - (pages - grant.pages) < reserve:
                 self.why.append(f"{sequence.id}: keeps to its chunk, memory is scarce")
                 return
-            del self.grants[order]
             self.tokens += grant.tokens
             self.free += grant.pages - sequence.pages
             self.grant(sequence, tokens, pages)
