@@ -41,7 +41,7 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a plan. An argument is an address, an input of the step by name, or None where the kernel allows it."""
+    """One call of a plan. An argument is an address, an input of the step by name, or None where that is allowed."""
 
     kernel: str
     args: Mapping[str, int | Input | None]
@@ -51,10 +51,10 @@ class Call:
 
 
 class Batch:
-    """One step: `ids`, `positions` int32[T], `last` int32[S], `seq_start` int32[N+1], `seq_kv` uint64[N] (addresses, 64-byte aligned).
+    """One step: int32 `ids`[T], `positions`[T], `last`[S], `seq_start`[N+1]; uint64 `seq_kv`[N], addresses of KV spans.
 
-    Rows of one sequence are consecutive positions. A negative id -1-r takes `prev_tokens[r]` (int32) at the start of the step.
-    The arrays are kept alive, and may be refilled in place between steps of the same shape.
+    Rows of one sequence are consecutive positions; spans are aligned to 64 bytes. A negative id -1-r takes
+    `prev_tokens[r]` (int32) when the step begins. The arrays are kept alive and must not change while a step runs.
     """
 
     __slots__ = ("_c", "_keep")
@@ -176,9 +176,10 @@ def packed_bytes(n: int, k: int, dtype: str) -> int:
 
 
 def pack_panels(weight: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Packs [n, k] float32, or bfloat16 as uint16, into panels [ceil(n/16)][k][16] of `dtype`; uint8[packed_bytes(n, k, dtype)].
+    """Packs [n, k] float32, or bfloat16 as uint16, into panels [ceil(n/16)][k][16] of `dtype`.
 
-    Rounds to nearest even where it narrows; padding rows are zero. Columns must be contiguous, rows may be strided.
+    Returns uint8[packed_bytes(n, k, dtype)], which is `out` where given. Rounds to nearest even where it narrows; padding
+    rows are zero. Columns must be contiguous, rows may be strided.
     """
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
         raise KernelError(f"weight must be [n, k] float32 or uint16 (bfloat16), not {weight.dtype}{list(weight.shape)}")

@@ -47,6 +47,7 @@ template <class Kv>
 struct Head {  // one KV head of one sequence in one layer
   const uint8_t *base;
   int64_t group_bytes, dim;
+  int64_t run_bytes() const { return dim * 16 * (int64_t)sizeof(typename Kv::Element); }  // of a group's keys, or its values
   const uint8_t *keys(int64_t token) const { return base + token / 16 * group_bytes; }
   const typename Kv::Element *value(int64_t token) const {
     return (const typename Kv::Element *)keys(token) + (16 + token % 16) * dim;
@@ -57,6 +58,9 @@ struct Head {  // one KV head of one sequence in one layer
 template <class Kv, int R, int C>
 void add_values(const Head<Kv> &head, const float *weights, int64_t block, int64_t first, int64_t end, int64_t d, float *sums,
                 int64_t stride) {
+  // Meanwhile the keys of the next block are fetched, as its values are while those keys are read: runs of a few KB at far apart
+  // addresses are too short for the prefetchers of the hardware.
+  const int64_t ahead = kBlockGroups * head.group_bytes - head.run_bytes();
   f32x16 acc[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -69,7 +73,10 @@ void add_values(const Head<Kv> &head, const float *weights, int64_t block, int64
     for (; token < stop; token++, value += head.dim, weight++) {
       f32x16 column[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) column[c] = Kv::load(value + c * 16);
+      for (int c = 0; c < C; c++) {
+        column[c] = Kv::load(value + c * 16);
+        if constexpr (R <= kFewRows) __builtin_prefetch((const uint8_t *)(value + c * 16) + ahead, 0, 2);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const f32x16 w = set1(weight[r * kKeyBlock]);
@@ -116,17 +123,19 @@ void add_values_few(const Head<Kv> &head, int rows, const float *weights, int64_
 // Scores of one row become weights exp(score - block maximum), zero outside the tokens it sees; its block maximum and sum.
 void soften(float *score, int64_t block, const State &row, float softcap, float *maximum, float *sum) {
   const f32x16 lowest = set1(-INFINITY), first = set1((float)(row.first - block)), last = set1((float)(row.position - block));
+  const bool whole = row.first <= block && row.position >= block + kKeyBlock - 1;
   f32x16 index = lane_index(), value[kBlockGroups], top = lowest;
+#pragma GCC unroll 4
   for (int g = 0; g < kBlockGroups; g++, index = index + set1(16.0f)) {
-    f32x16 x = load(score + g * 16);
-    if (softcap > 0) x = set1(softcap) * tanh(x / set1(softcap));
-    x = select_less(index, first, lowest, select_less(last, index, lowest, x));
-    value[g] = x;
-    top = max(x, top);
+    value[g] = load(score + g * 16);
+    if (softcap > 0) value[g] = set1(softcap) * tanh(value[g] / set1(softcap));
+    if (!whole) value[g] = select_less(index, first, lowest, select_less(last, index, lowest, value[g]));
+    top = max(value[g], top);
   }
   *maximum = reduce_max(top);
   const f32x16 m = set1(*maximum);
   f32x16 total = zero();
+#pragma GCC unroll 4
   for (int g = 0; g < kBlockGroups; g++) {
     const f32x16 weight = exp(value[g] - m);
     store(score + g * 16, weight);
@@ -137,9 +146,11 @@ void soften(float *score, int64_t block, const State &row, float softcap, float 
 
 // running = running * exp(old - new) + block * exp(block maximum - new)
 void merge(State *row, float maximum, float sum, float *running, const float *block, int64_t dim) {
-  const float top = row->maximum > maximum ? row->maximum : maximum;
-  const float keep = exp(row->maximum - top), take = exp(maximum - top);
-  row->maximum = top;
+  // One of the two factors is exp(0) = 1.
+  const bool grows = row->maximum < maximum;
+  const float factor = exp(grows ? row->maximum - maximum : maximum - row->maximum);
+  const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
+  if (grows) row->maximum = maximum;
   row->sum = row->sum * keep + sum * take;
   for (int64_t d = 0; d < dim; d += 16) store(running + d, fma(load(block + d), set1(take), load(running + d) * set1(keep)));
 }
@@ -160,7 +171,7 @@ void attend_rows(const Tile<Kv> &t, int64_t block, int64_t begin, int64_t end) {
   float maximum[kTileRows], sum[kTileRows], *partial = t.partial + begin * t.stride, *score = t.score + begin * kKeyBlock;
   const int rows = (int)(end - begin);
   product_few<typename Kv::Keys>({t.query + begin * t.stride, t.stride, t.head.keys(block), t.head.group_bytes, t.head.dim, score,
-                                  kKeyBlock, false},
+                                  kKeyBlock, 16, false, t.head.run_bytes()},
                                  rows, groups);
   int64_t common_first = block, common_end = block + kKeyBlock;
   for (int r = 0; r < rows; r++) {

@@ -19,14 +19,16 @@ struct PlainBf16 {  // natural order: keys in the KV cache
 };
 
 struct Product {
-  const float *x;        // [rows, ldx], k columns used
-  int64_t ldx;
-  const uint8_t *w;      // first panel
-  int64_t panel_stride;  // bytes
+  const float *x;     // [rows, x_stride], k columns used
+  int64_t x_stride;   // floats between rows
+  const uint8_t *w;   // first panel
+  int64_t w_stride;   // bytes between panels
   int64_t k;
-  float *c;              // [rows, ldc], 16 columns per panel
-  int64_t ldc;
-  bool resume;           // continue the chains from c instead of zero
+  float *c;           // result of the first panel, [rows, 16]
+  int64_t c_row;      // floats between its rows
+  int64_t c_stride;   // floats between panels
+  bool resume;        // continue the chains from c instead of zero
+  int64_t ahead;      // bytes from a panel's line to the line worth fetching meanwhile; 0 for none
 };
 
 template <class Panel, int R, int P>
@@ -35,17 +37,20 @@ static void product_tile(const Product &t) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) acc[r][p] = t.resume ? load(t.c + r * t.ldc + p * 16) : zero();
+    for (int p = 0; p < P; p++) acc[r][p] = t.resume ? load(t.c + r * t.c_row + p * t.c_stride) : zero();
   const float *x = t.x;
   const uint8_t *w = t.w;
-  const int64_t k = t.k, ldx = t.ldx, stride = t.panel_stride;
+  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = t.ahead;
   for (int64_t i = 0; i < k; i++) {
     f32x16 column[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) column[p] = Panel::load(w + p * stride + i * Panel::bytes);
+    for (int p = 0; p < P; p++) {
+      column[p] = Panel::load(w + p * w_stride + i * Panel::bytes);
+      if constexpr (R <= kFewRows) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const f32x16 b = set1(x[r * ldx + i]);
+      const f32x16 b = set1(x[r * x_stride + i]);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) acc[r][p] = fma(b, column[p], acc[r][p]);
     }
@@ -53,7 +58,7 @@ static void product_tile(const Product &t) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) store(t.c + r * t.ldc + p * 16, acc[r][p]);
+    for (int p = 0; p < P; p++) store(t.c + r * t.c_row + p * t.c_stride, acc[r][p]);
 }
 
 constexpr int tile_panels(int rows) { return rows * 4 <= kAccumulators ? 4 : rows * 2 <= kAccumulators ? 2 : 1; }
@@ -65,8 +70,8 @@ static void product_rows(Product t, int64_t panels) {
   int64_t p = 0;
   const auto step = [&](int count) {
     p += count;
-    t.w += count * t.panel_stride;
-    t.c += count * 16;
+    t.w += count * t.w_stride;
+    t.c += count * t.c_stride;
   };
   for (; p + wide <= panels; step(wide)) product_tile<Panel, R, wide>(t);
   if (wide > 2 && p + 2 <= panels) product_tile<Panel, R, (wide > 2 ? 2 : 1)>(t), step(2);
@@ -82,13 +87,12 @@ static void product_few(const Product &t, int rows, int64_t panels) {
 // Any number of rows, cut into tiles of nearly equal height.
 template <class Panel>
 static void product(Product t, int64_t rows, int64_t panels) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-    Product tile = t;
-    tile.x += begin * t.ldx;
-    tile.c += begin * t.ldc;
-    product_few<Panel>(tile, (int)(end - begin), panels);
+  for (int left = (int)rows; left > 0;) {
+    const int tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
+    product_few<Panel>(t, height, panels);
+    t.x += height * t.x_stride;
+    t.c += height * t.c_row;
+    left -= height;
   }
 }
 

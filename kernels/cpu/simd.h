@@ -39,8 +39,10 @@ constexpr int kAccumulators = 6, kTileRows = 6;
 #else
 constexpr int kAccumulators = 2, kTileRows = 2;
 #endif
+constexpr int kFewRows = 4;           // tiles this low wait for memory, so they fetch ahead by hand
+constexpr int64_t kFetchAhead = 1024;  // bytes, inside one panel of weights
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
-constexpr int64_t kDepthBlock = 512;  // part of K that stays in L1 while the rows pass
+constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
 constexpr int64_t kPanelGroup = 4;   // panels of one unit of work
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
 constexpr int64_t kQueryRows = 32;   // query rows (token x head) that share one pass over keys and values
@@ -144,19 +146,21 @@ XK_INLINE void store_some(float *p, f32x16 a, int64_t n) {
 }
 
 // Lane l meets l+8, then l+4, l+2, l+1: the same tree at every level.
+typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
 XK_INLINE float reduce_add(f32x16 a) {
-  float lane[16];
-  store(lane, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-  return lane[0];
+  quarter q[4];
+  store(q, a);
+  q[0] = (q[0] + q[2]) + (q[1] + q[3]);
+  return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 XK_INLINE float reduce_max(f32x16 a) {
-  float lane[16];
-  store(lane, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] = lane[l] > lane[l + width] ? lane[l] : lane[l + width];
-  return lane[0];
+  quarter q[4];
+  store(q, a);
+  q[0] = q[0] > q[2] ? q[0] : q[2];
+  q[1] = q[1] > q[3] ? q[1] : q[3];
+  q[0] = q[0] > q[1] ? q[0] : q[1];
+  const float even = q[0][0] > q[0][2] ? q[0][0] : q[0][2], odd = q[0][1] > q[0][3] ? q[0][1] : q[0][3];
+  return even > odd ? even : odd;
 }
 
 // A bf16 panel keeps lanes i and i+8 as low and high half of uint32 i: a shift and a mask, no shuffle across lanes.

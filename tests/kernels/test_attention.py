@@ -96,7 +96,8 @@ def test_sequences_of_a_batch_do_not_meet(run, rng, suffix):
         if starts[n]:
             model.step(q, k, v, [0] * n + [starts[n]] + [0] * (3 - n), [0] * 4)
     now = [inputs(rng, length, 6, 2, 48) for length in lengths]
-    out = model.step(*(np.concatenate(parts) for parts in zip(*now, strict=True)), lengths, starts)
+    q, k, v = (np.concatenate(parts) for parts in zip(*now, strict=True))
+    out = model.step(q, k, v, lengths, starts)
     row = 0
     for n, length in enumerate(lengths):
         k, v = (np.concatenate([past[n][i], now[n][i]]) for i in (1, 2))

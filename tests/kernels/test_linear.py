@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from xllm.kernels import cpu
 
-from tests.kernels.oracle import KernelRun, pack, relative_error, rounded
+from tests.kernels.oracle import KernelRun, batch, pack, relative_error, rounded
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 25, 97, 200)
@@ -56,8 +56,6 @@ def test_a_poisoned_row_stays_alone(run, rng):
 
 def test_rows_s(run, rng):
     """A call with rows = S works on S rows of a step that has more tokens."""
-    from tests.kernels.oracle import batch
-
     x = rng.standard_normal((2, 24), np.float32)
     packed, out = pack(rng.standard_normal((16, 24), np.float32), "float32"), np.full((3, 16), 7, np.float32)
     step = batch([5], last=[1, 4])
@@ -65,3 +63,15 @@ def test_rows_s(run, rng):
     run("linear.f32", args, {"k": 24, "n": 16}, step=step, which="S")
     assert np.array_equal(out[:2], linear(run, x, packed, None, 16, "f32"))
     assert (out[2] == 7).all()
+
+
+@pytest.mark.skipif(len(cpu.levels()) < 3, reason="needs two levels with FMA")
+def test_levels_with_fma_agree_to_the_bit(rng):
+    k, n = 300, 50
+    packed = pack(rng.standard_normal((n, k), np.float32), "bfloat16")
+    x = rng.standard_normal((20, k), np.float32)
+    results = []
+    for level in cpu.levels()[-2:]:
+        with cpu.Runner(2, level) as runner:
+            results.append(linear(KernelRun(runner), x, packed, None, n, "bf16"))
+    assert np.array_equal(*results)

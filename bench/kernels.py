@@ -1,0 +1,179 @@
+"""Kernel speed: one table, each row a share of the ceiling (read bandwidth, multiply-add peak) taken in the same run.
+
+    python bench/kernels.py [--quick] [--threads N] [--level L] [--only TEXT]
+
+Shapes are those of Qwen3-0.6B. Few rows are bound by the bytes of weights or KV cache, many rows by arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from xllm.kernels import cpu
+
+HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936
+Q_HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
+LINEARS = {
+    "qkv": (HIDDEN, 4096),
+    "o": (2048, HIDDEN),
+    "gate-up": (HIDDEN, 2 * INTERMEDIATE),
+    "down": (INTERMEDIATE, HIDDEN),
+}
+# Copies of a weight, so that consecutive repeats cannot find it in a cache.
+COLD_BYTES = 1 << 29
+GROUP_BYTES = KV_HEADS * HEAD_DIM * 32 * 4
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    calls: list[cpu.Call]  # run in turn, each on cold data where the case is bound by bandwidth
+    batch: cpu.Batch
+    bytes: float = 0  # of one call; a case counts either bytes or operations
+    operations: float = 0
+    keep: tuple = ()
+
+
+def aligned(size: int) -> np.ndarray:
+    raw = np.zeros(size + 4096, np.uint8)
+    raw[::4096] = 0
+    return raw[-raw.ctypes.data % 4096 :][:size]
+
+
+def tokens(count: int, start: int = 0, span: np.ndarray | None = None) -> cpu.Batch:
+    span = aligned(64) if span is None else span
+    return cpu.Batch(
+        np.zeros(count, np.int32),
+        np.arange(start, start + count, dtype=np.int32),
+        np.zeros(0, np.int32),
+        np.array([0, count], np.int32),
+        np.array([span.ctypes.data], np.uint64),
+    )
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.full(shape, 0.01, np.float32)
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def linear(name: str, k: int, n: int, rows: int, suffix: str) -> Case:
+    size = cpu.packed_bytes(n, k, "float32" if suffix == "f32" else "bfloat16")
+    copies = max(1, min(16, COLD_BYTES // size)) if rows <= 8 else 1
+    weights, x, out = aligned(size * copies), floats(rows, k), floats(rows, n)
+    weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in both types
+    calls = [
+        cpu.Call(
+            f"linear.{suffix}",
+            {"x": address(x), "weight": address(weights) + i * size, "bias": None, "out": address(out)},
+            {"k": k, "n": n},
+        )
+        for i in range(copies)
+    ]
+    work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}
+    return Case(f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out), **work)
+
+
+def attention(rows: int, context: int, suffix: str) -> Case:
+    element = 4 if suffix == "f32" else 2
+    group = KV_HEADS * HEAD_DIM * 32 * element
+    copies = max(1, min(16, COLD_BYTES // (group * context // 16))) if rows == 1 else 1
+    span = aligned(group * copies * (context // 16 + 1))
+    q, out = floats(rows, Q_HEADS * HEAD_DIM), floats(rows, Q_HEADS * HEAD_DIM)
+    ints = {"group_bytes": group * copies, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "window": 0}
+    args = {"q": address(q), "sinks": None, "out": address(out)}
+    scale = {"scale": HEAD_DIM**-0.5, "softcap": 0.0}
+    calls = [cpu.Call(f"attention.{suffix}", args, ints | {"layer_offset": group * i}, scale) for i in range(copies)]
+    start = context - rows
+    seen = rows * start + rows * (rows + 1) / 2
+    work = {"bytes": float(group * context / 16)} if rows == 1 else {"operations": 4.0 * seen * Q_HEADS * HEAD_DIM}
+    name = f"attention.{suffix} {rows} of {context} tokens"
+    return Case(name, calls, tokens(rows, start, span), keep=(span, q, out), **work)
+
+
+def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int], rows: int, moved: float) -> Case:
+    arrays = {name: floats(*shape) for name, shape in args.items()}
+    epsilon = {"eps": 1e-6} if "eps" in cpu.kernels()[kernel].floats else {}
+    call = cpu.Call(kernel, {name: address(a) for name, a in arrays.items()}, ints, epsilon)
+    return Case(f"{kernel} {rows} rows", [call], tokens(rows), bytes=moved, keep=(arrays,))
+
+
+def cases(quick: bool) -> Iterator[Callable[[], Case]]:
+    for suffix in ("bf16",) if quick else ("bf16", "f32"):
+        for name, (k, n) in LINEARS.items():
+            for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
+                yield lambda name=name, k=k, n=n, rows=rows, suffix=suffix: linear(name, k, n, rows, suffix)
+        yield lambda suffix=suffix: linear("head", HIDDEN, VOCAB, 1, suffix)
+        for rows, context in ((1, 1024), (256, 256)) if quick else ((1, 1024), (1, 8192), (256, 256), (512, 2048)):
+            yield lambda rows=rows, context=context, suffix=suffix: attention(rows, context, suffix)
+    rows = 512
+    row, gated = (rows, HIDDEN), (rows, INTERMEDIATE)
+    norm = {"x": row, "residual": row, "weight": (HIDDEN,), "out": row, "sum": row}
+    yield lambda: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows, 16.0 * rows * HIDDEN)
+    silu = {"x": (rows, 2 * INTERMEDIATE), "out": gated}
+    yield lambda: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows, 12.0 * rows * INTERMEDIATE)
+
+
+def seconds(runner: cpu.Runner, case: Case, budget: float) -> list[float]:
+    """Wall seconds of single calls, taken over whole rounds through the case's calls."""
+    plan = runner.add_plan(case.calls)
+    runner.run(plan, case.batch)
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        begin = time.perf_counter()
+        runner.run(plan, case.batch)
+        times.append((time.perf_counter() - begin) / len(case.calls))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter repeats")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--level", default=cpu.level(), choices=cpu.levels())
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    options = parser.parse_args()
+    budget = 0.2 if options.quick else 1.0
+    runner = cpu.Runner(options.threads, options.level)
+    table = Table("kernel", "median", "spread", "rate", "of ceiling", title="xllm CPU kernels")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    peaks: list[tuple[float, float]] = []
+    console = Console()
+    for make in track(list(cases(options.quick)), "measuring", console=console, transient=True):
+        case = make()
+        if options.only not in case.name:
+            continue
+        # The ceiling is taken beside each case: a shared machine changes from second to second.
+        read, fma = runner.read_bandwidth(repeats=3), runner.fma_peak(20_000, repeats=3)
+        peaks.append((read, fma))
+        times = seconds(runner, case, budget)
+        middle = statistics.median(times)
+        low, high = np.percentile(times, [10, 90])
+        rate, ceiling, unit = (
+            (case.bytes / middle, read, "GB/s") if case.bytes else (case.operations / middle, fma, "GFLOP/s")
+        )
+        spread = f"{low * 1e3:.3f} .. {high * 1e3:.3f}"
+        table.add_row(case.name, f"{middle * 1e3:.3f} ms", spread, f"{rate / 1e9:.1f} {unit}", f"{rate / ceiling:.0%}")
+    console.print(table)
+    if peaks:
+        read, fma = (statistics.median(p) / 1e9 for p in zip(*peaks, strict=True))
+        machine = f"{platform.machine()}, {options.level}, {options.threads} threads, numpy {np.__version__}"
+        console.print(f"{machine}; read {read:.1f} GB/s, multiply-add {fma:.0f} GFLOP/s (medians); spread p10 .. p90")
+
+
+if __name__ == "__main__":
+    main()
