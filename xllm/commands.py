@@ -4,6 +4,7 @@ beside everything else that takes time, and never import torch."""
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import queue
 import sys
@@ -26,6 +27,7 @@ class UsageError(ValueError):
 
 def serve(arguments: argparse.Namespace) -> None:
     """`xllm serve`: answers until a signal ends it."""
+    gc.disable()  # a start makes nothing but objects that stay
     import logging
 
     keys = None
@@ -34,6 +36,7 @@ def serve(arguments: argparse.Namespace) -> None:
     elif not config.is_loopback(arguments.host):
         raise UsageError(f"--host {arguments.host} can be reached by others: give --api-key-file FILE, or 127.0.0.1")
     folder = _artifact_folder(arguments.model)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     from xllm.llm import open_engine
     from xllm.service.dispatch import Dispatcher
@@ -67,9 +70,15 @@ def serve(arguments: argparse.Namespace) -> None:
             dispatcher=dispatcher,
             limits=Limits(max_concurrent_requests=arguments.max_concurrent_requests, max_body_bytes=arguments.max_body),
         )
-        answer(service, listener, Keys(keys) if keys else None, lambda url: print(f"listening on {url}", flush=True))
+        answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:
         engine.stop()
+
+
+def _listening(url: str) -> None:
+    print(f"listening on {url}", flush=True)
+    gc.freeze()  # what is loaded now is never looked at again: shorter pauses while serving
+    gc.enable()
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -157,6 +157,12 @@ def fake_service(tmp_path, limits: Limits | None = None, template: str | None = 
     return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
 
 
+def fake(service: Service) -> FakeEngine:
+    """The engine of a fake service."""
+    assert isinstance(service.engine, FakeEngine)
+    return service.engine
+
+
 @contextmanager
 def running(service: Service, keys: Keys | None = None):
     """A real server on loopback in a thread; yields (base URL, server)."""
@@ -173,5 +179,5 @@ def running(service: Service, keys: Keys | None = None):
         service.draining = server.should_exit = True
         thread.join(20)
         listener.close()
-        service.engine.stop()  # type: ignore[attr-defined]
+        fake(service).stop()
         assert not thread.is_alive()

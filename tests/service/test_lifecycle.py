@@ -7,12 +7,13 @@ import json
 import signal
 import socket
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.service.fakes import EOS, fake_service, ids, running
+from tests.service.fakes import EOS, fake, fake_service, ids, running
 from xllm.service.answer import Limits
 from xllm.service.gate import PUBLIC, Keys
 
@@ -52,7 +53,8 @@ def raw_request(base: str, body: dict, receive_buffer: int | None = None) -> soc
 
 def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
     with running(fake_service(tmp_path), Keys(["one", "two"])) as (base, server):
-        routes = [(method, route.path) for route in server.config.app._app.routes for method in route.methods]
+        app: Any = server.config.app
+        routes = [(method, route.path) for route in app._app.routes for method in route.methods]
         assert len(routes) > 10
         with httpx.Client(base_url=base) as client:
             for method, path in [*routes, ("GET", "/nowhere"), ("POST", "/health"), ("GET", "/docs")]:
@@ -95,7 +97,7 @@ def test_a_thousand_clients_that_leave_mid_stream(tmp_path):
         wait_for(lambda: service.recorder.concurrent == 0)
         assert service.engine.stats().running == 0
         assert service.engine.stats().free_pages == 100
-        assert service.engine.cancelled == 1500
+        assert fake(service).cancelled == 1500
         assert service.dispatcher.live == 0
         assert service.recorder.statuses["cancelled"] == 1000
         wait_for(lambda: not server.server_state.tasks and not server.server_state.connections)
@@ -118,7 +120,7 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
     service = fake_service(tmp_path)
     with running(service) as (base, server):
         connection = raw_request(base, ENDLESS | {"logprobs": 20, "n": 20}, receive_buffer=2048)
-        wait_for(lambda: service.engine.cancelled > 0)
+        wait_for(lambda: fake(service).cancelled > 0)
         wait_for(lambda: service.recorder.concurrent == 0)
         assert service.engine.stats().running == 0
         assert ask(base).status_code == 200
@@ -143,22 +145,22 @@ def test_too_many_requests(tmp_path):
 
 def test_a_full_queue_of_the_engine_cancels_what_was_accepted(tmp_path):
     service = fake_service(tmp_path, queue_limit=2)
-    service.engine.paused = True
+    fake(service).paused = True
     with running(service) as (base, _):
         answer = ask(base, n=3)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert service.engine.stats().running == 0
-        assert service.engine.cancelled == 2
+        assert fake(service).cancelled == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_before_the_first_token_has_its_status(tmp_path, stream):
     service = fake_service(tmp_path)
-    service.engine.broken = "numeric_error: the logits of this row are not finite"
+    fake(service).broken = "numeric_error: the logits of this row are not finite"
     with running(service) as (base, _):
         answer = ask(base, stream=stream)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "numeric_error")
-        service.engine.broken = None
+        fake(service).broken = None
         assert ask(base).status_code == 200
 
 
@@ -167,7 +169,7 @@ def test_a_failure_after_the_first_token_is_an_event(tmp_path):
     with running(service) as (base, _), httpx.stream("POST", base + COMPLETIONS, json=ENDLESS) as answer:
         pieces = answer.iter_text()
         text = next(pieces)
-        service.engine.broken = "numeric_error: the logits of this row are not finite"
+        fake(service).broken = "numeric_error: the logits of this row are not finite"
         last = events(text + "".join(pieces))[-1]
         assert last["error"]["code"] == "numeric_error"
         assert last["error"]["request_id"] == answer.headers["x-request-id"]
@@ -175,14 +177,14 @@ def test_a_failure_after_the_first_token_is_an_event(tmp_path):
 
 def test_an_idle_stream_is_kept_alive(tmp_path):
     service = fake_service(tmp_path, Limits(keep_alive_seconds=0.05))
-    service.engine.paused = True
+    fake(service).paused = True
     with (
         running(service) as (base, _),
         httpx.stream("POST", base + COMPLETIONS, json={"prompt": "hi", "stream": True}) as answer,
     ):
         pieces = answer.iter_text()
         assert next(pieces) == ": keep-alive\n\n"
-        service.engine.paused = False
+        fake(service).paused = False
         assert "".join(event["choices"][0]["text"] for event in events("".join(pieces))) == "hi"
 
 
@@ -221,7 +223,9 @@ def test_the_second_signal_ends_streams_with_an_error(tmp_path, monkeypatch):
             pieces = answer.iter_text()
             text = next(pieces)
             server.handle_exit(signal.SIGTERM, None)
-            service.dispatcher._loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
+            loop = service.dispatcher._loop
+            assert loop is not None
+            loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
             assert events(text + "".join(pieces))[-1]["error"]["code"] == "shutting_down"
         wait_for(lambda: service.engine.stats().running == 0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
 from tests.service.fakes import MAX_LEN, ids
 
-SAY = [{"role": "user", "content": "grüße 😀"}]
+SAY: list[Any] = [{"role": "user", "content": "grüße 😀"}]
 PROMPT_OF_SAY = "user\ngrüße 😀assistant\n"  # what the fake engine repeats: the prompt without special tokens
 
 
@@ -55,7 +57,7 @@ def test_completion_logprobs(client):
 
 
 def test_streamed_completion_equals_the_whole(client):
-    arguments = {"model": "fake", "prompt": "grüße 😀 日本", "logprobs": 1}
+    arguments: dict[str, Any] = {"model": "fake", "prompt": "grüße 😀 日本", "logprobs": 1}
     whole = client.completions.create(**arguments)
     chunks = list(client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
@@ -93,12 +95,13 @@ def test_streamed_chat_with_samples(client):
     assert texts == [PROMPT_OF_SAY] * 3
     assert roles == ["assistant"] * 3
     assert reasons == ["stop"] * 3
+    assert usage is not None
     assert usage.completion_tokens == 3 * (len(PROMPT_OF_SAY.encode()) + 1)
 
 
 def test_text_parts_and_roles(client):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}]
+    messages: list[Any] = [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="fake", messages=messages)
     assert answer.choices[0].message.content == "system\nduser\na\nbassistant\n"
 
@@ -110,7 +113,12 @@ def test_an_answer_can_be_sent_back(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_are_cut_and_never_leak(client, served, stream):
-    arguments = {"model": "fake", "prompt": "one, two. three", "stop": ["o. th", "never"], "logprobs": 0}
+    arguments: dict[str, Any] = {
+        "model": "fake",
+        "prompt": "one, two. three",
+        "stop": ["o. th", "never"],
+        "logprobs": 0,
+    }
     if stream:
         choices = [chunk.choices[0] for chunk in client.completions.create(**arguments, stream=True)]
     else:
@@ -127,7 +135,7 @@ def test_stop_ids_end_without_their_text(client):
 
 
 def test_special_tokens_are_shown_when_asked_for(client):
-    arguments = {"model": "fake", "prompt": "ab", "max_tokens": 3}
+    arguments: dict[str, Any] = {"model": "fake", "prompt": "ab", "max_tokens": 3}
     answer = client.completions.create(**arguments, extra_body={"skip_special_tokens": False, "ignore_eos": True})
     assert answer.choices[0].text == "ab<|end|>"
 

@@ -17,15 +17,15 @@ def render(source: str, **arguments) -> str:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ bos_token }}{{ m['content'] }}\n{% endif %}\n{% endfor %}", "<s>u\n"),
+        ("{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ bos_token }}{{ m['content'] }}\n{% endif %}\n{% endfor %}", "<s>u\n"),  # noqa: E501
         ("{{ {'a': '<b> é'} | tojson }}", '{"a": "<b> é"}'),
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
         ("{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "sa"),
         ("{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}{% break %}{% endif %}{% endfor %}", "su"),
-        ("{% for m in messages %}{{ loop.length }}{{ loop.last }}{{ loop.first }}{{ loop.revindex }}{% endfor %}", None),
+        ("{% for m in messages %}{{ loop.length }}{{ loop.last }}{{ loop.first }}{{ loop.revindex }}{% endfor %}", None),  # noqa: E501
         ("{% generation %}{{ messages[2].content }}{% endgeneration %}{{ eos_token }}", "a</s>"),
         ("{% if add_generation_prompt %}go{% endif %}{{ tools is none }}", "goTrue"),
-        ("{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "3"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "3"),  # noqa: E501
         ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) ~ f('b') }}", "[1][b]"),
         ("{{ 'a,b'.split(',')[-1].strip('b') + 'x' * 3 }}{{ '%05d' % 7 }}{{ '{:>3}'.format(1) }}", "xxx00007  1"),
         ("{{ messages | map(attribute='role') | join('|') }}", "system|user|assistant"),

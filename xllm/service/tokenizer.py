@@ -72,6 +72,8 @@ class TextCodec:
     def token_text(self, token: int) -> str:
         """The token as text on its own; a part of a character shows as `bytes:\\xe4\\xbd`, as OpenAI's does."""
         data = self.token_bytes(token)
+        if not data:
+            return f"token_id:{token}"  # rows that pad the vocabulary have no text, but must be told apart
         try:
             return data.decode()
         except UnicodeDecodeError:
