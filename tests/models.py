@@ -53,7 +53,7 @@ def build(
     folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None
 ) -> tuple[Path, Path]:
     """Writes a checkpoint and compiles it; returns both folders."""
-    checkpoint, artifact = folder / "checkpoint", folder / "artifact"
+    checkpoint, artifact = folder / "tiny", folder / "tiny.xllm"
     write_checkpoint(checkpoint, config, dtype=dtype)
     compile_checkpoint(checkpoint, artifact, options)
     return checkpoint, artifact

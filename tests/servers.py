@@ -1,0 +1,62 @@
+"""A real `xllm serve` on a free loopback port, stopped by process id."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: `said` is what it printed before it listened."""
+
+    process: subprocess.Popen[str]
+    url: str
+    said: str
+
+    def metric(self, name: str) -> float:
+        """Value of an unlabelled metric, or the sum over its labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        found = [float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name]
+        if not found:
+            raise KeyError(f"the server has no metric {name}")
+        return sum(found)
+
+    def mapped_files(self) -> str:
+        return Path(f"/proc/{self.process.pid}/maps").read_text()
+
+
+@contextmanager
+def serving(model: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Starts `xllm serve MODEL`, waits until it listens, and ends it with SIGTERM (SIGKILL if that does not do)."""
+    command = [sys.executable, "-m", "xllm.cli", "serve", str(model), "--port", "0", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})}
+    )
+    assert process.stdout is not None
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if line.startswith("listening on "):
+                yield Server(process, line.split()[-1], said)
+                break
+        else:
+            raise AssertionError(f"the server ended with {process.wait()} before it listened: {said}")
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        process.stdout.close()
