@@ -11,7 +11,7 @@ from tests.runtime.fakes import (
     assert_as_alone,
     request,
 )
-from xllm.runtime import Request, RequestRefused, SamplingParams
+from xllm.runtime import MemoryFault, Request, RequestRefused, SamplingParams
 
 
 @BOTH_LOOPS
@@ -171,6 +171,42 @@ def test_a_numeric_error_fails_one_request(overlap):
     assert (rig.end("a").error or "").startswith("numeric_error") and len(rig.tokens("a")) == 3
     assert_as_alone(rig, other)
     rig.assert_baseline()
+
+
+@BOTH_LOOPS
+def test_a_mapping_that_fails_ends_one_request(overlap):
+    rig = Rig(async_scheduling=overlap, group_bytes=4096)
+    others = [request(name, 5, max_tokens=9, ignore_eos=True) for name in "bc"]
+    rig.engine.submit(request("a", 10, max_tokens=20, ignore_eos=True))
+    for _ in range(3):
+        rig.turn()
+
+    def refuse(page, address):
+        raise MemoryFault("memory_unavailable", "mmap failed")
+
+    rig.memory.map, works = refuse, rig.memory.map
+    for _ in range(20):
+        rig.turn()
+    rig.memory.map = works
+    for req in others:
+        rig.engine.submit(req)
+    rig.finish()
+    assert rig.end("a").error == "memory_unavailable: mmap failed"
+    assert len(rig.tokens("a")) == 7 - overlap, "a token in flight is dropped"
+    for req in others:
+        assert_as_alone(rig, req)
+    rig.assert_baseline()
+
+
+def test_stats_tell_how_long_the_first_request_waits():
+    rig = Rig(max_seqs=1)
+    rig.engine.submit(request("a", 5, max_tokens=20, ignore_eos=True))
+    rig.engine.submit(request("b", 5, max_tokens=1))
+    for _ in range(6):
+        rig.turn()
+    assert rig.engine.stats().oldest_wait_s == 6.0 and rig.engine.why == ("b: no free slot",)
+    rig.finish()
+    assert rig.engine.stats().oldest_wait_s == 0.0
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,14 @@ class EngineStats:
 
     prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
-    kv_waste_bytes: memory of pages held by running sequences beyond their tokens. critical_maps and hidden_maps: pages
-    mapped while a step waited for them, and by the background thread.
+    oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
+    sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
+    background thread.
     """
 
     running: int = 0
     waiting: int = 0
+    oldest_wait_s: float = 0.0
     free_pages: int = 0
     total_pages: int = 0
     page_bytes: int = 0

@@ -46,6 +46,7 @@ class Core:
         self.leaving: list[Sequence] = []
         self.outputs: list[TokenOutput] = []
         self.why: tuple[str, ...] = ()
+        self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
         self._eos = frozenset(config.eos_ids)
@@ -70,7 +71,7 @@ class Core:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         queues = Queues(self.running, self.waiting, self.pool.plan.spans - len(self.running) - len(self.leaving))
         decision = decide(queues, self.budget, self.pool.free_pages, self._clock())
-        self.why = decision.why
+        self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for victim in decision.preempted:
             self._preempt(victim)
         self._admit(decision)
@@ -123,6 +124,7 @@ class Core:
         return EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
+            oldest_wait_s=self._oldest_wait,
             free_pages=self.pool.free_pages,
             total_pages=plan.pages,
             page_bytes=plan.page_bytes,

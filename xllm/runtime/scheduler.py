@@ -66,7 +66,7 @@ def chunk(done: int, total: int, limit: int, budget: int) -> int:
 
 
 def decide(queues: Queues, budget: Budget, free_pages: int, now: float) -> Decision:
-    """The next step. `free_pages` are pages promised to nobody, `now` is in the unit of Request.arrival. An empty
+    """The next step. `free_pages` are pages promised to nobody, `now` is in seconds like Request.arrival. An empty
     `grants` means that nothing can run before a launched step is committed (or that there is nothing)."""
     step = _Step(queues, budget, free_pages)
     prefills: list[Sequence] = []

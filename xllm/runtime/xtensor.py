@@ -145,6 +145,8 @@ class LinuxMemory:
             os.ftruncate(self._fd, (first + count) * self._page_bytes)
         except OSError as error:
             raise _fault("ftruncate", error.errno, f"{first + count} pages of {self._page_bytes} bytes") from None
+        if self._huge_pages == "hugetlb" and not self._reserve_huge(self._fd, (first + count) * self._page_bytes):
+            raise _fault("mmap", ctypes.get_errno(), f"{count} more pages on reserved huge pages")
         self._created += count
         return range(first, first + count)
 
@@ -193,10 +195,7 @@ class LinuxMemory:
             fd = self._libc.memfd_create(b"xllm-kv", _MFD_CLOEXEC | _MFD_HUGETLB | _MFD_HUGE_2MB)
             if fd >= 0:
                 os.ftruncate(fd, size)
-                # A shared mapping reserves its huge pages, for the life of the file, or is refused.
-                mapped = self._libc.mmap(None, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED, fd, 0)
-                if mapped != _MAP_FAILED:
-                    self._libc.munmap(mapped, size)
+                if self._reserve_huge(fd, size):
                     self._huge_pages = "hugetlb"
                     return fd
                 os.close(fd)
@@ -206,6 +205,15 @@ class LinuxMemory:
         if self._try_huge and _transparent_shared_memory():
             self._huge_pages = "transparent"
         return fd
+
+    def _reserve_huge(self, fd: int, size: int) -> bool:
+        """Without this a first touch could find no huge page left, which kills the process. A shared mapping reserves
+        its pages for the life of the file, or is refused."""
+        mapped = self._libc.mmap(None, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED, fd, 0)
+        if mapped == _MAP_FAILED:
+            return False
+        self._libc.munmap(mapped, size)
+        return True
 
     def _mmap(self, address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
         mapped = self._libc.mmap(address or None, size, protection, flags, fd, offset)
