@@ -1,0 +1,197 @@
+"""Train the embedded model: `python -m xllm.embedded.train --out DIR`.
+
+Step i's batch is a function of (seed, i), so a run that was stopped goes on from its last checkpoint as if it hadn't
+been. What is measured at the end is the saved folder, read back: bfloat16 rounding is part of the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from xllm.embedded.dialogue import converse
+from xllm.embedded.evaluate import held_out_loss, tallies
+from xllm.embedded.muon import Muon
+from xllm.embedded.text import END, END_OF_TEXT, save_tokenizer, segments, token_id, train_tokenizer
+
+SEED = 1
+VOCAB = 832
+TOKENIZER_CONVERSATIONS = 4000
+MAX_LEN = 1024
+ADAM_RATE = 4e-3  # embeddings and norms
+MUON_RATE = 2e-2  # matrices of the blocks
+WARM_UP = 50
+SAVE_EVERY = 250
+PROMPT_WEIGHT = 0.3  # loss weight of what isn't an answer; stories in prompts teach copying, too
+
+
+def new_model(vocab: int, end: int, pad: int) -> Qwen3ForCausalLM:
+    """The architecture, with random weights from torch's global generator."""
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LEN,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        pad_token_id=pad,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def batch(tokenizer: Tokenizer, seed: int, step: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [rows, length] and loss weights of the same shape; each row is one long conversation, cut at `length`.
+
+    Most rows hold little more than one story, which is when copying is learnt fastest; every fourth step has longer
+    ones, so that late positions and the choice between stories are trained too.
+    """
+    rng = random.Random(f"{seed}/train/{step}")
+    length = {3: 256, 7: 512}.get(step % 8, 128)
+    ids = torch.full((tokens // length, length), token_id(tokenizer, END_OF_TEXT))
+    weights = torch.zeros(ids.shape)
+    for row in range(ids.shape[0]):
+        at = 0
+        for part in segments(tokenizer, converse(rng, stories=length // 48)):
+            part_ids = torch.tensor(part.ids[: length - at])
+            ids[row, at : at + len(part_ids)] = part_ids
+            weights[row, at : at + len(part_ids)] = 1.0 if part.answer else PROMPT_WEIGHT
+            at += len(part_ids)
+            if at == length:
+                break
+    return ids, weights
+
+
+def schedule(step: int, steps: int) -> float:
+    """Learning rate as a share of the peak: linear warm-up, then a cosine down to a hundredth."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    progress = (step - WARM_UP) / max(1, steps - WARM_UP)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the Hugging Face folder, weights rounded to bfloat16."""
+    out.mkdir(parents=True, exist_ok=True)
+    rounded = Qwen3ForCausalLM(model.config).bfloat16()
+    rounded.load_state_dict(model.state_dict())
+    rounded.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.5,
+        eos_token_id=[token_id(tokenizer, END), token_id(tokenizer, END_OF_TEXT)],
+        pad_token_id=token_id(tokenizer, END_OF_TEXT),
+    )
+    rounded.save_pretrained(out)
+    save_tokenizer(tokenizer, out, MAX_LEN)
+
+
+def train(out: Path, steps: int, tokens: int, seed: int, threads: int) -> None:
+    """Train for `steps` steps of `tokens` tokens and leave the checkpoint folder in `out`."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed, VOCAB, TOKENIZER_CONVERSATIONS)
+    model = new_model(VOCAB, token_id(tokenizer, END), token_id(tokenizer, END_OF_TEXT))
+    muon = Muon([p for p in model.model.layers.parameters() if p.dim() == 2])
+    rest = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() == 1)]
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
+    state, first = out / "training.pt", 0
+    if state.exists():
+        saved = torch.load(state)
+        model.load_state_dict(saved["model"])
+        adam.load_state_dict(saved["adam"])
+        muon.averages = saved["muon"]
+        first = saved["step"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps}", flush=True)
+    began, recent = time.monotonic(), []
+    for step in range(first, steps):
+        share = schedule(step, steps)
+        ids, weights = batch(tokenizer, seed, step, tokens)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        weight = weights[:, 1:].flatten()
+        loss = (losses * weight).sum() / weight.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.param_groups[0]["lr"] = ADAM_RATE * share
+        adam.step()
+        muon.step(MUON_RATE * share)
+        model.zero_grad(set_to_none=True)
+        answer = (weight == 1.0).float()
+        recent.append(((losses.detach() * answer).sum() / answer.sum()).item())
+        if (step + 1) % 50 == 0:
+            speed = (step + 1 - first) * tokens / (time.monotonic() - began)
+            print(
+                f"step {step + 1}: loss on answers {sum(recent) / len(recent):.4f}, {speed:,.0f} tokens/s", flush=True
+            )
+            recent.clear()
+        if (step + 1) % SAVE_EVERY == 0:
+            model.eval()
+            held_out = {k: round(v, 4) for k, v in held_out_loss(model, tokenizer, 50, seed).items()}
+            print(f"step {step + 1}: held-out {held_out}", flush=True)
+            model.train()
+            export(model, tokenizer, out)
+            progress = {"adam": adam.state_dict(), "muon": muon.averages, "step": step + 1}
+            torch.save({"model": model.state_dict(), **progress}, state)
+    export(model, tokenizer, out)
+    state.unlink(missing_ok=True)
+
+
+def measure(folder: Path, seed: int, per_kind: int) -> dict[str, Any]:
+    """Figures of a checkpoint folder: held-out loss, and the share of unseen prompts of each kind answered rightly."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kinds = tallies(model, tokenizer, per_kind, seed)
+    for kind, tally in kinds.items():
+        print(f"{kind}: {len(tally.wrong)} of {tally.asked} wrong", *tally.wrong[:3], sep="\n    ", file=sys.stderr)
+    groups = {"all stories": "story: ", "all questions": "question: "}
+    whole = {
+        name: sum(tally.right for kind, tally in kinds.items() if kind.startswith(prefix))
+        / sum(kind.startswith(prefix) for kind in kinds)
+        for name, prefix in groups.items()
+    }
+    rates = whole | {kind: tally.right for kind, tally in kinds.items()}
+    return {
+        "parameters": model.num_parameters(),
+        "held_out_nats_per_token": {k: round(v, 4) for k, v in held_out_loss(model, tokenizer, 500, seed).items()},
+        "prompts_per_kind": per_kind,
+        "coherent_greedy": {kind: round(right, 4) for kind, right in rates.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded model and measure it.")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write; a stopped run goes on")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure-only", action="store_true", help="measure the folder as it is")
+    args = parser.parse_args()
+    if not args.measure_only:
+        train(args.out, args.steps, args.tokens, args.seed, args.threads)
+    torch.set_num_threads(args.threads)
+    results = measure(args.out, args.seed, per_kind=200)
+    results["trained_tokens"] = args.steps * args.tokens
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
