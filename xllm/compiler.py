@@ -64,12 +64,22 @@ PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of i
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """An operator that serving will run in torch: where, why, and the bytes it moves per token of a step."""
+
+    node: str
+    op: str
+    why: str
+    token_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What a compile did: pass records, operators left to torch, sizes, seconds per stage, peak memory in bytes."""
 
     artifact: Path
     records: tuple[Any, ...]
-    fallbacks: tuple[tuple[str, str], ...]
+    fallbacks: tuple[Fallback, ...]
     weight_bytes: int
     arena_bytes: int
     token_bytes: int
@@ -88,13 +98,27 @@ class Report:
             f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
             f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
         )
-        lines += [f"  runs in torch: {node}: {why}" for node, why in self.fallbacks]
-        if self.fallbacks:
-            lines.append("  serving will import torch for these operators (seconds at start, and a copy for each call)")
+        lines += self._fallback_lines()
         lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
         return "\n".join(lines)
+
+
+    def _fallback_lines(self) -> list[str]:
+        """Operators left to torch, alike ones together, and what they cost."""
+        if not self.fallbacks:
+            return []
+        alike: dict[tuple[str, str], list[Fallback]] = {}
+        for item in self.fallbacks:
+            alike.setdefault((item.op, item.why), []).append(item)
+        lines = [
+            f"  runs in torch: {len(items)} x {op} ({items[0].node}, …), because {why};"
+            f" moves {sum(item.token_bytes for item in items):,} bytes a token"
+            for (op, why), items in alike.items()
+        ]
+        cost = f"about 0.1 ms for each of {len(self.fallbacks)} calls of every step"
+        return [*lines, f"  serving imports torch for them: seconds and some 200 MB at start, and {cost}"]
 
 
 def compile_checkpoint(
@@ -181,7 +205,11 @@ def compile_checkpoint(
     return Report(
         artifact=Path(out),
         records=records,
-        fallbacks=tuple((c.node, c.op) for c in plan.calls if c.kernel == "torch"),
+        fallbacks=tuple(
+            Fallback(node, choice.operation.op, choice.why, choice.lowering.cost.bytes.at(1, 1))
+            for node, choice in program.plans["kernels"].items()
+            if choice.provider == "torch"
+        ),
         weight_bytes=sum(weight.bytes for weight in plan.weights.values()),
         arena_bytes=plan.arena_bytes,
         token_bytes=plan.kv.token_bytes,
