@@ -84,9 +84,10 @@ def test_a_fault_of_ours_and_an_interrupt(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_missing_compiler_is_named(monkeypatch, capsys):
+def test_a_missing_compiler_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["compile", "x", "-o", "y"]) == 2
+    assert cli.main(["compile", str(tmp_path), "-o", "y"]) == 2
     assert "pip install 'xllm[compile]'" in capsys.readouterr().err
 
 

@@ -178,8 +178,10 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
-    from xllm.commands import needs_compiler
+    from xllm.commands import UsageError, needs_compiler
 
+    if not (arguments.checkpoint / "config.json").is_file():  # known before seconds of imports
+        raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.compiler import CompileOptions, compile_checkpoint
 

@@ -4,6 +4,7 @@ go with it, and how it ended. Nothing of a stop string leaves, neither as text n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from xllm.runtime import TokenOutput
 from xllm.service.errors import from_output
@@ -21,9 +22,8 @@ class TokenLogprob:
     offset: int
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to a choice. finish_reason: None, "stop" or "length"."""
+class Delta(NamedTuple):
+    """What one step added to a choice (a tuple: one is built per token). finish_reason: None, "stop" or "length"."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...]
@@ -78,6 +78,8 @@ class Choice:
 
     def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:
         """The logprobs whose token begins in text that has left; all of them when nothing is held back."""
+        if not self._waiting:
+            return ()
         whole = everything or (self._shown == self._decoded and not self._detokenizer.pending)
         ready = [item for item in self._waiting if whole or item.offset < self._shown]
         self._waiting = self._waiting[len(ready) :]

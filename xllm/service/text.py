@@ -5,7 +5,7 @@ correctness allows."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # A UTF-8 character has at most four bytes, so a fourth token either completes it or proves it invalid, and of the
 # trailing replacement characters at most three can still turn into something else. (Byte-level decoders show one for an
@@ -88,8 +88,7 @@ class Detokenizer:
                 return
 
 
-@dataclass(frozen=True)
-class StopResult:
+class StopResult(NamedTuple):
     text: str  # may be shown now
     stopped: bool  # a stop string was completed: nothing follows
 
