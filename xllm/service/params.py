@@ -243,7 +243,7 @@ def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int
         logit_bias=_logit_bias(body.logit_bias or {}, facts.vocab),
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        stop_token_ids=tuple(stop_ids),
+        stop_token_ids=() if body.ignore_eos else tuple(stop_ids),  # ignore_eos passes both, not stop strings
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
     )
