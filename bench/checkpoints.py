@@ -1,6 +1,7 @@
-"""Checkpoint folders with random weights in real shapes: what benchmarks and tests run on, since weights cannot be fetched.
+"""Checkpoint folders with random weights in real shapes: what benchmarks and tests run on, since weights cannot be
+fetched.
 
-    python -m bench.checkpoints qwen3-0.6b OUT
+python -m bench.checkpoints qwen3-0.6b OUT
 """
 
 from __future__ import annotations

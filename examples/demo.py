@@ -1,4 +1,5 @@
-"""The main job in one go: compile the embedded checkpoint, serve the artifact, ask it over HTTP, stream the answer, stop.
+"""The main job in one go: compile the embedded checkpoint, serve the artifact, ask it over HTTP, stream the answer,
+stop.
 
     make demo        (or: python examples/demo.py "Tell me a story about a fox and a lantern.")
 

@@ -17,9 +17,9 @@ from xllm.targets.cpu_executor import CpuExecutor
 VOCAB = 515  # no multiple of a panel
 
 _COMMON: Mapping[str, Any] = {
-    "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 16, "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "bos_token_id": 1,
-    "eos_token_id": VOCAB - 1, "tie_word_embeddings": False,
+    "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps":
+    1e-6, "bos_token_id": 1, "eos_token_id": VOCAB - 1, "tie_word_embeddings": False,
 }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""The compiled plan against transformers: logits over chunked prefill and 32 decode steps, and the same greedy tokens."""
+"""The compiled plan against transformers: logits over chunked prefill and 32 decode steps, and the same greedy
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from xllm.runtime.executor import Batch, Row
 from xllm.runtime.request import Request, SamplingParams
 
 DECODE_STEPS = 32
-# Their frequencies change with the length so far. A row of our table is what transformers computes when it gets there token
-# by token; a prompt at once gives it other keys, and then the schedule would decide the answer.
+# Their frequencies change with the length so far. A row of our table is what transformers computes when it gets there
+# token by token; a prompt at once gives it other keys, and then the schedule would decide the answer.
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
 
 
@@ -59,7 +61,9 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
         for slot in (0, 1):
             executor.attach(slot, Request(str(slot), tuple(prompt), greedy), ())
         other = prompt[::-1]
-        executor.launch(Batch(0, (Row(1, spans[1], 0, other[:33], True), Row(0, spans[0], 0, prompt[:17], False)))).result()
+        executor.launch(
+            Batch(0, (Row(1, spans[1], 0, other[:33], True), Row(0, spans[0], 0, prompt[:17], False)))
+        ).result()
         tokens = list(prompt)
         result = executor.launch(
             Batch(1, (Row(0, spans[0], 17, prompt[17:], True), Row(1, spans[1], 33, other[33:], True)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,8 +71,9 @@ def requests() -> list[Request]:
         params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
         if index % 2:
             params = SamplingParams(
-                temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=index, presence_penalty=0.4, frequency_penalty=0.3,
-                repetition_penalty=1.1, logit_bias={5: 1.5}, max_tokens=NEW_TOKENS, ignore_eos=True,
+                temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=index, presence_penalty=0.4,
+                frequency_penalty=0.3, repetition_penalty=1.1, logit_bias={5: 1.5}, max_tokens=NEW_TOKENS,
+                ignore_eos=True,
             )  # fmt: skip
         made.append(Request(f"r{index}", prompt, params))
     return made
@@ -141,6 +141,7 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
     assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
     prompts = {request.id: len(request.prompt) for request in order}
     rows = {
-        name: [executor.rows[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)] for name in sorted(prompts)
+        name: [executor.rows[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)]
+        for name in sorted(prompts)
     }
     return rows, preemptions

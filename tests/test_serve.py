@@ -51,7 +51,10 @@ def test_streamed_equals_whole(client: openai.OpenAI) -> None:
     ask = {"model": model, "messages": [{"role": "user", "content": "héllo wörld"}], "max_tokens": 24, "temperature": 0}
     whole = client.chat.completions.create(**ask)
     parts = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
-    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.choices[0].message.content
+    assert (
+        "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        == whole.choices[0].message.content
+    )
     assert parts[-1].usage == whole.usage
     assert whole.usage is not None and whole.usage.completion_tokens == 24
 
@@ -153,9 +156,13 @@ def test_a_thousand_clients_that_leave_mid_stream(server: Server) -> None:
 async def _leave_mid_stream(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": "tiny", "prompt": "abcdefgh", "max_tokens": 1500, "stream": True, "ignore_eos": True})
-    request = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    request = "\r\n".join((*head, "", body)).encode()
     seats = asyncio.Semaphore(50)
 
     async def visit() -> None:

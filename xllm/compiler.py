@@ -32,9 +32,9 @@ Progress = Callable[[str, int, int], None]  # stage or item, done, total
 class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
-    weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together; max_len:
-    tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. traffic: (tokens of a step,
-    weight) pairs the buckets are chosen for. debug: the XLLM_DEBUG ladder, 0 to 5.
+    weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together;
+    max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. traffic:
+    (tokens of a step, weight) pairs the buckets are chosen for. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -104,7 +104,6 @@ class Report:
         lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
         return "\n".join(lines)
 
-
     def _fallback_lines(self) -> list[str]:
         """Operators left to torch, alike ones together, and what they cost."""
         if not self.fallbacks:
@@ -124,7 +123,9 @@ class Report:
 def compile_checkpoint(
     checkpoint: str | Path, out: str | Path, options: CompileOptions | None = None, progress: Progress | None = None
 ) -> Report:
-    """Compiles the checkpoint folder into the artifact `out`, whole or not at all. Raises CompileError or ArtifactError."""
+    """Compiles the checkpoint folder into the artifact `out`, whole or not at all. Raises CompileError or
+    ArtifactError.
+    """
     options, tell, clock = options or CompileOptions(), progress or (lambda *_: None), _Stopwatch()
     with writing(out) as writer:
         tell("loading the compiler", 0, 0)
@@ -173,7 +174,11 @@ def compile_checkpoint(
         passes = (*without(REWRITES, options.disable), *PLANS)
         writer.finish(
             {
-                "toolchain": {"xllm": xllm.__version__, "torch": _version("torch"), "transformers": _version("transformers")},
+                "toolchain": {
+                    "xllm": xllm.__version__,
+                    "torch": _version("torch"),
+                    "transformers": _version("transformers"),
+                },
                 "target": {"name": target.name, "level": target.level, "architecture": cpu.architecture()},
                 "model": {
                     "name": facts.name,
@@ -196,7 +201,14 @@ def compile_checkpoint(
                 "weights_header": header,
                 "pipeline": pipeline_text(passes),
                 "passes": [
-                    {"name": r.name, "kind": r.kind, "hits": r.hits, "misses": list(r.misses), "before": r.before, "after": r.after}
+                    {
+                        "name": r.name,
+                        "kind": r.kind,
+                        "hits": r.hits,
+                        "misses": list(r.misses),
+                        "before": r.before,
+                        "after": r.after,
+                    }
                     for r in records
                 ],
                 "program": digest(program),
@@ -221,7 +233,9 @@ def compile_checkpoint(
 
 
 def show(path: str | Path, stage: str | None = None, unfold: bool = False) -> str:
-    """A program dump of an artifact: the last stage, or the one named. Raises CompileError listing the stages there are."""
+    """A program dump of an artifact: the last stage, or the one named. Raises CompileError listing the stages there
+    are.
+    """
     stages = Artifact.open(path).stages()
     name = stage or PLANNED
     if name not in stages:

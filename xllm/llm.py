@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -22,6 +23,7 @@ from xllm.targets.cpu import host_threads
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
 PROCESS_BYTES = 160 << 20
 DEFAULT_KV_TOKENS = 32768
+PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,27 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None) -> Ledger:
     else:
         kv = memory_bytes - fixed
     kv = kv // PAGE_BYTES * PAGE_BYTES
+    free = _available_bytes()
+    if kv + fixed > free + artifact.weight_bytes:
+        raise ArtifactError(
+            "memory-too-large",
+            f"--memory asks for {_mib(kv + fixed)}, the machine has {_mib(free)} free: give a smaller --memory",
+        )
     if kv < one:
         needed = fixed + -(-one // PAGE_BYTES) * PAGE_BYTES
         raise ArtifactError(
             "memory-too-small",
-            f"--memory leaves {max(kv, 0) / 2**20:,.0f} MiB for KV pages; one sequence of {limits['max_len']} tokens needs"
-            f" {one / 2**20:,.0f}: give --memory {-(-needed // 2**20)}MiB or more, or compile with a smaller --max-len",
+            f"--memory leaves {_mib(max(kv, 0))} for KV pages, one sequence of {limits['max_len']} tokens needs"
+            f" {_mib(one)}: give --memory {_mib(needed)} or more, or compile with a smaller --max-len",
         )
     return Ledger(
-        artifact.weight_bytes, plan.arena_bytes, kv, PROCESS_BYTES, kv // plan.kv.group_bytes * group, plan.kv.token_bytes
+        artifact.weight_bytes,
+        plan.arena_bytes,
+        kv,
+        PROCESS_BYTES,
+        kv // plan.kv.group_bytes * group,
+        plan.kv.token_bytes,
     )
-
-
-PAGE_BYTES = 2 << 20
 
 
 def open_engine(
@@ -91,7 +101,8 @@ def open_engine(
     max_seqs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Artifact, Engine, Ledger]:
-    """Opens, checks and sizes an artifact; the engine is started. `sink` gets each step's outputs on the engine's thread.
+    """Opens, checks and sizes an artifact; the engine is started. `sink` gets each step's outputs on the engine's
+    thread.
 
     chunk: prompt tokens of one sequence per step. Raises ArtifactError for an artifact this machine cannot run.
     """
@@ -138,7 +149,10 @@ class LLM:
         self._ids = itertools.count()
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        **options: Any,
     ) -> list[Completion]:
         """Completes each prompt (text, or token ids). `options` are fields of SamplingParams. Order is kept.
 
@@ -179,10 +193,14 @@ class LLM:
         self.close()
 
 
+def _mib(size: int) -> str:
+    return f"{-(-size // 2**20)}MiB"
+
+
 def _available_bytes() -> int:
     """Memory that may be taken without swapping, within this process's control group."""
     free = 1 << 34
-    try:
+    with contextlib.suppress(OSError, KeyError, ValueError):
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
         free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -190,6 +208,4 @@ def _available_bytes() -> int:
             limit = file.read().strip()
         if limit != "max":
             free = min(free, int(limit))
-    except (OSError, KeyError, ValueError):
-        pass
     return free

@@ -1,4 +1,5 @@
-"""What a target is to the compiler: capabilities, a choice of kernel for every operation, layouts for weights and state.
+"""What a target is to the compiler: capabilities, a choice of kernel for every operation, layouts for weights and
+state.
 
 No torch here: operations reach a target as plain data, so that the same file serves the compiler and the light runtime.
 """
@@ -53,7 +54,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of the program: `op` is "xllm.linear" or "aten.add.Tensor"; `args` by schema name; results as tensors."""
+    """One call of the program: `op` is "xllm.linear" or "aten.add.Tensor"; `args` by schema name."""
 
     node: str
     op: str
@@ -119,11 +120,16 @@ class Target(Protocol):
     """Capabilities and choices. `fuses` names the optional fusions whose kernels exist, `streams` the queues of work;
     `pads` says whether a bucket is a fixed shape (captured graphs) or only a size (kernels that take sizes)."""
 
-    name: str
-    level: str
-    streams: tuple[str, ...]
-    fuses: frozenset[str]
-    pads: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def level(self) -> str: ...
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+    @property
+    def fuses(self) -> frozenset[str]: ...
+    @property
+    def pads(self) -> bool: ...
 
     def lower(self, operation: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal: ...
 

@@ -1,12 +1,13 @@
 """The CPU target: which kernel runs which operation, how weights and state are laid out, and what a call should cost.
 
-Weights of products lie in panels of 16 outputs (see kernels/cpu/panel.h), so that every output accumulates along K in one
-fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [head_dim][16] and values as
-[16][head_dim]. No torch: the serving process imports this file.
+Weights of products lie in panels of 16 outputs (see kernels/cpu/panel.h), so that every output accumulates along K in
+one fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [head_dim][16] and
+values as [16][head_dim]. No torch: the serving process imports this file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -69,18 +70,15 @@ def host_target() -> CpuTarget:
 def host_threads() -> int:
     """Threads to use unless told otherwise: the cores this process may run on, within its control group's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = file.read().split()
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
     return cores
 
 
 def architecture() -> str:
-    """"x86_64" or "aarch64", spelled alike on every system."""
+    """The processor family, x86_64 or aarch64, spelled alike on every system."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -123,7 +121,12 @@ def _embedding(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refu
 
 def _rows(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
     table, index = op.args["table"], op.args["index"]
-    if index.kind != "input" or index.name not in ("last", "positions") or len(table.shape) != 2 or table.dtype != "float32":
+    if (
+        index.kind != "input"
+        or index.name not in ("last", "positions")
+        or len(table.shape) != 2
+        or table.dtype != "float32"
+    ):
         return Refusal("it is not a gather of rows of [R, W] by positions or last")
     rows = "S" if index.name == "last" else "T"
     return Lowering(
@@ -265,7 +268,9 @@ def _binary(kernel: str) -> Rule:
         if op.args.get("alpha", 1) != 1 or (rows := _step_rows(op, a)) is None:
             return Refusal("its rows are not the step's tokens or logit rows")
         cost = Cost(_per(rows, a.width), _per(rows, 12 * a.width))
-        return Lowering(f"{kernel}.f32", {"a": a, "b": b, "out": op.results[0]}, {"width": a.width}, rows=rows, cost=cost)
+        return Lowering(
+            f"{kernel}.f32", {"a": a, "b": b, "out": op.results[0]}, {"width": a.width}, rows=rows, cost=cost
+        )
 
     return rule
 

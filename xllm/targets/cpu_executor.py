@@ -1,11 +1,13 @@
 """Runs the plan of an artifact on the CPU: weights mapped, arena allocated, every bucket's plan bound, once, at start.
 
-A worker thread runs launched steps in order: one native call walks the plan, one samples. The native calls release the GIL,
-so that the engine builds the next step meanwhile. No torch, unless the plan names operators that have no native kernel.
+A worker thread runs launched steps in order: one native call walks the plan, one samples. The native calls release
+the GIL, so that the engine builds the next step meanwhile. No torch, unless the plan names operators that have no
+native kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -19,7 +21,7 @@ import numpy as np
 from xllm.artifact import Artifact, ArtifactError, Progress
 from xllm.kernels import cpu
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
-from xllm.plan import Bucket, Plan
+from xllm.plan import Bucket
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
@@ -53,7 +55,7 @@ class CpuExecutor:
         self._arena, self.arena_address = allocate(plan.arena_bytes)
         self._buckets = [self._bind(bucket) for bucket in plan.buckets]
         self._last_bucket = plan.buckets[-1]
-        self._previous = np.zeros(1, np.int32)
+        self._previous = np.zeros(self.limits.max_seqs, np.int32)
         self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
         self._worker.start()
@@ -98,6 +100,8 @@ class CpuExecutor:
             try:
                 ticket.succeed(self._run(batch))
             except Exception as error:  # the boundary to the engine: a fault is a value
+                # The step behind this one may refer to any row of it: its ids must be valid, its rows are dropped.
+                self._previous = np.zeros(self.limits.max_seqs, np.int32)
                 ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
 
     def _run(self, batch: Batch) -> StepResult:
@@ -169,7 +173,7 @@ class Step:
 
 @dataclass(frozen=True)
 class BoundPlan:
-    """A bucket ready to run: native pieces with fallback calls between them (one piece where every kernel is native)."""
+    """A bucket ready to run: native pieces, and fallback calls between them where kernels are missing."""
 
     bucket: Bucket
     pieces: tuple[Callable[[Step], None], ...]
@@ -214,7 +218,9 @@ def flatten(batch: Batch, previous: np.ndarray) -> Step:
     if len(ids) and int(ids.min()) < 0:
         held = ids < 0
         ids[held] = previous[-1 - ids[held]]
-    positions = np.concatenate([np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)])
+    positions = np.concatenate(
+        [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
+    )
     last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
     bases = np.array([row.kv_base for row in batch.rows], np.uint64)
     return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
@@ -238,10 +244,7 @@ def allocate(size: int) -> tuple[np.ndarray, int]:
     length = max(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
     block = mmap.mmap(-1, length)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # advice only
             block.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # advice only
     array = np.frombuffer(block, np.uint8)
     return array, array.ctypes.data
-

@@ -1,7 +1,7 @@
 """The fallback provider: runs the torch body of an operator that has no native kernel, on arrays of the arena.
 
-Importing this imports torch: a process that serves such a plan pays for it, and the compile report says so. Operators are
-looked up by name in the aten and xllm namespaces; nothing else in an artifact can be called.
+Importing this imports torch: a process that serves such a plan pays for it, and the compile report says so. Operators
+are looked up by name in the aten and xllm namespaces; nothing else in an artifact can be called.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class TorchCall:
         T, S = len(step.ids), len(step.last)
         args = {name: self._value(operand, step, T, S) for name, operand in self._call.operands}
         schema = self._operator._schema.arguments
-        positional = [args[argument.name] for argument in schema if argument.name in args and not argument.kwarg_only]
-        named = {argument.name: args[argument.name] for argument in schema if argument.name in args and argument.kwarg_only}
+        given = [argument for argument in schema if argument.name in args]
+        positional = [args[argument.name] for argument in given if not argument.kwarg_only]
+        named = {argument.name: args[argument.name] for argument in given if argument.kwarg_only}
         with torch.no_grad():
             produced = self._operator(*positional, **named)
         for reference, value in zip(self._call.results, _as_tuple(produced), strict=True):
