@@ -6,9 +6,9 @@ from __future__ import annotations
 class CompileError(Exception):
     """A model, a checkpoint or a program that cannot be compiled as asked.
 
-    why: the reason, a clause without a final stop. where: the place in the model or file, e.g. "model.layers.3.self_attn".
-    node: the graph node or operator. pass_name: the stage that refused, e.g. "capture". try_: what to do about it.
-    code: stable identifier for scripts and tests, e.g. "unsupported-model".
+    why: the reason, a clause without a final stop. where: the place in the model or file, e.g.
+    "model.layers.3.self_attn". node: the graph node or operator. pass_name: the stage that refused, e.g. "capture".
+    try_: what to do about it. code: stable identifier for scripts and tests, e.g. "unsupported-model".
     """
 
     def __init__(

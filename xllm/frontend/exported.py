@@ -1,7 +1,7 @@
 """From a torch.export program to ours: flat graph, named weights, names made of module path and operator.
 
-What is kept of each node is its operator, its arguments, its fake value, its module path and its layer. Device arguments stay
-`meta`: a program says what is computed, and `meta` in it means wherever it runs.
+What is kept of each node is its operator, its arguments, its fake value, its module path and its layer. Device
+arguments stay `meta`: a program says what is computed, and `meta` in it means wherever it runs.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def to_graph(
 ) -> tuple[fx.Graph, dict[str, Weight]]:
     """The exported step as a flat graph and the weights it reads.
 
-    The first module of each path is the wrapper that was exported and is dropped. `tensor_of` names a parameter, buffer or
-    lifted constant (by its path without the wrapper) and says how it is made; it is asked only for tensors that are used.
+    The first module of each path is the wrapper that was exported and is dropped. `tensor_of` gives the name in the
+    program and the weight of a parameter or buffer (by its path without the wrapper) or lifted constant (by its
+    name).
     """
     tensors = {
-        spec.arg.name: str(spec.target)
+        spec.arg.name: str(spec.target) if spec.kind is InputKind.CONSTANT_TENSOR else _inner(str(spec.target))
         for spec in exported.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     }
@@ -66,7 +67,7 @@ def to_graph(
     reads: dict[str, fx.Node] = {}
     names: set[str] = set()
 
-    def create(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str, path: str, val: Any) -> fx.Node:
+    def create(op: str, target: Any, args: Any, kwargs: Any, wanted: str, path: str, val: Any) -> fx.Node:
         node = graph.create_node(op, target, args, kwargs, name=_unique(wanted, names))
         node.meta = {"val": val, "custom": {"path": path, "layer": place.layer(path)}}
         return node
@@ -74,39 +75,59 @@ def to_graph(
     def read(node: fx.Node) -> fx.Node:
         if node in made:
             return made[node]
-        target, weight = tensor_of(_without_wrapper(tensors[node.name]))
-        target = place.renumber(target)
+        target, weight = tensor_of(tensors[node.name])
         if target not in reads:
             weights[target] = weight
             path, _, leaf = target.rpartition(".")
             reads[target] = create("get_attr", target, (), {}, place.node_name(path, leaf), path, node.meta["val"])
         return reads[target]
 
-    for node in exported.graph.nodes:
+    for node in _sizes_first(exported.graph, tensors):
         if node.op == "placeholder" and node.name not in tensors:
             made[node] = create("placeholder", node.name, (), {}, node.name, "", node.meta["val"])
         elif node.op == "call_function":
-            path = place.renumber(_path(node))
-            _refuse_regions(node, path)
+            path = "" if _is_size(node) else place.renumber(_path(node))
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise _nested(node, path)
             args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
             wanted = place.node_name(path, _operator(node))
             made[node] = create("call_function", node.target, args, kwargs, wanted, path, node.meta.get("val"))
         elif node.op == "output":
             result = fx.map_arg(node.args[0], read)
-            result = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
-            output = graph.output(result)
-            output.meta = {"val": result.meta["val"], "custom": {"path": "", "layer": None}}
+            logits = result[0] if isinstance(result, (tuple, list)) else result
+            assert isinstance(logits, fx.Node)
+            output = graph.output(logits)
+            output.meta = {"val": logits.meta["val"], "custom": {"path": "", "layer": None}}
         elif node.op == "get_attr":
             raise _nested(node, place.renumber(_path(node)))
     return graph, weights
 
 
+def _sizes_first(graph: fx.Graph, tensors: Mapping[str, str]) -> list[fx.Node]:
+    """The nodes, with sizes that follow from the inputs right behind them: tracing leaves each in the layer that
+    asked first.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    known = {node for node in inputs if node.name not in tensors}
+    sizes = []
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_size(node) and known.issuperset(node.all_input_nodes):
+            known.add(node)
+            sizes.append(node)
+    front = {*inputs, *sizes}
+    return [*inputs, *sizes, *(node for node in graph.nodes if node not in front)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
 def _path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
-    return re.sub(r"@\d+", "", _without_wrapper(list(stack.values())[-1][0])) if stack else ""
+    return re.sub(r"@\d+", "", _inner(list(stack.values())[-1][0])) if stack else ""
 
 
-def _without_wrapper(path: str) -> str:
+def _inner(path: str) -> str:
     return path.partition(".")[2]
 
 
@@ -124,11 +145,6 @@ def _unique(wanted: str, names: set[str]) -> str:
         name = f"{wanted}_{count}"
     names.add(name)
     return name
-
-
-def _refuse_regions(node: fx.Node, path: str) -> None:
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        raise _nested(node, path)
 
 
 def _nested(node: fx.Node, path: str) -> CompileError:

@@ -1,4 +1,6 @@
-"""What a checkpoint folder says about its model: configuration, tokens, chat template. Files are read, never fetched or run."""
+"""What a checkpoint folder says about its model: configuration, tokens, chat template. Files are read, never fetched
+or run.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ _MAX_JSON_BYTES = 64 << 20
 class ModelFacts:
     """Facts a server needs that are not in the graph.
 
-    max_len: positions the model was made for. generation: contents of generation_config.json. special_tokens: texts by role,
-    as tokenizer_config.json names them ("bos_token", ...). tokenizer_path: tokenizer.json, None where none was asked for.
+    max_len: positions the model was made for. generation: contents of generation_config.json. special_tokens: texts
+    by role, as tokenizer_config.json names them ("bos_token", ...). tokenizer_path: tokenizer.json, None where none
+    was asked for.
     """
 
     name: str
@@ -34,7 +37,9 @@ class ModelFacts:
 
 
 def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
-    """Facts of the checkpoint in `folder`. Raises CompileError for missing files; tokenizer=False does without tokenizer.json."""
+    """Facts of the checkpoint in `folder`. Raises CompileError for missing files; tokenizer=False does without
+    tokenizer.json.
+    """
     folder = Path(folder)
     config = read_config(folder)
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
@@ -155,7 +160,9 @@ def _ids(value: Any, name: str) -> tuple[int, ...]:
     """One id, several or none, as a tuple."""
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
-        raise CompileError(f"{name} is {value!r}, not token ids", code="bad-config", pass_name="capture", where="config.json")
+        raise CompileError(
+            f"{name} is {value!r}, not token ids", code="bad-config", pass_name="capture", where="config.json"
+        )
     return tuple(ids)
 
 

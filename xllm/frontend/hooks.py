@@ -133,12 +133,12 @@ class Session:
         for captured, name in enumerate(self._names):
             if captured not in self._kv:
                 raise CompileError(
-                    "a layer mixes tokens without attention, or keeps state that is not keys and values",
+                    "a layer mixes tokens by other means than transformers' attention interface",
                     code="recurrent-layer",
                     pass_name="capture",
                     where=name,
                     node="no attention call",
-                    try_="a model whose every layer attends (recurrent and convolutional layers are not captured)",
+                    try_="a model whose every layer attends through it (recurrent and convolutional layers do not)",
                 )
         return tuple(self._kv[captured] for captured in range(len(self._names)))
 

@@ -1,7 +1,8 @@
 """Capture of a Hugging Face causal language model, from transformers' own modules, as one step over flattened tokens.
 
-Nothing here knows a model by name. Attention leaves through transformers' attention registry (`hooks.py`), rotary modules become
-tables, layers that others stand for are skipped in place, everything else is exported as it is. Nothing global stays changed.
+Nothing here knows a model by name. Attention leaves through transformers' attention registry (`hooks.py`), rotary
+modules become tables, layers that others stand for are skipped in place, everything else is exported as it is.
+Nothing global stays changed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from xllm.frontend.layers import LastOutput, SkippedLayer, choose_walk, every_la
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, Dim, Program, Source, Weight
+from xllm.ir.program import Constant, Dim, Program, Source, Weight, path_of
 
 DEFAULT_MAX_LEN = 32768
 # Example sizes of T and S: primes no model dimension equals, so that no size is taken for another.
@@ -39,9 +40,9 @@ def capture(
 ) -> Program:
     """The step program of the checkpoint in `folder`, from its config.json alone: no weights are read.
 
-    max_len: positions the program can address, which sizes the rotary tables; by default the model's own limit, at most
-    32768. full: capture every layer instead of the distinct ones (`stamp` then changes nothing). max_tokens, max_seqs: upper
-    bounds of the dims T and S. Raises CompileError for what cannot be captured.
+    max_len: positions the program can address, which sizes the rotary tables; by default the model's own limit, at
+    most 32768. full: capture every layer instead of the distinct ones (`stamp` then changes nothing). max_tokens,
+    max_seqs: upper bounds of the dims T and S. Raises CompileError for what cannot be captured.
     """
     config = read_config(folder)
     name = Path(folder).resolve().name
@@ -87,6 +88,7 @@ def capture_config(
         layers_path=stack.path,
     )
     prune(program)
+    _refuse_foreign(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
     program.constants = {key: bound.arrays[key] for key in sorted(used)}
     _type_state(program, max_seqs, length)
@@ -102,29 +104,33 @@ def _build(config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    except Exception as error:  # transformers raises anything from ImportError to KeyError here
+    except KeyError as error:
+        if error.args != (HOOK,):
+            raise
+        raise CompileError(
+            f"{type(config).__name__} chooses attention from a table of its own, not transformers' attention interface",
+            code="no-attention-interface",
+            pass_name="capture",
+            where=_architecture(config),
+            node="attention",
+            try_="an architecture whose transformers class uses ALL_ATTENTION_FUNCTIONS",
+        ) from error
+    except Exception as error:  # transformers raises anything from ImportError to ValueError here
         raise CompileError(
             f"transformers cannot build {_architecture(config)} as a causal language model: {_first_line(error)}",
             code="unsupported-model",
             pass_name="capture",
             try_="a decoder-only checkpoint whose architecture ends in ForCausalLM",
         ) from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise CompileError(
-            f"{type(model).__name__} computes attention on its own, not through transformers' attention interface",
-            code="no-attention-interface",
-            pass_name="capture",
-            where=type(model).__name__,
-            node="attention",
-            try_="another implementation of the architecture in transformers, or one that names _supports_attention_backend",
-        )
     return model
 
 
 def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, Weight]]:
-    """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input embedding first."""
+    """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input
+    embedding first.
+    """
     state = model.state_dict(keep_vars=True)
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()  # pyright: ignore
     shared: dict[int, list[str]] = {}
     for key, tensor in state.items():
         shared.setdefault(id(tensor), []).append(key)
@@ -180,7 +186,9 @@ def _lift_rotary(model: nn.Module, session: Session, place: Place, length: int) 
 
 
 def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
-    """A copy of a module of the meta-device model with its own buffers filled, on the CPU, as loading a checkpoint would."""
+    """A copy of a module of the meta-device model with its own buffers filled, on the CPU, as loading a checkpoint
+    would.
+    """
     filled = copy.copy(module)
     buffers = {
         name: torch.full(part.shape, float("nan") if part.is_floating_point() else 0, dtype=part.dtype, device="cpu")
@@ -188,7 +196,7 @@ def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
     }
     filled.__dict__ = {**module.__dict__, "_buffers": buffers}
     try:
-        model._init_weights(filled)  # type: ignore[operator]
+        model._init_weights(filled)  # pyright: ignore
     except Exception as error:
         raise _unknown_buffer(module, path, _first_line(error)) from error
     for name, part in buffers.items():
@@ -218,11 +226,16 @@ def _export(model: nn.Module, session: Session) -> ExportedProgram:
     try:
         return torch.export.export(Step(model, session), (*arguments, state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise explain(error, model) from error
+        explained = explain(error, model)
+        if explained.code == "shape-guard":
+            session.kv_layers()  # the better reason, if a layer came by without attention
+        raise explained from error
 
 
 class _Tensors:
-    """Names the parameters, buffers and lifted constants of the exported step; collects the arrays of those made here."""
+    """Names the parameters, buffers and lifted constants of the exported step; collects the arrays of those made
+    here.
+    """
 
     def __init__(
         self,
@@ -257,7 +270,9 @@ class _Tensors:
 
     def _array(self, value: Tensor, path: str) -> np.ndarray:
         if value.is_meta:
-            raise CompileError("a tensor made while tracing has no value", code="unknown-buffer", pass_name="capture", where=path)
+            raise CompileError(
+                "a tensor made while tracing has no value", code="unknown-buffer", pass_name="capture", where=path
+            )
         return value.detach().float().numpy() if value.is_floating_point() else value.detach().numpy()
 
 
@@ -266,6 +281,19 @@ def _type_state(program: Program, max_seqs: int, length: int) -> None:
     state = program.input("kv")
     width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
     state.meta["val"] = state.meta["val"].new_empty((len(program.kv), max_seqs, length, width))
+
+
+def _refuse_foreign(program: Program) -> None:
+    for node in program.calls():
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "xllm"):
+            raise CompileError(
+                f"the operator {node.target} is neither torch's own nor one of our dialect",
+                code="foreign-operator",
+                pass_name="capture",
+                where=path_of(node),
+                node=node.name,
+                try_="a model whose modules call plain torch operators",
+            )
 
 
 def _unknown_buffer(module: nn.Module, path: str, why: str) -> CompileError:

@@ -1,7 +1,9 @@
-"""Which layers of a model are worth capturing: the repeated stack, the kind of each layer, and a short walk that shows them all.
+"""Which layers of a model are worth capturing: the repeated stack, the kind of each layer, and a short walk that
+shows them all.
 
-Layers of equal kind that stand between equal neighbours compute the same, so one of them is captured and stamped for the others.
-The index of a layer is no part of its kind; what a layer makes of its index shows in the captured operators, which are compared.
+Layers of equal kind that stand between equal neighbours compute the same, so one of them is captured and stamped for
+the others. The index of a layer is no part of its kind; what a layer makes of its index shows in the captured
+operators, which are compared.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def find_stack(model: nn.Module) -> Stack:
 
 
 def layer_kinds(stack: Stack, config: Mapping[str, Any]) -> list[Hashable]:
-    """One comparable value per layer: module tree, tensor shapes, plain attributes, and the entry of every per-layer list of the config."""
+    """One comparable value per layer: module tree, tensor shapes, plain attributes, and the entry of every per-layer
+    list of the config.
+    """
     count = len(stack.layers)
     facts = [_facts(layer) for layer in stack.layers]
     for key, value in config.items():
@@ -70,7 +74,9 @@ def layer_kinds(stack: Stack, config: Mapping[str, Any]) -> list[Hashable]:
 
 
 def choose_walk(kinds: Sequence[Hashable]) -> Walk:
-    """The shortest walk found by cutting: every (previous, kind, next) of the model stays, every step is a step of the model."""
+    """The shortest walk found by cutting: every (previous, kind, next) of the model stays, every step is a step of
+    the model.
+    """
     count = len(kinds)
     contexts = [
         (kinds[i - 1] if i else None, kind, kinds[i + 1] if i + 1 < count else None) for i, kind in enumerate(kinds)

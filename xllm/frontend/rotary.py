@@ -1,8 +1,9 @@
 """Rotary embeddings become tables: the row of position p is what the model's own module gives for position p.
 
-A module that makes (cos, sin) from positions alone needs no operators in the program: it is run once, here, on the CPU in float32.
-Where the frequencies depend on the current length (dynamic NTK, longrope), the row of position p is what the module gives at
-length p + 1, as in decoding token by token: so a token never depends on how its prompt was cut.
+A module that makes (cos, sin) from positions alone needs no operators in the program: it is run once, here, on the
+CPU in float32. Where the frequencies depend on the current length (dynamic NTK, longrope), the row of position p is
+what the module gives at length p + 1, as in decoding token by token: so a token never depends on how its prompt was
+cut.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def make_tables(module: nn.Module, max_len: int) -> dict[str, Tables] | None:
 
 
 class RotaryRows(nn.Module):
-    """Stands where the rotary module stood and reads rows of its tables; buffers `{variant}_cos`, `{variant}_sin` on meta."""
+    """Stands where the rotary module stood and reads rows of its tables; buffers `{variant}_cos`, `{variant}_sin` on
+    meta.
+    """
 
     def __init__(self, tables: Mapping[str, Tables], index: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -82,7 +85,9 @@ def _make(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor, Tensor
 
 
 def _call(module: nn.Module, variant: str, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin) [P, rotary_dim] of a fresh copy of the module for these positions; the length is the largest plus one."""
+    """(cos, sin) [P, rotary_dim] of a fresh copy of the module for these positions; the length is the largest plus
+    one.
+    """
     fresh = _fresh(module)
     extra: dict[str, Any] = {"layer_type": variant} if variant else {}
     try:
@@ -100,7 +105,8 @@ def _call(module: nn.Module, variant: str, positions: Tensor) -> tuple[Tensor, T
 def _fresh(module: nn.Module) -> nn.Module:
     """The module with buffers of its own: some update their frequencies in place as the length grows."""
     fresh = copy.copy(module)
-    fresh.__dict__ = {**module.__dict__, "_buffers": {name: part.clone() for name, part in module.named_buffers(recurse=False)}}
+    own = {name: part.clone() for name, part in module.named_buffers(recurse=False)}
+    fresh.__dict__ = {**module.__dict__, "_buffers": own}
     return fresh
 
 
@@ -117,21 +123,25 @@ def _right(module: nn.Module, variant: str, positions: Tensor, made: tuple[Tenso
 
 
 def _per_position(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor, Tensor] | None:
-    """All rows at once for frequencies that change with every length: the module's own init function given all lengths."""
+    """All rows at once for frequencies that change with every length: the module's own init function given all
+    lengths.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    fresh: Any = _fresh(module)
-    types = getattr(fresh, "rope_type", "default")
+    fresh = _fresh(module)
+    types: Any = getattr(fresh, "rope_type", "default")
     init = ROPE_INIT_FUNCTIONS.get(types[variant] if variant else types)
     if init is None:
         return None
     positions = torch.arange(max_len)
     try:
-        frequencies, _ = init(fresh.config, None, seq_len=positions[:, None] + 1, layer_type=variant or None)  # type: ignore[arg-type]
+        lengths: Any = positions[:, None] + 1
+        frequencies, _ = init(module.config, None, seq_len=lengths, layer_type=variant or None)  # pyright: ignore
     except (RuntimeError, TypeError):
         return None
     setattr(fresh, f"{variant}_inv_freq".lstrip("_"), frequencies)
-    fresh.rope_type = {**types, variant: "default"} if variant else "default"  # the frequencies stay as set
+    fixed = {**types, variant: "default"} if variant else "default"  # so that the frequencies stay as set
+    fresh.__dict__["rope_type"] = fixed
     made = _call(fresh, variant, positions)
     return made if made is not None and _right(module, variant, positions, made) else None
 

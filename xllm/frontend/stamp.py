@@ -1,7 +1,9 @@
-"""From the captured layers back to the model's depth: the node group of a layer is copied for every layer it stands for.
+"""From the captured layers back to the model's depth: the node group of a layer is copied for every layer it stands
+for.
 
-Weights are renamed by rule, KV operators get the real layer index, values that cross from one layer to the next are rewired to
-the real predecessor. It works on a fresh capture and on one that passes have rewritten, whatever values cross the border then.
+Weights are renamed by rule, KV operators get the real layer index, values that cross from one layer to the next are
+rewired to the real predecessor. It works on a fresh capture and on one that passes have rewritten, whatever values
+cross the border then.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from xllm.ir.program import LayerSource, Program, Source, Weight, layer_of, move
 
 
 def stamp(program: Program) -> Program:
-    """The program at full depth; its `layers` then stand for themselves. `program` is left unchanged, plans are not carried.
+    """The program at full depth; its `layers` then stand for themselves. `program` is left unchanged, plans are not
+    carried.
 
-    Raises CompileError when a layer reads anything but the prologue and the layer before it, or when the values that cross a
-    border do not correspond.
+    Raises CompileError when a layer reads anything but the prologue and the layer before it, or when the values that
+    cross a border do not correspond.
     """
     if not program.layers:
         return program.copy()
@@ -29,7 +32,9 @@ def stamp(program: Program) -> Program:
 
 
 def check_equal_layers(program: Program, kinds: Sequence[Hashable]) -> None:
-    """Raises CompileError when captured layers of one kind differ in operators or constants: index-dependent computation."""
+    """Raises CompileError when captured layers of one kind differ in operators or constants: index-dependent
+    computation.
+    """
     groups = _groups(program)
     first: dict[Hashable, int] = {}
     for captured, kind in enumerate(kinds):
@@ -57,6 +62,7 @@ class _Stamper:
         self.reads: dict[str, fx.Node] = {}
         self.shared: dict[fx.Node, fx.Node] = {}
         self.copies: list[dict[fx.Node, fx.Node]] = []
+        self.crossings: dict[int, list[tuple[fx.Node, str]]] = {}
 
     def run(self) -> Program:
         program = self.program
@@ -89,16 +95,18 @@ class _Stamper:
         return stamped
 
     def _outside(self) -> tuple[list[fx.Node], list[fx.Node]]:
-        """The nodes before and after the layers; what depends on a layer comes after."""
+        """The nodes before and after the layers: after is what depends on a layer or stands behind the last one."""
         prologue: list[fx.Node] = []
         epilogue: list[fx.Node] = []
         late: set[fx.Node] = set()
+        layered = sum(map(len, self.groups.values()))
         for node in self.program.graph.nodes:
             if node.op in ("get_attr", "output"):
                 continue
             if layer_of(node) is not None:
                 late.add(node)
-            elif any(arg in late for arg in node.all_input_nodes):
+                layered -= 1
+            elif not layered or any(arg in late for arg in node.all_input_nodes):
                 late.add(node)
                 epilogue.append(node)
             else:
@@ -156,24 +164,28 @@ class _Stamper:
         return self.reads[target]
 
     def _counterpart(self, arg: fx.Node, consumer: int, before: int, user: fx.Node) -> fx.Node:
-        """The value of captured layer `before` that takes the role `arg` has for `consumer`: same place in what crosses."""
+        """The value of captured layer `before` in the role that `arg` has for `consumer`."""
         if before == consumer - 1:
             return arg
         here, there = self._crossing(consumer), self._crossing(before + 1)
-        alike = len(here) == len(there) and all(
-            one.target == other.target and _type(one) == _type(other) for one, other in zip(here, there, strict=True)
-        )
-        if not alike:
+        if [role for _, role in here] != [role for _, role in there]:
             raise _unsound(
                 f"what layer {consumer} takes from its predecessor is not what layer {before} hands on", user
             )
-        return there[here.index(arg)]
+        return next(other for (one, _), (other, _) in zip(here, there, strict=True) if one is arg)
 
-    def _crossing(self, consumer: int) -> list[fx.Node]:
-        """The values of the captured layer before `consumer` that it reads, in the order it first reads them."""
-        nodes = self.groups.get(consumer) or self._outside()[1]
-        read = [arg for node in nodes for arg in node.all_input_nodes]
-        return list(dict.fromkeys(arg for arg in read if arg.op != "get_attr" and layer_of(arg) == consumer - 1))
+    def _crossing(self, consumer: int) -> list[tuple[fx.Node, str]]:
+        """What a captured layer (or the epilogue) reads from the one before, in the order it first reads it, each with
+        its role: type of the value, operator and place of its first use.
+        """
+        if consumer not in self.crossings:
+            found: dict[fx.Node, str] = {}
+            for node in self.groups.get(consumer) or self._outside()[1]:
+                for place, arg in enumerate(node.all_input_nodes):
+                    if arg.op != "get_attr" and layer_of(arg) == consumer - 1:
+                        found.setdefault(arg, f"{_type(arg)} {node.target} {place}")
+            self.crossings[consumer] = list(found.items())
+        return self.crossings[consumer]
 
     def _moved(self, name: str, real: int) -> str:
         rule = move_layer(Source((name,)), self.program.layers_path, real)
@@ -246,7 +258,7 @@ def _difference(program: Program, one: Sequence[fx.Node], other: Sequence[fx.Nod
 
     for a, b in zip(one, other, strict=True):
         moved = _with_layer(a, a.args, dict(a.kwargs), layer_of(a) or 0, layer_of(b) or 0)
-        if a.target != b.target or not same(moved[0], b.args) or not same(list(moved[1].items()), list(b.kwargs.items())):
+        if a.target != b.target or not same((*moved[0], *moved[1].items()), (*b.args, *b.kwargs.items())):
             return b
     return None
 

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint folder: safetensors only, memory mapped, one tensor at a time.
 
-Headers are untrusted input: sizes, types and offsets are checked before anything is read, and an index cannot name a file
-outside the folder. Nothing is unpickled, ever.
+Headers are untrusted input: sizes, types and offsets are checked before anything is read, and an index cannot name a
+file outside the folder. Nothing is unpickled, ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from xllm.errors import CompileError
-from xllm.frontend.facts import read_json
+from xllm.frontend.facts import read_json, refuse_quantised
 from xllm.ir.program import Concat, Constant, Program, Shift, Source, WeightRule, rule_sources
 
 _MAX_HEADER_BYTES = 100 << 20
@@ -105,7 +105,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return flat.reshape(entry.shape)
 
     def dtype(self, name: str) -> str:
-        """"float32", "bfloat16", "float16", "float64", or the safetensors name of any other type."""
+        """ "float32", "bfloat16", "float16", "float64", or the safetensors name of any other type."""
         kind = self._entries[name].dtype
         return _READABLE.get(kind, kind)
 
@@ -113,7 +113,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self._entries[name].shape
 
     def check(self, program: Program) -> tuple[str, ...]:
-        """Checks every weight of a stamped program against the headers, reading no data; returns the names no weight uses.
+        """Checks every weight of a stamped program against the headers, reading no data; returns the names no weight
+        uses.
 
         Raises CompileError naming the tensors that are missing, or the first whose shape or type does not fit.
         """
@@ -172,7 +173,8 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
             raise _bad("the index has no weight_map", index.name)
         shards: dict[str, set[str] | None] = {}
         for name, file in places.items():
-            if not isinstance(file, str) or file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+            inside = isinstance(file, str) and file == Path(file).name and "\\" not in file
+            if not inside or not file.endswith(".safetensors"):
                 raise _bad(f"the index names {file!r}, which is no safetensors file of this folder", index.name)
             wanted = shards.setdefault(file, set())
             assert wanted is not None
@@ -239,7 +241,7 @@ def _entry(name: str, described: Any, base: int, size: int, number: int, file: s
     if not isinstance(dtype, str) or not whole or not begin <= end or base + end > size:
         raise _bad(f"the tensor {name!r} does not lie inside the file", file)
     if dtype in _DTYPES and end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-        raise _bad(f"the tensor {name!r} has {end - begin} bytes, its shape {shape} of {dtype} needs another number", file)
+        raise _bad(f"the tensor {name!r} has {end - begin} bytes, which its shape {shape} of {dtype} does not", file)
     if dtype not in _DTYPES:
         raise CompileError(
             f"the tensor {name!r} is stored as {dtype}",

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from xllm.ir.program import Constant, Program, evaluate
 
@@ -26,8 +27,8 @@ def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Te
             elif node.op == "get_attr":
                 values[node] = _weight(program, str(node.target), weights, device)
             elif node.op == "call_function":
-                args = fx.node.map_aggregate(node.args, lambda arg: _real(arg, values, device))
-                kwargs = fx.node.map_aggregate(node.kwargs, lambda arg: _real(arg, values, device))
+                args = map_aggregate(node.args, lambda arg: _real(arg, values, device))
+                kwargs = map_aggregate(node.kwargs, lambda arg: _real(arg, values, device))
                 values[node] = node.target(*args, **kwargs)  # pyright: ignore
     return values[program.output().all_input_nodes[0]]
 
