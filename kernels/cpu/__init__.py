@@ -178,8 +178,8 @@ def packed_bytes(n: int, k: int, dtype: str) -> int:
 def pack_panels(weight: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
     """Packs [n, k] float32, or bfloat16 as uint16, into panels [ceil(n/16)][k][16] of `dtype`.
 
-    Returns uint8[packed_bytes(n, k, dtype)], which is `out` where given. Rounds to nearest even where it narrows; padding
-    rows are zero. Columns must be contiguous, rows may be strided.
+    Returns uint8[packed_bytes(n, k, dtype)], which is `out` where given. Rounds to nearest even where it narrows;
+    padding rows are zero. Columns must be contiguous, rows may be strided.
     """
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
         raise KernelError(f"weight must be [n, k] float32 or uint16 (bfloat16), not {weight.dtype}{list(weight.shape)}")

@@ -1,6 +1,6 @@
 // What every kernel file of a level starts from.
 #pragma once
-#include "kernels.h"
+#include "../kernels.h"
 #include "simd.h"
 
 namespace XK_LEVEL {
@@ -29,7 +29,10 @@ static inline Rows rows_of(int64_t unit, int64_t rows, int64_t width) {
   return {unit * each, min(rows, (unit + 1) * each)};
 }
 
-// Each table ends with an entry without a name.
-extern const Kernel linear_kernels[], attention_kernels[], norm_kernels[], rope_kernels[], gather_kernels[], elementwise_kernels[];
+// The kernel files, in the order their tables are listed. A table is called <file>_kernels and ends with an entry without a name.
+#define XK_KERNEL_FILES(X) X(gather) X(linear) X(norm) X(rope) X(attention) X(elementwise)
+#define XK_DECLARE(file) extern const Kernel file##_kernels[];
+XK_KERNEL_FILES(XK_DECLARE)
+#undef XK_DECLARE
 
 }  // namespace XK_LEVEL

@@ -1,7 +1,7 @@
 // The KV span of a sequence: groups of 16 tokens, group g at byte g * group_bytes; inside it a layer at layer_offset; inside that,
 // per KV head, keys [head_dim][16] and then values [16][head_dim]. The element type is float32 or bfloat16.
 #pragma once
-#include "kernels.h"
+#include "../kernels.h"
 #include "panel.h"
 #include "simd.h"
 

@@ -1,4 +1,4 @@
-// Gathers the kernel tables of one level. A new kernel file adds its table here and in common.h.
+// Gathers the kernel tables of one level.
 #include "common.h"
 #include "probe.h"
 
@@ -8,8 +8,8 @@
 namespace XK_LEVEL {
 namespace {
 
-const Kernel *const kTables[] = {gather_kernels, linear_kernels,      norm_kernels,
-                                 rope_kernels,   attention_kernels, elementwise_kernels};
+#define XK_TABLE(file) file##_kernels,
+const Kernel *const kTables[] = {XK_KERNEL_FILES(XK_TABLE)};
 constexpr int kMaxKernels = 64;
 
 }  // namespace
@@ -20,7 +20,10 @@ const xk::Level &level() {
   if (!result.name) {
     int count = 0;
     for (const Kernel *table : kTables)
-      for (; table->name && count < kMaxKernels; table++) all[count++] = *table;
+      for (; table->name; table++) {
+        if (count == kMaxKernels) __builtin_trap();  // raise kMaxKernels
+        all[count++] = *table;
+      }
     result = {XK_TEXT(XK_LEVEL_NAME), all, count, probe_read, probe_fma};
   }
   return result;
