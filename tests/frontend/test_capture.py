@@ -1,0 +1,138 @@
+"""Captured programs compute what transformers computes, name what they hold, and cost the same at every depth."""
+
+import pytest
+import torch
+import transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.frontend import zoo
+from xllm.errors import CompileError
+from xllm.frontend.huggingface import capture, capture_config
+from xllm.ir.program import Constant, Dim, KVLayer, LayerSource, Source
+from xllm.ir.verify import verify
+
+
+@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.ROPES])
+def test_chunked_mixed_steps_give_the_logits_of_transformers(name: str) -> None:
+    _, _, expected = zoo.reference(name)
+    for got, want in zip(zoo.mixed_logits(zoo.stamped(name), name), expected, strict=True):
+        assert torch.linalg.norm(got - want) / torch.linalg.norm(want) <= 1e-5
+        assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.ROPES])
+def test_program_is_legal(name: str) -> None:
+    verify(zoo.captured(name))
+    verify(zoo.stamped(name))
+
+
+def test_program_says_what_it_reads_and_keeps() -> None:
+    program = zoo.captured("qwen3")
+    assert [node.target for node in program.graph.nodes if node.op == "placeholder"] == [
+        "ids", "positions", "slots", "last", "kv"
+    ]  # fmt: skip
+    assert program.dims == (Dim("T", 1, 8192), Dim("S", 1, 4))
+    assert program.layers_path == "model.layers"
+    assert program.layers == (LayerSource(0, (0,)), LayerSource(1, (1, 2, 3)), LayerSource(2, (4,)))
+    assert program.kv == (KVLayer(2, 16, 16),) * 3
+    assert program.weights["model.embed_tokens.weight"].rule == Source(("model.embed_tokens.weight", "lm_head.weight"))
+    assert program.weights["model.rotary_emb.cos"].rule == Constant("model.rotary_emb.cos")
+    assert program.constants["model.rotary_emb.cos"].shape == (zoo.MAX_LEN, 16)
+    linear = next(node for node in program.calls() if node.name == "layers_1_self_attn_q_proj_linear")
+    assert linear.meta["custom"] == {"path": "model.layers.1.self_attn.q_proj", "layer": 1}
+    assert tuple(program.input("kv").meta["val"].shape) == (3, 4, zoo.MAX_LEN, 64)
+
+
+def test_each_layer_carries_its_own_window() -> None:
+    program = zoo.stamped("qwen2-windows")
+    attention = [node for node in program.calls() if node.target is torch.ops.xllm.attention.default]
+    assert [(node.args[5], node.args[9]) for node in attention] == [(i, 5 if i % 2 else 0) for i in range(8)]
+
+
+def test_rotary_modules_with_several_parameterisations_give_several_tables() -> None:
+    assert {name.rpartition(".")[2] for name in zoo.captured("gemma3").constants} == {
+        "embed_scale", "full_attention_cos", "full_attention_sin", "sliding_attention_cos", "sliding_attention_sin"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [1, 2, 64])
+def test_the_cost_of_capture_does_not_depend_on_depth(layers: int) -> None:
+    config = zoo.CONFIGS["qwen3"]()
+    config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+    program = capture_config(config, name="qwen3", max_len=zoo.MAX_LEN, max_seqs=4)
+    assert len(program.layers) == min(layers, 3)
+    if layers == 64:
+        assert zoo.nodes(program) == zoo.nodes(zoo.captured("qwen3"))
+
+
+def test_capture_leaves_the_configuration_and_the_registries_alone() -> None:
+    config = zoo.CONFIGS["llama"]()
+    before = config.to_dict()
+    zoo.captured("llama")
+    with pytest.raises(CompileError):
+        capture_config(transformers.BertConfig(num_hidden_layers=1), name="bert")
+    assert config.to_dict() == before
+    assert "xllm" not in ALL_ATTENTION_FUNCTIONS and "xllm" not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+_SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+REFUSED = {
+    "recurrent": (
+        lambda: transformers.MambaConfig(**_SMALL, state_size=4),
+        ("recurrent-layer", "backbone.layers.0 (MambaBlock)", "no attention call"),
+    ),
+    "hybrid": (
+        lambda: transformers.MiniMaxConfig(
+            **_SMALL, **_HEADS, num_local_experts=2, layer_types=["linear_attention", "full_attention"]
+        ),
+        ("recurrent-layer", "model.layers.0 (MiniMaxDecoderLayer)", "no attention call"),
+    ),
+    "encoder-decoder": (
+        lambda: transformers.T5Config(vocab_size=97, d_model=32, num_layers=2, num_heads=2),
+        ("unsupported-model", "config.json", "is_encoder_decoder"),
+    ),
+    "no-language-model": (lambda: transformers.CLIPConfig(), ("unsupported-model", "", "")),
+    "bidirectional": (
+        lambda: transformers.BertConfig(**_SMALL, num_attention_heads=2, intermediate_size=32),
+        ("unsupported-attention", "bert.encoder.layer.0 (BertLayer), BertSelfAttention", "attention"),
+    ),
+    "chunked-attention": (
+        lambda: transformers.Llama4TextConfig(**{**_SMALL, "num_hidden_layers": 4}, **_HEADS),
+        ("unsupported-attention", "config.json", "layer_types: chunked_attention"),
+    ),
+    "foreign-operator": (
+        lambda: transformers.MixtralConfig(**_SMALL, **_HEADS, num_local_experts=2),
+        ("foreign-operator", "model.layers.0.mlp.experts", "layers_0_mlp_experts_grouped_mm_fallback"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_captured_is_refused_by_name(name: str) -> None:
+    make, (code, where, node) = REFUSED[name]
+    with pytest.raises(CompileError) as refused:
+        capture_config(make(), name=name)
+    error = refused.value
+    assert (error.code, error.where, error.node) == (code, where, node)
+    assert error.try_ and error.why in str(error)
+
+
+def test_a_branch_on_token_values_names_module_and_statement(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(x) if x.sum() > 0 else x
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    with pytest.raises(CompileError) as refused:
+        capture_config(zoo.CONFIGS["llama"](), name="llama")
+    assert refused.value.code == "data-dependent"
+    assert refused.value.where == "model.layers.0.mlp (LlamaMLP)"
+
+
+def test_a_folder_without_config_is_refused(tmp_path) -> None:
+    with pytest.raises(CompileError) as refused:
+        capture(tmp_path)
+    assert refused.value.code == "no-config"
