@@ -31,7 +31,6 @@ LINEARS = {
 }
 # Copies of a weight, so that consecutive repeats cannot find it in a cache.
 COLD_BYTES = 1 << 29
-GROUP_BYTES = KV_HEADS * HEAD_DIM * 32 * 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Case:
 
 def aligned(size: int) -> np.ndarray:
     raw = np.zeros(size + 4096, np.uint8)
-    raw[::4096] = 0
+    raw[::4096] = 0  # touched now, not while it is measured
     return raw[-raw.ctypes.data % 4096 :][:size]
 
 
@@ -103,11 +102,13 @@ def attention(rows: int, context: int, suffix: str) -> Case:
     return Case(name, calls, tokens(rows, start, span), keep=(span, q, out), **work)
 
 
-def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int], rows: int, moved: float) -> Case:
-    arrays = {name: floats(*shape) for name, shape in args.items()}
+def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int], rows: int) -> Case:
+    """Every argument is read or written once: the bytes moved are the bytes of the arguments."""
+    size = 4 * sum(int(np.prod(shape)) for shape in args.values())
+    copies = [{name: floats(*shape) for name, shape in args.items()} for _ in range(max(1, COLD_BYTES // size))]
     epsilon = {"eps": 1e-6} if "eps" in cpu.kernels()[kernel].floats else {}
-    call = cpu.Call(kernel, {name: address(a) for name, a in arrays.items()}, ints, epsilon)
-    return Case(f"{kernel} {rows} rows", [call], tokens(rows), bytes=moved, keep=(arrays,))
+    calls = [cpu.Call(kernel, {name: address(a) for name, a in copy.items()}, ints, epsilon) for copy in copies]
+    return Case(f"{kernel} {rows} rows", calls, tokens(rows), bytes=float(size), keep=(copies,))
 
 
 def cases(quick: bool) -> Iterator[Callable[[], Case]]:
@@ -121,9 +122,9 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
     rows = 512
     row, gated = (rows, HIDDEN), (rows, INTERMEDIATE)
     norm = {"x": row, "residual": row, "weight": (HIDDEN,), "out": row, "sum": row}
-    yield lambda: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows, 16.0 * rows * HIDDEN)
+    yield lambda: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows)
     silu = {"x": (rows, 2 * INTERMEDIATE), "out": gated}
-    yield lambda: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows, 12.0 * rows * INTERMEDIATE)
+    yield lambda: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows)
 
 
 def seconds(runner: cpu.Runner, case: Case, budget: float) -> list[float]:
@@ -139,6 +140,11 @@ def seconds(runner: cpu.Runner, case: Case, budget: float) -> list[float]:
     return times
 
 
+def ceilings(runner: cpu.Runner) -> tuple[float, float]:
+    """Read bandwidth in bytes/s, multiply-add peak in operations/s."""
+    return runner.read_bandwidth(repeats=2), runner.fma_peak(20_000, repeats=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter repeats")
@@ -148,31 +154,33 @@ def main() -> None:
     options = parser.parse_args()
     budget = 0.2 if options.quick else 1.0
     runner = cpu.Runner(options.threads, options.level)
-    table = Table("kernel", "median", "spread", "rate", "of ceiling", title="xllm CPU kernels")
+    table = Table(
+        "kernel", "median", "p10 .. p90", "median rate", "of ceiling", "p10 of ceiling", title="xllm CPU kernels"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     peaks: list[tuple[float, float]] = []
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 120)
     for make in track(list(cases(options.quick)), "measuring", console=console, transient=True):
         case = make()
         if options.only not in case.name:
             continue
-        # The ceiling is taken beside each case: a shared machine changes from second to second.
-        read, fma = runner.read_bandwidth(repeats=3), runner.fma_peak(20_000, repeats=3)
-        peaks.append((read, fma))
+        # The ceiling is taken on both sides of each case: a shared machine changes from second to second.
+        before = ceilings(runner)
         times = seconds(runner, case, budget)
+        read, fma = (max(pair) for pair in zip(before, ceilings(runner), strict=True))
+        peaks.append((read, fma))
         middle = statistics.median(times)
         low, high = np.percentile(times, [10, 90])
-        rate, ceiling, unit = (
-            (case.bytes / middle, read, "GB/s") if case.bytes else (case.operations / middle, fma, "GFLOP/s")
-        )
-        spread = f"{low * 1e3:.3f} .. {high * 1e3:.3f}"
-        table.add_row(case.name, f"{middle * 1e3:.3f} ms", spread, f"{rate / 1e9:.1f} {unit}", f"{rate / ceiling:.0%}")
+        work, ceiling, unit = (case.bytes, read, "GB/s") if case.bytes else (case.operations, fma, "GFLOP/s")
+        spread, rate = f"{low * 1e3:.3f} .. {high * 1e3:.3f}", f"{work / middle / 1e9:.1f} {unit}"
+        shares = f"{work / middle / ceiling:.0%}", f"{work / low / ceiling:.0%}"
+        table.add_row(case.name, f"{middle * 1e3:.3f} ms", spread, rate, *shares)
     console.print(table)
     if peaks:
         read, fma = (statistics.median(p) / 1e9 for p in zip(*peaks, strict=True))
         machine = f"{platform.machine()}, {options.level}, {options.threads} threads, numpy {np.__version__}"
-        console.print(f"{machine}; read {read:.1f} GB/s, multiply-add {fma:.0f} GFLOP/s (medians); spread p10 .. p90")
+        console.print(f"{machine}; read {read:.1f} GB/s, multiply-add {fma:.0f} GFLOP/s (medians of the ceilings)")
 
 
 if __name__ == "__main__":
