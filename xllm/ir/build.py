@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from xllm.ir.effects import is_mutating
 from xllm.ir.program import Program, Weight, path_of
 
 
@@ -29,31 +31,53 @@ def emit(
     like: fx.Node,
     kwargs: Mapping[str, Any] | None = None,
 ) -> fx.Node:
-    """A call at the graph's insertion point: value by fake execution, path and layer taken from `like`."""
+    """A call at the graph's insertion point: value by fake execution, path and layer taken from `like`.
+
+    Raises what the operator raises on arguments it refuses; the graph is then as it was.
+    """
     graph = program.graph
     short = getattr(target, "_opname", None) or getattr(target, "__name__", "call")
     stem = path_of(like).removeprefix(program.layers_path.rpartition(".")[0] + ".").replace(".", "_")
     node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=f"{stem}_{short}".strip("_"))
     node.meta["custom"] = dict(like.meta.get("custom", {}))
-    propagate(program, node)
+    try:
+        propagate(program, node)
+    except Exception:
+        graph.erase_node(node)
+        raise
     return node
 
 
 def propagate(program: Program, node: fx.Node) -> None:
-    """Recomputes the fake value of a call from those of its inputs."""
+    """Recomputes the fake value of a call from those of its inputs. Raises what the operator raises."""
+    node.meta["val"] = fake_value(node, fake_mode(program))
+
+
+def fake_value(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What a call gives on the fake values of its inputs; `node` is left as it is."""
 
     def value(arg: fx.Node) -> Any:
         return arg.meta["val"]
 
-    args = fx.node.map_arg(node.args, value)
-    kwargs = fx.node.map_arg(node.kwargs, value)
-    with fake_mode(program), torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    assert callable(node.target)
+    given: Any = fx.map_arg((node.args, node.kwargs), value)
+    args, kwargs = given
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)
 
 
 def emit_weight(program: Program, name: str, weight: Weight) -> fx.Node:
-    """The `get_attr` node of a weight, made at the top of the graph the first time it is asked for."""
-    program.weights.setdefault(name, weight)
+    """The `get_attr` node of a weight, made at the top of the graph the first time it is asked for.
+
+    A name that another weight holds gets a number behind its module: a.qkv_proj.weight, then a.qkv_proj_1.weight.
+    """
+    owner, _, leaf = name.rpartition(".")
+    count = 0
+    while program.weights.setdefault(name, weight) != weight:
+        count += 1
+        name = f"{owner}_{count}.{leaf}".lstrip(".")
     first = next(iter(program.graph.nodes))
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target == name:
@@ -73,7 +97,3 @@ def prune(program: Program) -> None:
             program.graph.erase_node(node)
     used = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     program.weights = {name: weight for name, weight in program.weights.items() if name in used}
-
-
-def is_mutating(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -11,7 +12,7 @@ import torch.fx as fx
 
 @dataclass(frozen=True)
 class Effects:
-    """The state inputs a node reads and writes. A node with writes keeps its place among the other users of that state."""
+    """The state inputs a node reads and writes. Nodes that touch one state keep their order when one of them writes."""
 
     reads: tuple[fx.Node, ...]
     writes: tuple[fx.Node, ...]
@@ -22,16 +23,40 @@ class Effects:
 
 
 def effects(node: fx.Node, states: frozenset[fx.Node]) -> Effects:
-    """Effects of one call. `states` are the program's mutable inputs."""
-    if node.op != "call_function":
+    """Effects of one call. `states` are the program's mutable inputs; writes to anything else are listed as well."""
+    found = operator_of(node)
+    if found is None:
         return Effects((), ())
+    given = named_arguments(node)
     written: list[fx.Node] = []
-    if isinstance(node.target, torch._ops.OpOverload):
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                written.append(value)
+    for argument in found._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = given.get(argument.name)
+            items = value if isinstance(value, list | tuple) else [value]
+            written += [item for item in items if isinstance(item, fx.Node)]
     reads = tuple(arg for arg in node.all_input_nodes if arg in states)
     return Effects(reads, tuple(written))
+
+
+def operator_of(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator a node calls; None for inputs, weights, tuple elements and arithmetic on sizes."""
+    called = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return node.target if called else None  # pyright: ignore[reportReturnType]  # narrowed on the line above
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """What an operator is given, by schema name, without defaults; empty for calls that are no operator."""
+    found = operator_of(node)
+    if found is None:
+        return {}
+    names = (argument.name for argument in found._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a call writes to any of its arguments, so that it matters even when nobody reads its result."""
+    found = operator_of(node)
+    return found is not None and found._schema.is_mutable
 
 
 def is_symbolic(node: fx.Node) -> bool:

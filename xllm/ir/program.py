@@ -1,8 +1,8 @@
 """What a program is: one FX graph, the weights it reads, the state it mutates, and how its layers repeat.
 
-The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> logits[S, V]`, over the flattened tokens of
-all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`; the KV cache is the one mutable
-input. Plans are side tables keyed by node name and never live in the graph.
+The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> logits[S, V]`, over the flattened tokens
+of all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`; the KV cache is the one
+mutable input. Plans are side tables keyed by node name and never live in the graph.
 """
 
 from __future__ import annotations
@@ -127,9 +127,13 @@ class Program:
         new_output.meta = dict(old_output.meta)
         for old, new in mapping.items():
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
-        return Program(
-            self.name, graph, self.dims, dict(self.weights), dict(self.constants), self.kv, self.layers, self.layers_path
-        )
+        weights, constants = dict(self.weights), dict(self.constants)
+        return Program(self.name, graph, self.dims, weights, constants, self.kv, self.layers, self.layers_path)
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments of a call, for readers that know which operator they look at."""
+    return node.args
 
 
 def path_of(node: fx.Node) -> str:

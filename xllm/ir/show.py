@@ -1,7 +1,7 @@
 """How a program prints: one value a line, names local to their layer, identical layers folded, plan columns trailing.
 
-The text is for reading, diffing and hashing; nothing parses it. `digest` covers the unfolded text with every weight rule
-and the bytes of every constant.
+The text is for reading and diffing; nothing parses it. `digest` covers what the text leaves out too: full names, every
+weight rule, the bytes of every constant.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from xllm.ir.effects import is_symbolic
-from xllm.ir.program import Program, layer_of, path_of, rule_text
+from xllm.ir.program import Program, arguments, layer_of, path_of, rule_text
 
 _DTYPES = {torch.float32: "f32", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool", torch.bfloat16: "bf16"}
 
@@ -26,8 +26,13 @@ _NAMED_BY_MODULE = ("linear", "embedding", "rms_norm", "add_rms_norm")
 
 
 def digest(program: Program) -> str:
-    """sha256 over everything a plan could depend on: unfolded text, weight rules, constants."""
-    sha = hashlib.sha256(text(program, unfold=True).encode())
+    """sha256 over all a plan could depend on: every node in full, dims, state, layers, weight rules, constants."""
+    sha = hashlib.sha256(repr((program.dims, program.kv, program.layers, program.layers_path)).encode())
+    names = Names(program)
+    for node in program.graph.nodes:
+        kind = names.type(node.meta["val"]) if "val" in node.meta else ""
+        place = (path_of(node), layer_of(node))
+        sha.update(f"{node.name} {node.op} {node.target} {node.args} {node.kwargs} {kind} {place}\n".encode())
     for name, weight in sorted(program.weights.items()):
         sha.update(f"{name} {weight.shape} {rule_text(weight.rule)}\n".encode())
     for name, array in sorted(program.constants.items()):
@@ -121,7 +126,8 @@ class Names:
     def _stem(self, node: fx.Node) -> str:
         path = path_of(node)
         if node.target is operator.getitem:
-            return f"{self._names[node.args[0]]}.{node.args[1]}"  # pyright: ignore[reportArgumentType]
+            source, index = arguments(node)
+            return f"{self._names[source]}.{index}"
         short = getattr(node.target, "_opname", getattr(node.target, "__name__", "call"))
         leaf = path.rpartition(".")[2]
         return leaf if short in _NAMED_BY_MODULE and leaf and not leaf.isdigit() else short

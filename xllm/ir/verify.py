@@ -1,20 +1,24 @@
-"""What is legal: a program must pass before and after every pass. One rule a function, each names the offending node."""
+"""What is legal: a program must pass before and after every pass. One rule a function, each names the node at fault."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xllm.ir.build import fake_mode
-from xllm.ir.effects import effects, is_symbolic
-from xllm.ir.program import Program
+from xllm.ir.build import fake_mode, fake_value
+from xllm.ir.effects import effects, is_symbolic, named_arguments, operator_of
+from xllm.ir.program import KVLayer, Program, layer_of
 
 INPUTS = ("ids", "positions", "slots", "last", "kv")
 _NAMESPACES = ("aten", "xllm")
+# Calls found right, as text: equal calls of equal layers are run once, and once for all passes.
+_checked: WeakKeyDictionary[FakeTensorMode, set[str]] = WeakKeyDictionary()
 
 
 class VerifyError(ValueError):
@@ -37,16 +41,28 @@ def verify(program: Program) -> None:
 
 
 def inputs_are_the_step(program: Program) -> None:
+    """ids, positions and slots [T] int32, last [S] int32, kv [layers, slots, tokens, width] float32."""
     names = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
     if names != INPUTS:
         raise VerifyError(None, f"inputs are {names}, a step takes {INPUTS}")
+    lengths = {}
+    for name in INPUTS:
+        node = program.input(name)
+        value = node.meta.get("val")
+        wanted = (4, torch.float32) if name == "kv" else (1, torch.int32)
+        if not isinstance(value, torch.Tensor) or (value.dim(), value.dtype) != wanted:
+            raise VerifyError(node, f"input {name} is {type_key(value)}, a step takes rank {wanted[0]} of {wanted[1]}")
+        lengths[name] = str(value.shape[0])
+    if not lengths["ids"] == lengths["positions"] == lengths["slots"] != lengths["last"]:
+        raise VerifyError(None, f"ids, positions and slots share T and last has S; lengths are {lengths}")
 
 
 def calls_are_operators(program: Program) -> None:
     for node in program.calls():
         if node.target is operator.getitem or is_symbolic(node):
             continue
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in _NAMESPACES:
+        found = operator_of(node)
+        if found is None or found.namespace not in _NAMESPACES:
             raise VerifyError(node, f"only operators of {' and '.join(_NAMESPACES)} may be called")
 
 
@@ -69,8 +85,9 @@ def weights_exist(program: Program) -> None:
         weight = program.weights.get(str(node.target))
         if weight is None:
             raise VerifyError(node, f"weight {node.target!r} has no entry in the weight table")
-        if tuple(node.meta["val"].shape) != weight.shape:
-            raise VerifyError(node, f"weight is {weight.shape} in the table, {tuple(node.meta['val'].shape)} in the graph")
+        shape = tuple(node.meta["val"].shape)
+        if shape != weight.shape:
+            raise VerifyError(node, f"weight is {weight.shape} in the table, {shape} in the graph")
 
 
 def only_state_is_mutated(program: Program) -> None:
@@ -81,53 +98,123 @@ def only_state_is_mutated(program: Program) -> None:
                 raise VerifyError(node, f"writes {written.name}, which is not state")
 
 
+def state_stays_in_the_dialect(program: Program) -> None:
+    """Only operators of the dialect touch the state, directly: a view of it would hide a dependence."""
+    for node in program.input("kv").users:
+        found = operator_of(node)
+        if found is None or found.namespace != "xllm":
+            raise VerifyError(node, "touches the KV state; only operators of the dialect may")
+
+
+def state_is_written_before_it_is_read(program: Program) -> None:
+    """Each layer's state is written once, by a call of the shape the state table says, and read only after that."""
+    states = frozenset({program.input("kv")})
+    written: set[int] = set()
+    for node in program.calls():
+        found = effects(node, states)
+        if not found.reads:
+            continue
+        layer = named_arguments(node).get("layer")
+        if not isinstance(layer, int) or not 0 <= layer < len(program.kv):
+            raise VerifyError(node, f"names layer {layer} of a state of {len(program.kv)} layers")
+        if (kept := _kept(node)) is not None and kept != program.kv[layer]:
+            raise VerifyError(node, f"keeps {kept} for layer {layer}, the state table says {program.kv[layer]}")
+        if found.writes and layer in written:
+            raise VerifyError(node, f"writes the state of layer {layer} a second time")
+        if not found.writes and layer not in written:
+            raise VerifyError(node, f"reads the state of layer {layer} before anything is written there")
+        written.add(layer)
+
+
 def layers_are_contiguous(program: Program) -> None:
-    """A layer's nodes stand together: folding, stamping and per-layer plans rely on it."""
+    """A layer's nodes stand together, and every layer is known: folding, stamping and per-layer plans rely on it."""
+    known = {layer.index for layer in program.layers}
     seen: list[int | None] = []
     for node in program.calls():
-        layer = node.meta.get("custom", {}).get("layer")
+        layer = layer_of(node)
         if layer is not None and (not seen or seen[-1] != layer):
             if layer in seen:
                 raise VerifyError(node, f"layer {layer} is split: its nodes do not stand together")
+            if known and layer not in known:
+                raise VerifyError(node, f"layer {layer} is not among the layers of the program")
             seen.append(layer)
 
 
 def types_match_operators(program: Program) -> None:
-    """Every dialect call, run again on fake values, gives the type its node claims."""
+    """Every call, run again on fake values, gives the type its node claims."""
     mode = fake_mode(program)
+    checked = _checked.setdefault(mode, set())
     for node in program.calls():
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "xllm":
+        if is_symbolic(node):
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+        given = fx.map_arg((node.args, node.kwargs), _layout_key)
+        if (question := f"{node.target} {given} {type_key(node.meta['val'])}") in checked:
+            continue
         try:
-            with mode:
-                result = node.target(*args, **kwargs)
-        except Exception as error:
+            result = fake_value(node, mode)
+        except Exception as error:  # whatever an operator raises on arguments that do not fit
             raise VerifyError(node, f"operator refuses its arguments: {error}") from error
         if not same_type(result, node.meta["val"]):
-            raise VerifyError(node, f"operator gives {type_key(result)}, the node claims {type_key(node.meta['val'])}")
+            claimed = type_key(node.meta["val"])
+            raise VerifyError(node, f"operator gives {type_key(result)}, the node claims {claimed}")
+        checked.add(question)
+
+
+def output_is_logits(program: Program) -> None:
+    """One result, [S, V] float32."""
+    results = program.output().args[0]
+    (result,) = results if isinstance(results, tuple) and len(results) == 1 else (results,)
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    rows = program.input("last").meta["val"].shape[0]
+    key = (value.dim(), value.dtype, str(value.shape[0])) if isinstance(value, torch.Tensor) and value.dim() else ()
+    if key != (2, torch.float32, str(rows)):
+        raise VerifyError(program.output(), f"the result is {type_key(value)}, a step gives float32 logits [S, V]")
 
 
 def type_key(value: object) -> object:
     """Comparable shape and dtype of a fake value or a tuple of them."""
-    if isinstance(value, FakeTensor | torch.Tensor):
+    if isinstance(value, torch.Tensor):
         return (tuple(str(size) for size in value.shape), str(value.dtype))
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(type_key(item) for item in value)
     return str(value)
 
 
+def _layout_key(node: fx.Node) -> Any:
+    """What an operator can know of an argument before it runs: type and strides."""
+    value = node.meta["val"]
+    return (type_key(value), str(value.stride())) if isinstance(value, torch.Tensor) else type_key(value)
+
+
 def same_type(one: object, other: object) -> bool:
     return type_key(one) == type_key(other)
 
 
+def _kept(node: fx.Node) -> KVLayer | None:
+    """What a call on the state takes a layer to keep; None for operators this rule does not know."""
+    given = named_arguments(node)
+    found = operator_of(node)
+    match found._opname if found is not None else "":
+        case "kv_write":
+            key, value = given["k"].meta["val"].shape, given["v"].meta["val"].shape
+            return KVLayer(key[1], key[2], value[2])
+        case "attention":
+            return KVLayer(given["kv_heads"], given["q"].meta["val"].shape[2], given["value_dim"])
+        case "qk_norm_rope_write":
+            return KVLayer(given["kv_heads"], given["head_dim"], given["head_dim"])
+    return None
+
+
 RULES: tuple[Callable[[Program], None], ...] = (
+    values_are_typed,
     inputs_are_the_step,
     calls_are_operators,
-    values_are_typed,
     nothing_hides_in_meta,
     weights_exist,
     only_state_is_mutated,
+    state_stays_in_the_dialect,
+    state_is_written_before_it_is_read,
     layers_are_contiguous,
     types_match_operators,
+    output_is_logits,
 )

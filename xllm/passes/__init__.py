@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xllm.errors import CompileError
-from xllm.passes.base import Context, Outcome, Pass, Record, parse_options, run_pipeline
+from xllm.passes.base import Context, Outcome, Pass, Record, run_pipeline, with_options
 from xllm.passes.canonicalize import Canonicalize
 from xllm.passes.choose_buckets import ChooseBuckets
 from xllm.passes.choose_kernels import ChooseKernels
@@ -69,11 +69,10 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
     for word in text.split():
         name = word.partition("{")[0]
         if name not in known:
-            raise CompileError(f"there is no pass named {name}", code="unknown-pass", try_="`xllm passes` lists them all")
-        try:
-            passes.append(known[name](**parse_options(word)))
-        except TypeError as error:
-            raise CompileError(f"{word}: {error}", code="unknown-pass", try_="`xllm passes` lists the options") from error
+            raise CompileError(
+                f"there is no pass named {name}", code="unknown-pass", try_="`xllm passes` lists them all"
+            )
+        passes.append(with_options(known[name], word))
     return tuple(passes)
 
 

@@ -32,8 +32,8 @@ class Context:
 class Pass:
     """One step of the pipeline. Fields of a subclass are its options; its name is derived from the class name.
 
-    kind "rewrite" changes the graph and returns the changed program; kind "plan" leaves the graph alone (checked by digest)
-    and adds one entry to `program.plans`.
+    kind "rewrite" changes the graph and returns the changed program; kind "plan" leaves the graph alone (checked by
+    digest) and adds to `program.plans`.
     """
 
     kind: ClassVar[Literal["rewrite", "plan"]]
@@ -80,14 +80,14 @@ Observer = Callable[[Pass, Program, Program, Record], None]
 def run_pipeline(
     program: Program, passes: Iterable[Pass], context: Context, observe: Observer | None = None
 ) -> tuple[Program, list[Record]]:
-    """Runs the passes in order. Raises CompileError naming the pass and the passes before it when one breaks the rules."""
+    """Runs the passes in order. Raises CompileError naming the pass, and those before it, when one breaks a rule."""
     records: list[Record] = []
     before = digest(program)
     check(program, "the captured program", records)
     for step in passes:
         started = time.perf_counter()
         source = program.copy() if step.kind == "rewrite" else program
-        outcome = step.run(source, context)
+        outcome = _run(step, source, context, records)
         seconds = time.perf_counter() - started
         check(outcome.program, step.name(), records)
         after = digest(outcome.program)
@@ -101,12 +101,27 @@ def run_pipeline(
     return program, records
 
 
+def _run(step: Pass, program: Program, context: Context, records: list[Record]) -> Outcome:
+    """One pass; whatever it raises leaves as a CompileError with its name."""
+    try:
+        return step.run(program, context)
+    except CompileError as error:
+        error.pass_name = error.pass_name or step.name()
+        raise
+    except Exception as error:  # a fault of the pass: the user needs its name and a way around it
+        raise CompileError(
+            f"the pass failed with {type(error).__name__}: {error}",
+            code="broken-pass",
+            pass_name=step.name(),
+            try_=f"--disable-pass {step.name()}, and report it (ran before: {_names(records)})",
+        ) from error
+
+
 def check(program: Program, who: str, records: list[Record]) -> None:
     """Verifies, and turns a broken rule into a CompileError that names the pass at fault."""
     try:
         verify(program)
     except VerifyError as error:
-        ran = ", ".join(record.name for record in records) or "none"
         node: fx.Node | None = error.node
         raise CompileError(
             str(error),
@@ -114,23 +129,33 @@ def check(program: Program, who: str, records: list[Record]) -> None:
             pass_name=who,
             node=node.name if node is not None else "",
             where=path_of(node) if node is not None else "",
-            try_=f"XLLM_DEBUG=4 shows the program, --disable-pass {who} leaves the pass out (ran before: {ran})",
+            try_=f"XLLM_DEBUG=4 shows the program, --disable-pass {who} leaves it out (ran before: {_names(records)})",
         ) from error
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """The options of a spelled pass: "name{k=2,best=True}" -> {"k": 2, "best": True}."""
-    inside = text.partition("{")[2].removesuffix("}")
-    pairs = (item.split("=", 1) for item in inside.split(",") if item)
-    return {key: _scalar(value) for key, value in pairs}
+def _names(records: list[Record]) -> str:
+    return ", ".join(record.name for record in records) or "none"
 
 
-def _scalar(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def with_options(kind: type[Pass], spelled: str) -> Pass:
+    """A pass from its spelling: "choose-buckets{count=2}". Raises CompileError for unknown options and wrong values."""
+    given = {}
+    known = {item.name: item.default for item in fields(kind)}
+    for item in filter(None, spelled.partition("{")[2].removesuffix("}").split(",")):
+        name, _, text = item.partition("=")
+        if name not in known:
+            raise _bad_option(kind, f"{name!r} is none of its options", ", ".join(known) or "it without options")
+        given[name] = _value(kind, name, text, known[name])
+    return kind(**given)
+
+
+def _value(kind: type[Pass], name: str, text: str, default: Any) -> Any:
+    """An option's value, of the type of its default."""
+    try:
+        return {"True": True, "False": False}[text] if isinstance(default, bool) else type(default)(text)
+    except (ValueError, KeyError) as error:
+        raise _bad_option(kind, f"{name} is {text!r}", f"{name}={default}") from error
+
+
+def _bad_option(kind: type[Pass], why: str, advice: str) -> CompileError:
+    return CompileError(why, code="bad-option", pass_name=kind.name(), try_=advice)

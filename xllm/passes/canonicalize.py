@@ -5,9 +5,9 @@ before:  %u = aten.unsqueeze(%ids, 0)                          after:  %e = xllm
          %c = aten.to(%e, f32)
          %q = aten.linear(%c, @q_proj)               [1, T, N]
 
-The batch dimension of one that frontends add is dropped, casts and copies that change nothing go, views merge, sizes that
-follow from the value become -1, linear/embedding/row gathers join the dialect, dead code goes. A call whose batch dimension
-cannot be dropped keeps it (reported as a miss) and stays correct.
+The batch dimension of one that frontends add is dropped, casts and copies that change nothing go, views merge, sizes
+that follow from the value become -1, linear/embedding/row gathers join the dialect, dead code goes. A call whose batch
+dimension cannot be dropped keeps it (reported as a miss); its result loses it again, so that one miss stays one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ import torch.fx as fx
 from xllm.ir import Program
 from xllm.ir.build import emit, prune
 from xllm.ir.effects import is_symbolic
-from xllm.ir.verify import type_key
+from xllm.ir.program import arguments
+from xllm.ir.verify import same_type, type_key
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor
+from xllm.passes.rewrite import Editor, is_call, sizes, undo_transposes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
+Bare = dict[fx.Node, fx.Node]
+Rule = Callable[[fx.Node, Bare], tuple[Any, ...] | None]
 
 _IDENTITIES = (
-    aten.to.dtype, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.expand.default,
-    aten.dropout.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor,
+    aten.to.dtype, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
+    aten.expand.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor, aten.type_as.default,
+    aten.to.dtype_layout,
 )  # fmt: skip
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
           aten.flatten.using_ints, aten.squeeze.default)  # fmt: skip
@@ -53,8 +57,7 @@ class Canonicalize(Pass):
         _drop_batch(editor)
         for step in (_drop_identities, _join_dialect, _merge_views, _merge_transposes, _count_from_end):
             for node in list(program.calls()):
-                if node.target is not None:
-                    step(editor, node)
+                step(editor, node)
             prune(program)
         editor.finish()
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
@@ -72,128 +75,168 @@ def _weights_first(program: Program) -> None:
 
 
 def _drop_batch(editor: Editor) -> None:
-    """Rebuilds, front to back, every value [1, ...] without its leading one. `bare` maps old nodes to the new values."""
+    """Rebuilds, front to back, every value [1, ...] without its leading one. `bare` maps old nodes to new values."""
     program = editor.program
-    bare: dict[fx.Node, fx.Node] = {}
+    bare: Bare = {}
     for node in list(program.calls()):
         if is_symbolic(node):
             continue
         with program.graph.inserting_before(node):
-            if node.target is aten.unsqueeze.default and node.args[1] == 0 and node.args[0] not in bare:
-                bare[node] = node.args[0]  # pyright: ignore[reportArgumentType]
-                continue
-            if not any(arg in bare for arg in node.all_input_nodes):
-                continue
-            _rebuild_bare(editor, node, bare)
+            if is_call(node, aten.unsqueeze.default) and node.args[1] == 0 and node.args[0] not in bare:
+                bare[node] = arguments(node)[0]
+            elif any(arg in bare for arg in node.all_input_nodes):
+                _rebuild_bare(editor, node, bare)
 
 
-def _rebuild_bare(editor: Editor, node: fx.Node, bare: dict[fx.Node, fx.Node]) -> None:
+def _rebuild_bare(editor: Editor, node: fx.Node, bare: Bare) -> None:
     program = editor.program
-    takes_lead = (aten.select.int, (0, 0)), (aten.squeeze.dim, (0,))
-    if (node.target, node.args[1:]) in takes_lead and node.args[0] in bare:
-        node.replace_all_uses_with(bare[node.args[0]])
-        editor.hit(node)
-        return
-    if node.target in (aten.reshape.default, aten.view.default) and not _leads_with_one(node):
-        source = bare[node.args[0]]  # pyright: ignore[reportArgumentType]
-        new = emit(program, aten.reshape.default, (source, node.args[1]), like=node)
-        node.replace_all_uses_with(new)
-        editor.hit(node)
-        return
-    rule = _RULES.get(node.target) if callable(node.target) else None
+    source, *rest = arguments(node)
+    takes_lead = (aten.select.int, [0, 0]), (aten.squeeze.dim, [0])
+    if (node.target, rest) in takes_lead and source in bare:
+        node.replace_all_uses_with(bare[source])
+        return editor.hit(node)
+    if is_call(node, aten.reshape.default, aten.view.default) and not _leads_with_one(node):
+        node.replace_all_uses_with(emit(program, aten.reshape.default, (bare[source], rest[0]), like=node))
+        return editor.hit(node)
+    rule = _RULES.get(node.target)
     args = rule(node, bare) if rule is not None and _leads_with_one(node) else None
-    if args is not None:
-        new = emit(program, node.target, args, like=node, kwargs=node.kwargs)  # pyright: ignore[reportArgumentType]
-        if type_key(new.meta["val"]) == _without_lead(node):
+    if args is not None and (new := _try(program, node, args)) is not None:
+        if type_key(new.meta["val"]) == _without_lead(node.meta["val"]):
             bare[node] = new
-            editor.hit(node)
-            return
+            return editor.hit(node)
         program.graph.erase_node(new)
-    # No rule: give the call back the dimension it was written for.
+    # No rule: give the call back the dimension it was written for, and take it from what the call gives.
     for arg in node.all_input_nodes:
         if arg in bare:
             node.replace_input_with(arg, emit(program, aten.unsqueeze.default, (bare[arg], 0), like=node))
     editor.miss(node, f"{node.target} keeps its batch dimension: no rule drops it")
+    if _leads_with_one(node) and isinstance(node.meta["val"], torch.Tensor):
+        with program.graph.inserting_after(node):
+            bare[node] = emit(program, aten.squeeze.dim, (node, 0), like=node)
+
+
+def _try(program: Program, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+    """The call on other arguments, or None where the operator refuses them."""
+    assert callable(node.target)
+    try:
+        return emit(program, node.target, args, like=node, kwargs=node.kwargs)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return None
 
 
 def _leads_with_one(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[0], int) and value.shape[0] == 1
-
-
-def _without_lead(node: fx.Node) -> object:
     value = node.meta["val"]
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(part, torch.Tensor) and _is_one(part.shape[:1]) for part in parts)
+
+
+def _is_one(shape: tuple[Any, ...]) -> bool:
+    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 1
+
+
+def _without_lead(value: Any) -> object:
+    """Type of a value, or of each part of one, behind its leading one."""
+    if isinstance(value, list | tuple):
+        return tuple(_without_lead(part) for part in value)
     return (tuple(str(size) for size in value.shape[1:]), str(value.dtype))
 
 
-def _same(node: fx.Node, bare: dict[fx.Node, fx.Node]) -> tuple[Any, ...] | None:
+def _bare_args(args: Any, bare: Bare) -> tuple[Any, ...]:
+    return fx.map_arg(args, lambda arg: bare.get(arg, arg))
+
+
+def _same(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
     """Elementwise calls and calls on the last dimension: the same arguments, bare."""
     rank = node.meta["val"].dim()
     for arg in node.all_input_nodes:
         value = arg.meta.get("val")
         if arg not in bare and isinstance(value, torch.Tensor) and value.dim() >= rank and arg.op != "get_attr":
             return None
-    return fx.node.map_arg(node.args, lambda arg: bare.get(arg, arg))
+    return _bare_args(node.args, bare)
 
 
-def _shift_dims(*places: int) -> Callable[[fx.Node, dict[fx.Node, fx.Node]], tuple[Any, ...] | None]:
-    """Calls that name dimensions at argument `places`: positive ones move down by one, naming dimension 0 is refused."""
+def _shift_dims(*places: int, adds: int = 0, optional: tuple[int, ...] = ()) -> Rule:
+    """Calls that name dimensions at argument `places`: they move down by one; naming dimension 0 is refused.
 
-    def rule(node: fx.Node, bare: dict[fx.Node, fx.Node]) -> tuple[Any, ...] | None:
-        source = node.all_input_nodes[0]
-        if source not in bare or any(arg not in bare for arg in node.all_input_nodes):
+    adds: how many dimensions the named ones count more than the source has. optional: places whose default is the last
+    dimension, and may stay away.
+    """
+
+    def rule(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
+        if any(arg not in bare for arg in node.all_input_nodes):
             return None
-        rank = source.meta["val"].dim() + (1 if node.target is aten.unsqueeze.default else 0)
+        rank = len(sizes(node.all_input_nodes[0])) + adds
         args = list(node.args)
         for place in places:
             if place >= len(args):
-                continue
-            dims = args[place] if isinstance(args[place], list | tuple) else [args[place]]
-            moved = [(dim % rank) - 1 for dim in dims]  # pyright: ignore
+                if place in optional:
+                    continue
+                return None  # the dimension meant is the first, or all
+            named: Any = args[place]
+            moved = [dim % rank - 1 for dim in (named if isinstance(named, list | tuple) else [named])]
             if any(dim < 0 for dim in moved):
                 return None
-            args[place] = moved if isinstance(args[place], list | tuple) else moved[0]
-        return fx.node.map_arg(tuple(args), lambda arg: bare[arg] if arg in bare else arg)
+            args[place] = moved if isinstance(named, list | tuple) else moved[0]
+        return _bare_args(tuple(args), bare)
 
     return rule
 
 
-def _sizes(node: fx.Node, bare: dict[fx.Node, fx.Node]) -> tuple[Any, ...] | None:
+def _permute(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
+    source, dims = arguments(node)
+    order = [dim % len(dims) for dim in dims]
+    return (bare[source], [dim - 1 for dim in order[1:]]) if order[0] == 0 else None
+
+
+def _sizes(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
     """view, reshape, expand to [1, ...]: the sizes behind the one."""
-    source, sizes, *rest = node.args
-    return (bare[source], list(sizes)[1:], *rest) if source in bare else None  # pyright: ignore
+    source, wanted, *rest = arguments(node)
+    return (bare[source], list(wanted)[1:], *rest) if source in bare else None
 
 
-def _index(node: fx.Node, bare: dict[fx.Node, fx.Node]) -> tuple[Any, ...] | None:
+def _index(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
     """x[:, index]: the leading None goes."""
-    source, indices = node.args
-    if source not in bare or indices[0] is not None:  # pyright: ignore
-        return None
-    return (bare[source], list(indices)[1:])  # pyright: ignore
+    source, indices = arguments(node)
+    return (bare[source], list(indices)[1:]) if source in bare and indices[0] is None else None
+
+
+def _element(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
+    """One of several results."""
+    source, index = arguments(node)
+    return (bare[source], index)
 
 
 _ELEMENTWISE = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
-    aten.rsqrt.default, aten.sqrt.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default,
-    aten.relu.default, aten.exp.default, aten.cos.default, aten.sin.default, aten.to.dtype, aten.clone.default,
-    aten.contiguous.default, aten.linear.default, aten.alias.default, aten.detach.default, aten.square.default,
-    xllm.rms_norm.default, xllm.linear.default, aten.mul.Scalar, aten.add.Scalar, aten.softmax.int, aten.dropout.default,
+    aten.rsqrt.default, aten.sqrt.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.abs.default,
+    aten.tanh.default, aten.relu.default, aten.exp.default, aten.cos.default, aten.sin.default, aten.to.dtype,
+    aten.clone.default, aten.contiguous.default, aten.linear.default, aten.alias.default, aten.detach.default,
+    aten.square.default, aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar, aten.clamp.default, aten.layer_norm.default,
+    aten.type_as.default, aten.embedding.default, aten.dropout.default, aten.to.dtype_layout,
+    aten.softplus.default, xllm.rms_norm.default, xllm.linear.default,
 )  # fmt: skip
-_RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, fx.Node]], tuple[Any, ...] | None]] = {
+_RULES: dict[Any, Rule] = {
     **{target: _same for target in _ELEMENTWISE},
-    aten.embedding.default: _same,
     aten.transpose.int: _shift_dims(1, 2),
-    aten.permute.default: lambda node, bare: (
-        (bare[node.args[0]], [dim - 1 for dim in node.args[1][1:]]) if node.args[1][0] == 0 else None  # pyright: ignore
-    ),
+    aten.permute.default: _permute,
     aten.slice.Tensor: _shift_dims(1),
-    aten.unsqueeze.default: _shift_dims(1),
+    aten.unsqueeze.default: _shift_dims(1, adds=1),
+    aten.stack.default: _shift_dims(1, adds=1),
     aten.mean.dim: _shift_dims(1),
     aten.cat.default: _shift_dims(1),
+    aten.softmax.int: _shift_dims(1),
+    aten.chunk.default: _shift_dims(2),
+    aten.split.Tensor: _shift_dims(2),
+    aten.split_with_sizes.default: _shift_dims(2),
+    aten.repeat_interleave.self_int: _shift_dims(2),
+    aten.flatten.using_ints: _shift_dims(1, 2, optional=(2,)),
+    aten.select.int: _shift_dims(1),
+    aten.squeeze.dim: _shift_dims(1),
     aten.view.default: _sizes,
     aten.reshape.default: _sizes,
     aten.expand.default: _sizes,
     aten.index.Tensor: _index,
+    operator.getitem: _element,
 }
 
 
@@ -201,21 +244,27 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, fx.Node]], tuple[Any, ...] | 
 
 
 def _drop_identities(editor: Editor, node: fx.Node) -> None:
-    """Casts to the dtype a value has, copies, expansions to the shape it has, slices of all of it."""
-    if node.target in _IDENTITIES and type_key(node.meta["val"]) == type_key(_source(node).meta["val"]):
-        node.replace_all_uses_with(_source(node))
+    """Casts to the dtype it has, copies, expansions to the shape it has, slices of all of it, joins with nothing."""
+    source = None
+    if is_call(node, *_IDENTITIES) or (is_call(node, aten.dropout.default) and node.args[2] is False):
+        source = node.args[0]
+    elif is_call(node, aten.cat.default):
+        held = [part for part in arguments(node)[0] if 0 not in sizes(part)]
+        source = held[0] if len(held) == 1 else None
+    if isinstance(source, fx.Node) and same_type(node.meta["val"], source.meta["val"]):
+        node.replace_all_uses_with(source)
         editor.hit(node)
 
 
 def _join_dialect(editor: Editor, node: fx.Node) -> None:
     """aten.linear, aten.embedding and x[index] under their dialect names."""
-    args: tuple[Any, ...]
-    if node.target is aten.linear.default:
-        target, args = xllm.linear.default, (*node.args, None)[:3]
-    elif node.target is aten.embedding.default:
-        target, args = xllm.embedding.default, (node.args[1], node.args[0])
-    elif node.target is aten.index.Tensor and len(node.args[1]) == 1 and _is_row_index(node.args[1][0]):  # pyright: ignore
-        target, args = xllm.rows.default, (node.args[0], node.args[1][0])  # pyright: ignore
+    given = arguments(node)
+    if is_call(node, aten.linear.default):
+        target, args = xllm.linear.default, (*given, None)[:3]
+    elif is_call(node, aten.embedding.default):
+        target, args = xllm.embedding.default, (given[1], given[0])
+    elif is_call(node, aten.index.Tensor) and len(given[1]) == 1 and _is_row_index(given[1][0]):
+        target, args = xllm.rows.default, (given[0], given[1][0])
     else:
         return
     with editor.before(node):
@@ -224,58 +273,54 @@ def _join_dialect(editor: Editor, node: fx.Node) -> None:
 
 
 def _is_row_index(index: Any) -> bool:
-    return isinstance(index, fx.Node) and index.meta["val"].dim() == 1 and not index.meta["val"].dtype.is_floating_point
+    """A list of row numbers; a mask is none."""
+    value = index.meta["val"] if isinstance(index, fx.Node) else None
+    return value is not None and value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
 
 
 def _merge_views(editor: Editor, node: fx.Node) -> None:
     """Every view of memory in order is one reshape from its first source, with -1 for the symbolic size."""
-    if node.target not in _VIEWS:
+    if not is_call(node, *_VIEWS):
         return
-    source = _source(node)
-    while source.op == "call_function" and source.target in _VIEWS:
-        source = _source(source)
-    if type_key(node.meta["val"]) == type_key(source.meta["val"]):
+    source = arguments(node)[0]
+    while is_call(source, *_VIEWS):
+        source = arguments(source)[0]
+    if same_type(node.meta["val"], source.meta["val"]):
         node.replace_all_uses_with(source)
-        editor.hit(node)
-        return
-    sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    if sizes.count(-1) > 1 or (node.target is aten.reshape.default and list(node.args) == [source, sizes]):
+        return editor.hit(node)
+    wanted = [size if isinstance(size, int) else -1 for size in sizes(node)]
+    if wanted.count(-1) > 1 or (is_call(node, aten.reshape.default) and list(node.args) == [source, wanted]):
         return
     with editor.before(node):
-        node.replace_all_uses_with(editor.emit(aten.reshape.default, source, sizes, like=node))
+        node.replace_all_uses_with(editor.emit(aten.reshape.default, source, wanted, like=node))
     editor.hit(node)
 
 
 def _merge_transposes(editor: Editor, node: fx.Node) -> None:
-    """A transpose of the transpose it undoes."""
-    if node.target is not aten.transpose.int:
-        return
-    source = _source(node)
-    rank = node.meta["val"].dim()
-    if source.target is aten.transpose.int and _swapped(node, rank) == _swapped(source, rank):
-        node.replace_all_uses_with(_source(source))
+    if undo_transposes(node):
         editor.hit(node)
 
 
 def _count_from_end(editor: Editor, node: fx.Node) -> None:
-    """Dimensions of slices, joins and means are counted from the end: -1 is the width whatever the rank."""
-    if node.target not in (aten.slice.Tensor, aten.cat.default, aten.mean.dim):
+    """Dimensions of slices, joins and means count from the end, -1 being the width whatever the rank; a slice says
+    where it ends.
+    """
+    if not is_call(node, aten.slice.Tensor, aten.cat.default, aten.mean.dim) or len(node.args) < 2:
         return
-    rank, dims = node.all_input_nodes[0].meta["val"].dim(), node.args[1]
-    if isinstance(dims, list | tuple):
-        counted: Any = [dim % rank - rank for dim in dims]  # pyright: ignore
-    else:
-        counted = dims % rank - rank  # pyright: ignore
-    if counted != dims:
-        node.update_arg(1, counted)
+    shape, (source, dims, *rest) = sizes(node.all_input_nodes[0]), arguments(node)
+    rank = len(shape)
+    counted: Any = [dim % rank - rank for dim in dims] if isinstance(dims, list | tuple) else dims % rank - rank
+    if is_call(node, aten.slice.Tensor) and isinstance(shape[counted], int):
+        rest = _bounds(rest, shape[counted])
+    if list(node.args) != [source, counted, *rest]:
+        node.args = (source, counted, *rest)
         editor.hit(node)
 
 
-def _swapped(node: fx.Node, rank: int) -> frozenset[int]:
-    return frozenset(dim % rank for dim in node.args[1:])  # pyright: ignore
-
-
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node) and node.target is not operator.getitem
-    return source
+def _bounds(given: list[Any], width: int) -> list[Any]:
+    """start, stop and step of a slice of `width` elements, with 0 <= start <= stop <= width; a step of one goes."""
+    start, stop, *step = [*given, None, None][: max(len(given), 2)]
+    if isinstance(start, fx.Node) or isinstance(stop, fx.Node):
+        return given
+    first, last, _ = slice(start, stop).indices(width)
+    return [first, max(first, last), *(step if step != [1] else [])]

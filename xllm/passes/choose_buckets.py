@@ -2,8 +2,8 @@
 
 Adds `plans["buckets"]`. With observed sizes s (traffic) of weight f and step cost t, D[k][j] = min over i of
 D[k-1][i] + sum f * (t(s_j) - t(s)) over i < s <= j; the largest size is always a bucket. Without traffic, sizes are
-powers of two that carry equally many tokens. On targets whose kernels take sizes as parameters (CPU) nothing is padded: a bucket only sizes the arena, and
-the waste counted is its bytes.
+powers of two that carry equally many tokens. On targets whose kernels take sizes as parameters (CPU) nothing is padded:
+a bucket only sizes the arena, and the waste counted is its bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.passes.base import Context, Outcome, Pass
 
@@ -28,6 +29,12 @@ class Buckets:
 class ChooseBuckets(Pass):
     count: int = 5
     kind: ClassVar[Literal["rewrite", "plan"]] = "plan"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise CompileError(
+                f"count is {self.count}", code="bad-option", pass_name=self.name(), try_="one bucket or more"
+            )
 
     def run(self, program: Program, context: Context) -> Outcome:
         tokens, rows = (dim.max for dim in program.dims)
@@ -48,7 +55,11 @@ class ChooseBuckets(Pass):
 def choose_sizes(
     sizes: Sequence[int], weights: Sequence[float], cost: Callable[[int], float], count: int
 ) -> tuple[int, ...]:
-    """At most `count` of `sizes` (ascending), the last always among them, that minimise the expected waste of `cost`."""
+    """At most `count` of `sizes` (ascending), the last always among them, that waste least.
+
+    A step of size s in a bucket of size b wastes cost(b) - cost(s); `weights` say how often each size comes. Of equal
+    choices, the one with the fewest and then the smallest sizes.
+    """
     total = len(sizes)
     best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] + [(float("inf"), ())] * total]
     for _ in range(min(count, total)):
@@ -60,7 +71,7 @@ def choose_sizes(
                 options.append((best[-1][i][0] + waste, (*best[-1][i][1], sizes[j - 1])))
             row.append(min(options))
         best.append(row)
-    return min(row[total] for row in best[1:])[1]
+    return min((row[total] for row in best[1:]), key=lambda choice: (choice[0], len(choice[1]), choice[1]))[1]
 
 
 def _ladder(maximum: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Chooses a provider for every operation: a kernel of the target, or the operator's torch body, with the reason.
 
-Adds `plans["kernels"]`: node name -> Choice. Views and tuple elements cost nothing and need none. An operation on the state
-has no torch fallback (its state lives in the target's layout): there a missing kernel is a CompileError.
+Adds `plans["kernels"]`: node name -> Choice, and `plans["kv"]`: the layout of the state. Views and tuple elements cost
+nothing and need no kernel. An operation on the state has no torch fallback (its state lives in the target's layout):
+there a missing kernel is a CompileError.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ChooseKernels(Pass):
             touched = effects(node, states)
             if touched.reads or touched.writes:
                 raise CompileError(
-                    f"{operation.op} works on the KV state and target {target.name} has no kernel for it: {lowered.why}",
+                    f"{operation.op} works on the KV state and {target.name} has no kernel for it: {lowered.why}",
                     code="no-kernel",
                     pass_name=self.name(),
                     node=node.name,
@@ -76,4 +77,3 @@ def fallback(operation: Operation) -> Lowering:
 
 def _flat(values: list[object]) -> list[object]:
     return [item for value in values for item in (_flat(value) if isinstance(value, list) else [value])]
-

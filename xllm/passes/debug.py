@@ -43,7 +43,9 @@ class Ladder:
         previous = self._latest
         self._dump(record.name, after)
         if self.level >= 3:
-            for line in difflib.unified_diff(previous.splitlines(), self._latest.splitlines(), "before", "after", lineterm=""):
+            for line in difflib.unified_diff(
+                previous.splitlines(), self._latest.splitlines(), "before", "after", lineterm=""
+            ):
                 self._say(line)
         if self.level >= 4:
             self._say(self._latest)
@@ -61,7 +63,7 @@ class Ladder:
 
 
 def dump_planned(program: Program, plan: Plan, target: str) -> dict[str, str]:
-    """The final program with plan columns (stream, kernel, address in the largest bucket): folded under "", and unfolded."""
+    """The final program with plan columns (stream, kernel, address in the largest bucket): folded, and "unfolded"."""
     reader, largest = Reader(program), plan.buckets[-1]
     calls = {call.node: call for call in plan.calls}
     buckets = " ".join(str(bucket.T) for bucket in plan.buckets)

@@ -15,13 +15,15 @@ _SIGILS = {"value": "%", "weight": "@", "input": "$"}
 
 
 def emit_plan(program: Program) -> Plan:
-    """Needs the plans of every PLAN pass. Weights have their layout here; their place in a file comes with the artifact."""
+    """Needs the plans of every PLAN pass. Weights have their layout here, their place in a file with the artifact."""
     choices: dict[str, Choice] = program.plans["kernels"]
     schedule: Schedule = program.plans["streams"]
     place = {name: index for index, name in enumerate(schedule.order)}
     stored = _stored_weights(program, choices)
     calls = tuple(
-        _call(choices[name], schedule.stream[name], tuple(place[other] for other in schedule.waits.get(name, ())), stored)
+        _call(
+            choices[name], schedule.stream[name], tuple(place[other] for other in schedule.waits.get(name, ())), stored
+        )
         for name in schedule.order
     )
     buffers = {

@@ -4,7 +4,8 @@ before:  %g = xllm.linear(%x, @gate_proj, None)       after:  %gu = xllm.linear(
          %u = xllm.linear(%x, @up_proj, None)                 %m = xllm.gated_act(%gu, act="silu")
          %m = aten.mul(aten.silu(%g), %u)
 
-Does not fire when the two read different inputs, when only one has a bias, or when an inner value has another user.
+Does not fire when the two read different inputs, when only one has a bias, when an inner value has another user, or
+when the activation has no gated form.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch.fx as fx
 
 from xllm.ir import Program
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.fuse_qkv import fuse_linears
+from xllm.passes.fuse_qkv import fuse_linears, mismatch
 from xllm.passes.rewrite import Editor, Maybe, Miss, Op, Param, Var, match
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ xllm = torch.ops.xllm
 _ACTIVATIONS = (aten.silu.default, aten.gelu.default)
 _GATE = Op((xllm.linear.default,), (Var("x"), Param("gate_weight"), Maybe("gate_bias")), name="gate")
 _UP = Op((xllm.linear.default,), (Var("x"), Param("up_weight"), Maybe("up_bias")), name="up")
-PATTERN = Op((aten.mul.Tensor,), (Op(_ACTIVATIONS, (_GATE,)), _UP), commutes=True)
+PATTERN = Op((aten.mul.Tensor,), (Op(_ACTIVATIONS, (_GATE,), options=("approximate",)), _UP), commutes=True)
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class FuseGateUp(Pass):
 
     def _fuse(self, editor: Editor, act: fx.Node) -> None:
         miss = Miss()
-        product = next(iter(act.users))
+        product = next(iter(act.users), None)
         binds = match(PATTERN, product, miss)
-        if binds is None:
+        if binds is None or product is None:
             return editor.miss(act, miss.why)
-        if (binds["gate_bias"] is None) != (binds["up_bias"] is None):
-            return editor.miss(act, "only one of gate and up has a bias")
+        if why := mismatch([binds["gate"], binds["up"]], "gate and up"):
+            return editor.miss(act, why)
         fused = fuse_linears(editor, [binds["gate"], binds["up"]], "gate_up_proj")
         with editor.before(product):
             gated = editor.emit(xllm.gated_act.default, fused, _spelling(act), like=product)

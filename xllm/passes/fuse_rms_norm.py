@@ -5,8 +5,8 @@ before:  %p = aten.pow(%x, 2)            after:  %n = xllm.rms_norm(%x, @weight,
          %r = aten.rsqrt(%m + 1e-06)
          %n = @weight * (%x * %r)
 
-A scale of `1 + weight` becomes a weight rule. Does not fire when the mean runs over other dimensions, when an inner value
-has another user, or when the norm has no weight.
+A scale of `1 + weight` becomes a weight rule. Does not fire when the mean runs over other dimensions, when an inner
+value has another user, when the norm has no weight, or when its weight is not one number per channel.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from xllm.ir import Program, Shift, Weight
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, match
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, match, sizes
 
 aten = torch.ops.aten
 x, weight = Var("x"), Param("weight")
@@ -35,7 +35,8 @@ def _patterns() -> list[Any]:
     for scale in _SCALES:
         for square in _SQUARES:
             mean = Op((aten.mean.dim,), (square, [-1], True))
-            inverse = Op((aten.rsqrt.default,), (Op((aten.add.Tensor,), (mean, Num("eps")), commutes=True),), name="anchor")
+            shifted = Op((aten.add.Tensor,), (mean, Num("eps")), commutes=True)
+            inverse = Op((aten.rsqrt.default,), (shifted,), name="anchor")
             normed = Op((aten.mul.Tensor,), (x, inverse), commutes=True)
             found.append(Op((aten.mul.Tensor,), (scale, normed), commutes=True))
     return found
@@ -67,6 +68,8 @@ class FuseRmsNorm(Pass):
 
     def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
         scale = binds["weight"]
+        if sizes(scale) != sizes(binds["x"])[-1:]:
+            return editor.miss(root, f"its weight is {list(sizes(scale))}, not one number per channel")
         if shift := binds.get("shift"):
             name = f"{scale.target}+{shift!r}"
             held = editor.program.weights[scale.target]

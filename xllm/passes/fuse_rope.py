@@ -1,12 +1,13 @@
 """Rotary position embedding as one operator over [T, H, D].
 
-before:  %a = aten.mul(%t, %cos1)                     after:  %r = xllm.rope(%x, %cos, %sin, rotary_dim, interleaved=False)
+before:  %a = aten.mul(%t, %cos1)                     after:  %r = xllm.rope(%x, %cos, %sin, rotary_dim, False)
          %h = aten.cat([-%t[half:], %t[:half]], -1)           %t' = aten.transpose(%r, 0, 1)
          %r = aten.add(%a, %h * %sin1)
 
 `%t` is `transpose(%x [T, H, D], 0, 1)` and `%cos1` is `unsqueeze(%cos [T, D], 0)`, as transformers lays heads out; the
-transpose that follows cancels with the one made here. A rotation of the first part of a head, joined with the rest, becomes
-a partial rotation. Does not fire on other pairings of dimensions (they stay as they are and are reported).
+transpose that follows cancels with the one made here. A rotation of the first part of a head, joined with the rest,
+becomes a partial rotation. Does not fire on other pairings of dimensions (they stay as they are and are reported), on
+halves or tables of another width, or when a half has another user.
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,17 @@ import torch.fx as fx
 
 from xllm.ir import Program
 from xllm.ir.build import prune
+from xllm.ir.program import arguments
+from xllm.ir.verify import same_type
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Var, match
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Var, is_call, match, sizes, undo_transposes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
 t, cos, sin = Var("t"), Var("cos"), Var("sin")
 
-_LOW = Op((aten.slice.Tensor,), (t, Num("axis"), Num(equals=0), Num("half")))
-_HIGH = Op((aten.slice.Tensor,), (t, Num("axis"), Num("half"), Num("end")))
+_LOW = Op((aten.slice.Tensor,), (t, -1, Num(equals=0), Num("half")))
+_HIGH = Op((aten.slice.Tensor,), (t, -1, Num("half"), Num("end")))
 _PARTNER = Op((aten.cat.default,), ([Op((aten.neg.default,), (_HIGH,)), _LOW], -1))
 ROPE = Op(
     (aten.add.Tensor,),
@@ -49,8 +52,7 @@ class FuseRope(Pass):
                 _widen(editor, node)
         prune(program)
         for node in list(program.calls()):
-            if node.target is aten.transpose.int:
-                _cancel(node)
+            undo_transposes(node)
         editor.finish()
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
 
@@ -65,13 +67,17 @@ class FuseRope(Pass):
         editor.miss(anchor, miss.why or "a negated half that no rotation uses")
 
     def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
-        heads_first, width = binds["t"], binds["t"].meta["val"].shape[-1]
+        heads_first: fx.Node = binds["t"]
         cos_row, sin_row = _row_table(binds["cos"]), _row_table(binds["sin"])
-        if binds["half"] * 2 != width or cos_row is None or sin_row is None or heads_first.meta["val"].dim() != 3:
+        shape = sizes(heads_first)
+        halves = len(shape) == 3 and binds["half"] * 2 == shape[2] and binds["end"] >= shape[2]
+        if not halves or cos_row is None or sin_row is None:
             return editor.miss(root, "the halves, the tables or the head layout are not those of a plain rotation")
+        if sizes(cos_row) != (shape[1], shape[2]) or sizes(sin_row) != sizes(cos_row):
+            return editor.miss(root, f"tables of {list(sizes(cos_row))} do not rotate heads of {list(shape[1:])}")
         with editor.before(root):
             tokens_first = editor.emit(aten.transpose.int, heads_first, 0, 1, like=root)
-            turned = editor.emit(xllm.rope.default, tokens_first, cos_row, sin_row, width, False, like=root)
+            turned = editor.emit(xllm.rope.default, tokens_first, cos_row, sin_row, shape[2], False, like=root)
             back = editor.emit(aten.transpose.int, turned, 0, 1, like=root)
         root.replace_all_uses_with(back)
         editor.hit(turned)
@@ -79,36 +85,31 @@ class FuseRope(Pass):
 
 def _row_table(value: fx.Node) -> fx.Node | None:
     """[T, D] behind unsqueeze(·, 0) or reshape(·, [1, T, D])."""
-    if value.target in (aten.unsqueeze.default, aten.reshape.default):
-        source = value.args[0]
-        shape = value.meta["val"].shape
-        if isinstance(source, fx.Node) and source.meta["val"].dim() == 2 and len(shape) == 3 and shape[0] == 1:
+    if is_call(value, aten.unsqueeze.default, aten.reshape.default):
+        source = arguments(value)[0]
+        if sizes(value) == (1, *sizes(source)):
             return source
     return None
 
 
 def _widen(editor: Editor, cat: fx.Node) -> None:
     """cat([transpose(rope(transpose(x[..., :r]))), x[..., r:]], -1): a rotation of the first r of each head of x."""
-    parts = cat.args[0]
-    if not (isinstance(parts, list | tuple) and len(parts) == 2 and cat.args[1:] == (-1,)):
+    parts = arguments(cat)[0]
+    if len(parts) != 2 or not is_call(parts[0], aten.transpose.int) or not is_call(parts[1], aten.slice.Tensor):
         return
     turned, rest = parts
-    rope = turned.args[0] if turned.target is aten.transpose.int else None  # pyright: ignore
-    if rope is None or rope.target is not xllm.rope.default or rest.target is not aten.slice.Tensor:  # pyright: ignore
+    rope = arguments(turned)[0]
+    if not is_call(rope, xllm.rope.default):
         return
-    head = rope.args[0].args[0]  # pyright: ignore  # behind the transpose made by FuseRope
-    r = rope.args[3]  # pyright: ignore
-    if head.target is not aten.slice.Tensor or head.args[0] is not rest.args[0] or head.args[3] != r or rest.args[2] != r:  # pyright: ignore
+    inner, *tables, r, interleaved = arguments(rope)
+    head = arguments(inner)[0] if is_call(inner, aten.transpose.int) else None
+    whole, *kept = arguments(rest)
+    ends = is_call(head, aten.slice.Tensor) and arguments(head) == (whole, -1, 0, r) and kept[:2] == [-1, r]
+    if not ends or not same_type(cat.meta["val"], whole.meta["val"]) or cat.args[1:] != (-1,):
         return editor.miss(cat, "the rotated and the kept part are not two ends of one value")
     with editor.before(cat):
-        tokens_first = editor.emit(aten.transpose.int, rest.args[0], 0, 1, like=cat)  # pyright: ignore
-        whole = editor.emit(xllm.rope.default, tokens_first, *rope.args[1:], like=cat)  # pyright: ignore
-        back = editor.emit(aten.transpose.int, whole, 0, 1, like=cat)
+        tokens_first = editor.emit(aten.transpose.int, whole, 0, 1, like=cat)
+        wide = editor.emit(xllm.rope.default, tokens_first, *tables, r, interleaved, like=cat)
+        back = editor.emit(aten.transpose.int, wide, 0, 1, like=cat)
     cat.replace_all_uses_with(back)
-    editor.hit(whole)
-
-
-def _cancel(node: fx.Node) -> None:
-    source = node.args[0]
-    if isinstance(source, fx.Node) and source.target is aten.transpose.int and set(source.args[1:]) == set(node.args[1:]):
-        node.replace_all_uses_with(source.args[0])  # pyright: ignore[reportArgumentType]
+    editor.hit(wide)

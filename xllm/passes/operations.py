@@ -11,7 +11,8 @@ import torch.fx as fx
 
 from xllm.errors import CompileError
 from xllm.ir import Program
-from xllm.ir.program import path_of
+from xllm.ir.effects import named_arguments
+from xllm.ir.program import arguments, path_of
 from xllm.targets.base import Extent, Operation, Tensor
 
 _DTYPES = {
@@ -35,19 +36,20 @@ class Reader:
 
     def owner(self, node: fx.Node) -> str:
         """Name of the value whose memory `node` is: itself, or what a view or a tuple element looks at."""
-        if node.target is aten.reshape.default:
-            return self.owner(node.args[0])  # pyright: ignore[reportArgumentType]
-        if node.target is operator.getitem:
-            return f"{node.args[0].name}.{node.args[1]}"  # pyright: ignore
-        return node.name
+        base = unviewed(node)
+        if base.target is operator.getitem:
+            source, index = arguments(base)
+            return f"{source.name}.{index}"
+        return base.name
 
     def tensor(self, node: fx.Node) -> Tensor:
-        value = node.meta["val"]
+        """The value as an argument: the memory it lies in under the shape it is seen in."""
+        value, base = node.meta["val"], unviewed(node)
         shape = tuple(self.size(size, node) for size in value.shape)
-        if node.op == "get_attr":
-            return Tensor(str(node.target), "weight", shape, "float32")
-        if node.op == "placeholder":
-            return Tensor(str(node.target), "state" if node.target == "kv" else "input", shape, _DTYPES[value.dtype])
+        if base.op == "get_attr":
+            return Tensor(str(base.target), "weight", shape, "float32")
+        if base.op == "placeholder":
+            return Tensor(str(base.target), "state" if base.target == "kv" else "input", shape, _dtype(value, node))
         return Tensor(self.owner(node), "value", shape, _dtype(value, node))
 
     def results(self, node: fx.Node) -> tuple[Tensor, ...]:
@@ -56,15 +58,14 @@ class Reader:
             return ()
         if isinstance(value, torch.Tensor):
             return (self.tensor(node),)
+        shapes = [tuple(self.size(size, node) for size in part.shape) for part in value]
         return tuple(
-            Tensor(f"{node.name}.{index}", "value", tuple(self.size(size, node) for size in part.shape), _dtype(part, node))
+            Tensor(f"{node.name}.{index}", "value", shapes[index], _dtype(part, node))
             for index, part in enumerate(value)
         )
 
     def operation(self, node: fx.Node) -> Operation:
-        schema = node.target._schema.arguments  # pyright: ignore
-        args = {argument.name: self._argument(value) for argument, value in zip(schema, node.args, strict=False)}
-        args |= {key: self._argument(value) for key, value in node.kwargs.items()}
+        args = {name: self._argument(value) for name, value in named_arguments(node).items()}
         return Operation(node.name, op_name(node), args, self.results(node), path_of(node))
 
     def size(self, size: Any, node: fx.Node) -> int | Extent:
@@ -105,6 +106,13 @@ def op_name(node: fx.Node) -> str:
     if target.namespace == "xllm":
         return f"xllm.{target._opname}"
     return f"{target.namespace}.{target._opname}.{target._overloadname}"
+
+
+def unviewed(node: fx.Node) -> fx.Node:
+    """What a value is a view of; itself where it has its own memory."""
+    while node.target is aten.reshape.default:
+        node = arguments(node)[0]
+    return node
 
 
 def is_alias(node: fx.Node) -> bool:

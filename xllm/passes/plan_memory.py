@@ -1,9 +1,10 @@
 """Gives every value an address in one arena. Two values share bytes only if, under the schedule, every use of one has
 finished before the other is made.
 
-Adds `plans["memory"]`: per bucket the offset of each value. The largest bucket is planned first and the others must fit
-inside its arena, so memory is max over shapes, not their sum. Largest values are placed first, each at the lowest offset
-that no conflicting value covers. `check_memory` did not make the plan: it recomputes lifetimes and looks for an overlap.
+Adds `plans["memory"]`: per bucket the offset of each value. The largest bucket is planned first and the others must
+fit inside its arena, so memory is max over shapes, not their sum. Largest values are placed first, each at the lowest
+offset that no conflicting value covers. `check_memory` did not make the plan: it recomputes lifetimes and looks for an
+overlap.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def find_values(program: Program) -> list[Value]:
 
 def find_conflicts(values: list[Value], schedule: Schedule) -> list[list[int]]:
     """For each value, the indices of those it may not share bytes with."""
-    before = happens_before(schedule.order, schedule.stream, schedule.waits)
+    before = happens_before(schedule)
     bit = {name: 1 << index for index, name in enumerate(schedule.order)}
     needs = [_mask(value, bit) for value in values]
 
@@ -112,7 +113,8 @@ def place(values: list[Value], conflicts: list[list[int]], T: int, S: int) -> Ar
     sizes = [-(-value.bytes.at(T, S) // ALIGN_BYTES) * ALIGN_BYTES for value in values]
     offsets: dict[int, int] = {}
     for index in sorted(range(len(values)), key=lambda i: (-sizes[i], i)):
-        taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in conflicts[index] if other in offsets)
+        placed = (other for other in conflicts[index] if other in offsets)
+        taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in placed)
         offset = 0
         for start, stop in taken:
             if offset + sizes[index] <= start:
@@ -126,10 +128,10 @@ def place(values: list[Value], conflicts: list[list[int]], T: int, S: int) -> Ar
 def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
     """Replays the schedule: raises CompileError when bytes are reused while a value in them is still needed.
 
-    Independent of `find_conflicts`: walks the bytes, not the lifetimes. For every pair that overlaps in memory, one must be
-    dead (all its users happened before) when the other is made.
+    Independent of `find_conflicts`: walks the bytes, not the lifetimes. Of two values that overlap in memory, one must
+    be dead (all its users happened before) when the other is made.
     """
-    before = happens_before(schedule.order, schedule.stream, schedule.waits)
+    before = happens_before(schedule)
     place_of = {name: index for index, name in enumerate(schedule.order)}
     spans = sorted(
         ((arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.T, arena.S), v) for v in values),

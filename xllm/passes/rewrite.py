@@ -1,20 +1,24 @@
 """The one way to change a graph: patterns that match, and an editor that replaces, counts hits and explains misses.
 
-A pattern is a tree of `Op`, `Var`, `Num`, `Param`, `Maybe`, lists and literals. Matching backtracks over commutative operators and remembers the
-deepest place where it failed, so that a near miss can say what was expected and what stood there.
+A pattern is a tree of `Op`, `Var`, `Num`, `Param`, `Maybe`, lists and literals. Matching backtracks over commutative
+operators and remembers the deepest place where it failed, so that a near miss can say what was expected and what stood
+there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx as fx
 
 from xllm.ir import Program, Weight
 from xllm.ir.build import emit, emit_weight, prune
+from xllm.ir.effects import named_arguments
+from xllm.ir.program import arguments
 
 Binds = dict[str, Any]
 
@@ -28,7 +32,7 @@ class Var:
 
 @dataclass(frozen=True)
 class Num:
-    """A Python number, bound by name, or exactly `equals`."""
+    """A Python number, bound by name (the same name twice must be the same number), or exactly `equals`."""
 
     name: str = ""
     equals: float | int | None = None
@@ -50,14 +54,16 @@ class Maybe:
 
 @dataclass(frozen=True)
 class Op:
-    """A call of one of `targets`. `commutes` also tries the first two arguments swapped; a node matched in the inside of a
-    pattern must have no other user unless `shared`. `name` binds the node itself."""
+    """A call of one of `targets`. `commutes` also tries the first two arguments swapped; a node matched inside of a
+    pattern must have no other user unless `shared`. `name` binds the node itself; keyword arguments other than
+    `options` change what a call means (`alpha` of a sum), so a call that has them does not match."""
 
     targets: tuple[Callable[..., Any], ...]
     args: tuple[Any, ...]
     commutes: bool = False
     shared: bool = False
     name: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass
@@ -92,12 +98,16 @@ def _match(pattern: Any, value: Any, binds: Binds, miss: Miss, root: bool = Fals
                 miss.note(depth, f"expected a number, found {_describe(value)}")
             elif equals is not None and value != equals:
                 miss.note(depth, f"expected {equals}, found {value}")
+            elif binds.get(name, value) != value:
+                miss.note(depth, f"{name} is {binds[name]} in one place and {value} in another")
             else:
                 yield {**binds, name: value} if name else binds
         case Param(name):
             if not (isinstance(value, fx.Node) and value.op == "get_attr"):
                 miss.note(depth, f"expected a weight for {name}, found {_describe(value)}")
-            elif binds.get(name, value) is value:
+            elif binds.get(name, value) is not value:
+                miss.note(depth, f"{name} is @{binds[name].target} in one place and @{value.target} in another")
+            else:
                 yield {**binds, name: value}
         case Maybe(name):
             if value is None or isinstance(value, fx.Node):
@@ -125,6 +135,9 @@ def _match_op(pattern: Op, value: Any, binds: Binds, miss: Miss, root: bool) -> 
         return
     if not root and not pattern.shared and len(value.users) > 1:
         miss.note(depth, f"%{value.name} has {len(value.users)} users, so it cannot be fused away")
+        return
+    if extra := sorted(set(value.kwargs) - set(pattern.options)):
+        miss.note(depth, f"%{value.name} is given {', '.join(extra)}, which changes what {names} means")
         return
     if len(value.args) != len(pattern.args):
         miss.note(depth, f"{names} has {len(value.args)} arguments at %{value.name}, expected {len(pattern.args)}")
@@ -159,11 +172,11 @@ class Editor:
     hits: list[str] = field(default_factory=list)
     misses: list[tuple[str, str]] = field(default_factory=list)
 
-    def before(self, node: fx.Node) -> Any:
+    def before(self, node: fx.Node) -> AbstractContextManager[Any]:
         return self.program.graph.inserting_before(node)
 
-    def emit(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
-        return emit(self.program, target, args, like=like)
+    def emit(self, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+        return emit(self.program, target, args, like=like, kwargs=kwargs)
 
     def weight(self, name: str, weight: Weight) -> fx.Node:
         return emit_weight(self.program, name, weight)
@@ -178,15 +191,41 @@ class Editor:
         prune(self.program)
 
 
+def is_call(value: Any, *targets: Callable[..., Any]) -> TypeGuard[fx.Node]:
+    """Whether an argument is the result of a call of one of `targets`."""
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def is_weight(value: Any) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def sizes(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a value."""
+    return tuple(node.meta["val"].shape)
+
+
+def undo_transposes(node: fx.Node) -> bool:
+    """Replaces a transpose of the transpose it undoes by what stood before both; says whether it did."""
+    if not is_call(node, torch.ops.aten.transpose.int):
+        return False
+    source, *axes = arguments(node)
+    if not is_call(source, torch.ops.aten.transpose.int):
+        return False
+    rank = len(sizes(node))
+    before, *undone = arguments(source)
+    if {axis % rank for axis in axes} != {axis % rank for axis in undone}:
+        return False
+    node.replace_all_uses_with(before)
+    return True
+
+
 def attention_pairs(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     """Every attention call with the KV write of its layer, in program order."""
     calls = list(program.calls())
-    writes = {_layer_argument(node): node for node in calls if node.target is torch.ops.xllm.kv_write.default}
-    attentions = [node for node in calls if node.target is torch.ops.xllm.attention.default]
-    return [(node, writes[_layer_argument(node)]) for node in attentions if _layer_argument(node) in writes]
-
-
-def _layer_argument(node: fx.Node) -> Any:
-    """Value of the schema argument called `layer`."""
-    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
-    return node.args[names.index("layer")]
+    writes = {named_arguments(node)["layer"]: node for node in calls if is_call(node, torch.ops.xllm.kv_write.default)}
+    pairs = []
+    for node in calls:
+        if is_call(node, torch.ops.xllm.attention.default) and (layer := named_arguments(node)["layer"]) in writes:
+            pairs.append((node, writes[layer]))
+    return pairs

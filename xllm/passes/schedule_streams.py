@@ -17,14 +17,18 @@ import torch.fx as fx
 
 from xllm.errors import CompileError
 from xllm.ir import Program
-from xllm.ir.effects import effects
+from xllm.ir.effects import effects, named_arguments
+from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import is_alias
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`order` of node names; `stream` of each; `waits`: names of nodes on other streams that must have finished before."""
+    """`order` of node names; `stream` of each; `waits`: nodes of other streams that must have finished before.
+
+    makespan: seconds the step takes under the target's predictions.
+    """
 
     order: tuple[str, ...]
     stream: Mapping[str, str]
@@ -52,7 +56,7 @@ def dependences(program: Program) -> nx.DiGraph:
     """Which call must wait for which: through values, and through state (a layer's KV is written, then read)."""
     graph = nx.DiGraph()
     states = frozenset({program.input("kv")})
-    touched: dict[object, list[tuple[str, bool]]] = {}
+    touched: list[tuple[str, bool, object]] = []
     for node in program.calls():
         if is_alias(node) or node.name not in program.plans["kernels"]:
             continue
@@ -62,19 +66,18 @@ def dependences(program: Program) -> nx.DiGraph:
                 graph.add_edge(maker.name, node.name)
         found = effects(node, states)
         if found.reads or found.writes:
-            region = program.plans["kernels"][node.name].operation.args.get("layer")
-            before = touched.setdefault(region, [])
-            for name, wrote in before:
-                if wrote or found.writes:
+            layer = named_arguments(node).get("layer")  # None: all layers
+            for name, wrote, other in touched:
+                if (wrote or found.writes) and (layer is None or other is None or layer == other):
                     graph.add_edge(name, node.name)
-            before.append((node.name, bool(found.writes)))
+            touched.append((node.name, bool(found.writes), layer))
     return graph
 
 
 def _maker(node: fx.Node) -> fx.Node | None:
     """The call that makes the bytes of a value; None for inputs and weights."""
     while node.op == "call_function" and is_alias(node):
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+        node = arguments(node)[0]
     return node if node.op == "call_function" else None
 
 
@@ -119,9 +122,9 @@ def _waits(graph: nx.DiGraph, order: list[str], stream: Mapping[str, str]) -> di
         needed: dict[str, str] = {}
         for before in graph.predecessors(name):
             other = stream[before]
-            if other != lane and index[before] > clock[lane].get(other, -1):
-                if other not in needed or index[before] > index[needed[other]]:
-                    needed[other] = before
+            reached = max(clock[lane].get(other, -1), index[needed[other]] if other in needed else -1)
+            if other != lane and index[before] > reached:
+                needed[other] = before
         if needed:
             waits[name] = tuple(sorted(needed.values(), key=order.index))
         for before in needed.values():
@@ -132,32 +135,40 @@ def _waits(graph: nx.DiGraph, order: list[str], stream: Mapping[str, str]) -> di
     return waits
 
 
-def happens_before(order: tuple[str, ...], stream: Mapping[str, str], waits: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """For each node, the set (as a bit mask over `order`) of nodes that have certainly finished when it starts."""
-    bit = {name: 1 << index for index, name in enumerate(order)}
+def happens_before(schedule: Schedule) -> dict[str, int]:
+    """For each node, the set (as a bit mask over the order) of nodes that have certainly finished when it starts.
+
+    A stream runs its nodes in order, one at a time; a node starts when those it waits for have finished.
+    """
+    bit = {name: 1 << index for index, name in enumerate(schedule.order)}
     last: dict[str, str] = {}
     before: dict[str, int] = {}
-    for name in order:
+    for name in schedule.order:
+        lane = schedule.stream[name]
         mask = 0
-        for earlier in (*waits.get(name, ()), *([last[stream[name]]] if stream[name] in last else [])):
+        for earlier in (*schedule.waits.get(name, ()), *([last[lane]] if lane in last else [])):
             mask |= before[earlier] | bit[earlier]
         before[name] = mask
-        last[stream[name]] = name
+        last[lane] = name
     return before
 
 
 def check_schedule(graph: nx.DiGraph, schedule: Schedule) -> None:
-    """Raises CompileError naming a dependence the schedule does not enforce, or a node it lost or doubled."""
-    if sorted(schedule.order) != sorted(graph.nodes):
-        raise CompileError("the schedule loses or repeats operations", code="broken-plan", pass_name="schedule-streams")
+    """Raises CompileError naming a dependence the schedule does not enforce, or a node it lost, doubled or made up."""
+    if sorted(schedule.order) != sorted(graph.nodes) or set(schedule.stream) != set(graph.nodes):
+        raise _broken("the schedule loses, repeats or makes up operations")
     place = {name: index for index, name in enumerate(schedule.order)}
     for name, others in schedule.waits.items():
         for other in others:
+            if name not in place or other not in place:
+                raise _broken(f"{name} waits for {other}, but both must be operations of the schedule")
             if place[other] >= place[name]:
-                raise CompileError(f"{name} waits for {other}, which comes later", code="broken-plan", pass_name="schedule-streams")
-    before = happens_before(schedule.order, schedule.stream, schedule.waits)
+                raise _broken(f"{name} waits for {other}, which does not come before it")
+    before = happens_before(schedule)
     for source, after in graph.edges:
         if not before[after] >> place[source] & 1:
-            raise CompileError(
-                f"{after} may start before {source} has finished", code="broken-plan", pass_name="schedule-streams"
-            )
+            raise _broken(f"{after} may start before {source} has finished")
+
+
+def _broken(why: str) -> CompileError:
+    return CompileError(why, code="broken-plan", pass_name="schedule-streams")

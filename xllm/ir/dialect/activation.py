@@ -13,10 +13,13 @@ ACTIVATIONS = {
 }
 
 
-@operator(
-    "gated_act(Tensor x, str act) -> Tensor",
-    shape=lambda x, act: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-)
+def _gated_shape(x: Tensor, act: str) -> Tensor:
+    if act not in ACTIVATIONS or x.shape[-1] % 2:
+        raise ValueError(f"{act} of {x.shape[-1]} channels is not one of {', '.join(ACTIVATIONS)} of two halves")
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@operator("gated_act(Tensor x, str act) -> Tensor", shape=_gated_shape)
 def gated_act(x: Tensor, act: str) -> Tensor:
     """x [..., 2W] holds gate then up: act(gate) * up, [..., W]. `act` is a key of ACTIVATIONS."""
     gate, up = torch.chunk(x, 2, dim=-1)

@@ -1,18 +1,24 @@
 """Attention over the KV state, and the writes that fill it.
 
-The state is declared, not allocated here: `kv` [layers, slots, tokens, width] in the torch bodies, keys of all KV heads then
-values of all KV heads in the last dimension (width is that of the widest layer). A target chooses its own layout.
+The state is declared, not allocated here: `kv` [layers, slots, tokens, width] in the torch bodies, keys of all KV heads
+then values of all KV heads in the last dimension (width is that of the widest layer). A target chooses its own layout.
 """
 
 import torch
 from torch import Tensor
 
-from xllm.ir.dialect.library import operator
+from xllm.ir.dialect.library import operator, require
+from xllm.ir.dialect.rope import require_tables
+
+
+def _write_shape(kv: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, layer: int) -> None:
+    require("tokens and heads of the values", tuple(v.shape[:2]), tuple(k.shape[:2]))
+    require("positions", tuple(positions.shape), tuple(k.shape[:1]))
+    require("slots", tuple(slots.shape), tuple(k.shape[:1]))
 
 
 @operator(
-    "kv_write(Tensor(a!) kv, Tensor k, Tensor v, Tensor positions, Tensor slots, int layer) -> ()",
-    shape=lambda kv, k, v, positions, slots, layer: None,
+    "kv_write(Tensor(a!) kv, Tensor k, Tensor v, Tensor positions, Tensor slots, int layer) -> ()", shape=_write_shape
 )
 def kv_write(kv: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, layer: int) -> None:
     """Stores k [T, Hkv, D] and v [T, Hkv, Dv] of token t at kv[layer, slots[t], positions[t]]."""
@@ -20,12 +26,23 @@ def kv_write(kv: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
     kv[layer, slots.long(), positions.long(), : row.shape[1]] = row.to(kv.dtype)
 
 
+def _attention_shape(
+    kv: Tensor, q: Tensor, positions: Tensor, slots: Tensor, sinks: Tensor | None, layer: int, kv_heads: int,
+    value_dim: int, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    require("positions", tuple(positions.shape), tuple(q.shape[:1]))
+    require("slots", tuple(slots.shape), tuple(q.shape[:1]))
+    require("rank of the query", q.dim(), 3)
+    require("query heads left over by KV heads", q.shape[1] % kv_heads, 0)
+    if sinks is not None:
+        require("sinks", tuple(sinks.shape), tuple(q.shape[1:2]))
+    return q.new_empty((q.shape[0], q.shape[1], value_dim))
+
+
 @operator(
-    "attention(Tensor kv, Tensor q, Tensor positions, Tensor slots, Tensor? sinks, int layer, int kv_heads, int value_dim,"
-    " float scale, int window, float softcap) -> Tensor",
-    shape=lambda kv, q, positions, slots, sinks, layer, kv_heads, value_dim, scale, window, softcap: q.new_empty(
-        (q.shape[0], q.shape[1], value_dim)
-    ),
+    "attention(Tensor kv, Tensor q, Tensor positions, Tensor slots, Tensor? sinks, int layer, int kv_heads,"
+    " int value_dim, float scale, int window, float softcap) -> Tensor",
+    shape=_attention_shape,
 )
 def attention(
     kv: Tensor,
@@ -67,12 +84,30 @@ def attention(
     return torch.einsum("tgqs,tsgd->tgqd", weights, values).reshape(tokens, heads, value_dim)
 
 
+def _fused_shape(
+    kv: Tensor, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    positions: Tensor, slots: Tensor, layer: int, q_heads: int, kv_heads: int, head_dim: int, rotary_dim: int,
+    interleaved: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    require("projection", tuple(qkv.shape), (qkv.shape[0], (q_heads + 2 * kv_heads) * head_dim))
+    require("query heads left over by KV heads", q_heads % kv_heads, 0)
+    require("positions", tuple(positions.shape), tuple(qkv.shape[:1]))
+    require("slots", tuple(slots.shape), tuple(qkv.shape[:1]))
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            require(name, tuple(norm.shape), (head_dim,))
+    if cos is not None and sin is not None:
+        require_tables(cos, sin, qkv.shape[0], rotary_dim)
+    else:
+        require("tables that are missing", (cos is None) + (sin is None), 2)
+    return qkv.new_empty((qkv.shape[0], q_heads, head_dim))
+
+
 @operator(
-    "qk_norm_rope_write(Tensor(a!) kv, Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor positions,"
-    " Tensor slots, int layer, int q_heads, int kv_heads, int head_dim, int rotary_dim, bool interleaved, float eps) -> Tensor",
-    shape=lambda kv, qkv, q_norm, k_norm, cos, sin, positions, slots, layer, q_heads, kv_heads, head_dim, *rest: (
-        qkv.new_empty((qkv.shape[0], q_heads, head_dim))
-    ),
+    "qk_norm_rope_write(Tensor(a!) kv, Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin,"
+    " Tensor positions, Tensor slots, int layer, int q_heads, int kv_heads, int head_dim, int rotary_dim,"
+    " bool interleaved, float eps) -> Tensor",
+    shape=_fused_shape,
 )
 def qk_norm_rope_write(
     kv: Tensor,
@@ -93,7 +128,8 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """All that stands between a fused projection and attention, in one pass over qkv [T, (Hq + 2 Hkv) D].
 
-    Optional norms per head (q_norm, k_norm [D]), optional rope (cos, sin [T, rotary_dim]), the write of k and v. Returns q [T, Hq, D].
+    Optional norms per head (q_norm, k_norm [D]), optional rope (cos, sin [T, rotary_dim]), the write of k and v.
+    Returns q [T, Hq, D].
     """
     heads = qkv.reshape(qkv.shape[0], q_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=1)

@@ -1,4 +1,7 @@
-"""How an operator joins the dialect: one schema, one torch body, one shape function, registered together."""
+"""How an operator joins the dialect: one schema, one torch body, one shape function, registered together.
+
+The shape function is also the operator's contract: it refuses arguments that do not fit, and the verifier finds them.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,9 @@ def operator(schema: str, shape: Callable[..., object]) -> Callable[[Callable[..
 def operators() -> dict[str, torch._ops.OpOverload]:
     """Every operator of the dialect by name, in definition order."""
     return dict(_operators)
+
+
+def require(what: str, found: object, wanted: object) -> None:
+    """Raises ValueError unless two sizes, or tuples of them, are equal (of symbols, this is a guard of the capture)."""
+    if found != wanted:
+        raise ValueError(f"{what} is {found}, expected {wanted}")
