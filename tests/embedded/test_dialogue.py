@@ -14,14 +14,14 @@ def test_the_same_seed_gives_the_same_conversations() -> None:
 
     assert write(7) == write(7) != write(8)
     # The shipped checkpoint was trained on this very text: who changes the language trains the model again.
-    assert hashlib.sha256(write(7).encode()).hexdigest()[:16] == "6f5d8eb84a784808"
+    assert hashlib.sha256(write(7).encode()).hexdigest()[:16] == "99439ba295fe276a"
 
 
 def test_training_and_held_out_prompts_are_disjoint() -> None:
     rng = random.Random(3)
-    trained = {turn.user for _ in range(3000) for turn in converse(rng, stories=3).turns}
+    trained = {turn.user for _ in range(1500) for turn in converse(rng, stories=3).turns}
     unseen = {chat(rng, unseen=True).user for _ in range(100)}
-    for _ in range(200):
+    for _ in range(100):
         unseen |= {tell(rng, topic, unseen=True)[0].user for topic in SPLIT_TOPICS}
         unseen |= {give_story(rng, kind, unseen=True)[0].user for kind in QUESTION_KINDS}
     assert not trained & unseen
@@ -29,7 +29,7 @@ def test_training_and_held_out_prompts_are_disjoint() -> None:
 
 def test_training_stories_never_hold_a_held_out_pair() -> None:
     rng = random.Random(4)
-    for _ in range(1000):
+    for _ in range(300):
         for unseen in (False, True):
             _, story = tell(rng, "kind and thing", unseen)
             main = next(iter(story.world.characters.values())).kind
@@ -43,7 +43,7 @@ def test_about_a_tenth_of_all_pairs_is_held_out() -> None:
 
 def test_a_conversation_never_asks_about_two_stories_at_once() -> None:
     rng = random.Random(5)
-    for _ in range(200):
+    for _ in range(100):
         things: set[str] = set()
         for _ in range(3):
             _, story = tell(rng, "kind", avoid=things)

@@ -18,7 +18,7 @@ STORY = (
 def test_written_stories_are_accepted(topic: str) -> None:
     rng = random.Random(topic)
     for unseen in (False, True) if topic in SPLIT_TOPICS else (False,):
-        for _ in range(100):
+        for _ in range(50):
             turn, story = tell(rng, topic, unseen)
             assert check_story(turn.assistant, turn.user) == []
             assert read_story(story.text) == story.world
@@ -91,13 +91,12 @@ def test_missing_wishes_are_named(request_text: str, complaint: str) -> None:
         ("What color is the lantern?", "The lantern is red."),
         ("How does Nora feel?", "Nora feels happy."),
         ("How does Milo feel?", "The story does not say how Milo feels."),
-        ("Who is Nora?", "Nora is an owl."),
+        ("Who is Nora?", "Nora is the owl."),
         ("What is the fox called?", "The fox is called Milo."),
         ("What is the weather like?", "The weather is rainy."),
         ("How many characters are in the story?", "There are two characters: Milo and Nora."),
         ("How many things does Nora have?", "Nora has one thing: the lantern."),
         ("What does Milo have?", "Milo has nothing."),
-        ("Who has the kite?", "There is no kite in the story."),
     ],
 )
 def test_questions_have_the_one_right_answer(question: str, expected: str) -> None:
@@ -115,7 +114,7 @@ def test_a_lost_thing_lies_where_it_was_lost() -> None:
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_any_other_word_makes_an_answer_wrong(kind: str) -> None:
     rng = random.Random(kind)
-    for _ in range(50):
+    for _ in range(20):
         _, story = tell(rng, "kind")
         turn = ask_about(rng, story, kind)
         assert check_answer(story.text, turn.user, turn.assistant) == []
@@ -128,5 +127,7 @@ def test_any_other_word_makes_an_answer_wrong(kind: str) -> None:
 def test_what_is_no_question_or_request_is_an_error() -> None:
     with pytest.raises(ValueError, match="no question of the language"):
         check_answer(STORY, "Why?", "Because.")
+    with pytest.raises(ValueError, match="there is no kite in the story"):
+        check_answer(STORY, "Who has the kite?", "Nora has the kite.")
     with pytest.raises(ValueError, match="no request of the language"):
         check_story(STORY, "Sing a song.")

@@ -1,6 +1,6 @@
 """The model that ships with xllm: a Qwen3-architecture chat model that tells short stories and answers questions.
 
-FIGURES
+Its greedy stories obey the grammar and world of `grammar.py`; `checkpoint/results.json` has the figures.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from xllm.embedded.grammar import (
     read_story,
     write_story,
 )
-from xllm.embedded.lexicon import COLOURS, KINDS, NAMES, OBJECTS, PLACES, at_place, with_article
+from xllm.embedded.lexicon import COLOURS, KIND_ROLES, NAME_ROLES, PLACE_ROLES, THING_ROLES, at_place, with_article
 
 # What a request names, and how. The key is also the kind of prompt that results are reported for.
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -96,7 +96,7 @@ _GREETINGS = ("Hello!", "Hi!", "Hey!", "Good morning!", "Please:", "One more thi
 class Turn:
     user: str
     assistant: str
-    kind: str  # a topic, a kind of question, "absent" or "chat"
+    kind: str  # a topic, a kind of question, or "chat"
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ def _draw_cast(rng: random.Random, unseen: str | None, avoid: Collection[str]) -
     """Words not in `avoid`, all of whose pairs with the main character's kind are
     open to training; with `unseen` (a topic), the pair that topic names is one training never sees."""
 
-    def draw(words: tuple[str, ...], count: int) -> tuple[str, ...]:
-        return tuple(rng.sample([word for word in words if word not in avoid], count))
+    def draw(roles: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+        return tuple(rng.choice([word for word in words if word not in avoid]) for words in roles)
 
     while True:
-        kinds, names, things, places = draw(KINDS, 3), draw(NAMES, 3), draw(OBJECTS, 2), draw(PLACES, 3)
+        kinds, names, things, places = draw(KIND_ROLES), draw(NAME_ROLES), draw(THING_ROLES), draw(PLACE_ROLES)
         named = {
             "kind and thing": things[0],
             "kind and coloured thing": things[0],
@@ -188,30 +188,20 @@ def check_story(text: str, request: str) -> list[str]:
 
 
 def ask_about(rng: random.Random, story: Story, kind: str) -> Turn:
-    """A question of this kind about the story ("absent": about a thing that isn't in it), with its answer."""
+    """A question of this kind about the story, with its answer."""
     world = story.world
-    if kind == "absent":
-        form = rng.choice(["Who has the {o}?", "Where is the {o}?", "What colour is the {o}?"])
-        words = {"o": rng.choice([thing for thing in OBJECTS if thing not in world.colours])}
-    else:
-        form = rng.choice(QUESTIONS[kind][0])
-        people = list(world.characters.values())
-        if kind == "feeling":
-            people = [person for person in people if person.feeling] or people
-        person = rng.choice(people)
-        words = {"B": person.name, "k": person.kind, "o": rng.choice(list(world.colours))}
-    question = form.format_map(words)
+    people = list(world.characters.values())
+    if kind == "feeling":
+        people = [person for person in people if person.feeling] or people
+    person = rng.choice(people)
+    words = {"B": person.name, "k": person.kind, "o": rng.choice(list(world.colours))}
+    question = rng.choice(QUESTIONS[kind][0]).format_map(words)
     if rng.random() < 0.1:  # as people type
         question = question[0].lower() + question[1:].rstrip("?")
     return Turn(question, answer(world, question), kind)
 
 
-QUESTION_KINDS = (*QUESTIONS, "absent")
-# Questions that need the state of the story come more often than those that only need a word found.
-_QUESTION_WEIGHTS = tuple(
-    {"who has": 4, "where is thing": 4, "where is character": 4, "how many things": 4, "feeling": 2}.get(kind, 1)
-    for kind in QUESTION_KINDS
-)
+QUESTION_KINDS = tuple(QUESTIONS)
 _TOPIC_WEIGHTS = dict(zip(TOPICS, (1, 2, 5, 3, 3, 3, 3), strict=True))
 
 
@@ -257,10 +247,10 @@ def converse(rng: random.Random, stories: int, unseen: bool = False) -> Conversa
             topics = SPLIT_TOPICS if unseen else tuple(TOPICS)
             turn, story = tell(rng, rng.choices(topics, [_TOPIC_WEIGHTS[topic] for topic in topics])[0], unseen, avoid)
         else:
-            kind = rng.choices(QUESTION_KINDS, _QUESTION_WEIGHTS)[0]
+            kind = rng.choice(QUESTION_KINDS)
             turn, story = give_story(rng, kind, unseen, avoid)
         turns.append(turn)
-        for kind in dict.fromkeys(rng.choices(QUESTION_KINDS, _QUESTION_WEIGHTS, k=rng.randint(1, 6))):
+        for kind in rng.sample(QUESTION_KINDS, rng.randint(1, 6)):
             turns.append(ask_about(rng, story, kind))
         recent.append(story.world.words())
     return Conversation(rng.choice(SYSTEM_MESSAGES) if rng.random() < 0.25 else None, tuple(turns))

@@ -206,7 +206,7 @@ def _move(world: World, movers: list[Character], place: str) -> None:
 class Cast:
     """Who and what a story is about; a story uses as much of it as its arc needs.
 
-    names, kinds: 3 each; things: 2 (object, colour); places: 3, the first is where the story opens.
+    names, kinds: 3 each; things: 2 (thing, colour); places: 2, the first is where the story opens.
     """
 
     names: tuple[str, ...]
@@ -341,8 +341,8 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Answer]] = {
     ),
     "feeling": (("How does {B} feel?", "How is {B} feeling?"), _how_feels),
     "who is": (
-        ("Who is {B}?", "What is {B}?"),
-        lambda w, s: f"{s['B']} is {with_article(w.characters[s['B']].kind)}.",
+        ("Who is {B}?", "And who is {B}?"),
+        lambda w, s: f"{s['B']} is the {w.characters[s['B']].kind}.",
     ),
     "name": (("What is the name of the {k}?", "What is the {k} called?"), _called),
     "weather": (("What is the weather like?", "How is the weather?"), lambda w, s: f"The weather is {w.weather}."),
@@ -358,7 +358,7 @@ _QUESTION_PATTERNS = [(kind, compile_form(form)) for kind, (forms, _) in QUESTIO
 def answer(world: World, question: str) -> str:
     """The one right answer; a small first letter and a missing question mark are forgiven.
 
-    `ValueError` for what is no question of the language.
+    `ValueError` for what is no question of the language, or asks about what isn't in the story.
     """
     question = question[:1].upper() + question[1:].rstrip("?") + "?"
     kind, found = next(((k, m) for k, p in _QUESTION_PATTERNS if (m := p.fullmatch(question))), ("", None))
@@ -366,7 +366,9 @@ def answer(world: World, question: str) -> str:
         raise ValueError(f"no question of the language: '{question}'")
     slots = found.groupdict()
     missing = next((word for word in slots.values() if word not in world.words()), None)
-    return f"There is no {missing} in the story." if missing else QUESTIONS[kind][1](world, slots)
+    if missing:
+        raise ValueError(f"there is no {missing} in the story")
+    return QUESTIONS[kind][1](world, slots)
 
 
 def check_answer(story: str, question: str, text: str) -> list[str]:

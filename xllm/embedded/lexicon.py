@@ -11,24 +11,33 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+# Words come in roles: main character, first and second companion; first and second thing; where a story opens and where
+# people go. Roles don't share words, so that a story never needs to know which words it has used up.
+NAME_ROLES = (_words("Milo Nora Otto Lena Finn Ada"), _words("Hugo Ella Leo Ruby Mia"), _words("Max Ida Sam Lucy Theo"))
+KIND_ROLES = (
+    _words("fox bear owl cat dog mouse dragon robot wizard knight"),
+    _words("rabbit duck frog hedgehog otter"),
+    _words("wolf pirate baker sailor doctor"),
+)
+THING_ROLES = (
+    _words("lantern kite bell key drum hat map book ball umbrella"),
+    _words("ring flute cup basket coin apple"),
+)
+PLACE_ROLES = (_words("forest garden village hill harbour cave bridge"), _words("river market lake mill tower"))
+
+NAMES: tuple[str, ...] = sum(NAME_ROLES, ())
+KINDS: tuple[str, ...] = sum(KIND_ROLES, ())
+OBJECTS: tuple[str, ...] = sum(THING_ROLES, ())
+PLACES: tuple[str, ...] = sum(PLACE_ROLES, ())
 PRONOUNS: dict[str, str] = {
     **dict.fromkeys(_words("Milo Otto Finn Hugo Leo Max Sam Theo"), "he"),
     **dict.fromkeys(_words("Nora Lena Ada Ella Ruby Mia Ida Lucy"), "she"),
 }
-NAMES: tuple[str, ...] = tuple(PRONOUNS)
-KINDS: tuple[str, ...] = _words(
-    "fox bear rabbit owl mouse cat dog duck frog hedgehog otter wolf dragon robot wizard knight pirate baker sailor "
-    "doctor"
-)
-OBJECTS: tuple[str, ...] = _words(
-    "lantern kite bell key drum cup hat map book ball ring flute basket coin apple umbrella"
-)
 COLOURS: tuple[str, ...] = _words("red blue green yellow white black")
 PLACE_PREPOSITIONS: dict[str, str] = {
     "forest": "in", "river": "by", "market": "at", "hill": "on", "garden": "in", "village": "in", "lake": "by",
     "bridge": "on", "mill": "at", "harbour": "at", "tower": "in", "cave": "in",
 }  # fmt: skip
-PLACES: tuple[str, ...] = tuple(PLACE_PREPOSITIONS)
 WEATHER: tuple[str, ...] = _words("sunny rainy windy snowy warm cold")
 TIMES: tuple[str, ...] = ("morning", "afternoon", "evening", "day")
 

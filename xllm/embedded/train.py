@@ -101,13 +101,27 @@ def export(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     save_tokenizer(tokenizer, out, MAX_LEN)
 
 
-def train(out: Path, steps: int, tokens: int, seed: int, threads: int) -> None:
+def adopt(model: Qwen3ForCausalLM, tokenizer: Tokenizer, earlier: Path) -> None:
+    """Start from an earlier checkpoint's weights; embedding rows follow their token, whatever its id there was."""
+    weights = AutoModelForCausalLM.from_pretrained(earlier, dtype=torch.float32).state_dict()
+    theirs = Tokenizer.from_file(str(earlier / "tokenizer.json")).get_vocab()
+    table = model.model.embed_tokens.weight.detach().clone()
+    for token, row in tokenizer.get_vocab().items():
+        if token in theirs:
+            table[row] = weights["model.embed_tokens.weight"][theirs[token]]
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = table
+    model.load_state_dict(weights)
+
+
+def train(out: Path, steps: int, tokens: int, seed: int, threads: int, earlier: Path | None) -> None:
     """Train for `steps` steps of `tokens` tokens and leave the checkpoint folder in `out`."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed, VOCAB, TOKENIZER_CONVERSATIONS)
     model = new_model(VOCAB, token_id(tokenizer, END), token_id(tokenizer, END_OF_TEXT))
+    if earlier:
+        adopt(model, tokenizer, earlier)
     muon = Muon([p for p in model.model.layers.parameters() if p.dim() == 2])
     rest = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() == 1)]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
@@ -182,10 +196,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--start-from", type=Path, help="an earlier checkpoint to start from, after a change of the corpus"
+    )
     parser.add_argument("--measure-only", action="store_true", help="measure the folder as it is")
     args = parser.parse_args()
     if not args.measure_only:
-        train(args.out, args.steps, args.tokens, args.seed, args.threads)
+        train(args.out, args.steps, args.tokens, args.seed, args.threads, args.start_from)
     torch.set_num_threads(args.threads)
     results = measure(args.out, args.seed, per_kind=200)
     results["trained_tokens"] = args.steps * args.tokens
