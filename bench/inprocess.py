@@ -40,8 +40,8 @@ class Demand:
 
 
 def demand(plan: Plan, prompt_tokens: int, output_tokens: int) -> Demand:
-    """Counted from the plan's calls. Operations: products and attention, the output head for one row. Bytes: the weights
-    of each product once, and keys and values of a sequence halfway through its answer."""
+    """Counted from the plan's calls. Operations: products and attention, the output head for one row. Bytes: each
+    product's weights once, and keys and values of a sequence halfway through its answer."""
     flops, read = 0.0, float(plan.kv.token_bytes * (prompt_tokens + output_tokens / 2))
     for call in plan.calls:
         if call.kernel.startswith("linear."):

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -102,8 +103,8 @@ def ladder(given: Subject, options: argparse.Namespace, console: Console) -> tup
 
 def loads(
     target: load.Target, vocab: int, options: argparse.Namespace, console: Console
-) -> dict[str, list[load.Summary]]:
-    """Summaries of every load, one for each repeat."""
+) -> tuple[dict[str, list[load.Summary]], float]:
+    """Summaries of every load, one for each repeat; and the share of one core that the client itself took."""
     makers: dict[str, Callable[[int], list[load.Outcome]]] = {}
 
     def works(count: int, seed: int) -> list[load.Work]:
@@ -124,11 +125,11 @@ def loads(
         makers[f"trace {options.trace.stem}"] = lambda seed: asyncio.run(
             load.open_loop(target, load.replay(options.trace, fitted, vocab, seed))
         )
-    found = {}
+    found, begin, own = {}, time.perf_counter(), time.process_time()
     for name, make in makers.items():
         with console.status(f"load: {name}"):
             found[name] = [load.summarize(make(seed)) for seed in range(options.repeats)]
-    return found
+    return found, (time.process_time() - own) / (time.perf_counter() - begin)
 
 
 def main() -> None:
@@ -170,10 +171,12 @@ def main() -> None:
             target = load.Target(server.url, artifact.name, load.one_letter(artifact))
             vocab = artifact.manifest["model"]["vocab"]
         load.summarize(asyncio.run(load.closed_loop(target, load.uniform(1, 16, 4, vocab, seed=2), 1)))  # warm
-        summaries = loads(target, vocab, options, console)
+        summaries, client_share = loads(target, vocab, options, console)
     figures = {name: _figures(runs) for name, runs in summaries.items()}
     console.print(_load_table(summaries, figures, options))
+    console.print(f"the client took {client_share:.1%} of one core")
     footer(console)
+    results["client_share_of_a_core"] = client_share
     results["loads"] = {
         name: {"figures": figures[name], "errors": [run.errors for run in runs]} for name, runs in summaries.items()
     }
