@@ -1,4 +1,4 @@
-"""Tiny random models of the families, their reference logits from transformers, and a step plan that mixes sequences."""
+"""Tiny random models of the families, their reference logits from transformers, and steps that mix sequences."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_SIZES),
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=6),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **{**_SIZES, "num_hidden_layers": 7}, head_dim=16, sliding_window=5, sliding_window_pattern=2
+        **{**_SIZES, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2}
     ),
 }
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
@@ -82,7 +82,9 @@ def reference(name: str) -> tuple[dict[str, np.ndarray], list[Tensor], list[Tens
     """State dict, token ids of two sequences, and transformers' own eager logits for every token of them."""
     config = {**CONFIGS, **ROPES}[name]()
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, VOCAB, (length,), generator=generator) for length in (30, 21)]
     with torch.no_grad():

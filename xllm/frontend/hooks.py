@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Session:
             layer = stack.layers[real]
             self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
             self._layer_of.update({module: captured for module in layer.modules()})
+            layer.register_forward_hook(partial(self._check_attended, captured))
 
     def index(self, position_ids: Tensor) -> Tensor:
         """Row index [T] for the positions a rotary module was asked for."""
@@ -129,18 +131,20 @@ class Session:
         return out.unsqueeze(0), None
 
     def kv_layers(self) -> tuple[KVLayer, ...]:
-        """What each captured layer keeps. Raises CompileError for a layer that never called attention."""
-        for captured, name in enumerate(self._names):
-            if captured not in self._kv:
-                raise CompileError(
-                    "a layer mixes tokens by other means than transformers' attention interface",
-                    code="recurrent-layer",
-                    pass_name="capture",
-                    where=name,
-                    node="no attention call",
-                    try_="a model whose every layer attends through it (recurrent and convolutional layers do not)",
-                )
+        """What each captured layer keeps."""
         return tuple(self._kv[captured] for captured in range(len(self._names)))
+
+    def _check_attended(self, captured: int, *called: Any) -> None:
+        """Forward hook of a captured layer: refuses one that ran without calling attention."""
+        if captured not in self._kv:
+            raise CompileError(
+                "a layer mixes tokens by other means than transformers' attention interface",
+                code="recurrent-layer",
+                pass_name="capture",
+                where=self._names[captured],
+                node="no attention call",
+                try_="a model whose every layer attends through it (recurrent and convolutional layers do not)",
+            )
 
     def _place(self, module: nn.Module, mask: Any, rest: dict[str, Any]) -> int:
         """The captured layer of an attention call, after refusing what our operator does not compute."""

@@ -31,8 +31,6 @@ from xllm.ir.build import prune
 from xllm.ir.program import Constant, Dim, Program, Source, Weight, path_of
 
 DEFAULT_MAX_LEN = 32768
-# Example sizes of T and S: primes no model dimension equals, so that no size is taken for another.
-_EXAMPLE_TOKENS, _EXAMPLE_ROWS = 1009, 211
 
 
 def capture(
@@ -60,6 +58,8 @@ def capture_config(
 ) -> Program:
     """As `capture`, from a transformers configuration object, which is left unchanged."""
     check_config(config)
+    if max_len is not None and max_len < 1:
+        raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
     config = copy.deepcopy(config)
     length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
     session = Session()
@@ -208,10 +208,10 @@ def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
 def _export(model: nn.Module, session: Session) -> ExportedProgram:
     tokens, rows = ExportDim("T", min=2), ExportDim("S", min=2)
 
-    def example(size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32, device="meta")
-
-    arguments = (example(_EXAMPLE_TOKENS), example(_EXAMPLE_TOKENS), example(_EXAMPLE_TOKENS), example(_EXAMPLE_ROWS))
+    # Sizes that no dimension of the model has, so that none is taken for another; small, for loops over tokens.
+    dimensions = {size for part in model.parameters() for size in part.shape}
+    count, wanted = [size for size in (53, 59, 61, 67, 71, 73, 79, 83, *range(97, 9973)) if size not in dimensions][:2]
+    arguments = [torch.zeros(size, dtype=torch.int32, device="meta") for size in (count, count, count, wanted)]
     state = torch.zeros(1, 1, 1, 1, device="meta")
     shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None)
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
@@ -226,10 +226,7 @@ def _export(model: nn.Module, session: Session) -> ExportedProgram:
     try:
         return torch.export.export(Step(model, session), (*arguments, state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        explained = explain(error, model)
-        if explained.code == "shape-guard":
-            session.kv_layers()  # the better reason, if a layer came by without attention
-        raise explained from error
+        raise explain(error, model) from error
 
 
 class _Tensors:

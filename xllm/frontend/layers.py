@@ -1,5 +1,4 @@
-"""Which layers of a model are worth capturing: the repeated stack, the kind of each layer, and a short walk that
-shows them all.
+"""Which layers of a model are worth capturing: the stack, the kind of each layer, a short walk that shows them all.
 
 Layers of equal kind that stand between equal neighbours compute the same, so one of them is captured and stamped for
 the others. The index of a layer is no part of its kind; what a layer makes of its index shows in the captured

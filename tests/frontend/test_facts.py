@@ -1,0 +1,76 @@
+"""Facts of a checkpoint folder, and what is refused before anything is built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontend import zoo
+from xllm.errors import CompileError
+from xllm.frontend.facts import facts, read_config
+
+
+def _write(folder: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def _config(**changes: Any) -> dict[str, Any]:
+    return {**zoo.CONFIGS["llama"]().to_dict(), "architectures": ["LlamaForCausalLM"], **changes}
+
+
+def test_facts_of_a_whole_folder(tmp_path: Path) -> None:
+    tokens = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None, "chat_template": "old"}
+    generation = {"eos_token_id": [2, 7], "temperature": 0.6}
+    _write(tmp_path, config=_config(), generation_config=generation, tokenizer_config=tokens, tokenizer={})
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    found = facts(tmp_path)
+    assert (found.name, found.architecture, found.vocab_size) == (tmp_path.name, "LlamaForCausalLM", zoo.VOCAB)
+    assert (found.max_len, found.eos_ids, found.bos_id) == (64, (2, 7), 1)
+    assert found.generation == generation
+    assert found.tokenizer_path == tmp_path / "tokenizer.json"
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert found.chat_template == "{{ messages }}"
+
+
+def test_facts_of_a_bare_folder(tmp_path: Path) -> None:
+    found = facts(_write(tmp_path, config=_config()), tokenizer=False)
+    assert (found.eos_ids, found.chat_template, found.tokenizer_path, found.generation) == ((2,), None, None, {})
+
+
+def test_named_chat_templates(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    _write(tmp_path, config=_config(), tokenizer_config={"chat_template": templates})
+    assert facts(tmp_path, tokenizer=False).chat_template == "d"
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"no tokenizer\.json") as refused:
+        facts(_write(tmp_path, config=_config()))
+    assert refused.value.code == "no-tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ("{", "bad-json"),
+        ("[]", "bad-json"),
+        ({"model_type": "nothing-of-the-kind"}, "bad-config"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "remote-code"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised-checkpoint"),
+        ({"eos_token_id": "two"}, "bad-config"),
+    ],
+)
+def test_configurations_that_are_refused(tmp_path: Path, config: Any, code: str) -> None:
+    _write(tmp_path, config=config if isinstance(config, str) else {**_config(), **config})
+    with pytest.raises(CompileError) as refused:
+        facts(tmp_path, tokenizer=False)
+    assert refused.value.code == code
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CompileError) as refused:
+        read_config(tmp_path)
+    assert refused.value.code == "no-config"

@@ -1,0 +1,85 @@
+"""Stamping gives, node by node, what capturing every layer gives; also after a rewrite; and refuses what is unsound."""
+
+import pytest
+import torch
+
+from tests.frontend import zoo
+from xllm.errors import CompileError
+from xllm.frontend.stamp import check_equal_layers, stamp
+from xllm.ir.program import Concat, Program, Source, Weight, layer_of, rule_sources
+from xllm.ir.verify import verify
+
+
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_stamped_equals_captured_in_full(name: str) -> None:
+    stamped, full = zoo.stamped(name), zoo.captured(name, full=True)
+    assert len(zoo.captured(name).layers) < len(full.layers)
+    assert zoo.nodes(stamped) == zoo.nodes(full)
+    assert (stamped.weights, stamped.kv, stamped.layers) == (full.weights, full.kv, full.layers)
+    assert stamped.constants.keys() == full.constants.keys()
+
+
+def test_stamping_a_full_capture_changes_nothing() -> None:
+    full = zoo.captured("qwen3", full=True)
+    assert zoo.nodes(stamp(full)) == zoo.nodes(full)
+
+
+def _with_late_adds(program: Program) -> Program:
+    """The last residual addition of each layer moved into the next: two values cross the border then."""
+    program = program.copy()
+    for node in program.calls():
+        layer = layer_of(node)
+        if layer is not None and node.name == f"layers_{layer}_add_1":
+            last = layer == len(program.layers) - 1
+            node.meta["custom"]["layer"] = None if last else layer + 1
+    return program
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-windows"])
+def test_several_values_may_cross_after_a_rewrite(name: str) -> None:
+    stamped = stamp(_with_late_adds(zoo.captured(name)))
+    verify(stamped)
+    for got, want in zip(zoo.mixed_logits(stamped, name), zoo.reference(name)[2], strict=True):
+        assert torch.linalg.norm(got - want) / torch.linalg.norm(want) <= 1e-5
+
+
+def test_rewritten_weights_are_moved_by_rule() -> None:
+    program = zoo.captured("qwen3").copy()
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target).endswith("self_attn.k_proj.weight"):
+            fused = str(node.target).replace("k_proj.weight", "fused")
+            names = [str(node.target), str(node.target).replace("k_proj", "v_proj")]
+            program.weights[fused] = Weight((64, 32), Concat(tuple(Source((name,)) for name in names)))
+            node.target = fused
+            node.meta["custom"]["layer"] = None  # as passes make weight nodes
+    rule = stamp(program).weights["model.layers.3.self_attn.fused"].rule
+    assert [source.names[0] for source in rule_sources(rule)] == [
+        "model.layers.3.self_attn.k_proj.weight",
+        "model.layers.3.self_attn.v_proj.weight",
+    ]
+
+
+def test_a_value_that_skips_a_layer_is_refused() -> None:
+    program = zoo.captured("qwen3").copy()
+    nodes = {node.name: node for node in program.graph.nodes}
+    nodes["layers_2_add"].replace_input_with(nodes["layers_2_input_layernorm_to"], nodes["layers_0_add_1"])
+    with pytest.raises(CompileError, match="layer 0 is read by a node that does not follow it") as refused:
+        stamp(program)
+    assert (refused.value.code, refused.value.node) == ("unsound-layers", "layers_2_add")
+
+
+def test_borders_that_do_not_correspond_are_refused() -> None:
+    program = zoo.captured("qwen3").copy()
+    node = next(node for node in program.calls() if node.name == "layers_0_add_1")
+    node.meta["custom"]["layer"] = 1  # two values cross into layer 1, one into layer 2
+    with pytest.raises(CompileError, match="what layer 1 takes from its predecessor"):
+        stamp(program)
+
+
+def test_layers_that_use_their_index_are_found() -> None:
+    program = zoo.captured("qwen3").copy()
+    norm = next(node for node in program.calls() if node.name == "layers_1_input_layernorm_add")
+    norm.args = (norm.args[0], 1e-3)
+    with pytest.raises(CompileError) as refused:
+        check_equal_layers(program, ["same"] * 3)
+    assert (refused.value.code, refused.value.node) == ("layers-differ", "layers_1_input_layernorm_add")
