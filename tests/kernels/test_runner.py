@@ -136,7 +136,8 @@ def test_a_bad_batch_is_refused(runner, changes, message):
 
 def test_negative_ids_take_the_previous_step_s_tokens(runner):
     table, out = np.arange(30, dtype=np.float32)[:, None], np.zeros(5, np.float32)
-    args = {"ids": "ids", "weight": pack(table, "float32").ctypes.data, "out": out.ctypes.data}
+    weight = pack(table, "float32")
+    args = {"ids": "ids", "weight": weight.ctypes.data, "out": out.ctypes.data}
     plan = runner.add_plan([cpu.Call("embedding.f32", args, {"vocab": 30, "width": 1})])
     step = raw_batch(
         ids=vector(7, -1, -3, 8, -2),
