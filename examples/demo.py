@@ -26,7 +26,8 @@ def main() -> int:
     print(f"compiling {checkpoint_path().name} into {ARTIFACT}")
     subprocess.run([*XLLM, "compile", str(checkpoint_path()), "-o", str(ARTIFACT)], check=True)
     started = time.perf_counter()
-    server = subprocess.Popen([*XLLM, "serve", str(ARTIFACT), "--port", "0"], stdout=subprocess.PIPE, text=True)
+    command = [*XLLM, "serve", str(ARTIFACT), "--port", "0", "--log-level", "warning"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         port = wait_for_port(server)
         print(f"\nlistening after {time.perf_counter() - started:.2f} s")

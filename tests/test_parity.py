@@ -53,6 +53,8 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
     Asserts that greedy tokens are equal as long as both saw the same history (always, with float32 state).
     """
     checkpoint, path = build(folder, FAMILIES[name], dtype=dtype, options=options)
+    in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
+    assert bool(in_torch) == bool(options.disable), in_torch
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()
     reference = Reference(checkpoint, at_once=name not in LENGTH_DEPENDENT)
     worst = 0.0

@@ -50,7 +50,7 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
         name=folder.resolve().name,
         architecture=(config.architectures or [type(config).__name__])[0],
         vocab_size=int(config.vocab_size),
-        max_len=int(getattr(config, "max_position_embeddings", None) or 0),
+        max_len=_reach(config),
         eos_ids=_ids(eos if eos is not None else config.eos_token_id, "eos_token_id"),
         bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
         generation=generation,
@@ -58,6 +58,13 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
         special_tokens=_special_tokens(tokens),
         chat_template=_chat_template(folder, tokens),
     )
+
+
+def _reach(config: Any) -> int:
+    """Positions the model was made for; dynamic rope scaling says by how much it may go beyond its table. 0: not said."""
+    positions = int(getattr(config, "max_position_embeddings", None) or 0)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(positions * float(rope.get("factor", 1.0))) if rope.get("rope_type") == "dynamic" else positions
 
 
 def read_config(folder: str | Path) -> Any:
