@@ -5,13 +5,18 @@ plan.json       what to execute (see `plan.py`), with the place and digest of ev
 weights/model.safetensors   weights in the target's layout, page aligned, mapped and never copied
 ir/NN-pass.ir   the program after every pass, for reading
 tokenizer/      tokenizer.json and what belongs to it
+
+Only files that the manifest names are read; others in the folder are left alone and have no effect.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import mmap
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +33,11 @@ from xllm.plan import Plan, StoredWeight
 SCHEMA = 1
 PAGE_BYTES = 4096
 WEIGHTS = "weights/model.safetensors"
+# Fields of the manifest that readers rely on, and what they hold.
+FIELDS: Mapping[str, type] = {
+    "files": dict, "generation": dict, "limits": dict, "model": dict, "special_tokens": dict, "target": dict,
+    "weights_header": str,
+}  # fmt: skip
 Progress = Callable[[str, int, int], None]  # what, done bytes, total bytes
 
 
@@ -56,17 +66,19 @@ class Artifact:
                 "not-an-artifact", f"{root} has no manifest.json; build one with `xllm compile CHECKPOINT -o {root}`"
             )
         manifest = _read_manifest(root)
-        for name, digest in manifest["files"].items():
-            file = root / name
-            if not file.is_file():
-                raise ArtifactError("artifact-incomplete", f"{name} is missing; compile the checkpoint again")
-            if _digest(file.read_bytes()) != digest:
-                raise _changed(name)
+        held = {name: _read(root, name, digest) for name, digest in manifest["files"].items()}
+        if "plan.json" not in held:
+            raise ArtifactError("artifact-incomplete", "manifest.json names no plan.json; compile the checkpoint again")
         try:
-            plan = Plan.from_json((root / "plan.json").read_text())
+            plan = Plan.from_json(held["plan.json"])
+            plan.check()
         except ValueError as error:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}") from error
-        return Artifact(root, manifest, plan)
+        artifact = Artifact(root, manifest, plan)
+        end = max((weight.offset + weight.bytes for weight in plan.weights.values()), default=0)
+        if artifact.weight_bytes < end:
+            raise ArtifactError("artifact-incomplete", f"{WEIGHTS} is cut short; compile the checkpoint again")
+        return artifact
 
     @property
     def name(self) -> str:
@@ -83,8 +95,8 @@ class Artifact:
 
     @property
     def chat_template(self) -> str | None:
-        file = self.path / "tokenizer" / "chat_template.jinja"
-        return file.read_text() if file.is_file() else None
+        name = "tokenizer/chat_template.jinja"
+        return (self.path / name).read_text(encoding="utf-8") if name in self.manifest["files"] else None
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -92,22 +104,21 @@ class Artifact:
 
     @property
     def weight_bytes(self) -> int:
-        return (self.path / WEIGHTS).stat().st_size
+        return _inside(self.path, WEIGHTS).stat().st_size
 
     def stages(self) -> dict[str, Path]:
         """Program dumps by stage name, in pipeline order."""
-        return {file.name.split("-", 1)[1].removesuffix(".ir"): file for file in sorted((self.path / "ir").glob("*.ir"))}
+        dumps = sorted(name for name in self.manifest["files"] if name.startswith("ir/"))
+        return {name.split("-", 1)[1].removesuffix(".ir"): self.path / name for name in dumps}
 
     def map_weights(self, verify: bool = True, progress: Progress | None = None) -> MappedWeights:
-        """Maps the weight file read-only and, unless told not to, checks every weight against its digest.
+        """Maps the weight file read-only and, unless told not to, checks every byte of it against the digests.
 
-        The mapping is shared: processes serving one artifact hold one copy. Raises ArtifactError naming the first weight
-        whose bytes changed.
+        The mapping is shared: processes serving one artifact hold one copy. Raises ArtifactError naming the first
+        weight whose bytes changed.
         """
-        mapped = MappedWeights(self.path / WEIGHTS)
+        mapped = MappedWeights(_inside(self.path, WEIGHTS))
         size = len(mapped.bytes)
-        if any(weight.offset + weight.bytes > size for weight in self.plan.weights.values()):
-            raise ArtifactError("artifact-incomplete", f"{WEIGHTS} is cut short; compile the checkpoint again")
         if verify:
             for name, start, stop, digest in _regions(self.plan, self.manifest["weights_header"], size):
                 if _digest(mapped.bytes[start:stop]) != digest:
@@ -122,7 +133,7 @@ class MappedWeights:
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as handle:
-            self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)  # never empty: there is a header
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._advise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._map, np.uint8)
@@ -148,6 +159,7 @@ class ArtifactWriter:
         self._files: dict[str, str] = {}
 
     def write(self, name: str, data: bytes | str) -> None:
+        """A file at `name`, a relative path, covered by the manifest."""
         raw = data.encode() if isinstance(data, str) else data
         file = self.root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +171,8 @@ class ArtifactWriter:
     ) -> tuple[Plan, str]:
         """Streams every weight to its aligned place, one in memory at a time.
 
-        `make` gives a weight's bytes (uint8 [bytes]). Returns the plan with places and digests, and the header's digest.
+        `make` gives a weight's bytes (uint8 [bytes]). Returns the plan with places and digests, and the header's
+        digest. Raises ValueError for a weight of another size, and for a plan that `Plan.check` refuses.
         """
         placed, header = _layout(plan)
         total = max((weight.offset + weight.bytes for weight in placed.values()), default=len(header))
@@ -177,38 +190,76 @@ class ArtifactWriter:
                 del data
                 if progress is not None:
                     progress(key, start + weight.bytes, total)
-        sealed = _seal(file, placed)
-        return replace(plan, weights=sealed), _digest(header)
+        sealed = replace(plan, weights=_seal(file, placed))
+        sealed.check()
+        return sealed, _digest(header)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""
-        body = {"schema": SCHEMA, **manifest, "files": dict(sorted(self._files.items()))}
-        body["digest"] = _digest(_canonical(body))
-        (self.root / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        body = {"schema": SCHEMA, **manifest, "files": self._files}
+        body["digest"] = _digest(_spelled(body))
+        (self.root / "manifest.json").write_bytes(_spelled(body))
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[ArtifactWriter]:
     """An artifact is there whole or not at all: built beside `path`, renamed over it at the end, removed on any error.
 
-    Raises ArtifactError when `path` exists and is not an artifact.
+    What a killed build left beside `path` goes when the next one starts. Raises ArtifactError when `path` exists and is
+    not an artifact.
     """
-    root = Path(path)
+    root = Path(os.path.abspath(path))
     if root.exists() and not (root / "manifest.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise ArtifactError("not-an-artifact", f"{root} exists and is not an artifact; choose another -o or remove it")
+        raise ArtifactError("not-an-artifact", f"{path} exists and is not an artifact; choose another -o or remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
-    aside = root.parent / f".{root.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    _sweep(root)
+    aside = root.parent / f".{root.name}.partial-{secrets.token_hex(4)}"
     aside.mkdir()
+    lock = _locked(aside)
     try:
         yield ArtifactWriter(aside)
-        old = root.parent / f".{root.name}.old-{os.getpid()}"
-        if root.exists():
-            root.rename(old)
-        aside.rename(root)
-        shutil.rmtree(old, ignore_errors=True)
+        _put(aside, root)
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put(aside: Path, root: Path) -> None:
+    """Renames `aside` to `root`; what stood there is back if that fails."""
+    old = Path(f"{aside}.old")
+    if root.exists():
+        root.rename(old)
+    try:
+        aside.rename(root)
+    except OSError:
+        if old.exists():
+            old.rename(root)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what builds of `root` left behind: their lock went with their process."""
+    for left in root.parent.glob(f".{glob.escape(root.name)}.partial-*"):
+        lock = _locked(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """An exclusive lock on a folder, held until the descriptor or the process goes; None if another has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _layout(plan: Plan) -> tuple[dict[str, StoredWeight], bytes]:
@@ -223,7 +274,8 @@ def _layout(plan: Plan) -> tuple[dict[str, StoredWeight], bytes]:
         relative[key] = (start, start + weight.bytes)
         at = start + weight.bytes
     entries = {
-        key: {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]} for key, (start, stop) in relative.items()
+        key: {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
+        for key, (start, stop) in relative.items()
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % PAGE_BYTES)
@@ -258,24 +310,48 @@ def _regions(plan: Plan, header_digest: str, size: int) -> Iterator[tuple[str, i
         start = stop
 
 
+def _inside(root: Path, name: str) -> Path:
+    """The file `name` of the artifact. Raises ArtifactError when it is missing or leads out of the folder."""
+    file = root / name
+    if not file.is_file():
+        raise ArtifactError("artifact-incomplete", f"{name} is missing; compile the checkpoint again")
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ArtifactError("artifact-changed", f"{name} leads out of the artifact; compile the checkpoint again")
+    return file
+
+
+def _read(root: Path, name: str, digest: str) -> bytes:
+    raw = _inside(root, name).read_bytes()
+    if _digest(raw) != digest:
+        raise _changed(name)
+    return raw
+
+
 def _read_manifest(root: Path) -> dict[str, Any]:
+    raw = _inside(root, "manifest.json").read_bytes()
     try:
-        manifest = json.loads((root / "manifest.json").read_text())
-        claimed = manifest.pop("digest")
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = json.loads(raw)
+        claimed, schema = manifest["digest"], manifest["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError("artifact-malformed", f"manifest.json is not a manifest: {error}") from error
     if schema != SCHEMA:
         raise ArtifactError(
-            "artifact-schema", f"manifest.json has schema {schema}, this xllm reads {SCHEMA}; compile the checkpoint again"
+            "artifact-schema",
+            f"manifest.json has schema {schema}, this xllm reads {SCHEMA}; compile the checkpoint again",
         )
-    if _digest(_canonical(manifest)) != claimed:
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    # The spelling counts as well, so that there is no byte whose change goes unseen.
+    if _digest(_spelled(body)) != claimed or _spelled(manifest) != raw:
         raise _changed("manifest.json")
-    return {**manifest, "digest": claimed}
+    for name, kind in FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ArtifactError("artifact-malformed", f"manifest.json: {name} is not a {kind.__name__}")
+    return manifest
 
 
-def _canonical(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+def _spelled(manifest: Mapping[str, Any]) -> bytes:
+    """The one way to write a manifest down."""
+    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _digest(data: Any) -> str:

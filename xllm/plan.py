@@ -1,27 +1,35 @@
 """The plan: what the runtime executes, as plain data. Written by the compiler, read without torch.
 
-Calls are the same for every bucket; a bucket adds sizes and offsets into the one arena all buckets share. References are
-short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent).
+Calls are the same for every bucket; a bucket adds sizes and offsets into the one arena all buckets share. References
+are short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent). `check` accepts only what
+can be executed without reading or writing a wrong place; it did not make the plan.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
+
+import msgspec
 
 from xllm.targets.base import Cost, Extent, KVSpec, Layout
 
 SCHEMA = 1
+ALIGN_BYTES = 64
+INPUTS = ("ids", "positions", "last")
+ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Call:
     """One kernel call: named arguments as references, attributes, the dimension its rows run over, its stream.
 
+    results: the arena values it writes. after: indices of calls on other streams that must have finished before.
     kernel "torch" marks an operator without a native kernel: `op` is run by the fallback provider on `operands` (JSON
-    encoding of its arguments) and its results are copied to `results`.
+    encoding of its arguments) and what it gives is copied to `results`.
     """
 
     node: str
@@ -35,7 +43,7 @@ class Call:
     after: tuple[int, ...] = ()
     operands: tuple[Any, ...] = ()
     results: tuple[str, ...] = ()
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True)
@@ -92,50 +100,154 @@ class Plan:
         for bucket in self.buckets:
             if tokens <= bucket.T and rows <= bucket.S:
                 return bucket
-        raise ValueError(f"a step of {tokens} tokens and {rows} logit rows fits no bucket; the largest is {self.buckets[-1].T}")
+        largest = self.buckets[-1].T
+        raise ValueError(f"a step of {tokens} tokens and {rows} logit rows fits no bucket; the largest is {largest}")
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **_encoded(asdict(self))}, indent=None, separators=(",", ":"), sort_keys=True)
+        """One line, keys sorted: equal plans give equal text. Raises ValueError for a number JSON has no word for."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Raises ValueError naming the field that is missing or wrong."""
-        raw = json.loads(text)
-        if raw.get("schema") != SCHEMA:
-            raise ValueError(f"plan schema {raw.get('schema')!r} is not {SCHEMA}")
+    def from_json(text: str | bytes) -> Plan:
+        """Raises ValueError naming the field that is missing or wrong. What the fields say is for `check` to judge."""
         try:
-            return Plan(
-                calls=tuple(_call(item) for item in raw["calls"]),
-                buffers={
-                    name: Buffer(Extent(**item["bytes"]), item["dtype"], _shape(item["shape"]))
-                    for name, item in raw["buffers"].items()
-                },
-                buckets=tuple(Bucket(**item) for item in raw["buckets"]),
-                weights={
-                    name: StoredWeight(**{**item, "shape": tuple(item["shape"]), "layout": Layout(**item["layout"])})
-                    for name, item in raw["weights"].items()
-                },
-                kv=KVSpec(**{**raw["kv"], "layer_offsets": tuple(raw["kv"]["layer_offsets"])}),
-                logits=raw["logits"],
-                streams=tuple(raw["streams"]),
-            )
-        except (KeyError, TypeError) as error:
+            raw = json.loads(text)
+            schema = raw.pop("schema", None) if isinstance(raw, dict) else None
+            if schema != SCHEMA:
+                raise ValueError(f"plan schema {schema!r} is not {SCHEMA}")
+            return msgspec.convert(raw, Plan)
+        except msgspec.ValidationError as error:
             raise ValueError(f"plan is malformed: {error}") from error
+        except RecursionError as error:
+            raise ValueError("plan is malformed: it nests too deeply") from error
+
+    def check(self) -> None:
+        """Raises ValueError naming the first call, buffer, bucket or weight that is not sound.
+
+        Every reference exists, every buffer is written once and read after that, lies inside the arena, and shares
+        bytes only with buffers whose last use has certainly finished; weights lie apart from each other.
+        """
+        _check_sizes(self)
+        _check_weights(self)
+        before = _check_order(self)
+        accesses = _check_references(self, before)
+        for bucket in self.buckets:
+            _check_bytes(self, bucket, before, accesses)
 
 
-def _call(item: dict[str, Any]) -> Call:
-    cost = Cost(Extent(**item["cost"]["flops"]), Extent(**item["cost"]["bytes"]))
-    tuples = {key: tuple(item[key]) for key in ("after", "operands", "results")}
-    return Call(**{**item, **tuples, "cost": cost})
+def references(call: Call) -> Iterator[str]:
+    """Everything a call reads or writes, absent arguments left out."""
+    yield from filter(None, call.args.values())
+    yield from call.results
+    for _, operand in call.operands:
+        yield from _operand_references(operand)
 
 
-def _shape(items: list[Any]) -> tuple[int | Extent, ...]:
-    return tuple(Extent(**item) if isinstance(item, dict) else item for item in items)
+def _operand_references(operand: Any) -> Iterator[str]:
+    if "ref" in operand:
+        yield operand["ref"]
+    for item in operand.get("list", ()):
+        yield from _operand_references(item)
 
 
-def _encoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(item) for item in value]
-    return value
+# --- what a plan must be ----------------------------------------------------------------------------------------------
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise ValueError(why)
+
+
+def _check_sizes(plan: Plan) -> None:
+    sizes = [(bucket.T, bucket.S) for bucket in plan.buckets]
+    _require(bool(sizes) and min(size for pair in sizes for size in pair) >= 1, f"buckets are {sizes}")
+    for (tokens, rows), (more_tokens, more_rows) in pairwise(sizes):
+        _require(tokens < more_tokens and rows <= more_rows, f"buckets {sizes} do not grow")
+    kv = plan.kv
+    _require(kv.group_tokens >= 1 and kv.group_bytes >= 1, f"kv has groups of {kv.group_bytes} bytes")
+    _require(list(kv.layer_offsets) == sorted(set(kv.layer_offsets)), "kv: layer_offsets do not grow")
+    inside = all(0 <= offset < kv.group_bytes for offset in kv.layer_offsets)
+    _require(inside, f"kv: layer_offsets leave the group of {kv.group_bytes} bytes")
+    for name, buffer in plan.buffers.items():
+        _require(buffer.dtype in ELEMENT_BYTES, f"buffer {name} is of {buffer.dtype}")
+        for bucket in plan.buckets:
+            total = ELEMENT_BYTES[buffer.dtype]
+            for size in buffer.shape:
+                total *= size.at(bucket.T, bucket.S) if isinstance(size, Extent) else size
+            planned = buffer.bytes.at(bucket.T, bucket.S)
+            _require(planned == total >= 0, f"buffer {name} takes {total} bytes, {planned} are planned")
+    logits = plan.buffers.get(plan.logits)
+    fits = logits is not None and logits.dtype == "float32" and len(logits.shape) == 2
+    _require(
+        fits and logits is not None and logits.shape[0] == Extent(s=1), f"logits {plan.logits!r} are no [S, vocab]"
+    )
+
+
+def _check_weights(plan: Plan) -> None:
+    end, last = 0, ""
+    for key, weight in sorted(plan.weights.items(), key=lambda item: item[1].offset):
+        _require(weight.bytes > 0 and weight.offset >= 0, f"weight {key} has {weight.bytes} bytes at {weight.offset}")
+        _require(weight.offset % ALIGN_BYTES == 0, f"weight {key} starts at {weight.offset}, not at a cache line")
+        _require(weight.offset >= end, f"weight {key} overlaps weight {last}")
+        end, last = weight.offset + weight.bytes, key
+
+
+def _check_order(plan: Plan) -> list[int]:
+    """For each call, the calls (as a bit mask) that have certainly finished when it starts."""
+    last: dict[str, int] = {}
+    before: list[int] = []
+    for index, call in enumerate(plan.calls):
+        _require(call.stream in plan.streams, f"call {call.node} is on stream {call.stream!r}, which does not exist")
+        mask = 0
+        for earlier in (*call.after, *([last[call.stream]] if call.stream in last else [])):
+            _require(0 <= earlier < index, f"call {call.node} waits for call {earlier}, which does not come before it")
+            mask |= before[earlier] | 1 << earlier
+        before.append(mask)
+        last[call.stream] = index
+    return before
+
+
+def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
+    """For each buffer, the calls that touch it, as a bit mask."""
+    known = {"%": plan.buffers, "@": plan.weights, "$": INPUTS}
+    writer: dict[str, int] = {}
+    accesses: dict[str, int] = {}
+    for index, call in enumerate(plan.calls):
+        _require(call.rows in ("T", "S"), f"call {call.node} runs over {call.rows!r}")
+        for reference in references(call):
+            kind, name = reference[:1], reference[1:]
+            _require(name in known.get(kind, ()), f"call {call.node} refers to {reference!r}, which does not exist")
+        for reference in call.results:
+            name = reference[1:]
+            _require(reference[:1] == "%" and name not in writer, f"call {call.node} writes {reference!r} again")
+            writer[name] = index
+        for name in {reference[1:] for reference in references(call) if reference[:1] == "%"}:
+            made = writer.get(name)
+            ready = made is not None and (made == index or before[index] >> made & 1)
+            _require(bool(ready), f"call {call.node} reads {name!r} before it is written")
+            accesses[name] = accesses.get(name, 0) | 1 << index
+    missing = [name for name in plan.buffers if name not in writer]
+    _require(not missing, f"buffer {missing[:1]} is never written")
+    return accesses
+
+
+def _check_bytes(plan: Plan, bucket: Bucket, before: list[int], accesses: Mapping[str, int]) -> None:
+    where = f"bucket T={bucket.T}"
+    _require(set(bucket.offsets) == set(plan.buffers), f"{where} places other buffers than the plan has")
+    spans = {name: (at, at + plan.buffers[name].bytes.at(bucket.T, bucket.S)) for name, at in bucket.offsets.items()}
+    for name, (start, stop) in spans.items():
+        inside = start % ALIGN_BYTES == 0 and 0 <= start <= stop <= bucket.arena_bytes
+        _require(inside, f"{where}: buffer {name} lies at {start}..{stop} in an arena of {bucket.arena_bytes} bytes")
+    in_order = len({call.stream for call in plan.calls}) == 1
+    held: list[str] = []
+    for index, call in enumerate(plan.calls):
+        made = [reference[1:] for reference in call.results]
+        for name in made:
+            start, stop = spans[name]
+            for other in (*held, *made[: made.index(name)]):
+                apart = stop <= spans[other][0] or spans[other][1] <= start
+                over = other != plan.logits and accesses[other] & ~before[index] == 0
+                _require(apart or over, f"{where}: {name} overwrites {other} before its last use")
+        if in_order:  # what is over stays over, so that long plans are checked in linear time
+            held = [name for name in held if name == plan.logits or accesses[name] >> index]
+        held += made

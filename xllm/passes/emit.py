@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import torch
 
 from xllm.ir import Program
 from xllm.passes.choose_kernels import Choice
-from xllm.passes.operations import DTYPE_BYTES, Reader, bytes_of
+from xllm.passes.operations import Reader, bytes_of
 from xllm.passes.schedule_streams import Schedule
-from xllm.plan import Bucket, Buffer, Call, Plan, StoredWeight
+from xllm.plan import ELEMENT_BYTES, Bucket, Buffer, Call, Plan, StoredWeight
 from xllm.targets.base import Extent, Layout, Tensor
 
 _SIGILS = {"value": "%", "weight": "@", "input": "$"}
@@ -42,7 +45,7 @@ def weight_bytes(weight: StoredWeight, packed_rows: int) -> int:
     rows, *rest = weight.shape if weight.shape else (1,)
     if weight.layout.form != "plain":
         rows = -(-rows // packed_rows) * packed_rows
-    total = rows * DTYPE_BYTES[weight.layout.dtype]
+    total = rows * ELEMENT_BYTES[weight.layout.dtype]
     for size in rest:
         total *= size
     return total
@@ -86,14 +89,19 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
             return {"size": _size(value)}
         if isinstance(value, list):
             return {"list": [operand(item) for item in value]}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}  # JSON has no word for it
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
+        if isinstance(value, torch.device):
+            return {"value": "cpu"}  # captured on `meta`, which means wherever the program runs
         return {"torch": str(value).removeprefix("torch.")}
 
-    common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost}
+    results = tuple("%" + result.name for result in op.results)
+    common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost, "results": results}
     if choice.provider == "torch":
         operands = tuple((name, operand(value)) for name, value in op.args.items())
-        return Call(kernel="torch", operands=operands, results=tuple("%" + r.name for r in op.results), **common)
+        return Call(kernel="torch", operands=operands, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}
     return Call(kernel=low.kernel, args=args, ints=dict(low.ints), floats=dict(low.floats), rows=low.rows, **common)
 

@@ -13,6 +13,7 @@ from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.ir.effects import named_arguments
 from xllm.ir.program import arguments, path_of
+from xllm.plan import ELEMENT_BYTES
 from xllm.targets.base import Extent, Operation, Tensor
 
 _DTYPES = {
@@ -22,7 +23,6 @@ _DTYPES = {
     torch.bool: "bool",
     torch.bfloat16: "bfloat16",
 }
-DTYPE_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
 aten = torch.ops.aten
 
 
@@ -122,7 +122,7 @@ def is_alias(node: fx.Node) -> bool:
 
 def bytes_of(tensor: Tensor) -> Extent:
     """Bytes of a value, linear in T and S. Raises ValueError when two dimensions are symbolic."""
-    total = Extent(const=DTYPE_BYTES[tensor.dtype])
+    total = Extent(const=ELEMENT_BYTES[tensor.dtype])
     for size in tensor.shape:
         if isinstance(size, int):
             total = total.times(size)

@@ -63,6 +63,8 @@ class TorchCall:
             return _at(operand["size"], T, S)
         if "list" in operand:
             return [self._value(item, step, T, S) for item in operand["list"]]
+        if "float" in operand:
+            return float(operand["float"])
         if "torch" in operand:
             return getattr(torch, operand["torch"])
         return operand["value"]
@@ -70,7 +72,7 @@ class TorchCall:
     def _tensor(self, reference: str, shape: list[int], dtype: str, step: StepArrays) -> np.ndarray:
         kind, name = reference[:1], reference[1:]
         if kind == "$":
-            return getattr(step, name)
+            return getattr(step, name).reshape(shape)
         if kind == "@":
             return self._weights.array(self._plan.weights[name]).reshape(shape).copy()
         return self._array(self._bucket.offsets[name], shape, dtype)
