@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -126,6 +127,42 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
         assert ask(base).status_code == 200
         connection.close()
         wait_for(lambda: not server.server_state.connections)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_connection_of_a_client_that_does_not_read_is_closed(tmp_path, monkeypatch, stream):
+    monkeypatch.setattr("xllm.service.answer.STALL_SECONDS", 0.2)
+    monkeypatch.setattr("xllm.service.server.UNREAD_SECONDS", 0.5)
+    service = fake_service(tmp_path)
+    with running(service) as (base, server):
+        body = ENDLESS | {"logprobs": 20, "n": 20, "stream": stream}
+        connection = raw_request(base, body, receive_buffer=2048)
+        wait_for(lambda: service.recorder.statuses["cancelled"] + service.recorder.statuses["deadline_exceeded"] == 1)
+        wait_for(lambda: service.recorder.concurrent == 0 and not server.server_state.connections)
+        connection.close()
+
+
+def test_the_loop_s_own_lag_is_not_the_client_s(tmp_path):
+    """Steps that gather while the event loop is busy reach a reader that waits: it must not be called slow."""
+    service = fake_service(tmp_path, tick=0.001)
+    with running(service) as (base, _), ThreadPoolExecutor(1) as other:
+        answer = other.submit(ask, base, **ENDLESS | {"stream": False, "n": 20, "logprobs": 10, "max_tokens": 200})
+        wait_for(lambda: service.engine.stats().running == 20)
+        loop = service.dispatcher._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(time.sleep, 0.5)
+        assert answer.result().status_code == 200
+
+
+def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr("xllm.service.server.HEADER_SECONDS", 0.2)
+    with running(fake_service(tmp_path)) as (base, _):
+        parts = urlsplit(base)
+        with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"\r\n")
+            assert connection.recv(65536) == b""
 
 
 def test_too_many_requests(tmp_path):

@@ -53,6 +53,35 @@ def test_random_bodies_are_planned_or_refused_by_name():
     assert planned > 300
 
 
+def test_the_cost_of_a_body_is_bounded_by_its_bytes():
+    """Millions of empty lists in a few megabytes would take minutes and gigabytes."""
+    for body in (b'{"prompt":[' + b"[]," * 70_000 + b"[]]}", b'{"user":' + b'[{"' * 70_000):
+        with pytest.raises(ApiError) as refused:
+            plan(body)
+        assert (refused.value.code, "lists and objects" in refused.value.message) == ("invalid_json", True)
+    text = json.dumps({"prompt": "hi", "user": '[{"\\' * 70_000}).encode()
+    assert len(plan(text).prompts[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {f"{token:04}": 1 for token in range(1025)}}, "logit_bias"),
+        ({"n": 128, "logprobs": 20, "max_tokens": 1000}, "logprobs"),
+    ],
+)
+def test_what_one_request_may_hold_is_bounded(fields, param):
+    with pytest.raises(ApiError) as refused:
+        plan(json.dumps({"prompt": "hi"} | fields).encode())
+    assert refused.value.param == param
+    assert "at most" in refused.value.message
+
+
+def test_a_stream_holds_no_logprobs():
+    job = plan(b'{"prompt":"hi","n":128,"logprobs":20,"max_tokens":1000,"stream":true}')
+    assert job.params[0].logprobs == 20
+
+
 def test_defaults_come_from_the_generation_config():
     generation = {"temperature": 0.6, "top_k": 20, "eos_token_id": [1], "do_sample": True, "top_p": None}
     assert default_sampling(generation) == {"temperature": 0.6, "top_k": 20}

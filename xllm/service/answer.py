@@ -17,7 +17,7 @@ from xllm.runtime import Request, TokenOutput
 from xllm.service.body import ChatBody, CompletionBody, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
-from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
+from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
 from xllm.service.openai import DONE, KEEP_ALIVE, ChatFormat, CompletionFormat, Format, Usage, Whole, frame
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
 STALL_SECONDS = 60.0
 FAREWELL_SECONDS = 5.0
+PIECE_BYTES = 64 << 10  # of an answer that is sent whole: only so much of it lies in a connection's buffer
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -136,8 +137,17 @@ class _Answer:
         results = [Whole() for _ in self._choices]
         while not self._done:
             for index, delta in self._take(await self._subscription.next()):
-                results[index].add(delta)
-        await send_json(send, 200, self._format.whole(results, self._usage))
+                self._format.gather(results[index], delta)
+        data = self._format.whole(results, self._usage)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            for at in range(0, len(data), PIECE_BYTES):
+                end = at + PIECE_BYTES
+                async with asyncio.timeout(STALL_SECONDS):
+                    await send({"type": "http.response.body", "body": data[at:end], "more_body": end < len(data)})
+        except TimeoutError:  # as in a stream
+            self._entry.status = 499
 
     async def stream(self, send: Send) -> None:
         pending = self._take(await self._subscription.next(self._service.limits.keep_alive_seconds))

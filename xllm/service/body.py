@@ -1,18 +1,22 @@
-"""Decides what a well-formed request is: strict JSON (UTF-8, no duplicate keys, bounded depth, finite numbers, whole
-characters), then the fields and types of each route. Everything else is refused here, by the name of the field."""
+"""Decides what a well-formed request is: strict JSON (UTF-8, no duplicate keys, bounded depth and number of lists,
+finite numbers, whole characters), then the fields and types of each route. Everything else is refused here, by the name
+of the field."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from xllm.service.errors import ApiError, invalid
 
 MAX_DEPTH = 64
+MAX_CONTAINERS = 1 << 16  # lists and objects: three bytes of a body become a hundred of memory
+# A string, also one that never ends. Possessive, so that nothing is tried twice.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -127,6 +131,8 @@ def parse_json(data: bytes) -> Any:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise invalid("invalid_json", f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    if _brackets(data) > MAX_CONTAINERS and _brackets(STRING.sub(b"", data)) > MAX_CONTAINERS:
+        raise invalid("invalid_json", f"the body has more than {MAX_CONTAINERS} lists and objects")
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
@@ -154,32 +160,48 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _brackets(data: bytes) -> int:
+    return data.count(b"[") + data.count(b"{")
+
+
+class _Place(NamedTuple):
+    """Where a value stands; written out only for a message."""
+
+    parent: _Place | None
+    key: str | int
+
+    def __str__(self) -> str:
+        before = str(self.parent) if self.parent else ""
+        if isinstance(self.key, int):
+            return f"{before}[{self.key}]"
+        return f"{before}.{_printable(self.key)}" if before else _printable(self.key)
+
+
 def _check_tree(root: Any, surrogates: bool) -> None:
     """What the parser lets pass: depth, NaN and infinity, halves of surrogate pairs. Iterative, as depth is what is
     checked."""
-    stack: list[tuple[Any, str, int]] = [(root, "", 1)]
+    stack: list[tuple[Any, _Place | None, int]] = [(root, None, 1)]
     while stack:
-        value, path, depth = stack.pop()
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise invalid(
-                    "invalid_request", f"{path or 'the body'} is {value}, it must be a finite number", path or None
-                )
-        elif isinstance(value, str):
-            if surrogates and not _whole(value):
-                raise invalid("invalid_json", f"{path or 'the body'} holds half of a surrogate pair", path or None)
-        elif isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise invalid("invalid_json", f"the body is nested deeper than {MAX_DEPTH} levels")
-            if isinstance(value, dict):
-                for key, item in value.items():
-                    if surrogates and not _whole(key):
-                        raise invalid(
-                            "invalid_json", f"a key inside {path or 'the body'} holds half of a surrogate pair"
-                        )
-                    stack.append((item, f"{path}.{_printable(key)}" if path else _printable(key), depth + 1))
-            elif set(map(type, value)) != {int}:  # token ids need no look at each
-                stack.extend((item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))
+        value, place, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise invalid("invalid_json", f"the body is nested deeper than {MAX_DEPTH} levels")
+        if isinstance(value, dict):
+            if surrogates and not all(map(_whole, value)):
+                raise invalid("invalid_json", f"a key inside {place or 'the body'} holds half of a surrogate pair")
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        else:
+            continue  # a body that is no object is refused as such
+        for key, item in items:
+            if isinstance(item, dict | list):
+                stack.append((item, _Place(place, key), depth + 1))
+            elif isinstance(item, float) and not math.isfinite(item):
+                name = str(_Place(place, key))
+                raise invalid("invalid_request", f"{name} is {item}, it must be a finite number", name)
+            elif surrogates and isinstance(item, str) and not _whole(item):
+                name = str(_Place(place, key))
+                raise invalid("invalid_json", f"{name} holds half of a surrogate pair", name)
 
 
 def _invalid_field(text: str) -> ApiError:

@@ -34,6 +34,7 @@ class Subscription:
         self.on_failure: Callable[[], None] | None = None  # for a reader that waits for its client, not for outputs
         self._outputs: list[tuple[int, TokenOutput]] = []
         self._bytes = 0
+        self._reading = False
         self._wake = asyncio.Event()
 
     def put(self, index: int, output: TokenOutput) -> None:
@@ -45,7 +46,9 @@ class Subscription:
 
     @property
     def overflown(self) -> bool:
-        return self._bytes > BUFFER_BYTES
+        """Whether too much lies unread. A reader that waits right here is not slow: what has gathered since the loop
+        last ran is the loop's lag, and nobody's fault."""
+        return self._bytes > BUFFER_BYTES and not self._reading
 
     def fail(self, error: ApiError) -> None:
         """Ends the request for its reader; the first failure counts, outputs not read yet are dropped."""
@@ -59,11 +62,14 @@ class Subscription:
     async def next(self, timeout: float | None = None) -> list[tuple[int, TokenOutput]]:
         """Waits for outputs: (index of the sequence, output). Empty after `timeout` seconds. Raises the failure."""
         if not self._outputs and self.failure is None:
+            self._reading = True
             try:
                 async with asyncio.timeout(timeout):
                     await self._wake.wait()
             except TimeoutError:
                 return []
+            finally:
+                self._reading = False
         self._wake.clear()
         if self.failure is not None:
             raise self.failure

@@ -52,9 +52,15 @@ class Format:
         self._created = int(time.time())
         self._model = model
 
-    def whole(self, choices: Sequence[Whole], usage: Usage) -> dict[str, Any]:
+    def gather(self, choice: Whole, delta: Delta) -> None:
+        """Adds to an answer that is sent whole."""
+        choice.text.append(delta.text)
+        choice.logprobs.extend(map(self._token, delta.logprobs))
+        choice.finish_reason = delta.finish_reason
+
+    def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
-        return self._envelope(self.object, bodies) | {"usage": usage.body()}
+        return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": usage.body()})
 
     def first(self, choices: int) -> bytes:
         """What a stream opens with."""
@@ -72,6 +78,11 @@ class Format:
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _token(self, item: TokenLogprob) -> Any:
+        """One token as the answer will show it, its alternatives encoded already: as text they take a tenth of the
+        memory that objects take, and an answer that ends has little left to do."""
+        raise NotImplementedError
+
     def _envelope(self, object_: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": object_, "created": self._created, "model": self._model, "choices": choices}
 
@@ -82,16 +93,11 @@ class Format:
 
 @dataclass
 class Whole:
-    """A finished choice."""
+    """A choice on its way to be sent whole. logprobs: what the format makes of each token."""
 
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text.append(delta.text)
-        self.logprobs.extend(delta.logprobs)
-        self.finish_reason = delta.finish_reason
 
 
 class CompletionFormat(Format):
@@ -106,29 +112,27 @@ class CompletionFormat(Format):
         return b"".join(self._event(self._choice(at, text, (), None)) for at, text in enumerate(self._echo) if text)
 
     def chunk(self, index: int, delta: Delta) -> bytes:
-        return self._event(self._choice(index, delta.text, delta.logprobs, delta.finish_reason))
+        logprobs = [self._token(item) for item in delta.logprobs]
+        return self._event(self._choice(index, delta.text, logprobs, delta.finish_reason))
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         text = self._echo[index] + "".join(choice.text)
         return self._choice(index, text, choice.logprobs, choice.finish_reason)
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, logprobs: Sequence[tuple[Any, ...]], reason: str | None) -> dict[str, Any]:
         body = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
         if self._logprobs:
-            body["logprobs"] = {
-                "tokens": [self._codec.token_text(item.token) for item in logprobs],
-                "token_logprobs": [_finite(item.logprob) for item in logprobs],
-                "top_logprobs": [self._alternatives(item) for item in logprobs],
-                "text_offset": [item.offset for item in logprobs],
-                "token_ids": [item.token for item in logprobs],
-            }
+            columns = zip(*logprobs, strict=True) if logprobs else ((),) * 5
+            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids")
+            body["logprobs"] = dict(zip(names, columns, strict=True))
         return body
 
-    def _alternatives(self, item: TokenLogprob) -> dict[str, float]:
-        """The best tokens, and the chosen one even when it is none of them."""
-        result = {self._codec.token_text(token): _finite(logprob) for token, logprob in item.top}
-        result.setdefault(self._codec.token_text(item.token), _finite(item.logprob))
-        return result
+    def _token(self, item: TokenLogprob) -> tuple[Any, ...]:
+        """The best tokens are listed, and the chosen one even when it is none of them."""
+        text = self._codec.token_text(item.token)
+        best = {self._codec.token_text(token): _finite(logprob) for token, logprob in item.top}
+        best.setdefault(text, _finite(item.logprob))
+        return text, _finite(item.logprob), _encoded(best), item.offset, item.token
 
 
 class ChatFormat(Format):
@@ -142,7 +146,8 @@ class ChatFormat(Format):
         """A text and how it ended are two events: clients take the last one for the end of the choice."""
         event = b""
         if delta.text or delta.logprobs:
-            event = self._event(self._choice(index, {"delta": {"content": delta.text}}, delta.logprobs, None))
+            logprobs = [self._token(item) for item in delta.logprobs]
+            event = self._event(self._choice(index, {"delta": {"content": delta.text}}, logprobs, None))
         if delta.finish_reason is not None:
             event += self._event(self._choice(index, {"delta": {}}, (), delta.finish_reason))
         return event
@@ -152,21 +157,24 @@ class ChatFormat(Format):
         return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
 
     def _choice(
-        self, index: int, content: dict[str, Any], logprobs: Sequence[TokenLogprob], reason: str | None
+        self, index: int, content: dict[str, Any], logprobs: Sequence[msgspec.Raw], reason: str | None
     ) -> dict[str, Any]:
         body = {"index": index, **content, "logprobs": None, "finish_reason": reason}
         if self._logprobs:
-            entries = [
-                self._entry(item.token, item.logprob)
-                | {"top_logprobs": [self._entry(token, logprob) for token, logprob in item.top]}
-                for item in logprobs
-            ]
-            body["logprobs"] = {"content": entries, "refusal": None}
+            body["logprobs"] = {"content": logprobs, "refusal": None}
         return body
+
+    def _token(self, item: TokenLogprob) -> msgspec.Raw:
+        best = [self._entry(token, logprob) for token, logprob in item.top]
+        return _encoded(self._entry(item.token, item.logprob) | {"top_logprobs": best})
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._codec.token_bytes(token)
         return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _encoded(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _finite(logprob: float) -> float:

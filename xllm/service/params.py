@@ -16,6 +16,9 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 256
+MAX_BIASES = 1024
+# Logprobs held until an answer is sent whole: chosen tokens and alternatives, some hundred bytes each.
+MAX_HELD_LOGPROBS = 1 << 20
 INT64 = 2**63
 # Text this much longer than the context in characters is first judged by its beginning, so that megabytes are not
 # tokenised to be refused.
@@ -193,10 +196,13 @@ def _job(
         raise invalid("invalid_request", f"stop has {len(stops)} strings, at most {MAX_STOPS} are allowed", "stop")
     if any(not stop or len(stop) > MAX_STOP_CHARS for stop in stops):
         raise invalid("invalid_request", f"each stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+    params = tuple(_params(body, facts, len(prompt), logprobs) for prompt in prompts)
+    if logprobs is not None and not body.stream:
+        _check_held(n * sum(each.max_tokens or 0 for each in params) * (logprobs + 1))
     return Job(
         chat=chat,
         prompts=prompts,
-        params=tuple(_params(body, facts, len(prompt), logprobs) for prompt in prompts),
+        params=params,
         n=n,
         stops=stops,
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -204,6 +210,16 @@ def _job(
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
     )
+
+
+def _check_held(logprobs: int) -> None:
+    if logprobs > MAX_HELD_LOGPROBS:
+        raise invalid(
+            "invalid_request",
+            f"the answer may hold {logprobs} logprobs (sequences x max_tokens x tokens listed), at most"
+            f" {MAX_HELD_LOGPROBS} are kept for an answer sent whole: lower max_tokens, or set stream: true",
+            "logprobs",
+        )
 
 
 def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int | None) -> SamplingParams:
@@ -267,6 +283,10 @@ def _max_tokens(body: Sampling, facts: ModelFacts, prompt_tokens: int) -> int:
 
 
 def _logit_bias(given: Mapping[str, float], vocab: int) -> dict[int, float]:
+    if len(given) > MAX_BIASES:
+        raise invalid(
+            "invalid_request", f"logit_bias has {len(given)} entries, at most {MAX_BIASES} are allowed", "logit_bias"
+        )
     result = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab):

@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 30.0
 WARM_UP_SECONDS = 1.0
 FORCED_EXIT_SECONDS = 1.0
+UNREAD_SECONDS = 60.0  # that sent bytes may wait for a client; closing alone would wait for ever
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -33,6 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_SECONDS * 1000))
         listener.bind((host, port))
     except OSError:
         listener.close()
@@ -118,6 +121,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # Bytes between requests end uvicorn's wait for the next one, even those that begin none.
+        if self.cycle is None or self.cycle.response_complete:
+            self._start_clock()
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0

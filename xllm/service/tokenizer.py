@@ -13,6 +13,7 @@ import tokenizers
 
 from xllm.service.text import Detokenizer
 
+REMEMBERED_TOKENS = 1 << 14  # whose text and bytes are looked up once; logprobs ask for the same ones over and over
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -27,6 +28,7 @@ class TextCodec:
         self._special = frozenset(token for token, facts in added.items() if facts.special)
         self._added = {token: facts.content for token, facts in added.items()}
         self._byte_level = _has_decoder(tokenizer, "ByteLevel")
+        self._token = lru_cache(REMEMBERED_TOKENS)(self._look_up)
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> TextCodec:
@@ -57,6 +59,22 @@ class TextCodec:
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; joined over an answer they are its text in UTF-8 (up to a leading space some models
         drop)."""
+        return self._token(token)[0]
+
+    def token_text(self, token: int) -> str:
+        """The token as text on its own; a part of a character shows as `bytes:\\xe4\\xbd`, as OpenAI's does."""
+        return self._token(token)[1]
+
+    def _look_up(self, token: int) -> tuple[bytes, str]:
+        data = self._bytes_of(token)
+        if not data:
+            return data, f"token_id:{token}"  # rows that pad the vocabulary have no text, but must be told apart
+        try:
+            return data, data.decode()
+        except UnicodeDecodeError:
+            return data, "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _bytes_of(self, token: int) -> bytes:
         if (content := self._added.get(token)) is not None:
             return content.encode()
         piece = self._tokenizer.id_to_token(token)
@@ -68,16 +86,6 @@ class TextCodec:
         if match := BYTE_TOKEN.fullmatch(piece):
             return bytes((int(match[1], 16),))
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-
-    def token_text(self, token: int) -> str:
-        """The token as text on its own; a part of a character shows as `bytes:\\xe4\\xbd`, as OpenAI's does."""
-        data = self.token_bytes(token)
-        if not data:
-            return f"token_id:{token}"  # rows that pad the vocabulary have no text, but must be told apart
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _has_decoder(tokenizer: tokenizers.Tokenizer, kind: str) -> bool:
