@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from xllm.kernels import cpu
 
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936

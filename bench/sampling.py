@@ -17,9 +17,9 @@ import time
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
 from xllm.kernels.cpu import Runner
 from xllm.kernels.cpu.sampling import Sampler
-
 from xllm.runtime.request import SamplingParams
 
 HISTORY = 2000

@@ -10,13 +10,11 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
 
 import numpy as np
 
 from ._library import CBatch, CCall, library
 
-Input = Literal["ids", "positions", "last"]
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
 
@@ -44,10 +42,10 @@ class Call:
     """One call of a plan. An argument is an address, an input of the step by name, or None where that is allowed."""
 
     kernel: str
-    args: Mapping[str, int | Input | None]
+    args: Mapping[str, int | str | None]
     ints: Mapping[str, int] = field(default_factory=dict)
     floats: Mapping[str, float] = field(default_factory=dict)
-    rows: Literal["T", "S"] = "T"
+    rows: str = "T"
 
 
 class Batch:

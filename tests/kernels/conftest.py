@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from xllm.kernels import cpu
 
 from tests.kernels.oracle import KernelRun
+from xllm.kernels import cpu
 
 
 @pytest.fixture(scope="session", params=cpu.levels())

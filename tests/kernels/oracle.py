@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from xllm.kernels import cpu
 
 
@@ -83,7 +84,7 @@ def aligned(size: int, fill: int = 0, align: int = 4096) -> np.ndarray:
 
 
 def pack(weight: np.ndarray, dtype: str) -> np.ndarray:
-    packed = aligned(cpu.packed_bytes(*weight.shape, dtype))
+    packed = aligned(cpu.packed_bytes(weight.shape[0], weight.shape[1], dtype))
     return cpu.pack_panels(np.ascontiguousarray(weight, np.float32), dtype, packed)
 
 

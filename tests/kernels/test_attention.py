@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from xllm.kernels import cpu
 
 from tests.kernels.oracle import KernelRun, aligned, attention, batch, relative_error, rounded
+from xllm.kernels import cpu
 
 LAYER_OFFSET = 256  # bytes: a layer that is not the first
 

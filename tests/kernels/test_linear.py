@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from xllm.kernels import cpu
 
 from tests.kernels.oracle import KernelRun, batch, pack, relative_error, rounded
+from xllm.kernels import cpu
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 25, 97, 200)

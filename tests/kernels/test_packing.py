@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from xllm.kernels import cpu
 
 from tests.kernels.oracle import bf16_bits, bf16_round
+from xllm.kernels import cpu
 
 
 def unpacked(panels, n, k, dtype):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from xllm.kernels import cpu
 
 from tests.kernels.oracle import aligned, batch, pack
+from xllm.kernels import cpu
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
 
 
 def _reach(config: Any) -> int:
-    """Positions the model was made for; dynamic rope scaling says by how much it may go beyond its table. 0: not said."""
+    """Positions the model was made for; dynamic rope says by how much it may go beyond its table. 0: not said."""
     positions = int(getattr(config, "max_position_embeddings", None) or 0)
     rope = getattr(config, "rope_parameters", None) or {}
     return int(positions * float(rope.get("factor", 1.0))) if rope.get("rope_type") == "dynamic" else positions
