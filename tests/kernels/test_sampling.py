@@ -352,13 +352,13 @@ def test_attach_refuses_by_field(runner, field_name, value):
 
 def test_attach_and_sample_refuse_what_they_cannot_index(runner):
     sampler, logits = Sampler(runner, 50, 4), rows_of(61, 2, 50)
-    refused: tuple[tuple[tuple[Any, ...], str], ...] = (
+    refused: list[tuple[Any, str]] = [
         ((4, GREEDY, []), "slot"),
         ((0, GREEDY, [50]), "prompt_ids"),
         ((0, GREEDY, [], [-1]), "generated_ids"),
         ((0, GREEDY, [], [], -1), "sample_index"),
         ((0, GREEDY, [], [], 0, [99]), "suppress_ids"),
-    )
+    ]
     for arguments, name in refused:
         with pytest.raises(SamplingError) as caught:
             sampler.attach(*arguments)
