@@ -35,7 +35,7 @@ def verify(program: Program) -> None:
     try:
         program.graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise VerifyError(None, f"graph is malformed: {error}") from error
+        raise VerifyError(None, f"graph is malformed: {str(error).partition(chr(10))[0]}") from error
     for rule in RULES:
         rule(program)
 

@@ -138,7 +138,7 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
         key=lambda span: span[:2],
     )
     for index, (start, stop, value) in enumerate(spans):
-        if start % ALIGN_BYTES or stop > arena.bytes:
+        if start % ALIGN_BYTES or start < 0 or stop > arena.bytes:
             raise _broken(f"{value.name} lies at {start}..{stop} in an arena of {arena.bytes} bytes")
         for other_start, _, other in spans[index + 1 :]:
             if other_start >= stop:

@@ -108,7 +108,8 @@ def schedule_graph(graph: nx.DiGraph, seconds: Mapping[str, float], stream: Mapp
 
 
 def _waits(graph: nx.DiGraph, order: list[str], stream: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The fewest waits: only on the last needed node of each other stream, and only if nothing earlier implies it."""
+    """The fewest waits: only for what the stream, or another wait, does not imply."""
+    place = {name: at for at, name in enumerate(order)}
     count: dict[str, int] = {}
     index: dict[str, int] = {}
     for name in order:
@@ -119,17 +120,15 @@ def _waits(graph: nx.DiGraph, order: list[str], stream: Mapping[str, str]) -> di
     waits: dict[str, tuple[str, ...]] = {}
     for name in order:
         lane = stream[name]
-        needed: dict[str, str] = {}
-        for before in graph.predecessors(name):
-            other = stream[before]
-            reached = max(clock[lane].get(other, -1), index[needed[other]] if other in needed else -1)
-            if other != lane and index[before] > reached:
-                needed[other] = before
+        needed = []
+        # The latest first: what it waited for itself need not be waited for again.
+        for before in sorted(graph.predecessors(name), key=place.__getitem__, reverse=True):
+            if index[before] > clock[lane].get(stream[before], -1):
+                needed.insert(0, before)
+                for other, reached in seen[before].items():
+                    clock[lane][other] = max(clock[lane].get(other, -1), reached)
         if needed:
-            waits[name] = tuple(sorted(needed.values(), key=order.index))
-        for before in needed.values():
-            for other, reached in seen[before].items():
-                clock[lane][other] = max(clock[lane].get(other, -1), reached)
+            waits[name] = tuple(needed)
         clock[lane][lane] = index[name]
         seen[name] = dict(clock[lane])
     return waits

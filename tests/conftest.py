@@ -1,0 +1,33 @@
+"""Options of the whole suite: --update-golden rewrites golden files, --mutations says how many broken plans to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("xllm")
+    group.addoption("--update-golden", action="store_true", help="rewrite golden files with what the code gives now")
+    group.addoption("--mutations", type=int, default=1500, help="mutated plans per planner test (release: 100000)")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compares a text with a golden file, exactly. The difference is the review; --update-golden accepts it."""
+
+    def compare(file: Path, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        assert file.is_file(), f"{file.name} is missing: run pytest --update-golden and read the file"
+        assert text == file.read_text(encoding="utf-8"), "if this is meant: pytest --update-golden, then read git diff"
+
+    return compare
+
+
+@pytest.fixture
+def mutations(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--mutations"))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,90 @@
+"""Operators: what they promise on fake values is what they give on real ones, and misfits are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from xllm.ir.dialect import operators
+
+T, HQ, HKV, D = 5, 4, 2, 6
+FLOATS = torch.Generator().manual_seed(3)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=FLOATS)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+POSITIONS, SLOTS = ints(0, 1, 2, 0, 1), ints(0, 0, 0, 1, 1)
+STATE = (2, 3, 8, HKV * 2 * D)
+GOOD: dict[str, tuple[Any, ...]] = {
+    "linear": (floats(T, 8), floats(3, 8), floats(3)),
+    "embedding": (ints(1, 0, 2), floats(4, 8)),
+    "rows": (floats(6, 8), ints(5, 0)),
+    "rms_norm": (floats(T, HQ, 8), floats(8), 1e-6),
+    "add_rms_norm": (floats(T, 8), floats(T, 8), floats(8), 1e-6),
+    "rope": (floats(T, HQ, D), floats(T, 4), floats(T, 4), 4, False),
+    "gated_act": (floats(T, 8), "silu"),
+    "kv_write": (floats(*STATE), floats(T, HKV, D), floats(T, HKV, D), POSITIONS, SLOTS, 1),
+    "attention": (floats(*STATE), floats(T, HQ, D), POSITIONS, SLOTS, floats(HQ), 1, HKV, D, 0.4, 2, 30.0),
+    "qk_norm_rope_write": (
+        floats(*STATE), floats(T, (HQ + 2 * HKV) * D), floats(D), floats(D), floats(T, 4), floats(T, 4), POSITIONS,
+        SLOTS, 1, HQ, HKV, D, 4, False, 1e-6,
+    ),
+}  # fmt: skip
+BAD: list[tuple[str, int, Any]] = [
+    ("linear", 1, floats(3, 7)),
+    ("linear", 2, floats(4)),
+    ("rms_norm", 1, floats(1)),
+    ("rms_norm", 1, floats(HQ, 8)),
+    ("add_rms_norm", 1, floats(1, 8)),
+    ("add_rms_norm", 2, floats(1)),
+    ("rope", 0, floats(T, HQ * D)),
+    ("rope", 1, floats(T, 2)),
+    ("rope", 2, floats(1, 4)),
+    ("rope", 3, 3),
+    ("gated_act", 0, floats(T, 7)),
+    ("gated_act", 1, "swish"),
+    ("kv_write", 2, floats(T, HQ, D)),
+    ("kv_write", 3, ints(0)),
+    ("attention", 1, floats(T, 3, D)),
+    ("attention", 3, ints(0)),
+    ("attention", 4, floats(HKV)),
+    ("qk_norm_rope_write", 1, floats(T, HQ * D)),
+    ("qk_norm_rope_write", 2, floats(HQ * D)),
+    ("qk_norm_rope_write", 4, None),
+    ("qk_norm_rope_write", 10, 3),
+]
+
+
+def test_every_operator_is_covered() -> None:
+    assert set(GOOD) == set(operators())
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_fake_and_real_agree(name: str) -> None:
+    args = GOOD[name]
+    real = operators()[name](*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    fake = operators()[name](*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
+    for one, other in zip(_parts(real), _parts(fake), strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize(("name", "place", "value"), BAD, ids=lambda part: part if isinstance(part, str) else None)
+def test_misfits_are_refused(name: str, place: int, value: Any) -> None:
+    args = list(GOOD[name])
+    args[place] = value
+    with pytest.raises((ValueError, RuntimeError)):
+        operators()[name](*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
+
+
+def _parts(value: Any) -> tuple[torch.Tensor, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -1,0 +1,85 @@
+"""Canonicalize: the batch dimension goes wherever a rule knows how, and every view, slice and copy has one spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch.fx as fx
+
+from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, small
+from tests.passes.test_near_misses import run
+from tests.passes.zoo import CONTEXT
+from xllm.passes import run_pipeline
+from xllm.passes.canonicalize import Canonicalize
+
+
+def batched(b: Builder, x: fx.Node, *steps: Callable[[Builder, fx.Node], fx.Node]) -> fx.Node:
+    """`steps` on x [1, T, HIDDEN]."""
+    x = b.call(aten.unsqueeze.default, x, 0)
+    for step in steps:
+        x = step(b, x)
+    return b.call(aten.squeeze.dim, x, 0)
+
+
+def split(b: Builder, x: fx.Node) -> fx.Node:
+    return b.call(aten.reshape.default, x, [1, -1, HEADS, HEAD_DIM])
+
+
+def joined(b: Builder, x: fx.Node) -> fx.Node:
+    return b.call(aten.reshape.default, x, [1, -1, HIDDEN])
+
+
+@pytest.mark.parametrize("dim", [-1, 1, 2, 3])
+def test_dimensions_move_with_the_batch(dim: int) -> None:
+    """softmax over dimension 1 of [1, T, H, D] is over dimension 0 of [T, H, D]: same shape, other numbers."""
+    after, (_, misses) = run(
+        Canonicalize(),
+        lambda b, x: batched(b, x, split, lambda b, x: b.call(aten.softmax.int, x, dim), joined),
+    )
+    assert misses == []
+    assert all(node.meta["val"].shape[0] != 1 for node in after.calls())
+
+
+def test_one_call_without_a_rule_stays_one_miss() -> None:
+    def flipped(b: Builder, x: fx.Node) -> fx.Node:
+        return b.call(aten.flip.default, x, [0])
+
+    def chain(b: Builder, x: fx.Node) -> fx.Node:
+        return b.call(aten.add.Tensor, b.call(aten.neg.default, x), x)
+
+    _, (_, misses) = run(Canonicalize(), lambda b, x: batched(b, x, chain, flipped, chain, chain))
+    assert misses == ["aten.flip.default keeps its batch dimension: no rule drops it"]
+
+
+def test_active_dropout_stays() -> None:
+    def body(b: Builder, x: fx.Node, active: bool) -> fx.Node:
+        return b.call(aten.dropout.default, x, 0.5, active)
+
+    program, _ = run_pipeline(small(lambda b, x: body(b, x, True)), [Canonicalize()], CONTEXT)
+    assert [node for node in program.calls() if node.target is aten.dropout.default]
+    program, _ = run_pipeline(small(lambda b, x: body(b, x, False)), [Canonicalize()], CONTEXT)
+    assert not [node for node in program.calls() if node.target is aten.dropout.default]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "spelled"),
+    [(8, 2**63 - 1, [8, 16]), (-4, None, [12, 16]), (0, -4, [0, 12]), (None, 4, [0, 4]), (2, 99, [2, 16])],
+)
+def test_slices_say_where_they_end(start: int | None, stop: int | None, spelled: list[int]) -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        part = b.call(aten.slice.Tensor, x, 1, start, stop)
+        return b.linear(part, "proj", HIDDEN)
+
+    after, _ = run(Canonicalize(), body)
+    (cut,) = (node for node in after.calls() if node.target is aten.slice.Tensor)
+    assert list(cut.args[1:]) == [-1, *spelled]
+
+
+def test_joining_with_nothing_goes() -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        nothing = b.call(aten.slice.Tensor, x, -1, HIDDEN, HIDDEN)
+        return b.call(aten.cat.default, [x, nothing], -1)
+
+    after, _ = run(Canonicalize(), body)
+    assert not [node for node in after.calls() if node.target is aten.cat.default]
