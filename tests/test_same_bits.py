@@ -137,7 +137,6 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
         preemptions = engine.stats().preemptions
     finally:
         engine.stop()
-        executor.close()
     assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
     prompts = {request.id: len(request.prompt) for request in order}
     rows = {

@@ -130,6 +130,7 @@ class FakeExecutor:
         self.numeric_errors: set[tuple[str, int]] = set()  # (request, output index)
         self.batches: list[Batch] = []
         self.largest_step = 0
+        self.closed = False
 
     def attach(self, slot, request, generated) -> None:
         assert slot not in self.sequences
@@ -142,6 +143,9 @@ class FakeExecutor:
     def detach(self, slot) -> None:
         assert not any(row.slot == slot for batch in self.queue for row in batch.rows)
         del self.sequences[slot]
+
+    def close(self) -> None:
+        self.closed = True
 
     def launch(self, batch: Batch) -> _Handle:
         assert batch.rows and len({row.slot for row in batch.rows}) == len(batch.rows) <= self.limits.max_seqs

@@ -74,6 +74,7 @@ class FakeEngine:
         self.generated = 0
         self.paused = False
         self.broken: str | None = None
+        self.refusal: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -93,7 +94,13 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         with self._changed:
             live = len(self._live)
-            return EngineStats(running=live, free_pages=100 - live, total_pages=100, generated_tokens=self.generated)
+            return EngineStats(
+                running=live,
+                free_pages=100 - live,
+                total_pages=100,
+                generated_tokens=self.generated,
+                refusal=self.refusal,
+            )
 
     def stop(self) -> None:
         with self._changed:

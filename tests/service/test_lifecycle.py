@@ -201,6 +201,16 @@ def test_a_failure_before_the_first_token_has_its_status(tmp_path, stream):
         assert ask(base).status_code == 200
 
 
+def test_a_server_whose_engine_failed_is_not_healthy(tmp_path):
+    service = fake_service(tmp_path)
+    with running(service) as (base, _):
+        assert {httpx.get(base + path).status_code for path in PUBLIC} == {200}
+        fake(service).refusal = "engine_failed: the engine failed and must be restarted; the log says why"
+        for path in PUBLIC:
+            answer = httpx.get(base + path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_failed")
+
+
 def test_a_failure_after_the_first_token_is_an_event(tmp_path):
     service = fake_service(tmp_path, tick=0.001)
     with running(service) as (base, _), httpx.stream("POST", base + COMPLETIONS, json=ENDLESS) as answer:

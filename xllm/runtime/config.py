@@ -49,7 +49,7 @@ class EngineStats:
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
-    background thread.
+    background thread. refusal: "code: message" once no request is taken any more (stopping, draining, failed).
     """
 
     running: int = 0
@@ -73,3 +73,4 @@ class EngineStats:
     hidden_maps: int = 0
     unmaps: int = 0
     kv_waste_bytes: int = 0
+    refusal: str | None = None

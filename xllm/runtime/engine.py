@@ -26,7 +26,7 @@ log = logging.getLogger("xllm.runtime")
 
 
 class Engine:
-    """Continuous batching over one executor.
+    """Continuous batching over one executor, which ends with the engine.
 
     `sink` is called from the engine thread, at most once per step, with the outputs of that step in no particular order
     of requests; a slow sink slows generation, one that raises ends the engine. Every accepted request gets exactly one
@@ -106,8 +106,8 @@ class Engine:
             return self._changed.wait_for(lambda: self._quiet or not self._thread.is_alive(), timeout)
 
     def stop(self) -> None:
-        """End every request (error shutting_down), the thread and the pool. Waits for launched steps. Calling it again
-        does nothing."""
+        """End every request (error shutting_down), the thread, the pool and the executor. Waits for launched steps.
+        Calling it again does nothing."""
         with self._lock:
             self._refuse("shutting_down", "the engine is stopping")
             self._stopping = True
@@ -120,13 +120,16 @@ class Engine:
             # A launched step may still be writing: its memory stays until the process ends.
             self.pool.stop_premapping()
         else:
+            self._core.executor.close()
             self.pool.close()
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread."""
         figures = self._core.stats()
         with self._lock:
-            return replace(figures, accepted=self._accepted, waiting=figures.waiting + len(self._submitted))
+            waiting = figures.waiting + len(self._submitted)
+            refusal = str(self._refusal) if self._refusal is not None else None
+            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal)
 
     @property
     def why(self) -> tuple[str, ...]:

@@ -101,3 +101,7 @@ class Executor(Protocol):
     def launch(self, batch: Batch) -> Handle:
         """Queue a step and return at once. Raises StepError when it cannot be queued."""
         ...
+
+    def close(self) -> None:
+        """End threads and give memory back; launched steps finish first. Calling it again does nothing."""
+        ...

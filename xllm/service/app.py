@@ -13,7 +13,7 @@ from starlette.routing import Route, Router
 from xllm import __version__
 from xllm.service.answer import Generate, Limits, Service
 from xllm.service.dispatch import Dispatcher, Engine
-from xllm.service.errors import ApiError, draining, invalid
+from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
@@ -75,10 +75,16 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
             await send_json(send, 200, self._make(scope))
 
+    def healthy(scope: Scope) -> dict[str, str]:
+        """Alive and able to answer: what fails here needs a restart."""
+        if refusal := service.engine.stats().refusal:
+            raise from_output(refusal)
+        return {"status": "ok"}
+
     def ready(scope: Scope) -> dict[str, str]:
         if service.draining:
             raise draining()
-        return {"status": "ready"}
+        return healthy(scope) | {"status": "ready"}
 
     def one_model(scope: Scope) -> dict[str, object]:
         name = scope["path_params"]["name"]
@@ -90,10 +96,9 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         text = service.recorder.expose(service.engine.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    alive = Json(lambda scope: {"status": "ok"})
     routes = [
-        Route("/health", alive, methods=["GET"]),
-        Route("/livez", alive, methods=["GET"]),
+        Route("/health", Json(healthy), methods=["GET"]),
+        Route("/livez", Json(healthy), methods=["GET"]),
         Route("/ready", Json(ready), methods=["GET"]),
         Route("/readyz", Json(ready), methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),

@@ -81,9 +81,9 @@ class CpuExecutor:
         return ticket
 
     def close(self) -> None:
-        """Ends the worker and gives memory back; launched steps finish first."""
         self._steps.put(None)
         self._worker.join()
+        self._sampler.close()
         self._runner.close()
 
     def logits(self, rows: int) -> np.ndarray:
@@ -147,7 +147,7 @@ class CpuExecutor:
                 pieces.append(self._fallback(call, bucket))
                 continue
             args = {name: address(reference) for name, reference in call.args.items()}
-            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, call.rows))  # pyright: ignore
+            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, call.rows))
         flush()
         return BoundPlan(bucket, tuple(pieces))
 
