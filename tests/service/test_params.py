@@ -86,6 +86,10 @@ def test_defaults_come_from_the_generation_config():
     generation = {"temperature": 0.6, "top_k": 20, "eos_token_id": [1], "do_sample": True, "top_p": None}
     assert default_sampling(generation) == {"temperature": 0.6, "top_k": 20}
     assert default_sampling({"do_sample": False, "temperature": 0.6}) == {"temperature": 0.0}
+    assert default_sampling({"top_k": -1}) == {"top_k": 0}
+    for broken in ({"temperature": -1}, {"top_p": float("nan")}, {"repetition_penalty": 0}):
+        with pytest.raises(ValueError, match=next(iter(broken))):
+            default_sampling(broken)
     params = plan(b'{"prompt":"hi"}', defaults=default_sampling(generation)).params[0]
     assert (params.temperature, params.top_k, params.top_p) == (0.6, 20, 1.0)
     params = plan(b'{"prompt":"hi","temperature":0,"top_k":-1}', defaults=default_sampling(generation)).params[0]

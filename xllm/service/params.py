@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xllm.runtime import SamplingParams
+from xllm.runtime import RequestRefused, SamplingParams
 from xllm.service.body import ChatBody, CompletionBody, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
 
@@ -34,7 +34,7 @@ class ModelFacts:
     name: str
     vocab: int
     max_len: int
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,19 @@ class Job:
 Encode = Callable[[str, bool], list[int]]
 
 
-def default_sampling(generation: Mapping[str, Any]) -> dict[str, float]:
-    """Sampling defaults from generation_config.json; what it doesn't name falls to OpenAI's defaults (temperature
-    1)."""
+def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults from generation_config.json; what it doesn't name falls to OpenAI's defaults (temperature 1).
+    Raises ValueError for values no request could have."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
+    if "top_k" in defaults:
+        defaults["top_k"] = max(0, int(defaults["top_k"]))  # -1 turns it off as well
+    try:
+        SamplingParams(**defaults)
+    except RequestRefused as error:
+        raise ValueError(f"generation_config.json: {error.message}") from None
     return defaults
 
 
@@ -237,7 +243,7 @@ def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int
         ("top_k", -INT64, INT64 - 1),
     ):
         _within(name, getattr(body, name), low, high)
-    top_k = body.top_k if body.top_k is not None else int(defaults.get("top_k", 0))
+    top_k = body.top_k if body.top_k is not None else defaults.get("top_k", 0)
     stop_ids = body.stop_token_ids or []
     if len(stop_ids) > MAX_STOP_IDS:
         raise invalid(
