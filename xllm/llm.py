@@ -9,6 +9,8 @@ import contextlib
 import itertools
 import os
 import queue
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any
 from xllm.artifact import Artifact, ArtifactError, Progress
 from xllm.runtime.config import EngineConfig
 from xllm.runtime.engine import Engine
+from xllm.runtime.errors import RequestRefused
+from xllm.runtime.executor import KVSpec
+from xllm.runtime.kv import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.targets.cpu import host_threads
 
@@ -28,66 +33,75 @@ PAGE_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where memory goes, in bytes. `weights` are mapped from the artifact and shared between processes."""
+    """Where memory goes, in bytes. `weights` are mapped from the artifact and shared between processes; `pool` is what
+    the engine makes, never more than its sequences can hold together."""
 
     weights: int
     arena: int
-    kv: int
+    pool: PoolPlan
     process: int
-    kv_tokens: int
-    token_bytes: int
+
+    @property
+    def kv(self) -> int:
+        return self.pool.pages * self.pool.page_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.pool.tokens_for(self.pool.pages)
 
     @property
     def total(self) -> int:
         return self.weights + self.arena + self.kv + self.process
 
     def table(self) -> str:
+        token_bytes = self.pool.kv.group_bytes // self.pool.kv.group_tokens
         rows = (
             ("weights (mapped, shared)", self.weights, ""),
             ("arena", self.arena, ""),
-            ("KV pages", self.kv, f"{self.kv_tokens:,} tokens of {self.token_bytes:,} bytes"),
+            ("KV pages", self.kv, f"{self.kv_tokens:,} tokens of {token_bytes:,} bytes"),
             ("process", self.process, "estimate"),
             ("total", self.total, ""),
         )
         return "\n".join(f"  {name:<26}{size / 2**20:>10,.1f} MiB  {note}".rstrip() for name, size, note in rows)
 
 
-def plan_memory(artifact: Artifact, memory_bytes: int | None) -> Ledger:
+def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None) -> Ledger:
     """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free).
 
     Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
     """
     plan, limits = artifact.plan, artifact.manifest["limits"]
+    spec = KVSpec(group_bytes=plan.kv.group_bytes, group_tokens=plan.kv.group_tokens)
+    seqs = min(max_seqs or limits["max_seqs"], limits["max_seqs"])
     fixed = artifact.weight_bytes + plan.arena_bytes + PROCESS_BYTES
-    group = plan.kv.group_tokens
-    one = -(-limits["max_len"] // group) * plan.kv.group_bytes
+    free = _available_bytes()
+
+    def pages(tokens: int) -> int:
+        groups = -(-tokens // spec.group_tokens)
+        return -(-groups * spec.group_bytes // PAGE_BYTES) * PAGE_BYTES
+
+    one = pages(limits["max_len"])
     if memory_bytes is None:
-        wanted = max(one, min(DEFAULT_KV_TOKENS, limits["max_len"] * limits["max_seqs"]) * plan.kv.token_bytes)
-        kv = max(one, min(wanted, (_available_bytes() - fixed) // 2))
+        wanted = pages(min(DEFAULT_KV_TOKENS, limits["max_len"] * seqs))
+        kv = max(one, min(wanted, (free - fixed) // 2))
     else:
         kv = memory_bytes - fixed
-    kv = kv // PAGE_BYTES * PAGE_BYTES
-    free = _available_bytes()
-    if kv + fixed > free + artifact.weight_bytes:
-        raise ArtifactError(
-            "memory-too-large",
-            f"--memory asks for {_mib(kv + fixed)}, the machine has {_mib(free)} free: give a smaller --memory",
-        )
     if kv < one:
-        needed = fixed + -(-one // PAGE_BYTES) * PAGE_BYTES
         raise ArtifactError(
             "memory-too-small",
             f"--memory leaves {_mib(max(kv, 0))} for KV pages, one sequence of {limits['max_len']} tokens needs"
-            f" {_mib(one)}: give --memory {_mib(needed)} or more, or compile with a smaller --max-len",
+            f" {_mib(one)}: give --memory {_mib(fixed + one)} or more, or compile with a smaller --max-len",
         )
-    return Ledger(
-        artifact.weight_bytes,
-        plan.arena_bytes,
-        kv,
-        PROCESS_BYTES,
-        kv // plan.kv.group_bytes * group,
-        plan.kv.token_bytes,
-    )
+    pool = plan_pool(spec, limits["max_len"], seqs, kv)
+    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES)
+    if ledger.total > free + artifact.weight_bytes:
+        knob = "give a smaller --memory" if memory_bytes else "free some, or compile with a smaller --max-len"
+        raise ArtifactError(
+            "memory-too-large",
+            f"{_mib(ledger.total)} are needed, {_mib(ledger.kv)} of them for KV pages, and the machine has {_mib(free)}"
+            f" free: {knob}",
+        )
+    return ledger
 
 
 def open_engine(
@@ -109,15 +123,16 @@ def open_engine(
     from xllm.targets.cpu_executor import CpuExecutor
 
     artifact = Artifact.open(path)
-    ledger = plan_memory(artifact, memory_bytes)
+    ledger = plan_memory(artifact, memory_bytes, max_seqs)
     executor = CpuExecutor(artifact, threads or host_threads(), progress=progress)
     budget = artifact.plan.buckets[-1].T
     config = EngineConfig(
         kv_bytes=ledger.kv,
+        page_bytes=ledger.pool.page_bytes,
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
         max_tokens_per_step=budget,
         max_chunk=min(chunk or budget, budget),
-        max_seqs=max_seqs,
+        max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
     )
     engine = Engine(executor, config, sink)
@@ -136,16 +151,19 @@ class Completion:
 
 
 class LLM:
-    """An artifact in this process. Use as a context manager, or call `close`."""
+    """An artifact in this process. Use as a context manager, or call `close`. Threads take turns."""
 
     def __init__(self, artifact: str | Path, *, memory_bytes: int | None = None, threads: int | None = None) -> None:
-        from tokenizers import Tokenizer
+        from xllm.service.params import default_sampling
+        from xllm.service.tokenizer import TextCodec
 
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self.artifact, self._engine, self.ledger = open_engine(
             artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
         )
-        self.tokenizer = Tokenizer.from_file(str(self.artifact.tokenizer_path))
+        self.codec = TextCodec.from_file(self.artifact.tokenizer_path)
+        self._defaults = default_sampling(self.artifact.generation)
+        self._turn = threading.Lock()
         self._ids = itertools.count()
 
     def generate(
@@ -154,34 +172,57 @@ class LLM:
         params: SamplingParams | None = None,
         **options: Any,
     ) -> list[Completion]:
-        """Completes each prompt (text, or token ids). `options` are fields of SamplingParams. Order is kept.
+        """Completes each prompt (text, or token ids). `options` are fields of SamplingParams, beside the defaults of
+        the model; or give `params` whole. Order is kept.
 
-        Raises RequestRefused for what can never run, RuntimeError when a request fails.
+        Raises RequestRefused for what can never run, RuntimeError when a request fails; the other prompts then end.
         """
-        chosen = params or SamplingParams(**options)
+        if params is not None and options:
+            raise TypeError(f"generate takes params or {', '.join(options)}, not both")
+        chosen = params or SamplingParams(**self._defaults | options)
         items: Iterable[Any] = [prompts] if isinstance(prompts, str) else prompts
         requests = [
-            Request(f"llm-{next(self._ids)}", tuple(self.tokenizer.encode(p).ids if isinstance(p, str) else p), chosen)
+            Request(f"llm-{next(self._ids)}", tuple(self.codec.encode(p, True) if isinstance(p, str) else p), chosen)
             for p in items
         ]
-        for request in requests:
-            self._engine.submit(request)
-        gathered: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
-        left = len(requests)
-        while left:
-            for output in self._outputs.get():
-                gathered[output.request_id].append(output)
-                left -= output.finish_reason is not None
+        with self._turn:
+            try:
+                gathered = self._run(requests)
+            except BaseException:
+                for request in requests:
+                    self._engine.cancel(request.id)
+                raise
         return [self._completion(gathered[request.id]) for request in requests]
+
+    def _run(self, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
+        gathered: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
+        waiting, left = deque(requests), len(requests)
+        while left:
+            while waiting and self._submitted(waiting[0]):
+                waiting.popleft()
+            for output in self._outputs.get():
+                if output.request_id in gathered:  # not of a call that was given up
+                    gathered[output.request_id].append(output)
+                    left -= output.finish_reason is not None
+        return gathered
+
+    def _submitted(self, request: Request) -> bool:
+        """False when the queue is full: the outputs of those in it come first."""
+        try:
+            self._engine.submit(request)
+        except RequestRefused as refusal:
+            if refusal.code != "queue_full":
+                raise
+            return False
+        return True
 
     def _completion(self, outputs: list[TokenOutput]) -> Completion:
         end = outputs[-1]
         if end.finish_reason == "error":
             raise RuntimeError(end.error)
         tokens = tuple(output.token for output in outputs if output.token is not None)
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         logprobs = tuple(output.logprob for output in outputs if output.logprob is not None)
-        return Completion(text, tokens, str(end.finish_reason), logprobs)
+        return Completion(self.codec.decode(tokens), tokens, str(end.finish_reason), logprobs)
 
     def close(self) -> None:
         self._engine.stop()
@@ -201,11 +242,16 @@ def _available_bytes() -> int:
     """Memory that may be taken without swapping, within this process's control group."""
     free = 1 << 34
     with contextlib.suppress(OSError, KeyError, ValueError):
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-        if limit != "max":
-            free = min(free, int(limit))
+    with contextlib.suppress(OSError, KeyError, ValueError):  # no limit, or no such group
+        free = min(free, _unused_of_group(Path("/sys/fs/cgroup")))
     return free
+
+
+def _unused_of_group(folder: Path) -> int:
+    """Bytes a control group may still take: its limit less what it holds and can't drop. Raises ValueError when there
+    is no limit."""
+    limit = int((folder / "memory.max").read_text())
+    held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return max(0, limit - int(held["anon"]) - int(held["shmem"]))

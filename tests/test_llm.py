@@ -1,0 +1,99 @@
+"""An artifact in this process: what a ledger says is what the engine has, and a call leaves nothing to the next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.models import FAMILIES, build
+from xllm.artifact import Artifact, ArtifactError
+from xllm.compiler import CompileOptions
+from xllm.llm import LLM, PROCESS_BYTES, _unused_of_group, open_engine, plan_memory
+from xllm.runtime import EngineConfig, RequestRefused, SamplingParams
+
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llm")
+    return build(folder, FAMILIES["qwen3"], options=CompileOptions(max_len=256, max_seqs=4))[1]
+
+
+@pytest.fixture(scope="module")
+def llm(artifact: Path) -> Iterator[LLM]:
+    with LLM(artifact, threads=1) as running:
+        yield running
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[index, index + 1, index + 2] for index in range(count)]
+
+
+def test_a_refused_call_leaves_nothing_to_the_next(llm: LLM) -> None:
+    [alone] = llm.generate(prompts(1), **GREEDY)
+    with pytest.raises(RequestRefused, match="token_out_of_range"):
+        llm.generate([*prompts(3), [10**9]], **GREEDY)
+    assert llm.generate(prompts(1), **GREEDY) == [alone]
+    with pytest.raises(TypeError, match="temperature"):
+        llm.generate(prompts(1), SamplingParams(), temperature=0)
+
+
+def test_more_prompts_than_the_queue_holds(artifact: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xllm.llm.EngineConfig", partial(EngineConfig, queue_limit=2))
+    with LLM(artifact, threads=1) as narrow:
+        assert narrow.generate(prompts(20), **GREEDY) == llm.generate(prompts(20), **GREEDY)
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    expected = llm.generate(prompts(4), **GREEDY)
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda prompt: llm.generate([prompt], **GREEDY), prompts(4))
+        assert [answer for [answer] in answers] == expected
+
+
+def test_a_closed_engine_leaves_no_thread(artifact: Path) -> None:
+    with LLM(artifact, threads=1) as first:  # pools of libraries start with the first one
+        first.generate(prompts(1), **GREEDY)
+    before = len(os.listdir("/proc/self/task"))
+    with LLM(artifact, threads=2) as second:
+        second.generate(prompts(1), **GREEDY)
+        assert len(os.listdir("/proc/self/task")) > before
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
+@pytest.mark.parametrize("max_seqs", [None, 1])
+def test_the_ledger_is_what_the_engine_has(artifact: Path, memory_bytes: int | None, max_seqs: int | None) -> None:
+    _, engine, ledger = open_engine(artifact, print, memory_bytes=memory_bytes, threads=1, max_seqs=max_seqs)
+    stats = engine.stats()
+    engine.stop()
+    assert ledger.kv == stats.total_pages * stats.page_bytes
+    sequences = max_seqs or 4
+    assert 256 * sequences <= ledger.kv_tokens < 256 * sequences + ledger.pool.tokens_for(1) * sequences
+    assert f"{ledger.kv_tokens:,} tokens" in ledger.table()
+
+
+def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Artifact.open(artifact)
+    with pytest.raises(ArtifactError, match=r"256 tokens needs 2MiB: give --memory \d+MiB"):
+        plan_memory(opened, PROCESS_BYTES)
+    monkeypatch.setattr("xllm.llm._available_bytes", lambda: PROCESS_BYTES)
+    with pytest.raises(ArtifactError, match="smaller --memory"):
+        plan_memory(opened, 1 << 30)
+    with pytest.raises(ArtifactError, match="free some"):
+        plan_memory(opened, None)
+
+
+def test_a_control_group_counts_what_it_can_not_drop(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 500\nshmem 100\n")
+    assert _unused_of_group(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    with pytest.raises(ValueError, match="max"):
+        _unused_of_group(tmp_path)
