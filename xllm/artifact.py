@@ -175,24 +175,28 @@ class ArtifactWriter:
         digest. Raises ValueError for a weight of another size, and for a plan that `Plan.check` refuses.
         """
         placed, header = _layout(plan)
+        ends = [*(weight.offset for weight in placed.values()), 0][1:]
         total = max((weight.offset + weight.bytes for weight in placed.values()), default=len(header))
         file = self.root / WEIGHTS
         file.parent.mkdir(parents=True, exist_ok=True)
+        sealed: dict[str, StoredWeight] = {}
         with file.open("wb") as out:
             out.write(header)
-            for key, weight in placed.items():
+            for (key, weight), end in zip(placed.items(), ends, strict=True):
                 data = make(weight)
                 if data.dtype != np.uint8 or data.shape != (weight.bytes,):
                     raise ValueError(f"weight {key} has {data.shape} {data.dtype}, planned are {weight.bytes} bytes")
-                out.write(b"\0" * (weight.offset - out.tell()))
-                start = out.tell()
+                # A weight's region runs to the next weight, so that digests cover the gaps too.
+                gap = b"\0" * max(end - weight.offset - weight.bytes, 0)
                 out.write(data.data)
+                out.write(gap)
+                sealed[key] = replace(weight, digest=_digest(data, gap))
                 del data
                 if progress is not None:
-                    progress(key, start + weight.bytes, total)
-        sealed = replace(plan, weights=_seal(file, placed))
-        sealed.check()
-        return sealed, _digest(header)
+                    progress(key, weight.offset + weight.bytes, total)
+        plan = replace(plan, weights=sealed)
+        plan.check()
+        return plan, _digest(header)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""
@@ -287,19 +291,8 @@ def _layout(plan: Plan) -> tuple[dict[str, StoredWeight], bytes]:
     return placed, header
 
 
-def _seal(file: Path, placed: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    """Digests of what is on disk now. A weight's region runs to the next weight, so that gaps are covered too."""
-    data = np.memmap(file, np.uint8, "r")
-    starts = [weight.offset for weight in placed.values()]
-    stops = [*starts[1:], len(data)]
-    return {
-        key: replace(weight, digest=_digest(data[start:stop]))
-        for (key, weight), start, stop in zip(placed.items(), starts, stops, strict=True)
-    }
-
-
 def _regions(plan: Plan, header_digest: str, size: int) -> Iterator[tuple[str, int, int, str]]:
-    """What `_seal` hashed: (name, start, stop, digest) over every byte of the file."""
+    """What `write_weights` hashed: (name, start, stop, digest) over every byte of the file."""
     weights = sorted(plan.weights.items(), key=lambda item: item[1].offset)
     header = min((weight.offset for _, weight in weights), default=size)
     yield "header", 0, header, header_digest
@@ -354,9 +347,9 @@ def _spelled(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _digest(data: Any) -> str:
-    """blake3 of bytes, on all cores where there is enough to share."""
-    return blake3(data, max_threads=blake3.AUTO if len(data) > 1 << 20 else 1).hexdigest()
+def _digest(data: Any, more: bytes = b"") -> str:
+    """blake3 of bytes, and of `more` behind them, on all cores where there is enough to share."""
+    return blake3(data, max_threads=blake3.AUTO if len(data) > 1 << 20 else 1).update(more).hexdigest()
 
 
 def _changed(name: str) -> ArtifactError:
