@@ -277,6 +277,22 @@ def test_the_second_signal_ends_streams_with_an_error(tmp_path, monkeypatch):
         wait_for(lambda: service.engine.stats().running == 0)
 
 
+def test_the_second_signal_ends_an_answer_nobody_reads(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("xllm.service.server.FORCED_EXIT_SECONDS", 1000)
+    service = fake_service(tmp_path)
+    with running(service) as (base, server):
+        body = ENDLESS | {"logprobs": 20, "n": 20, "stream": False}
+        with raw_request(base, body, receive_buffer=2048) as connection:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            loop = service.dispatcher._loop
+            assert loop is not None
+            for _ in range(2):
+                loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
+            wait_for(lambda: service.recorder.concurrent == 0)
+            assert service.recorder.statuses["cancelled"] == 1
+    assert "CancelledError" not in caplog.text
+
+
 def test_a_model_without_a_template_still_completes(tmp_path):
     with running(fake_service(tmp_path, template=None)) as (base, _):
         error = ask(base, "/v1/chat/completions", prompt=None).json()["error"]

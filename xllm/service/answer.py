@@ -141,10 +141,13 @@ class _Answer:
         data = self._format.whole(results, self._usage)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        loop = asyncio.get_running_loop()
         try:
-            for at in range(0, len(data), PIECE_BYTES):
-                end = at + PIECE_BYTES
-                async with asyncio.timeout(STALL_SECONDS):
+            async with asyncio.timeout(None) as patience:
+                self._subscription.on_failure = lambda: patience.reschedule(loop.time())
+                for at in range(0, len(data), PIECE_BYTES):
+                    end = at + PIECE_BYTES
+                    patience.reschedule(loop.time() + STALL_SECONDS)
                     await send({"type": "http.response.body", "body": data[at:end], "more_body": end < len(data)})
         except TimeoutError:  # as in a stream
             self._entry.status = 499
