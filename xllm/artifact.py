@@ -30,7 +30,7 @@ from blake3 import blake3
 
 from xllm.plan import Plan, StoredWeight
 
-SCHEMA = 1
+SCHEMA = 2
 PAGE_BYTES = 4096
 WEIGHTS = "weights/model.safetensors"
 # Fields of the manifest that readers rely on, and what they hold.

@@ -17,7 +17,7 @@ import msgspec
 
 from xllm.targets.base import Cost, Extent, KVSpec, Layout
 
-SCHEMA = 1
+SCHEMA = 2
 ALIGN_BYTES = 64
 INPUTS = ("ids", "positions", "last")
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
@@ -115,11 +115,14 @@ class Plan:
             schema = raw.pop("schema", None) if isinstance(raw, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"plan schema {schema!r} is not {SCHEMA}")
-            return msgspec.convert(raw, Plan)
+            plan = msgspec.convert(raw, Plan)
         except msgspec.ValidationError as error:
             raise ValueError(f"plan is malformed: {error}") from error
         except RecursionError as error:
             raise ValueError("plan is malformed: it nests too deeply") from error
+        for place in _differences(msgspec.to_builtins(plan), raw, "$"):
+            raise ValueError(f"plan is malformed: what {place} says is unknown here, or left out")
+        return plan
 
     def check(self) -> None:
         """Raises ValueError naming the first call, buffer, bucket or weight that is not sound.
@@ -148,6 +151,21 @@ def _operand_references(operand: Any) -> Iterator[str]:
         yield operand["ref"]
     for item in operand.get("list", ()):
         yield from _operand_references(item)
+
+
+def _differences(known: Any, raw: Any, place: str) -> Iterator[str]:
+    """Where the text says more, or less, than what was understood."""
+    if isinstance(known, dict) and isinstance(raw, dict):
+        for key in sorted(known.keys() | raw.keys()):
+            if key in known and key in raw:
+                yield from _differences(known[key], raw[key], f"{place}.{key}")
+            else:
+                yield f"{place}.{key}"
+    elif isinstance(known, list | tuple) and isinstance(raw, list) and len(known) == len(raw):
+        for index, pair in enumerate(zip(known, raw, strict=True)):
+            yield from _differences(*pair, f"{place}[{index}]")
+    elif known != raw:
+        yield place
 
 
 # --- what a plan must be ----------------------------------------------------------------------------------------------
@@ -221,6 +239,8 @@ def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
             name = reference[1:]
             _require(reference[:1] == "%" and name not in writer, f"call {call.node} writes {reference!r} again")
             writer[name] = index
+            used = list(references(call)).count(reference)
+            _require(used == (1 if call.kernel == "torch" else 2), f"call {call.node} reads {name!r}, which it writes")
         for name in {reference[1:] for reference in references(call) if reference[:1] == "%"}:
             made = writer.get(name)
             ready = made is not None and (made == index or before[index] >> made & 1)

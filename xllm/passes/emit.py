@@ -100,7 +100,7 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
     results = tuple("%" + result.name for result in op.results)
     common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost, "results": results}
     if choice.provider == "torch":
-        operands = tuple((name, operand(value)) for name, value in op.args.items())
+        operands = tuple([name, operand(value)] for name, value in op.args.items())
         return Call(kernel="torch", operands=operands, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}
     return Call(kernel=low.kernel, args=args, ints=dict(low.ints), floats=dict(low.floats), rows=low.rows, **common)
