@@ -151,7 +151,7 @@ def test_files_the_manifest_does_not_name_have_no_effect(tmp_path: Path) -> None
     with writing(tmp_path / "plain.xllm") as writer:
         plan, header = writer.write_weights(small_plan(), weight_bytes)
         writer.write("plan.json", plan.to_json())
-        rest = dict.fromkeys(("generation", "limits", "model", "special_tokens", "target"), {})
+        rest = {key: {} for key in ("generation", "limits", "model", "special_tokens", "target")}
         writer.finish({**rest, "weights_header": header})
     for planted in ("tokenizer/chat_template.jinja", "ir/99-planted.ir", "README", "weights/other.safetensors"):
         file = tmp_path / "plain.xllm" / planted

@@ -1,0 +1,179 @@
+"""Who may import whom (DESIGN section 3), what no file may do, and that serving never loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCH = {"torch", "sympy", "networkx", "transformers"}
+SERVING = {"blake3", "msgspec", "numpy"}
+HTTP = {"httptools", "jinja2", "msgspec", "prometheus_client", "starlette", "tokenizers", "uvicorn", "uvloop"}
+
+# Package (or module): what of ours it may import besides itself, and which libraries besides the standard one.
+MAY: dict[str, tuple[set[str], set[str]]] = {
+    "ir": (set(), {"torch", "numpy"}),
+    "errors": (set(), set()),
+    "config": (set(), set()),
+    "targets": (set(), set()),
+    "targets.base": (set(), set()),
+    "plan": ({"targets.base"}, {"msgspec"}),
+    "artifact": ({"plan"}, {"blake3", "numpy"}),
+    "frontend": ({"ir", "errors"}, {"torch", "transformers", "numpy"}),
+    "passes": ({"ir", "plan", "targets.base", "errors"}, {"torch", "networkx", "sympy", "numpy"}),
+    "compiler": ({"", "artifact", "errors", "frontend", "ir", "kernels", "passes", "plan", "targets"}, {"numpy"}),
+    "targets.cpu": ({"targets.base", "kernels"}, set()),
+    "targets.cpu_executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
+    "targets.fallback": ({"artifact", "ir", "plan", "targets.base"}, {"numpy", "torch"}),
+    "kernels": (set(), {"numpy"}),
+    "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
+    "service": ({"", "config", "runtime"}, HTTP),
+    "embedded": (set(), {"tokenizers", "torch", "transformers"}),
+    "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"tokenizers"}),
+    "doctor": ({"", "config", "kernels", "targets"}, set()),
+    "commands": ({"", "artifact", "config", "kernels", "llm", "runtime", "service", "targets"}, SERVING),
+    "cli": ({"", "commands", "compiler", "config", "doctor"}, {"rich"}),
+    "": ({"llm", "runtime"}, set()),
+}
+# What the tables do not allow: (file, module or call) -> why it is right all the same.
+EXEMPT: dict[tuple[str, str], str] = {
+    (
+        "embedded/train.py",
+        "torch.load",
+    ): "a developer's training run reads back its own state; torch reads weights only",
+    ("targets/cpu_executor.py", "xllm.targets.fallback"): "only for plans with operators that have no native kernel",
+}
+# Calls no file may make, and who may.
+FORBIDDEN = ("eval", "exec", "compile", "__import__", "torch.load", "pickle.loads", "pickle.load", "os.system")
+FORBIDDEN_MODULES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
+ENVIRONMENT = ("os.environ", "os.getenv", "os.putenv", "os.environb")
+
+
+def files() -> list[Path]:
+    kernels = [file for file in sorted((ROOT / "kernels").rglob("*.py"))]
+    return [file for file in sorted((ROOT / "xllm").rglob("*.py")) if "kernels" not in file.parts] + kernels
+
+
+def short(file: Path) -> str:
+    """Path below xllm, as the table of exemptions spells it."""
+    return file.relative_to(ROOT).as_posix().removeprefix("xllm/")
+
+
+def module_of(file: Path) -> str:
+    """Dotted name below xllm: "passes.base", "kernels.cpu", "" for the package itself."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "xllm" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def rule_for(module: str, table: dict[str, tuple[set[str], set[str]]]) -> str:
+    """The longest entry that holds for a module."""
+    found = [name for name in table if name and (module == name or module.startswith(f"{name}."))]
+    return max(found, key=len, default="")
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Every module a file imports, anywhere in it but under `if TYPE_CHECKING`."""
+    tree, module, package = ast.parse(file.read_text(encoding="utf-8")), module_of(file), file.name == "__init__.py"
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for part in node.body
+        for inner in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:  # only kernels/, which lies outside xllm/, spells imports so
+                parts = (module + "." * package).split(".")[: -node.level]
+                source = ".".join(("xllm", *filter(None, parts), *filter(None, [source])))
+            if source == "xllm":
+                held = {name.rpartition(".")[2] for name in map(module_of, files())} | {"kernels"}
+                yield from (f"xllm.{alias.name}" if alias.name in held else "xllm" for alias in node.names)
+            else:
+                yield source
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_follow_the_table(file: Path) -> None:
+    module = module_of(file)
+    rule = rule_for(module, MAY)
+    assert rule in MAY and (rule or not module), f"{module} has no entry in the table"
+    ours, libraries = MAY[rule]
+    for name in imports_of(file):
+        top, _, below = name.partition(".")
+        if (short(file), name) in EXEMPT or top in sys.stdlib_module_names:
+            continue
+        if top != "xllm":
+            assert top in libraries, f"{module} imports {name}"
+            continue
+        inside = below == rule or (below.startswith(f"{rule}.") and bool(rule))
+        allowed = any(below == own or (own and below.startswith(f"{own}.")) for own in ours)
+        assert inside or allowed, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_code_from_data_and_one_reader_of_the_environment(file: Path) -> None:
+    tree, module = ast.parse(file.read_text(encoding="utf-8")), module_of(file)
+    for name in imports_of(file):
+        assert name.partition(".")[0] not in FORBIDDEN_MODULES, f"{module} imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            assert called not in FORBIDDEN or (short(file), called) in EXEMPT, f"{module}:{node.lineno} calls {called}"
+            for word in node.keywords:
+                is_false = isinstance(word.value, ast.Constant) and word.value.value is False
+                assert word.arg != "trust_remote_code" or is_false, f"{module}:{node.lineno} trusts remote code"
+                is_true = isinstance(word.value, ast.Constant) and word.value.value is True
+                assert not (word.arg == "shell" and is_true), f"{module}:{node.lineno} runs a shell"
+        if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT:
+            assert module == "config", f"{module}:{node.lineno} reads the environment; config.py does"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            assert not {alias.name for alias in node.names} & {"environ", "getenv"}, f"{module} reads the environment"
+
+
+def test_exemptions_are_still_needed() -> None:
+    held = {(short(file), name) for file in files() for name in imports_of(file)}
+    for file in files():
+        calls = (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call))
+        held |= {(short(file), dotted(node.func)) for node in calls}
+    assert set(EXEMPT) <= held
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import xllm.cli, xllm.commands, xllm.llm, xllm.artifact, xllm.plan, xllm.targets.cpu, xllm.targets.cpu_executor
+import xllm.runtime, xllm.service
+for package in (xllm.runtime, xllm.service):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(found.name)
+heavy = {"torch", "transformers", "networkx", "sympy"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+
+
+def test_serving_loads_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    code = "import sys, xllm.cli; print(*{'numpy', 'torch', 'starlette', 'blake3', 'asyncio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,60 @@
+"""The size report: lines per package against a budget, and no file too long to keep in the head.
+
+A budget is not a target. Raising one, or listing a file, is a decision for review; the reason stands beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES_PER_FILE = 400
+SUFFIXES = (".py", ".cpp", ".h")
+LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
+BUDGET = {
+    "xllm/ir": 1500,
+    "xllm/frontend": 2500,
+    "xllm/passes": 3000,
+    "xllm/targets": 1500,
+    "xllm/runtime": 2500,
+    "xllm/service": 3500,
+    "xllm/embedded": 1800,
+    "xllm": 2500,  # modules at the top
+    "kernels": 4000,
+    "bench": 2500,
+    "tests": 14000,
+}
+
+
+def lines() -> dict[str, int]:
+    """Lines of every source file, by path."""
+    found = {}
+    for folder in ("xllm", "kernels", "bench", "tests"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            path = file.relative_to(ROOT)
+            if file.suffix in SUFFIXES and "xllm/kernels" not in path.as_posix():
+                found[path.as_posix()] = len(file.read_text(encoding="utf-8").splitlines())
+    return found
+
+
+def package_of(path: str) -> str:
+    return max((name for name in BUDGET if path.startswith(f"{name}/")), key=len)
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    totals = dict.fromkeys(BUDGET, 0)
+    for path, count in lines().items():
+        totals[package_of(path)] += count
+    report = [f"  {name:<16}{count:>7,} of {BUDGET[name]:>6,} lines" for name, count in totals.items()]
+    with capsys.disabled():
+        print("\nsize report", *report, f"  {'all':<16}{sum(totals.values()):>7,}", sep="\n")
+    over = [line for line, name in zip(report, totals, strict=True) if totals[name] > BUDGET[name]]
+    assert not over, "over budget: delete something, or raise the budget in review:\n" + "\n".join(over)
+
+
+def test_no_file_is_too_long() -> None:
+    long = {path: count for path, count in lines().items() if count > LINES_PER_FILE}
+    assert set(long) <= set(LONG_FILES), f"split them, or list them with a reason: {long}"
+    assert set(LONG_FILES) <= set(long), "these are short again; take them off the list"
