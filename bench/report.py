@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from xllm.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,9 +75,9 @@ class Ceiling:
 
     @staticmethod
     def measure(threads: int) -> Ceiling:
-        """About half a second. Other load on the machine lowers it, as it lowers what is compared with it."""
+        """About half a second, the best of many short runs: a long one on a busy machine would share its cores."""
         with cpu.Runner(threads) as runner:
-            return Ceiling(threads, runner.read_bandwidth(repeats=5), runner.fma_peak(100_000, repeats=5))
+            return Ceiling(threads, runner.read_bandwidth(512 << 20, repeats=6), runner.fma_peak(20_000, repeats=50))
 
     @staticmethod
     def best(held: Sequence[Ceiling]) -> Ceiling:
