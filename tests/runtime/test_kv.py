@@ -68,11 +68,28 @@ def test_a_finished_span_is_reused_without_a_map_call():
     assert pool.figures() == before
 
 
-def test_free_pages_come_before_a_span_that_is_far_too_long():
+def test_mapped_pages_come_before_free_ones_however_many_are_to_spare():
     pool = make_pool()
     long = run(pool, 6)
-    assert run(pool, 1) != long
+    before = pool.figures()
+    assert run(pool, 1) == long
+    assert pool.figures() == before
     pool.check()
+
+
+def test_one_client_after_the_other_touches_no_more_memory_than_one():
+    pool = make_pool(pages=64)
+    mapped = []
+    for _ in range(20):
+        slot = pool.start(32)
+        for tokens in range(32, 96):
+            pool.grow(slot, tokens)
+            pool.premap()
+        pool.finish(slot)
+        while pool.premap():
+            pass
+        mapped.append(pool.figures().states[PageState.REUSABLE])
+    assert mapped == mapped[:1] * 20
 
 
 def test_a_shorter_span_is_extended():

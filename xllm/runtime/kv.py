@@ -248,10 +248,14 @@ class KvPool:
             for span in live:
                 _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
 
-    def _cost_of(self, length: int, wanted: int) -> tuple[int, bool, int, int]:
-        """Order of idle spans for a demand: no unmapping first, at most one page too many, then the fewest maps."""
+    def _cost_of(self, length: int, wanted: int) -> tuple[int, int, int]:
+        """Order of idle spans for a demand: no unmapping first, then the fewest maps, then the least to spare.
+
+        Pages to spare cost nothing: they are mapped already, and taken back when somebody needs them. Fresh pages
+        cost a map and a zeroing, and make the pool touch memory it would never need.
+        """
         missing, slack = max(0, wanted - length), max(0, length - wanted)
-        return max(0, missing - len(self._free)), slack > 1, missing, slack
+        return max(0, missing - len(self._free)), missing, slack
 
     def _take_idle(self, length: int) -> int:
         """The idle slot of that many pages that was used last: its caches are the warmest."""
