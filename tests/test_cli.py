@@ -165,3 +165,4 @@ def test_a_checkpoint_is_compiled_once_served_and_drained(checkpoint, tmp_path):
     wrong = run("generate", str(artifact), "-p", "x" * 300)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "256 tokens" in wrong.stderr
+    assert "must be UTF-8" in run("generate", str(artifact), "-p", "\udcff").stderr

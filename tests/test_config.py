@@ -42,6 +42,10 @@ def test_key_files(tmp_path):
     file.write_text("# none\n")
     with pytest.raises(ValueError, match="no API key"):
         api_keys(file)
+    for unusable in (b"one\ntw\xc3\xb6\n", b"one\n\xff\xfe\n", b"one\nt wo\n"):
+        file.write_bytes(unusable)
+        with pytest.raises(ValueError, match=f"{file.name}: key 2"):
+            api_keys(file)
 
 
 def test_environment(monkeypatch):

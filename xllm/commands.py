@@ -125,6 +125,10 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
     fields = {name: getattr(arguments, name) for name in names}
     facts = _facts(artifact, None)
     try:
+        "".join((arguments.prompt, *(arguments.stop or ()))).encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt and the stop texts must be UTF-8") from None
+    try:
         if not arguments.chat:
             return completion_job(CompletionBody(prompt=arguments.prompt, **fields), facts, codec.encode, codec.decode)
         if artifact.chat_template is None:

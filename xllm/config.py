@@ -51,10 +51,13 @@ def is_loopback(host: str) -> bool:
 
 
 def api_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line; empty lines and lines with # are skipped. Raises ValueError when there is
-    none."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    """The keys of a file, one a line; empty lines and lines with # are skipped. Raises ValueError when there is none,
+    or one that no client could send."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"{path} holds no API key; write one key a line")
+    for number, key in enumerate(keys, 1):
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(f"{path}: key {number} has characters that a header can't carry; use ASCII without spaces")
     return keys
