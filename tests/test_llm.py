@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -57,14 +59,16 @@ def test_threads_take_turns(llm: LLM) -> None:
         assert [answer for [answer] in answers] == expected
 
 
-def test_a_closed_engine_leaves_no_thread(artifact: Path) -> None:
-    with LLM(artifact, threads=1) as first:  # pools of libraries start with the first one
-        first.generate(prompts(1), **GREEDY)
-    before = len(os.listdir("/proc/self/task"))
+def test_a_closed_engine_leaves_no_thread_and_no_memory(artifact: Path) -> None:
+    before = set(threading.enumerate())
     with LLM(artifact, threads=2) as second:
         second.generate(prompts(1), **GREEDY)
-        assert len(os.listdir("/proc/self/task")) > before
-    assert len(os.listdir("/proc/self/task")) == before
+        assert {thread.name for thread in set(threading.enumerate()) - before} >= {"xllm-engine", "xllm-executor"}
+        executor = weakref.ref(second._engine._core.executor)
+    assert set(threading.enumerate()) <= before
+    del second
+    gc.collect()
+    assert executor() is None
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
