@@ -141,8 +141,10 @@ def _rows(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
 
 def _rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
-    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None or weight.kind != "weight":
+    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
         return Refusal("it does not normalise whole rows of the step")
+    if weight.kind != "weight" or weight.shape != (x.width,):
+        return Refusal("its weight is not one number for each of a row's")
     return Lowering(
         "rms_norm.f32",
         {"x": x, "weight": weight, "out": op.results[0]},
@@ -156,8 +158,10 @@ def _rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refus
 
 def _add_rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
-    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None or weight.kind != "weight":
+    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
         return Refusal("it does not normalise whole rows of the step")
+    if weight.kind != "weight" or weight.shape != (x.width,):
+        return Refusal("its weight is not one number for each of a row's")
     normed, total = op.results
     return Lowering(
         "add_rms_norm.f32",
@@ -263,7 +267,8 @@ def _unary(kernel: str) -> Rule:
 def _binary(kernel: str) -> Rule:
     def rule(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
         a, b = op.args["self"], op.args["other"]
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.kind != b.kind != "value":
+        values = isinstance(a, Tensor) and isinstance(b, Tensor) and a.kind == b.kind == "value"
+        if not values or a.shape != b.shape:
             return Refusal("its operands are not two values of one shape")
         if op.args.get("alpha", 1) != 1 or (rows := _step_rows(op, a)) is None:
             return Refusal("its rows are not the step's tokens or logit rows")

@@ -137,7 +137,10 @@ class CpuExecutor:
 
         def flush() -> None:
             if native:
-                plan = self._runner.add_plan(native)
+                try:
+                    plan = self._runner.add_plan(native)
+                except cpu.KernelError as error:
+                    raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
                 pieces.append(lambda step: self._runner.run(plan, step.native))
                 native.clear()
 
