@@ -22,7 +22,8 @@ PROMPTS, NEW_TOKENS = 64, 12
 
 @dataclass(frozen=True)
 class Schedule:
-    """One way to run the prompts. `kv_groups`: size of the pool; small ones force preemption."""
+    """One way to run the prompts. `kv_groups`: size of the pool, small ones force preemption; `beside`: prompt tokens
+    in a step that decodes."""
 
     chunk: int = 512
     budget: int = 512
@@ -30,6 +31,7 @@ class Schedule:
     overlapped: bool = True
     threads: int = 1
     kv_groups: int = 4096
+    beside: int | None = None
     seed: int = 0
 
 
@@ -38,6 +40,7 @@ SCHEDULES = {
     "chunks of 64": Schedule(chunk=64, budget=96, threads=2, seed=2),
     "chunks of 512, plain loop": Schedule(chunk=512, overlapped=False, seed=3),
     "two at a time": Schedule(max_seqs=2, threads=2, seed=4),
+    "few prompt tokens beside decodes": Schedule(beside=24, threads=2, seed=7),
     "preempted": Schedule(chunk=32, kv_groups=28, seed=5),
     "preempted, plain loop, two threads": Schedule(chunk=64, kv_groups=28, overlapped=False, threads=2, seed=6),
 }
@@ -111,6 +114,7 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
         kv_bytes=schedule.kv_groups * executor.kv.group_bytes,
         page_bytes=4096,
         max_tokens_per_step=schedule.budget,
+        max_beside_decodes=schedule.beside,
         max_chunk=schedule.chunk,
         max_seqs=schedule.max_seqs,
         async_scheduling=schedule.overlapped,

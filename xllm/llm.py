@@ -23,12 +23,14 @@ from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.kv import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.targets.cpu import host_threads
+from xllm.targets.cpu import CpuTarget, host_threads
 
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
 PROCESS_BYTES = 160 << 20
 DEFAULT_KV_TOKENS = 32768
 PAGE_BYTES = 2 << 20
+# How long a step may keep the sequences that decode in it waiting, as far as the artifact's costs can tell.
+STEP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def open_engine(
         page_bytes=ledger.pool.page_bytes,
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
         max_tokens_per_step=budget,
+        max_beside_decodes=tokens_beside_decodes(artifact),
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
@@ -138,6 +141,19 @@ def open_engine(
     engine = Engine(executor, config, sink)
     engine.start()
     return artifact, engine, ledger
+
+
+def tokens_beside_decodes(artifact: Artifact) -> int:
+    """Prompt tokens that may join a step with decodes: a power of two whose predicted time is within STEP_SECONDS."""
+    target = CpuTarget(artifact.manifest["target"]["level"])
+
+    def seconds(tokens: int) -> float:
+        return sum(target.seconds(call.cost, tokens, 1) for call in artifact.plan.calls)
+
+    tokens = artifact.plan.buckets[-1].T
+    while tokens > 16 and seconds(tokens) > STEP_SECONDS:
+        tokens //= 2
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,15 @@ from xllm.runtime.sequence import Sequence, State
 PAGE_TOKENS = 16
 
 
-def budget(tokens: int, max_chunk: int = 512, pages: int = 1000, admit_pages: int | None = None) -> Budget:
+def budget(
+    tokens: int,
+    max_chunk: int = 512,
+    pages: int = 1000,
+    admit_pages: int | None = None,
+    beside_decodes: int | None = None,
+) -> Budget:
     pool = PoolPlan(KVSpec(4096), 4096, pages, pages, 64)
-    return Budget(tokens, max_chunk, pages if admit_pages is None else admit_pages, pool)
+    return Budget(tokens, beside_decodes or tokens, max_chunk, pages if admit_pages is None else admit_pages, pool)
 
 
 def waiting(order: int, prompt: int, max_tokens: int = 1000, arrival: float = 0.0) -> Sequence:
@@ -45,6 +51,14 @@ def decoding(order: int, length: int = 30, in_flight: bool = False) -> Sequence:
 
 def given_tokens(decision: Decision) -> dict[str, int]:
     return {grant.sequence.id: grant.tokens for grant in decision.grants}
+
+
+def test_prompts_take_less_beside_decodes_and_all_of_it_without():
+    limits = budget(512, 512, beside_decodes=64)
+    beside = decide(Queues([decoding(0)], [waiting(1, 50), waiting(2, 500)], 8), limits, 900, now=0.0)
+    assert given_tokens(beside) == {"r0": 1, "w1": 50, "w2": 14}
+    alone = decide(Queues([], [waiting(1, 50), waiting(2, 500)], 8), limits, 900, now=0.0)
+    assert given_tokens(alone) == {"w1": 50, "w2": 462}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ class EngineConfig:
     """Settings of one engine.
 
     kv_bytes: memory of the KV pool. page_bytes: None lets the pool choose (2 MiB, see xtensor).
-    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts. The first bounds
-    how long a decode can wait behind prompts. max_chunk: tokens of one prompt per step while others need the budget or
+    max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts.
+    max_beside_decodes: prompt tokens of a step that also decodes, which bounds how long a decode waits for prompts;
+    None is no bound of its own. max_chunk: tokens of one prompt per step while others need the budget or
     memory is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
@@ -24,6 +25,7 @@ class EngineConfig:
     page_bytes: int | None = None
     eos_ids: tuple[int, ...] = ()
     max_tokens_per_step: int | None = 512
+    max_beside_decodes: int | None = None
     max_chunk: int = 512
     max_seqs: int | None = None
     queue_limit: int = 4096
@@ -33,7 +35,15 @@ class EngineConfig:
     check: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes", "page_bytes", "max_tokens_per_step", "max_chunk", "max_seqs", "queue_limit"):
+        for name in (
+            "kv_bytes",
+            "page_bytes",
+            "max_tokens_per_step",
+            "max_beside_decodes",
+            "max_chunk",
+            "max_seqs",
+            "queue_limit",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")

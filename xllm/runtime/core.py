@@ -37,6 +37,7 @@ class Core:
         self.pool = pool
         self.budget = Budget(
             tokens=min(config.max_tokens_per_step or limits.max_tokens_per_step, limits.max_tokens_per_step),
+            beside_decodes=config.max_beside_decodes or limits.max_tokens_per_step,
             max_chunk=config.max_chunk,
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,

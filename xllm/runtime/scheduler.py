@@ -2,6 +2,7 @@
 no clock, and gives the same decision for the same state.
 
 Order: decodes, then prefills that run, then waiting requests first come first served; older before younger everywhere.
+Beside decodes, prompts get at most `beside_decodes` tokens: a long prompt does not hold up everybody's next token.
 Each prompt gets a chunk of at most `max_chunk`; tokens then left go back to the prompts, oldest first, as long as
 memory is ample: the pages taken leave one free page for every running sequence. When pages run out, the last-arrived
 sequence gives up its own (recompute), never for a younger one; the oldest can always go on, so everything ends.
@@ -19,10 +20,11 @@ from xllm.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one step. `admit_pages`: pages that may be in use or promised after an admission, while anything
-    runs."""
+    """Limits of one step. `beside_decodes`: prompt tokens in a step that also decodes. `admit_pages`: pages that may
+    be in use or promised after an admission, while anything runs."""
 
     tokens: int
+    beside_decodes: int
     max_chunk: int
     admit_pages: int
     pool: PoolPlan
@@ -83,6 +85,8 @@ def decide(queues: Queues, budget: Budget, free_pages: int, now: float) -> Decis
             step.tokens -= 1
         else:
             step.give_decode(sequence)
+    if grants:
+        step.tokens = min(step.tokens, budget.beside_decodes)
     for sequence in prefills:
         step.give_chunk(sequence)
     admitted = step.admit(prefills)
