@@ -11,7 +11,7 @@ import numpy as np
 
 from xllm.artifact import Artifact, ArtifactWriter, writing
 from xllm.plan import Bucket, Buffer, Call, Plan, StoredWeight
-from xllm.targets.base import Cost, Extent, KVSpec, Layout
+from xllm.targets.base import Cost, Extent, KVLayout, Layout
 
 WIDTH, VOCAB = 8, 20
 PLAIN = Layout("plain", "float32")
@@ -49,7 +49,7 @@ def small_plan() -> Plan:
         "table": StoredWeight("table", (100, 16), PLAIN, bytes=6400),
     }
     buckets = (Bucket(4, 2, 1024, offsets), Bucket(16, 2, 1024, offsets))
-    return Plan(calls, buffers, buckets, weights, KVSpec("float32", 16, 4096, (0, 2048)), "logits")
+    return Plan(calls, buffers, buckets, weights, KVLayout("float32", 16, 4096, (0, 2048)), "logits")
 
 
 def weight_bytes(weight: StoredWeight) -> np.ndarray:

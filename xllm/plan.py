@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.targets.base import Cost, Extent, KVSpec, Layout
+from xllm.targets.base import Cost, Extent, KVLayout, Layout
 
 SCHEMA = 2
 ALIGN_BYTES = 64
@@ -86,7 +86,7 @@ class Plan:
     buffers: Mapping[str, Buffer]
     buckets: tuple[Bucket, ...]
     weights: Mapping[str, StoredWeight]
-    kv: KVSpec
+    kv: KVLayout
     logits: str
     streams: tuple[str, ...] = ("compute",)
 

@@ -15,7 +15,7 @@ from bench.report import Ceiling, Spread, percentile, save
 from bench.server import _kind
 from bench.serving import Rung
 from xllm.plan import Call, Plan, StoredWeight
-from xllm.targets.base import KVSpec, Layout
+from xllm.targets.base import KVLayout, Layout
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.floats(0, 1))
@@ -52,7 +52,7 @@ def test_demand_is_counted_from_the_calls():
         Call("c", "xllm.attention", "attention.f32", {}, {"q_heads": 2, "head_dim": 8}),
         Call("d", "xllm.linear", "linear.f32", {"weight": "@head"}, {"n": 4, "k": 8}, rows="S"),
     )
-    plan = Plan(calls, {}, (), weights, KVSpec("float32", 16, 160, (0,)), "logits")
+    plan = Plan(calls, {}, (), weights, KVLayout("float32", 16, 160, (0,)), "logits")
     needed = demand(plan, prompt_tokens=3, output_tokens=4)
     assert needed.prefill_flops == 2 * 3 * 32 + 2 * 1 * 32 + 4 * 6 * 16
     assert needed.step_bytes == 200 + 10 * 5  # the context halfway: 3 + 4 / 2 tokens of 10 bytes

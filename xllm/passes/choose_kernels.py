@@ -34,7 +34,7 @@ class ChooseKernels(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         reader, target = Reader(program), context.target
-        kv = target.kv_spec(tuple((k.kv_heads, k.key_dim, k.value_dim) for k in program.kv), context.kv_dtype)
+        kv = target.kv_layout(tuple((k.kv_heads, k.key_dim, k.value_dim) for k in program.kv), context.kv_dtype)
         states = frozenset({program.input("kv")})
         choices: dict[str, Choice] = {}
         misses = []

@@ -100,7 +100,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class KVSpec:
+class KVLayout:
     """Where a sequence's keys and values lie in its contiguous span: groups of tokens, layers inside a group.
 
     Group g of `group_tokens` tokens starts at g * group_bytes; layer l inside it at layer_offsets[l].
@@ -131,11 +131,11 @@ class Target(Protocol):
     @property
     def pads(self) -> bool: ...
 
-    def lower(self, operation: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal: ...
+    def lower(self, operation: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal: ...
 
     def stream_of(self, operation: Operation) -> str: ...
 
-    def kv_spec(self, layers: tuple[tuple[int, int, int], ...], dtype: str) -> KVSpec:
+    def kv_layout(self, layers: tuple[tuple[int, int, int], ...], dtype: str) -> KVLayout:
         """Layout of the state for layers of (kv_heads, key_dim, value_dim)."""
         ...
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xllm.targets.base import Cost, Extent, KVSpec, Layout, Lowering, Operation, Refusal, Tensor
+from xllm.targets.base import Cost, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 
 GROUP_TOKENS = 16
 PANEL_ROWS = 16
@@ -36,7 +36,7 @@ class CpuTarget:
     flops_per_second: float = 150e9
     call_seconds: float = 3e-6
 
-    def lower(self, operation: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+    def lower(self, operation: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
         rule = _RULES.get(operation.op)
         if rule is None:
             return Refusal(f"no {self.name} kernel computes {operation.op}")
@@ -47,13 +47,13 @@ class CpuTarget:
     def stream_of(self, operation: Operation) -> str:
         return "compute"
 
-    def kv_spec(self, layers: tuple[tuple[int, int, int], ...], dtype: str) -> KVSpec:
+    def kv_layout(self, layers: tuple[tuple[int, int, int], ...], dtype: str) -> KVLayout:
         """Groups of 16 tokens, layer after layer, every layer a whole number of cache lines."""
         offsets, at = [], 0
         for heads, key_dim, value_dim in layers:
             offsets.append(at)
             at += -(-heads * (key_dim + value_dim) * GROUP_TOKENS * ELEMENT_BYTES[dtype] // 64) * 64
-        return KVSpec(dtype, GROUP_TOKENS, at, tuple(offsets))
+        return KVLayout(dtype, GROUP_TOKENS, at, tuple(offsets))
 
     def seconds(self, cost: Cost, T: int, S: int) -> float:
         moved, computed = cost.bytes.at(T, S), cost.flops.at(T, S)
@@ -85,10 +85,10 @@ def architecture() -> str:
 
 # --- rules: one per operator, a Lowering or the reason there is none --------------------------------------------------
 
-Rule = Callable[[Operation, KVSpec, str], Lowering | Refusal]
+Rule = Callable[[Operation, KVLayout, str], Lowering | Refusal]
 
 
-def _linear(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, weight, bias = op.args["x"], op.args["weight"], op.args["bias"]
     if weight.kind != "weight" or (bias is not None and bias.kind != "weight"):
         return Refusal("its weight is not a weight of the program")
@@ -105,7 +105,7 @@ def _linear(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal
     )
 
 
-def _embedding(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _embedding(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     ids, weight = op.args["ids"], op.args["weight"]
     if ids.kind != "input" or ids.name != "ids" or weight.kind != "weight":
         return Refusal("it gathers by something other than the step's ids")
@@ -119,7 +119,7 @@ def _embedding(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refu
     )
 
 
-def _rows(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _rows(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     table, index = op.args["table"], op.args["index"]
     if (
         index.kind != "input"
@@ -139,7 +139,7 @@ def _rows(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
     )
 
 
-def _rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _rms_norm(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
     if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
         return Refusal("it does not normalise whole rows of the step")
@@ -156,7 +156,7 @@ def _rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refus
     )
 
 
-def _add_rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _add_rms_norm(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
     if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
         return Refusal("it does not normalise whole rows of the step")
@@ -174,7 +174,7 @@ def _add_rms_norm(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | R
     )
 
 
-def _rope(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x = op.args["x"]
     if x.rows != "T" or len(x.shape) != 3:
         return Refusal("it does not rotate [T, H, D]")
@@ -192,7 +192,7 @@ def _rope(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
     )
 
 
-def _kv_write(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _kv_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     k, v = op.args["k"], op.args["v"]
     heads, key_dim = _ints(k.shape[1:])
     if v.shape[2] != key_dim:
@@ -205,7 +205,7 @@ def _kv_write(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refus
     )
 
 
-def _qk_norm_rope_write(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _qk_norm_rope_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     args, names = op.args, ("q_heads", "kv_heads", "head_dim", "rotary_dim")
     norms = {name: args[name] for name in ("q_norm", "k_norm")}
     width = args["qkv"].width
@@ -219,7 +219,7 @@ def _qk_norm_rope_write(op: Operation, kv: KVSpec, weights_dtype: str) -> Loweri
     )
 
 
-def _attention(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     q, sinks = op.args["q"], op.args["sinks"]
     heads, head_dim = _ints(q.shape[1:])
     if op.args["value_dim"] != head_dim:
@@ -241,7 +241,7 @@ def _attention(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refu
     )
 
 
-def _gated_act(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+def _gated_act(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, out = op.args["x"], op.results[0]
     if (rows := _step_rows(op, x)) is None:
         return Refusal("its rows are not the step's tokens or logit rows")
@@ -251,7 +251,7 @@ def _gated_act(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refu
 
 
 def _unary(kernel: str) -> Rule:
-    def rule(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+    def rule(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
         x = op.args["self"]
         spelled = kernel
         if op.op.startswith("aten.gelu") and op.args.get("approximate", "none") == "tanh":
@@ -265,7 +265,7 @@ def _unary(kernel: str) -> Rule:
 
 
 def _binary(kernel: str) -> Rule:
-    def rule(op: Operation, kv: KVSpec, weights_dtype: str) -> Lowering | Refusal:
+    def rule(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
         a, b = op.args["self"], op.args["other"]
         values = isinstance(a, Tensor) and isinstance(b, Tensor) and a.kind == b.kind == "value"
         if not values or a.shape != b.shape:
@@ -299,7 +299,7 @@ _RULES: Mapping[str, Rule] = {
 _PLAIN = Layout("plain", "float32")
 
 
-def _kv_place(op: Operation, kv: KVSpec) -> dict[str, int]:
+def _kv_place(op: Operation, kv: KVLayout) -> dict[str, int]:
     return {"layer_offset": kv.layer_offsets[op.args["layer"]], "group_bytes": kv.group_bytes}
 
 
