@@ -13,8 +13,8 @@ def test_the_same_seed_gives_the_same_conversations() -> None:
         return json.dumps([converse(rng, stories=3).messages() for _ in range(50)])
 
     assert write(7) == write(7) != write(8)
-    # The shipped checkpoint was trained on this very text: who changes the language trains the model again.
-    assert hashlib.sha256(write(7).encode()).hexdigest()[:16] == "99439ba295fe276a"
+    # The shipped checkpoint was measured on this language: who changes it trains and measures the model again.
+    assert hashlib.sha256(write(7).encode()).hexdigest()[:16] == "8ecbe2890ad98552"
 
 
 def test_training_and_held_out_prompts_are_disjoint() -> None:

@@ -9,8 +9,8 @@ from xllm.embedded.grammar import QUESTIONS, Violation, answer, check_answer, re
 from xllm.embedded.lexicon import NAMES, OBJECTS
 
 STORY = (
-    "One rainy morning, Milo the fox was in the forest. He had a red lantern. He went to the market. "
-    "There he met Nora the owl. Milo gave the lantern to Nora. Nora felt happy."
+    "One morning, Milo the fox was in the forest. The weather was rainy. Milo had a red lantern. "
+    "He went to the market. There he met Nora the owl. Milo gave the lantern to Nora. Nora felt happy."
 )
 
 
@@ -22,7 +22,7 @@ def test_written_stories_are_accepted(topic: str) -> None:
             turn, story = tell(rng, topic, unseen)
             assert check_story(turn.assistant, turn.user) == []
             assert read_story(story.text) == story.world
-            assert 3 <= turn.assistant.count(".") <= 9
+            assert 3 <= turn.assistant.count(".") <= 11
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_written_stories_are_accepted(topic: str) -> None:
         ("Nora felt happy.", "Milo felt happy.", "can't feel happy"),
         ("Nora felt happy.", "Otto felt happy.", "Otto was never introduced"),
         ("Nora felt happy.", "She felt happy.", "unclear who 'She' is"),
-        ("He had", "She had", "'She' for Milo"),
-        ("He had", "Nora had", "Nora was never introduced"),
+        ("He went", "She went", "'She' for Milo"),
+        ("He went", "Nora went", "Nora was never introduced"),
         ("in the forest", "on the forest", "no such sentence form"),
         ("Nora the owl", "Milo the owl", "introduced twice"),
         ("Nora the owl", "Nora the fox", "a second fox"),
@@ -45,9 +45,13 @@ def test_written_stories_are_accepted(topic: str) -> None:
         ("lantern to Nora", "lantern to Milo", "not with Milo"),
         ("Nora felt happy.", "Milo thanked Nora.", "for nothing"),
         ("There he met Nora the owl. ", "", "Nora was never introduced"),
-        ("One rainy morning, Milo the fox was in the forest. ", "", "the story opens once, and first"),
-        ("He had a red lantern. ", "He had a red lantern. He had a blue lantern. ", "already in the story"),
+        ("One morning, Milo the fox was in the forest. ", "", "the story opens once, and first"),
+        ("Milo had a red lantern. ", "Milo had a red lantern. Milo had a blue lantern. ", "already in the story"),
         ("Nora felt happy.", "Nora found the lantern.", "no lost lantern"),
+        ("Nora felt happy.", "The weather was sunny.", "told twice"),
+        ("gave the lantern", "gave the blue lantern", "the lantern is not blue"),
+        ("Nora felt happy.", "It was still sunny.", "still sunny, but it was rainy"),
+        ("Nora felt happy.", "Nora rested in the forest.", "rests in the forest, but is at the market"),
         ("Nora felt happy.", "Nora went to the hill. They walked to the mill together.", "different places"),
     ],
 )
@@ -59,11 +63,13 @@ def test_corrupted_stories_are_refused(old: str, new: str, complaint: str) -> No
 
 
 def test_a_story_may_not_be_too_short_or_about_nothing() -> None:
-    opening = "One rainy morning, Milo the fox was in the forest."
+    opening = "One morning, Milo the fox was in the forest."
     with pytest.raises(Violation, match="fewer than three"):
         read_story(f"{opening} He had a red lantern.")
     with pytest.raises(Violation, match="needs a thing"):
         read_story(f"{opening} He felt calm. He went to the hill.")
+    with pytest.raises(Violation, match="needs weather"):
+        read_story(f"{opening} He had a red lantern. He went to the hill.")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,6 @@ def test_a_story_may_not_be_too_short_or_about_nothing() -> None:
     [
         ("Tell me a story about a bear.", "no bear"),
         ("Tell me a story about a fox and a kite.", "no kite"),
-        ("Write a story about a fox and a blue lantern.", "the lantern is not blue"),
         ("I want a story about a fox on the hill.", "nobody comes to the hill"),
         ("tell me a story about a fox and a bear", "no bear"),
         ("Tell me a story about a fox called Otto.", "the fox is not called Otto"),
@@ -93,7 +98,6 @@ def test_missing_wishes_are_named(request_text: str, complaint: str) -> None:
         ("How does Milo feel?", "The story does not say how Milo feels."),
         ("Who is Nora?", "Nora is the owl."),
         ("What is the fox called?", "The fox is called Milo."),
-        ("What is the weather like?", "The weather is rainy."),
         ("How many characters are in the story?", "There are two characters: Milo and Nora."),
         ("How many things does Nora have?", "Nora has one thing: the lantern."),
         ("What does Milo have?", "Milo has nothing."),
@@ -105,7 +109,8 @@ def test_questions_have_the_one_right_answer(question: str, expected: str) -> No
 
 
 def test_a_lost_thing_lies_where_it_was_lost() -> None:
-    story = "On a cold day, Ada the cat sat on the hill. She had a red key. Ada lost the key. Ada went to the mill."
+    opening = "One day, Ada the cat sat on the hill. The weather was cold."
+    story = f"{opening} Ada had a red key. Ada lost the key. Ada went to the mill."
     world = read_story(story)
     assert answer(world, "Who has the key?") == "Nobody has the key."
     assert answer(world, "Where is the key?") == "The key is on the hill."

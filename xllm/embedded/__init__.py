@@ -1,6 +1,8 @@
 """The model that ships with xllm: a Qwen3-architecture chat model that tells short stories and answers questions.
 
-Its greedy stories obey the grammar and world of `grammar.py`; `checkpoint/results.json` has the figures.
+Held-out loss: 0.28 nats per token over whole conversations, 0.18 on answers (0.51 in stories, most of it free choice;
+0.004 in answers to questions). Greedy replies to 200 unseen prompts of each kind that the checker of `grammar.py` and
+`dialogue.py` accepts: 99.6 % of stories, 99.0 % of answers. Details: README.md and `checkpoint/results.json`.
 """
 
 from __future__ import annotations

@@ -32,18 +32,21 @@ from xllm.embedded.lexicon import (
 # in requests also K, L a kind and O a thing, each with its article.
 FORMS: dict[str, tuple[str, ...]] = {
     "open": (
-        "One {w} {t}, {N} the {k} was {p}.",
-        "On a {w} {t}, {N} the {k} sat {p}.",
-        "It was a {w} {t}, and {N} the {k} was {p}.",
+        "One {t}, {N} the {k} was {p}.",
+        "One {t}, {N} the {k} sat {p}.",
+        "One quiet {t}, {N} the {k} was {p}.",
     ),
+    "weather": ("The weather was {w}.",),
     "have": ("{S} had a {c} {o}.", "{S} carried a {c} {o}."),
     "find": ("{S} found a {c} {o}.", "{S} saw a {c} {o} and took it."),
     "go": ("{S} went to the {q}.", "{S} walked to the {q}."),
     "meet": ("{S} met {N} the {k}.", "There {s} met {N} the {k}."),
     "come": ("Then {N} the {k} came along.", "Soon {N} the {k} came by."),
-    "give": ("{S} gave the {o} to {B}.", "{S} gave {B} the {o}."),
-    "lose": ("{S} lost the {o}.", "But {s} lost the {o}."),
-    "pick": ("{S} found the {o}.", "{S} picked up the {o}."),
+    "give": ("{S} gave the {o} to {B}.", "{S} gave {B} the {o}.", "{S} gave the {c} {o} to {B}."),
+    "lose": ("{S} lost the {o}.", "But {s} lost the {o}.", "{S} lost the {c} {o}."),
+    "pick": ("{S} found the {o}.", "{S} picked up the {o}.", "{S} found the {c} {o}."),
+    "still": ("It was still {w}.",),
+    "rest": ("{S} rested {p}.", "{S} was still {p}."),
     "thank": ("{S} thanked {B}.", "{S} said thank you to {B}."),
     "feel": ("{S} was {f}.", "{S} felt {f}."),
     "together": ("Together they went to the {q}.", "They walked to the {q} together."),
@@ -52,18 +55,18 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 # Story shapes. `have1a` = character 1 has object a; a trailing ? = told or left out at random, legal either way.
 ARCS: tuple[str, ...] = (
-    "open1 have1a go1? meet12 give1a2 thank21? feel2",
-    "open1 feel1? find1a go1 meet12 give1a2 feel1? feel2?",
-    "open1 have1a go1? lose1a feel1",
-    "open1 have1a lose1a feel1? come2 pick2a give2a1 thank12? feel1?",
-    "open1 have1a come2 have2b give1a2 feel2",
-    "open1 have1a meet12 have2b give2b1 thank12? go1?",
-    "open1 meet12 have2a feel1? give2a1 feel1 go2?",
-    "open1 feel1? find1a feel1 go1?",
-    "open1 come2 find2a feel2? together friends?",
-    "open1 have1a meet12 feel2? together friends",
-    "open1 have1a come2 give1a2 go2 meet23 give2a3? feel3",
-    "open1 have1a come2 lose1a feel1 pick2a go2?",
+    "open1 weather still? have1a rest1? go1? rest1? meet12 give1a2 thank21? feel2",
+    "open1 weather feel1? find1a go1 rest1? meet12 give1a2 feel1? feel2?",
+    "open1 weather have1a still? go1? lose1a feel1",
+    "open1 weather rest1? have1a lose1a feel1? come2 pick2a give2a1 thank12? feel1?",
+    "open1 weather still? have1a come2 have2b give1a2 feel2",
+    "open1 weather have1a meet12 have2b give2b1 thank12? go1? rest1?",
+    "open1 weather meet12 have2a feel1? give2a1 feel1 go2? rest2?",
+    "open1 weather still? find1a feel1 go1? rest1?",
+    "open1 weather come2 find2a feel2? together rest2? friends?",
+    "open1 weather rest1? have1a meet12 feel2? together friends",
+    "open1 weather have1a come2 give1a2 go2 meet23 give2a3? feel3",
+    "open1 weather have1a still? come2 lose1a feel1 pick2a go2?",
 )
 _STEP = re.compile(r"(?P<event>[a-z]+?)(?P<actor>\d)?(?P<object>[ab])?(?P<other>\d)?(?P<optional>\?)?")
 
@@ -112,11 +115,12 @@ def apply(world: World, event: str, slots: dict[str, str]) -> None:
     people = world.characters
     _require(bool(people) != (event == "open"), "the story opens once, and first")
     subject = _subject(world, slots)
+    if event in ("give", "lose", "pick") and "c" in slots:
+        _require(world.colours.get(slots["o"]) == slots["c"], f"the {slots['o']} is not {slots['c']}")
     gift, world.gift, world.subject = world.gift, None, subject
     who = people[subject] if subject else None
     match event, who:
         case "open", _:
-            world.weather = slots["w"]
             place = slots["p"].rsplit(" ", 1)[-1]
             _require(slots["p"] == at_place(place), f"wrong preposition in '{slots['p']}'")
             _introduce(world, slots, place)
@@ -134,6 +138,13 @@ def apply(world: World, event: str, slots: dict[str, str]) -> None:
         case "meet", Character():
             _introduce(world, slots, who.place)
             who.cause, world.subject = "met", None
+        case "weather", _:
+            _require(not world.weather, "the weather is told twice")
+            world.weather = slots["w"]
+        case "still", _:
+            _require(slots["w"] == world.weather, f"still {slots['w']}, but it was {world.weather}")
+        case "rest", Character():
+            _require(slots["p"] == at_place(who.place), f"{who.name} rests {slots['p']}, but is {at_place(who.place)}")
         case "give", Character():
             other = _other(world, slots, who)
             _require(world.holders.get(slots["o"]) == who.name, f"{who.name} gives a {slots['o']} without having it")
@@ -231,7 +242,7 @@ def write_story(rng: random.Random, cast: Cast, characters: int = 1) -> Story:
         if plan["optional"] and rng.random() < 0.5:
             continue
         newcomer = {"open": plan["actor"], "come": plan["actor"], "meet": plan["other"]}.get(plan["event"])
-        slots = {"w": rng.choice(WEATHER), "t": rng.choice(TIMES), "p": at_place(cast.places[0])}
+        slots = {"w": world.weather or rng.choice(WEATHER), "t": rng.choice(TIMES), "p": at_place(cast.places[0])}
         if newcomer:
             slots |= {"N": cast.names[int(newcomer) - 1], "k": cast.kinds[int(newcomer) - 1]}
         if plan["object"]:
@@ -241,6 +252,8 @@ def write_story(rng: random.Random, cast: Cast, characters: int = 1) -> Story:
         if plan["event"] in ("go", "together"):
             slots["q"] = places.pop(0)
         actor = cast.names[int(plan["actor"]) - 1] if plan["actor"] else None
+        if plan["event"] == "rest" and actor:
+            slots["p"] = at_place(world.characters[actor].place)
         if plan["event"] == "feel" and actor:
             slots["f"] = rng.choice(FEELINGS_BY_CAUSE[world.characters[actor].cause])
         sentences.append(_tell(rng, world, plan["event"], actor, slots))
@@ -292,6 +305,7 @@ def read_story(text: str) -> World:
             raise Violation(f"{error}: '{sentence}'") from None
     _require(len(sentences) >= 3, "fewer than three sentences")
     _require(bool(world.colours), "a story needs a thing")
+    _require(bool(world.weather), "a story needs weather")
     return world
 
 
@@ -345,7 +359,6 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Answer]] = {
         lambda w, s: f"{s['B']} is the {w.characters[s['B']].kind}.",
     ),
     "name": (("What is the name of the {k}?", "What is the {k} called?"), _called),
-    "weather": (("What is the weather like?", "How is the weather?"), lambda w, s: f"The weather is {w.weather}."),
     "how many characters": (
         ("How many characters are in the story?", "How many are in the story?"),
         _how_many_characters,

@@ -20,12 +20,13 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from xllm.embedded.dialogue import converse
+from xllm.embedded.dialogue import TOPICS, converse
 from xllm.embedded.evaluate import held_out_loss, tallies
 from xllm.embedded.muon import Muon
-from xllm.embedded.text import END, END_OF_TEXT, save_tokenizer, segments, token_id, train_tokenizer
+from xllm.embedded.text import END, END_OF_TEXT, Segment, save_tokenizer, segments, token_id, train_tokenizer
 
 SEED = 1
+MEASURE_SEED = 7  # prompts other than those looked at while the language was being shaped
 VOCAB = 832
 TOKENIZER_CONVERSATIONS = 4000
 MAX_LEN = 1024
@@ -33,7 +34,8 @@ ADAM_RATE = 4e-3  # embeddings and norms
 MUON_RATE = 2e-2  # matrices of the blocks
 WARM_UP = 50
 SAVE_EVERY = 250
-PROMPT_WEIGHT = 0.3  # loss weight of what isn't an answer; stories in prompts teach copying, too
+# Loss weights of tokens. Most of a story is free choice, whose noise drowns what an answer to a question teaches.
+PROMPT_WEIGHT, STORY_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 1.5
 
 
 def new_model(vocab: int, end: int, pad: int) -> Qwen3ForCausalLM:
@@ -59,11 +61,10 @@ def new_model(vocab: int, end: int, pad: int) -> Qwen3ForCausalLM:
 def batch(tokenizer: Tokenizer, seed: int, step: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [rows, length] and loss weights of the same shape; each row is one long conversation, cut at `length`.
 
-    Most rows hold little more than one story, which is when copying is learnt fastest; every fourth step has longer
-    ones, so that late positions and the choice between stories are trained too.
+    Most rows hold one story and what is asked about it; some are longer, so that late positions are trained too.
     """
     rng = random.Random(f"{seed}/train/{step}")
-    length = {3: 256, 7: 512}.get(step % 8, 128)
+    length = {3: 128, 7: 512}.get(step % 8, 256)
     ids = torch.full((tokens // length, length), token_id(tokenizer, END_OF_TEXT))
     weights = torch.zeros(ids.shape)
     for row in range(ids.shape[0]):
@@ -71,11 +72,17 @@ def batch(tokenizer: Tokenizer, seed: int, step: int, tokens: int) -> tuple[torc
         for part in segments(tokenizer, converse(rng, stories=length // 48)):
             part_ids = torch.tensor(part.ids[: length - at])
             ids[row, at : at + len(part_ids)] = part_ids
-            weights[row, at : at + len(part_ids)] = 1.0 if part.answer else PROMPT_WEIGHT
+            weights[row, at : at + len(part_ids)] = _weight(part)
             at += len(part_ids)
             if at == length:
                 break
     return ids, weights
+
+
+def _weight(part: Segment) -> float:
+    if part.answer is None:
+        return PROMPT_WEIGHT
+    return STORY_WEIGHT if part.answer in TOPICS else ANSWER_WEIGHT
 
 
 def schedule(step: int, steps: int) -> float:
@@ -147,22 +154,22 @@ def train(out: Path, steps: int, tokens: int, seed: int, threads: int, earlier: 
         adam.step()
         muon.step(MUON_RATE * share)
         model.zero_grad(set_to_none=True)
-        answer = (weight == 1.0).float()
+        answer = (weight == ANSWER_WEIGHT).float()
         recent.append(((losses.detach() * answer).sum() / answer.sum()).item())
         if (step + 1) % 50 == 0:
             speed = (step + 1 - first) * tokens / (time.monotonic() - began)
             print(
-                f"step {step + 1}: loss on answers {sum(recent) / len(recent):.4f}, {speed:,.0f} tokens/s", flush=True
+                f"step {step + 1}: loss on questions {sum(recent) / len(recent):.4f}, {speed:,.0f} tokens/s", flush=True
             )
             recent.clear()
         if (step + 1) % SAVE_EVERY == 0:
+            export(model, tokenizer, out)
+            progress = {"adam": adam.state_dict(), "muon": muon.averages, "step": step + 1}
+            torch.save({"model": model.state_dict(), **progress}, state)
             model.eval()
             held_out = {k: round(v, 4) for k, v in held_out_loss(model, tokenizer, 50, seed).items()}
             print(f"step {step + 1}: held-out {held_out}", flush=True)
             model.train()
-            export(model, tokenizer, out)
-            progress = {"adam": adam.state_dict(), "muon": muon.averages, "step": step + 1}
-            torch.save({"model": model.state_dict(), **progress}, state)
     export(model, tokenizer, out)
     state.unlink(missing_ok=True)
 
@@ -192,7 +199,7 @@ def measure(folder: Path, seed: int, per_kind: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model and measure it.")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write; a stopped run goes on")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=1)
@@ -204,8 +211,7 @@ def main() -> None:
     if not args.measure_only:
         train(args.out, args.steps, args.tokens, args.seed, args.threads, args.start_from)
     torch.set_num_threads(args.threads)
-    results = measure(args.out, args.seed, per_kind=200)
-    results["trained_tokens"] = args.steps * args.tokens
+    results = measure(args.out, MEASURE_SEED, per_kind=200)
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=2))
 
