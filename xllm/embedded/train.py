@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -132,13 +134,8 @@ def train(out: Path, steps: int, tokens: int, seed: int, threads: int, earlier: 
     muon = Muon([p for p in model.model.layers.parameters() if p.dim() == 2])
     rest = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() == 1)]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
-    state, first = out / "training.pt", 0
-    if state.exists():
-        saved = torch.load(state)
-        model.load_state_dict(saved["model"])
-        adam.load_state_dict(saved["adam"])
-        muon.averages = saved["muon"]
-        first = saved["step"]
+    state = out / "training.safetensors"
+    first = load_state(state, model, adam, muon) if state.exists() else 0
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps}", flush=True)
     began, recent = time.monotonic(), []
     for step in range(first, steps):
@@ -164,14 +161,40 @@ def train(out: Path, steps: int, tokens: int, seed: int, threads: int, earlier: 
             recent.clear()
         if (step + 1) % SAVE_EVERY == 0:
             export(model, tokenizer, out)
-            progress = {"adam": adam.state_dict(), "muon": muon.averages, "step": step + 1}
-            torch.save({"model": model.state_dict(), **progress}, state)
+            save_state(state, model, adam, muon, step + 1)
             model.eval()
             held_out = {k: round(v, 4) for k, v in held_out_loss(model, tokenizer, 50, seed).items()}
             print(f"step {step + 1}: held-out {held_out}", flush=True)
             model.train()
     export(model, tokenizer, out)
     state.unlink(missing_ok=True)
+
+
+def save_state(file: Path, model: Qwen3ForCausalLM, adam: torch.optim.AdamW, muon: Muon, steps: int) -> None:
+    """All that a run needs to go on after `steps` steps."""
+    tensors = {f"model.{name}": value for name, value in model.model.state_dict().items()}
+    for index, held in adam.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in held.items()}
+    tensors |= {f"muon.{index}": average for index, average in enumerate(muon.averages.values())}
+    aside = file.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, aside, {"steps": str(steps)})
+    aside.replace(file)
+
+
+def load_state(file: Path, model: Qwen3ForCausalLM, adam: torch.optim.AdamW, muon: Muon) -> int:
+    """Puts a run back where `save_state` left it; returns the steps it had made."""
+    with safe_open(file, "pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  # not a mapping
+        steps = int(saved.metadata()["steps"])
+    model.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, index, kind = name.split(".")
+            held.setdefault(int(index), {})[kind] = value
+    adam.load_state_dict({**adam.state_dict(), "state": held})
+    muon.averages = {shape: tensors[f"muon.{index}"] for index, shape in enumerate(muon.averages)}
+    return steps
 
 
 def measure(folder: Path, seed: int, per_kind: int) -> dict[str, Any]:
