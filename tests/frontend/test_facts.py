@@ -40,6 +40,25 @@ def test_facts_of_a_bare_folder(tmp_path: Path) -> None:
     assert (found.eos_ids, found.chat_template, found.tokenizer_path, found.generation) == ((2,), None, None, {})
 
 
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}, 64),
+    ],
+)  # fmt: skip
+def test_a_stretched_rope_reaches_further(tmp_path: Path, scaling: dict[str, Any], length: int) -> None:
+    config = _config(max_position_embeddings=64, rope_theta=10000.0, rope_scaling=scaling)
+    del config["rope_parameters"]
+    assert facts(_write(tmp_path, config=config), tokenizer=False).max_len == length
+
+
 def test_named_chat_templates(tmp_path: Path) -> None:
     templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     _write(tmp_path, config=_config(), tokenizer_config={"chat_template": templates})

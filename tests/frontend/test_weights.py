@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.weights import Checkpoint
+from xllm.ir.program import Concat, Source, Weight
 
 _VALUES = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -45,6 +46,14 @@ def test_shards(tmp_path: Path) -> None:
     save_file({"b": _VALUES["b"], "c": _VALUES["c"]}, tmp_path / "two.safetensors")
     places = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    _check_values(Checkpoint.open(tmp_path))
+
+
+def test_a_whole_file_counts_before_the_index_of_an_earlier_save(tmp_path: Path) -> None:
+    save_file({name: -value for name, value in _VALUES.items()}, tmp_path / "old.safetensors")
+    places = dict.fromkeys(_VALUES, "old.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file(_VALUES, tmp_path / "model.safetensors")
     _check_values(Checkpoint.open(tmp_path))
 
 
@@ -129,3 +138,13 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=name) as refused:
         Checkpoint.open(tmp_path).check(zoo.stamped("qwen3"))
     assert refused.value.code == "missing-tensor"
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (4,), (), (4, 8, 1)])
+def test_parts_that_do_not_join_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save_file({"q": torch.zeros(4, 8), "k": torch.zeros(shape)}, tmp_path / "model.safetensors")
+    program = zoo.stamped("qwen3").copy()
+    program.weights = {"qk": Weight((8, 8), Concat((Source(("q",)), Source(("k",)))))}
+    with pytest.raises(CompileError) as refused:
+        Checkpoint.open(tmp_path).check(program)
+    assert refused.value.code == "shape-mismatch"

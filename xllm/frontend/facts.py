@@ -61,10 +61,21 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
 
 
 def _reach(config: Any) -> int:
-    """Positions the model was made for; dynamic rope says by how much it may go beyond its table. 0: not said."""
+    """Positions the model was made for; 0: not said.
+
+    By convention max_position_embeddings stays what it was before linear and dynamic rope stretch it; yarn names the
+    length it starts from, and the usual advice is to add yarn to a config and leave the rest. Configs of llama3 and
+    longrope say the whole length.
+    """
     positions = int(getattr(config, "max_position_embeddings", None) or 0)
     rope = getattr(config, "rope_parameters", None) or {}
-    return int(positions * float(rope.get("factor", 1.0))) if rope.get("rope_type") == "dynamic" else positions
+    factor = float(rope.get("factor") or 1.0)
+    match rope.get("rope_type"):
+        case "linear" | "dynamic":
+            return int(positions * factor)
+        case "yarn":
+            return max(positions, int((rope.get("original_max_position_embeddings") or positions) * factor))
+    return positions
 
 
 def read_config(folder: str | Path) -> Any:

@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises CompileError."""
+        """Maps `model.safetensors` or, without one, the shards that its index names. Raises CompileError."""
         folder = Path(folder)
         if (folder / "config.json").is_file():
             refuse_quantised(read_json(folder / "config.json"))
@@ -159,13 +159,17 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 return tuple(program.constants[name].shape)
             case Concat(parts):
                 shapes = [self._shape_of(part, program) for part in parts]
-                return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+                odd = [shape for shape in shapes if not shape or shape[1:] != shapes[0][1:]]
+                return odd[0] if odd else (sum(shape[0] for shape in shapes), *shapes[0][1:])
             case Shift(of, _):
                 return self._shape_of(of, program)
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
     """File name -> the tensors wanted from it (None: all), in the order they are first named."""
+    # The whole file first, as transformers does: an index beside it was left by an earlier save.
+    if (folder / "model.safetensors").is_file():
+        return {"model.safetensors": None}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         places = read_json(index).get("weight_map")
@@ -180,8 +184,6 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
             assert wanted is not None
             wanted.add(name)
         return shards
-    if (folder / "model.safetensors").is_file():
-        return {"model.safetensors": None}
     unsafe = sorted(path.name for path in folder.glob("*") if path.suffix in _UNSAFE) if folder.is_dir() else []
     if unsafe:
         raise CompileError(
