@@ -251,6 +251,33 @@ def test_an_error_while_replacing_keeps_the_old_one(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_the_old_one_returns_when_the_last_rename_does_not_happen(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    before, rename = contents(path), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name and not self.name.endswith(".old"):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(error):
+        write_small(path)
+    assert contents(path) == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_what_a_build_had_put_away_when_it_was_killed_returns(path: Path) -> None:
+    before = contents(path)
+    path.rename(path.parent / ".small.xllm.partial-0123abcd.old")
+    with pytest.raises(RuntimeError), writing(path):
+        raise RuntimeError("out of luck")
+    assert contents(path) == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
 def test_an_artifact_is_replaced(path: Path) -> None:
     (path / "stale").write_text("x")
     write_small(path)

@@ -236,18 +236,22 @@ def _put(aside: Path, root: Path) -> None:
         root.rename(old)
     try:
         aside.rename(root)
-    except OSError:
-        if old.exists():
+    except BaseException:  # Ctrl-C too: between the two renames there is nothing under the name
+        if old.exists() and not root.exists():
             old.rename(root)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
-    """Removes what builds of `root` left behind: their lock went with their process."""
-    for left in root.parent.glob(f".{glob.escape(root.name)}.partial-*"):
+    """Removes what builds of `root` left behind: their lock went with their process. An artifact that one had put
+    away, and was killed before it put its own in the place, returns.
+    """
+    for left in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
         lock = _locked(left)
         if lock is not None:
+            if left.suffix == ".old" and not root.exists() and not left.with_suffix("").exists():
+                left.rename(root)
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
 
