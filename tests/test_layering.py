@@ -28,6 +28,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "passes": ({"ir", "plan", "targets.base", "errors"}, {"torch", "networkx", "sympy", "numpy"}),
     "compiler": ({"", "artifact", "errors", "frontend", "ir", "kernels", "passes", "plan", "targets"}, {"numpy"}),
     "targets.cpu": ({"targets.base", "kernels"}, set()),
+    "targets.cpu_bounds": ({"plan", "targets.cpu"}, set()),
     "targets.cpu_executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.fallback": ({"artifact", "ir", "plan", "targets.base"}, {"numpy", "torch"}),
     "kernels": (set(), {"numpy"}),

@@ -1,8 +1,8 @@
 """The plan: what the runtime executes, as plain data. Written by the compiler, read without torch.
 
 Calls are the same for every bucket; a bucket adds sizes and offsets into the one arena all buckets share. References
-are short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent). `check` accepts only what
-can be executed without reading or writing a wrong place; it did not make the plan.
+are short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent). `check` did not make the
+plan; how far into them a kernel reaches is for the target to check (`targets/cpu_bounds.py`).
 """
 
 from __future__ import annotations

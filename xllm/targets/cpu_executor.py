@@ -26,6 +26,7 @@ from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
 from xllm.runtime.request import Request
+from xllm.targets.cpu_bounds import check_bounds
 
 MAX_LOGPROBS = 20
 HUGE_PAGE_BYTES = 2 << 20
@@ -47,6 +48,10 @@ class CpuExecutor:
             max_len=manifest["limits"]["max_len"],
             vocab=manifest["model"]["vocab"],
         )
+        try:
+            check_bounds(plan, self.limits.vocab, self.limits.max_len)
+        except ValueError as error:
+            raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
         self.kv = KVSpec(group_bytes=plan.kv.group_bytes, group_tokens=plan.kv.group_tokens)
         self._runner = cpu.Runner(threads, level)
         self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)

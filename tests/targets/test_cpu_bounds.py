@@ -1,0 +1,105 @@
+"""No call of a plan reaches outside the memory it names, however the file came to say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import FAMILIES, build
+from xllm.artifact import Artifact, ArtifactError
+from xllm.compiler import CompileOptions
+from xllm.kernels import cpu
+from xllm.plan import Plan
+from xllm.targets.cpu_bounds import INDICES, OUTPUTS, check_bounds, reach
+from xllm.targets.cpu_executor import CpuExecutor
+
+VOCAB, MAX_LEN = FAMILIES["qwen3"]["vocab_size"], 128
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bounds")
+    return build(folder, FAMILIES["qwen3"], options=CompileOptions(max_len=MAX_LEN, kv="bfloat16"))[1]
+
+
+@pytest.fixture(scope="module")
+def plan(artifact: Path) -> Plan:
+    return Artifact.open(artifact).plan
+
+
+def test_every_kernel_is_described() -> None:
+    for name, info in cpu.kernels().items():
+        rows, once = reach(name, dict.fromkeys(info.ints, 1))
+        index = INDICES.get(name.partition(".")[0], ("", ()))[0]
+        missing = {arg.name for arg in info.args} - rows.keys() - once.keys() - {index, "table"}
+        assert not missing, name
+        assert not {arg.name for arg in info.args if arg.name.endswith("out")} - set(OUTPUTS), name
+
+
+def test_a_compiled_plan_stays_inside(plan: Plan) -> None:
+    check_bounds(plan, VOCAB, MAX_LEN)
+
+
+def of(kernel: str, field: str, **values: Any) -> Change:
+    def change(raw: dict[str, Any]) -> None:
+        call = next(call for call in raw["calls"] if call["kernel"].startswith(kernel))
+        call[field].update(values)
+
+    return change
+
+
+def grown(kernel: str) -> list[tuple[Change, str]]:
+    """Every size of a kernel, far too large."""
+    info = next(info for name, info in cpu.kernels().items() if name.startswith(kernel))
+    harmless = {"window", "interleaved"}
+    return [(of(kernel, "ints", **{size: 1 << 40}), "call ") for size in info.ints if size not in harmless]
+
+
+def state(raw: dict[str, Any]) -> None:
+    raw["kv"]["group_tokens"] = 8
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        *grown("embedding."), *grown("rows."), *grown("linear."), *grown("rms_norm."), *grown("add_rms_norm."),
+        *grown("qk_norm_rope_write."), *grown("attention."), *grown("gated_silu."),
+        (of("linear.", "ints", k=73), "weight needs 46720 bytes"),
+        (of("linear.", "ints", k=-1), "a size is negative"),
+        (of("linear.", "args", bias="@model.layers.0.self_attn.k_norm.weight"), "bias needs 640 bytes"),
+        (of("linear.", "args", x="$ids"), "x needs .* has 0"),
+        (of("rms_norm.", "args", out="@model.norm.weight"), "writes"),
+        (of("rows.", "args", index="$ids"), "index is '[$]ids'"),
+        (of("gated_silu.", "ints", width=105), "out needs"),
+        (of("rows.", "args", table="@model.norm.weight"), "table needs 8192 bytes"),
+        (of("attention.", "ints", group_bytes=1 << 20), "not group_bytes"),
+        (of("attention.", "ints", layer_offset=8000), "its layer ends at 10048"),
+        (state, "groups of 8, not 16 tokens"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_reaches_further_is_refused(plan: Plan, change: Change, why: str) -> None:
+    raw = json.loads(plan.to_json())
+    change(raw)
+    with pytest.raises(ValueError, match=why):
+        check_bounds(Plan.from_json(json.dumps(raw)), VOCAB, MAX_LEN)
+
+
+def test_limits_beyond_the_tables_are_refused(plan: Plan) -> None:
+    with pytest.raises(ValueError, match="table needs"):
+        check_bounds(plan, VOCAB, MAX_LEN + 1)
+    with pytest.raises(ValueError, match="the vocabulary is"):
+        check_bounds(plan, VOCAB + 1, MAX_LEN)
+
+
+def test_the_executor_refuses_it_before_it_runs_anything(artifact: Path) -> None:
+    opened = Artifact.open(artifact)
+    limits = {**opened.manifest["limits"], "max_len": 1 << 20}
+    hostile = Artifact(opened.path, {**opened.manifest, "limits": limits}, opened.plan)
+    with pytest.raises(ArtifactError, match="table needs") as refused:
+        CpuExecutor(hostile, 1)
+    assert refused.value.code == "artifact-malformed"
