@@ -1,7 +1,8 @@
 """The fallback provider: runs the torch body of an operator that has no native kernel, on arrays of the arena.
 
 Importing this imports torch: a process that serves such a plan pays for it, and the compile report says so. Operators
-are looked up by name in the aten and xllm namespaces; nothing else in an artifact can be called.
+are looked up by name in the aten and xllm namespaces, and only those that make new values from the values they are
+given; nothing else in an artifact can be called.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from xllm.plan import Bucket, Call, Plan
 from xllm.targets.base import Extent
 
 _NAMESPACES = ("aten", "xllm")
+_FORBIDDEN = ("from_file", "_unsafe_index", "_unsafe_masked_index")  # open any path, read at any index
 _NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
 
 
@@ -84,14 +86,17 @@ class TorchCall:
 
 
 def find_operator(name: str) -> Callable[..., Any] | Any:
-    """aten.add.Tensor or xllm.linear as a torch operator. Raises ArtifactError for any other name."""
+    """aten.add.Tensor or xllm.linear as a torch operator. Raises ArtifactError for any other name, and for operators
+    that change their arguments, open files or read beyond them.
+    """
     namespace, _, rest = name.partition(".")
     operator, _, overload = rest.partition(".")
     if namespace in _NAMESPACES and operator.isidentifier() and (overload or "default").isidentifier():
         packet = getattr(getattr(torch.ops, namespace), operator, None)
-        if found := getattr(packet, overload or "default", None):
+        found = getattr(packet, overload or "default", None)
+        if isinstance(found, torch._ops.OpOverload) and not found._schema.is_mutable and operator not in _FORBIDDEN:
             return found
-    raise ArtifactError("unknown-operator", f"the plan calls {name}, which this torch does not have; compile again")
+    raise ArtifactError("unknown-operator", f"the plan calls {name}, which is no operator here; compile again")
 
 
 def _at(size: Any, T: int, S: int) -> int:
