@@ -251,6 +251,20 @@ def test_an_error_while_replacing_keeps_the_old_one(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("limit", [3000, 5000])
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    """A limit on the size of files stands for the disk: either ends a write half done."""
+    code = (
+        "import resource, sys; from tests.artifacts import write_small; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); write_small(sys.argv[1])"
+    )
+    target = tmp_path / "new.xllm"
+    done = subprocess.run([sys.executable, "-c", code, str(target)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"File too large: '.*/weights/model\.safetensors'", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_the_old_one_returns_when_the_last_rename_does_not_happen(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

@@ -163,7 +163,8 @@ class ArtifactWriter:
         raw = data.encode() if isinstance(data, str) else data
         file = self.root / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(raw)
+        with _named(file):
+            file.write_bytes(raw)
         self._files[name] = _digest(raw)
 
     def write_weights(
@@ -180,7 +181,7 @@ class ArtifactWriter:
         file = self.root / WEIGHTS
         file.parent.mkdir(parents=True, exist_ok=True)
         sealed: dict[str, StoredWeight] = {}
-        with file.open("wb") as out:
+        with _named(file), file.open("wb") as out:
             out.write(header)
             for (key, weight), end in zip(placed.items(), ends, strict=True):
                 data = make(weight)
@@ -227,6 +228,17 @@ def writing(path: str | os.PathLike[str]) -> Iterator[ArtifactWriter]:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """An OSError says which file: of a full disk, a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _put(aside: Path, root: Path) -> None:
