@@ -48,6 +48,17 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "mistral": family("mistral", "MistralForCausalLM", sliding_window=24),
 }  # fmt: skip
 
+# Configurations as they are found: biases, odd heads, windows from some layer on, keys of older transformers.
+ODD: Mapping[str, dict[str, Any]] = {
+    "biases": _llama(attention_bias=True, mlp_bias=True, head_dim=20, num_key_value_heads=6),
+    "windows": family("qwen2", "Qwen2ForCausalLM", num_hidden_layers=6, hidden_size=96, use_sliding_window=True,
+                      sliding_window=24, max_window_layers=2),
+    "unused window": family("qwen2", "Qwen2ForCausalLM", hidden_size=96, use_sliding_window=False, sliding_window=24,
+                            max_window_layers=2, tie_word_embeddings=True, rope_theta=1e6,
+                            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "no window": family("mistral", "MistralForCausalLM", sliding_window=None, head_dim=40, num_hidden_layers=1),
+}  # fmt: skip
+
 
 def build(
     folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.models import FAMILIES, VOCAB, WatchedExecutor, build
+from tests.models import FAMILIES, ODD, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.executor import Batch, Row
@@ -25,7 +25,7 @@ DECODE_STEPS = 32
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ODD])
 def test_float32(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
 
@@ -52,7 +52,7 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
 
     Asserts that greedy tokens are equal as long as both saw the same history (always, with float32 state).
     """
-    checkpoint, path = build(folder, FAMILIES[name], dtype=dtype, options=options)
+    checkpoint, path = build(folder, {**FAMILIES, **ODD}[name], dtype=dtype, options=options)
     in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
     assert bool(in_torch) == bool(options.disable), in_torch
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()
