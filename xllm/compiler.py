@@ -112,12 +112,16 @@ class Report:
         for item in self.fallbacks:
             alike.setdefault((item.op, item.why), []).append(item)
         lines = [
-            f"  runs in torch: {len(items)} x {op} ({items[0].node}, …), because {why};"
+            f"  runs in torch: {len(items)} x {op} ({items[0].node}{', …' if len(items) > 1 else ''}), because {why};"
             f" moves {sum(item.token_bytes for item in items):,} bytes a token"
             for (op, why), items in alike.items()
         ]
         cost = f"about 0.1 ms for each of {len(self.fallbacks)} calls of every step"
-        return [*lines, f"  serving imports torch for them: seconds and some 200 MB at start, and {cost}"]
+        return [
+            *lines,
+            f"  serving imports torch for them: seconds and some 200 MB at start, and {cost}",
+            "  the same bits under any schedule are promised for native kernels only, not for these",
+        ]
 
 
 def compile_checkpoint(

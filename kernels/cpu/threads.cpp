@@ -26,13 +26,21 @@ struct OneStage {
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
+  try {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
+  } catch (...) {
+    join();  // the system refused a thread: a vector of running ones must not be destroyed
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { join(); }
+
+void Pool::join() {
   stop_ = true;
   publish(0);
   for (std::thread &t : workers_) t.join();
+  workers_.clear();
 }
 
 void Pool::run(int begin, int end, Units units, Work work, void *context) {

@@ -31,6 +31,7 @@ class Pool {
   void run(int64_t units, Body body, void *context);
 
  private:
+  void join();
   void worker(int thread);
   bool work_once(int thread);
   void advance(int thread);

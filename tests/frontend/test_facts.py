@@ -80,6 +80,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "remote-code"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised-checkpoint"),
         ({"eos_token_id": "two"}, "bad-config"),
+        ({"eos_token_id": 10**6}, "bad-config"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, config: Any, code: str) -> None:

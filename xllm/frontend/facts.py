@@ -51,7 +51,7 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
         architecture=(config.architectures or [type(config).__name__])[0],
         vocab_size=int(config.vocab_size),
         max_len=_reach(config),
-        eos_ids=_ids(eos if eos is not None else config.eos_token_id, "eos_token_id"),
+        eos_ids=_within(_ids(eos if eos is not None else config.eos_token_id, "eos_token_id"), int(config.vocab_size)),
         bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
         generation=generation,
         tokenizer_path=_tokenizer(folder) if tokenizer else None,
@@ -182,6 +182,19 @@ def _ids(value: Any, name: str) -> tuple[int, ...]:
             f"{name} is {value!r}, not token ids", code="bad-config", pass_name="capture", where="config.json"
         )
     return tuple(ids)
+
+
+def _within(ids: tuple[int, ...], vocab: int) -> tuple[int, ...]:
+    """Raises CompileError for an end of text that the model cannot say."""
+    if beyond := [item for item in ids if item >= vocab]:
+        raise CompileError(
+            f"eos_token_id {beyond[0]} is outside the vocabulary of {vocab}",
+            code="bad-config",
+            pass_name="capture",
+            where="generation_config.json or config.json",
+            try_="the files that belong to these weights",
+        )
+    return ids
 
 
 def _tokenizer(folder: Path) -> Path:

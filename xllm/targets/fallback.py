@@ -18,6 +18,8 @@ from xllm.artifact import ArtifactError, MappedWeights
 from xllm.plan import Bucket, Call, Plan
 from xllm.targets.base import Extent
 
+# One thread: torch shares its sums by their number, and the same bits are promised for any.
+torch.set_num_threads(1)
 _NAMESPACES = ("aten", "xllm")
 _FORBIDDEN = ("from_file", "_unsafe_index", "_unsafe_masked_index")  # open any path, read at any index
 _NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
