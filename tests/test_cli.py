@@ -47,7 +47,7 @@ def test_every_help_has_examples(name, capsys):
         (["fly"], "invalid choice"),
         (["compile", "here"], "-o/--out"),
         (["compile", "here", "-o", "there", "--weights", "int3"], "--weights"),
-        (["compile", "/does/not/exist", "-o", "/tmp/never.xllm", "--quiet"], "/does/not/exist"),
+        (["compile", "/does/not/exist", "-o", "never.xllm", "--quiet"], "/does/not/exist"),
         (["serve", "/does/not/exist"], "neither an artifact"),
         (["serve", "x", "--memory", "lots"], "is not a size"),
         (["serve", "x", "--port", "99999"], "0 to 65535"),

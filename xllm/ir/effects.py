@@ -17,10 +17,6 @@ class Effects:
     reads: tuple[fx.Node, ...]
     writes: tuple[fx.Node, ...]
 
-    @property
-    def pure(self) -> bool:
-        return not self.writes
-
 
 def effects(node: fx.Node, states: frozenset[fx.Node]) -> Effects:
     """Effects of one call. `states` are the program's mutable inputs; writes to anything else are listed as well."""

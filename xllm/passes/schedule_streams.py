@@ -46,6 +46,12 @@ class ScheduleStreams(Pass):
         graph = dependences(program)
         seconds = {name: context.target.seconds(choice.lowering.cost, T, S) for name, choice in choices.items()}
         stream = {name: context.target.stream_of(choice.operation) for name, choice in choices.items()}
+        if unknown := set(stream.values()) - set(context.target.streams):
+            raise CompileError(
+                f"target {context.target.name} places work on stream {min(unknown)!r}, which it does not have",
+                code="broken-target",
+                pass_name=self.name(),
+            )
         schedule = schedule_graph(graph, seconds, stream)
         check_schedule(graph, schedule)
         program.plans["streams"] = schedule

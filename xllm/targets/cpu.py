@@ -141,10 +141,9 @@ def _rows(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal
 
 def _rms_norm(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
-    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
-        return Refusal("it does not normalise whole rows of the step")
-    if weight.kind != "weight" or weight.shape != (x.width,):
-        return Refusal("its weight is not one number for each of a row's")
+    rows = _normed_rows(op, x, weight)
+    if isinstance(rows, Refusal):
+        return rows
     return Lowering(
         "rms_norm.f32",
         {"x": x, "weight": weight, "out": op.results[0]},
@@ -158,10 +157,9 @@ def _rms_norm(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Ref
 
 def _add_rms_norm(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x, weight = op.args["x"], op.args["weight"]
-    if len(x.shape) != 2 or (rows := _step_rows(op, x)) is None:
-        return Refusal("it does not normalise whole rows of the step")
-    if weight.kind != "weight" or weight.shape != (x.width,):
-        return Refusal("its weight is not one number for each of a row's")
+    rows = _normed_rows(op, x, weight)
+    if isinstance(rows, Refusal):
+        return rows
     normed, total = op.results
     return Lowering(
         "add_rms_norm.f32",
@@ -308,6 +306,16 @@ def _step_rows(op: Operation, x: Any) -> str | None:
     if not isinstance(x, Tensor) or x.kind != "value" or x.rows is None or op.results[0].rows != x.rows:
         return None
     return x.rows
+
+
+def _normed_rows(op: Operation, x: Tensor, weight: Tensor) -> str | Refusal:
+    """The dimension a norm's rows run over, if it normalises whole rows by one weight for each number of a row."""
+    rows = _step_rows(op, x)
+    if len(x.shape) != 2 or rows is None:
+        return Refusal("it does not normalise whole rows of the step")
+    if weight.kind != "weight" or weight.shape != (x.width,):
+        return Refusal("its weight is not one number for each of a row's")
+    return rows
 
 
 def _ints(shape: tuple[int | Extent, ...]) -> tuple[int, ...]:
