@@ -18,7 +18,7 @@ from xllm.llm import open_engine
 from xllm.plan import Plan
 from xllm.runtime.executor import Batch, Row
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.targets.cpu_executor import CpuExecutor
+from xllm.targets.cpu.executor import CpuExecutor
 
 SEED = 0
 
@@ -45,7 +45,7 @@ def demand(plan: Plan, prompt_tokens: int, output_tokens: int) -> Demand:
     flops, read = 0.0, float(plan.kv.token_bytes * (prompt_tokens + output_tokens / 2))
     for call in plan.calls:
         if call.kernel.startswith("linear."):
-            rows = prompt_tokens if call.rows == "T" else 1
+            rows = call.rows.at({"T": prompt_tokens, "S": 1})
             flops += 2.0 * rows * call.ints["n"] * call.ints["k"]
             read += plan.weights[call.args["weight"].removeprefix("@")].bytes
         if call.kernel.startswith("attention."):

@@ -11,7 +11,7 @@ import numpy as np
 
 from xllm.artifact import Artifact, ArtifactWriter, writing
 from xllm.plan import Bucket, Buffer, Call, Plan, StoredWeight
-from xllm.targets.base import Cost, Extent, KVLayout, Layout
+from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
 
 WIDTH, VOCAB = 8, 20
 PLAIN = Layout("plain", "float32")
@@ -23,24 +23,22 @@ def small_plan() -> Plan:
         Call("embed", "xllm.embedding", "embedding.f32", {"ids": "$ids", "weight": "@embed", "out": "%x"},
              {"vocab": VOCAB, "width": WIDTH}, stream="compute", results=("%x",)),
         Call("norm", "xllm.rms_norm", "rms_norm.f32", {"x": "%x", "weight": "@norm", "out": "%n"}, {"width": WIDTH},
-             {"eps": 1e-6}, stream="compute", results=("%n",), cost=Cost(Extent(t=4 * WIDTH), Extent(t=8 * WIDTH))),
+             {"eps": 1e-6}, stream="compute", results=("%n",),
+             cost=Cost(Extent.of(T=4 * WIDTH), Extent.of(T=8 * WIDTH))),
         Call("rows", "xllm.rows", "rows.f32", {"index": "$last", "table": "%n", "out": "%r"}, {"width": WIDTH},
-             rows="S", stream="compute", results=("%r",)),
-        Call("head", "aten.mm.default", "torch", rows="S", stream="compute", results=("%logits",), operands=(
-            ["self", {"ref": "%r", "shape": [{"t": 0, "s": 1, "const": 0}, WIDTH], "dtype": "float32"}],
+             rows=LOGIT_ROWS, stream="compute", results=("%r",)),
+        Call("head", "aten.mm.default", "torch", rows=LOGIT_ROWS, stream="compute", results=("%logits",), operands=(
+            ["self", {"ref": "%r", "shape": [{"S": 1}, WIDTH], "dtype": "float32"}],
             ["mat2", {"ref": "@head", "shape": [WIDTH, VOCAB], "dtype": "float32"}],
         )),
     )  # fmt: skip
     sizes = {
-        "x": (Extent(t=1), WIDTH),
-        "n": (Extent(t=1), WIDTH),
-        "r": (Extent(s=1), WIDTH),
-        "logits": (Extent(s=1), VOCAB),
+        "x": (TOKENS, WIDTH),
+        "n": (TOKENS, WIDTH),
+        "r": (LOGIT_ROWS, WIDTH),
+        "logits": (LOGIT_ROWS, VOCAB),
     }
-    buffers = {
-        name: Buffer(Extent(4 * rows.t * width, 4 * rows.s * width, 0), "float32", (rows, width))
-        for name, (rows, width) in sizes.items()
-    }
+    buffers = {name: Buffer(rows.times(4 * width), "float32", (rows, width)) for name, (rows, width) in sizes.items()}
     offsets = {"x": 0, "n": 512, "r": 0, "logits": 256}
     weights = {
         "embed": StoredWeight("embed", (VOCAB, WIDTH), PLAIN, bytes=VOCAB * WIDTH * 4),
@@ -48,7 +46,7 @@ def small_plan() -> Plan:
         "norm": StoredWeight("norm", (WIDTH,), PLAIN, bytes=WIDTH * 4),
         "table": StoredWeight("table", (100, 16), PLAIN, bytes=6400),
     }
-    buckets = (Bucket(4, 2, 1024, offsets), Bucket(16, 2, 1024, offsets))
+    buckets = (Bucket({"T": 4, "S": 2}, 1024, offsets), Bucket({"T": 16, "S": 2}, 1024, offsets))
     return Plan(calls, buffers, buckets, weights, KVLayout("float32", 16, 4096, (0, 2048)), "logits")
 
 

@@ -12,7 +12,7 @@ from bench.checkpoints import write_checkpoint
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.runtime.executor import Batch, StepResult
-from xllm.targets.cpu_executor import CpuExecutor
+from xllm.targets.cpu.executor import CpuExecutor
 
 VOCAB = 515  # no multiple of a panel
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.artifacts import fill, replan, reseal, small_plan, weight_bytes, write_small
 from xllm.artifact import WEIGHTS, Artifact, ArtifactError, writing
-from xllm.targets.cpu_executor import CpuExecutor
+from xllm.targets.cpu.executor import CpuExecutor
 
 ROOT = Path(__file__).parents[1]
 FILES = ("manifest.json", "plan.json", WEIGHTS, "ir/00-captured.ir", "tokenizer/tokenizer.json",

@@ -28,8 +28,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "passes": ({"ir", "plan", "targets.base", "errors"}, {"torch", "networkx", "sympy", "numpy"}),
     "compiler": ({"", "artifact", "errors", "frontend", "ir", "kernels", "passes", "plan", "targets"}, {"numpy"}),
     "targets.cpu": ({"targets.base", "kernels"}, set()),
-    "targets.cpu_bounds": ({"plan", "targets.cpu"}, set()),
-    "targets.cpu_executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
+    "targets.cpu.bounds": ({"plan", "targets.cpu"}, set()),
+    "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.fallback": ({"artifact", "ir", "plan", "targets.base"}, {"numpy", "torch"}),
     "kernels": (set(), {"numpy"}),
     "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
@@ -43,7 +43,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
 }
 # What the tables do not allow: (file, module or call) -> why it is right all the same.
 EXEMPT: dict[tuple[str, str], str] = {
-    ("targets/cpu_executor.py", "xllm.targets.fallback"): "only for plans with operators that have no native kernel",
+    ("targets/cpu/executor.py", "xllm.targets.fallback"): "only for plans with operators that have no native kernel",
 }
 # Calls no file may make, and who may.
 FORBIDDEN = ("eval", "exec", "compile", "__import__", "torch.load", "pickle.loads", "pickle.load", "os.system")
@@ -155,7 +155,7 @@ def test_exemptions_are_still_needed() -> None:
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import xllm.cli, xllm.commands, xllm.llm, xllm.artifact, xllm.plan, xllm.targets.cpu, xllm.targets.cpu_executor
+import xllm.cli, xllm.commands, xllm.llm, xllm.artifact, xllm.plan, xllm.targets.cpu, xllm.targets.cpu.executor
 import xllm.runtime, xllm.service
 for package in (xllm.runtime, xllm.service):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

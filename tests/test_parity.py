@@ -41,7 +41,7 @@ def test_bfloat16_state(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions(kv="bfloat16")) <= 2e-2
 
 
-@pytest.mark.parametrize("disabled", ["fuse-rms-norm", "fuse-rope", "fuse-qkv"])
+@pytest.mark.parametrize("disabled", ["fuse-rms-norm", "fuse-rope"])
 def test_operators_left_to_torch(disabled: str, tmp_path: Path) -> None:
     """Without a fusion its operators have no kernel: the fallback provider computes the same."""
     assert worst_difference(tmp_path, "qwen3", "float32", CompileOptions(disable=(disabled,))) <= 1e-5

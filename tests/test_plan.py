@@ -66,8 +66,8 @@ def at(raw: Any, path: str) -> tuple[Any, Any]:
 
 
 FIELDS = (
-    "calls", "calls.0.kernel", "calls.0.node", "calls.1.cost.flops.t", "buffers.x.bytes", "buffers.x.dtype",
-    "buckets.0.T", "buckets.1.arena_bytes", "buckets.1.offsets", "weights.norm.layout.form", "weights.norm.shape",
+    "calls", "calls.0.kernel", "calls.0.node", "calls.1.cost.flops.terms.T", "buffers.x.bytes", "buffers.x.dtype",
+    "buckets.0.sizes", "buckets.1.arena_bytes", "buckets.1.offsets", "weights.norm.layout.form", "weights.norm.shape",
     "kv.group_bytes", "kv.layer_offsets", "logits",
 )  # fmt: skip
 
@@ -158,7 +158,8 @@ UNSOUND: list[tuple[Change, str]] = [
     (put("calls.1.args.out", "%x"), "call norm reads 'n', which it writes"),
     (put("calls.3.operands.0.1.ref", "%logits"), "call head reads 'logits', which it writes"),
     (put("calls.0.stream", "copy"), "call embed is on stream 'copy', which does not exist"),
-    (put("calls.0.rows", "U"), "call embed runs over 'U'"),
+    (put("calls.0.rows.terms", {"U": 1}), "call embed runs over"),
+    (put("calls.0.rows.terms", {"T": -1}), "call embed has negative rows"),
     (put("calls.1.after", [1]), "call norm waits for call 1, which does not come before it"),
     (put("calls.1.after", [-1]), "call norm waits for call -1"),
     (swap_calls, "call norm reads 'x' before it is written"),
@@ -166,21 +167,21 @@ UNSOUND: list[tuple[Change, str]] = [
     (drop_call, "call norm reads 'x' before it is written"),
     (add_buffer, "buffer \\['y'\\] is never written"),
     (put("buckets", []), "buckets are \\[\\]"),
-    (put("buckets.0.T", 0), "buckets are"),
-    (put("buckets.0.T", 16), "do not grow"),
-    (put("buckets.0.offsets", {"x": 0}), "bucket T=4 places other buffers"),
-    (put("buckets.0.offsets.x", 8), "bucket T=4: buffer x lies at 8"),
-    (put("buckets.0.offsets.x", -64), "bucket T=4: buffer x lies at -64"),
-    (put("buckets.1.offsets.x", 960), "bucket T=16: buffer x lies at 960..1472 in an arena of 1024 bytes"),
-    (put("buckets.1.arena_bytes", 1000), "bucket T=16: buffer n lies at"),
-    (put("buckets.1.offsets.n", 448), "bucket T=16: n overwrites x before its last use"),
-    (put("buckets.0.offsets.logits", 0), "bucket T=4: logits overwrites r before its last use"),
-    (put("buffers.x.bytes.t", 31), "buffer x takes 128 bytes, 124 are planned"),
+    (put("buckets.0.sizes.T", 0), "buckets are"),
+    (put("buckets.0.sizes.T", 16), "do not grow"),
+    (put("buckets.0.offsets", {"x": 0}), "bucket S=2, T=4 places other buffers"),
+    (put("buckets.0.offsets.x", 8), "bucket S=2, T=4: buffer x lies at 8"),
+    (put("buckets.0.offsets.x", -64), "bucket S=2, T=4: buffer x lies at -64"),
+    (put("buckets.1.offsets.x", 960), "bucket S=2, T=16: buffer x lies at 960..1472 in an arena of 1024 bytes"),
+    (put("buckets.1.arena_bytes", 1000), "bucket S=2, T=16: buffer n lies at"),
+    (put("buckets.1.offsets.n", 448), "bucket S=2, T=16: n overwrites x before its last use"),
+    (put("buckets.0.offsets.logits", 0), "bucket S=2, T=4: logits overwrites r before its last use"),
+    (put("buffers.x.bytes.terms.T", 31), "buffer x takes 128 bytes, 124 are planned"),
     (put("buffers.x.dtype", "float8"), "buffer x is of float8"),
     (put("logits", "lost"), "logits 'lost' are no \\[S, vocab\\]"),
     (put("logits", "x"), "logits 'x' are no \\[S, vocab\\]"),
     (put("kv.group_bytes", 0), "kv has groups of 0 bytes"),
-    (put("kv.group_bytes", 2048), "layer_offsets leave the group of 2048 bytes"),
+    (put("kv.group_bytes", 2047), "layer_offsets leave their 2047 bytes"),
     (put("kv.layer_offsets", [2048, 0]), "layer_offsets do not grow"),
     (put("weights.norm.offset", 0), "overlaps weight"),
     (put("weights.norm.offset", 7), "not at a cache line"),
@@ -249,4 +250,4 @@ def keeps_values_apart(plan: Plan, bucket: Bucket) -> bool:
 def span(plan: Plan, bucket: Bucket, name: str) -> tuple[int, int]:
     start = bucket.offsets[name]
     size: Extent = plan.buffers[name].bytes
-    return start, start + size.at(bucket.T, bucket.S)
+    return start, start + size.at(bucket.sizes)

@@ -222,7 +222,7 @@ def compile_checkpoint(
         artifact=Path(out),
         records=records,
         fallbacks=tuple(
-            Fallback(node, choice.operation.op, choice.why, choice.lowering.cost.bytes.at(1, 1))
+            Fallback(node, choice.operation.op, choice.why, choice.lowering.cost.bytes.at({"T": 1, "S": 1}))
             for node, choice in program.plans["kernels"].items()
             if choice.provider == "torch"
         ),

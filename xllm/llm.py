@@ -73,14 +73,13 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | No
     Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
     """
     plan, limits = artifact.plan, artifact.manifest["limits"]
-    spec = KVSpec(group_bytes=plan.kv.group_bytes, group_tokens=plan.kv.group_tokens)
+    spec = KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
     seqs = min(max_seqs or limits["max_seqs"], limits["max_seqs"])
     fixed = artifact.weight_bytes + plan.arena_bytes + PROCESS_BYTES
     free = _available_bytes()
 
     def pages(tokens: int) -> int:
-        groups = -(-tokens // spec.group_tokens)
-        return -(-groups * spec.group_bytes // PAGE_BYTES) * PAGE_BYTES
+        return -(-spec.bytes_for(tokens) // PAGE_BYTES) * PAGE_BYTES
 
     one = pages(limits["max_len"])
     if memory_bytes is None:
@@ -122,7 +121,7 @@ def open_engine(
 
     chunk: prompt tokens of one sequence per step. Raises ArtifactError for an artifact this machine cannot run.
     """
-    from xllm.targets.cpu_executor import CpuExecutor
+    from xllm.targets.cpu.executor import CpuExecutor
 
     artifact = Artifact.open(path)
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
@@ -148,7 +147,7 @@ def tokens_beside_decodes(artifact: Artifact) -> int:
     target = CpuTarget(artifact.manifest["target"]["level"])
 
     def seconds(tokens: int) -> float:
-        return sum(target.seconds(call.cost, tokens, 1) for call in artifact.plan.calls)
+        return sum(target.seconds(call.cost, {"T": tokens, "S": 1}) for call in artifact.plan.calls)
 
     tokens = artifact.plan.buckets[-1].T
     while tokens > 16 and seconds(tokens) > STEP_SECONDS:

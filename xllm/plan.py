@@ -2,7 +2,7 @@
 
 Calls are the same for every bucket; a bucket adds sizes and offsets into the one arena all buckets share. References
 are short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent). `check` did not make the
-plan; how far into them a kernel reaches is for the target to check (`targets/cpu_bounds.py`).
+plan; how far into them a kernel reaches is for the target to check (`targets/cpu/bounds.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from xllm.targets.base import Cost, Extent, KVLayout, Layout
+from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
 
-SCHEMA = 2
+SCHEMA = 3
 ALIGN_BYTES = 64
 INPUTS = ("ids", "positions", "last")
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
@@ -25,11 +25,11 @@ ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: named arguments as references, attributes, the dimension its rows run over, its stream.
+    """One kernel call: named arguments as references, attributes, the number of its rows, its stream.
 
-    results: the arena values it writes. after: indices of calls on other streams that must have finished before.
-    kernel "torch" marks an operator without a native kernel: `op` is run by the fallback provider on `operands` (JSON
-    encoding of its arguments) and what it gives is copied to `results`.
+    results: the arena values it writes, its scratch among them. after: indices of calls on other streams that must
+    have finished before. kernel "torch" marks an operator without a native kernel: `op` is run by the fallback provider
+    on `operands` (JSON encoding of its arguments) and what it gives is copied to `results`.
     """
 
     node: str
@@ -38,7 +38,7 @@ class Call:
     args: Mapping[str, str] = field(default_factory=dict)
     ints: Mapping[str, int] = field(default_factory=dict)
     floats: Mapping[str, float] = field(default_factory=dict)
-    rows: str = "T"
+    rows: Extent = TOKENS
     stream: str = ""
     after: tuple[int, ...] = ()
     operands: tuple[Any, ...] = ()
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A value in the arena: bytes linear in T and S, dtype and shape for providers that need them."""
+    """A value in the arena: bytes, and dtype and shape for providers that need them."""
 
     bytes: Extent
     dtype: str
@@ -57,12 +57,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sizes a step may have (tokens <= T, logit rows <= S) and where each buffer then lies."""
+    """The most each dim may be (of a step: T tokens, S logit rows) and where each buffer then lies."""
 
-    T: int
-    S: int
+    sizes: Mapping[str, int]
     arena_bytes: int
     offsets: Mapping[str, int]
+
+    @property
+    def T(self) -> int:
+        return self.sizes["T"]
+
+    @property
+    def S(self) -> int:
+        return self.sizes["S"]
 
 
 @dataclass(frozen=True)
@@ -177,28 +184,42 @@ def _require(holds: bool, why: str) -> None:
 
 
 def _check_sizes(plan: Plan) -> None:
-    sizes = [(bucket.T, bucket.S) for bucket in plan.buckets]
-    _require(bool(sizes) and min(size for pair in sizes for size in pair) >= 1, f"buckets are {sizes}")
-    for (tokens, rows), (more_tokens, more_rows) in pairwise(sizes):
-        _require(tokens < more_tokens and rows <= more_rows, f"buckets {sizes} do not grow")
-    kv = plan.kv
-    _require(kv.group_tokens >= 1 and kv.group_bytes >= 1, f"kv has groups of {kv.group_bytes} bytes")
-    _require(list(kv.layer_offsets) == sorted(set(kv.layer_offsets)), "kv: layer_offsets do not grow")
-    inside = all(0 <= offset < kv.group_bytes for offset in kv.layer_offsets)
-    _require(inside, f"kv: layer_offsets leave the group of {kv.group_bytes} bytes")
+    sizes = [dict(bucket.sizes) for bucket in plan.buckets]
+    _require(bool(sizes) and all(size >= 1 for bucket in sizes for size in bucket.values()), f"buckets are {sizes}")
+    _require(all(set(bucket) == {"T", "S"} for bucket in sizes), f"buckets {sizes} are not of T and S")
+    for one, other in pairwise(sizes):
+        grows = all(one[dim] <= other[dim] for dim in one) and one["T"] < other["T"]
+        _require(grows, f"buckets {sizes} do not grow")
+    _check_state(plan.kv)
     for name, buffer in plan.buffers.items():
         _require(buffer.dtype in ELEMENT_BYTES, f"buffer {name} is of {buffer.dtype}")
         for bucket in plan.buckets:
             total = ELEMENT_BYTES[buffer.dtype]
+            _check_dims(bucket, f"buffer {name}", buffer.bytes, *(s for s in buffer.shape if isinstance(s, Extent)))
             for size in buffer.shape:
-                total *= size.at(bucket.T, bucket.S) if isinstance(size, Extent) else size
-            planned = buffer.bytes.at(bucket.T, bucket.S)
+                total *= size.at(bucket.sizes) if isinstance(size, Extent) else size
+            planned = buffer.bytes.at(bucket.sizes)
             _require(planned == total >= 0, f"buffer {name} takes {total} bytes, {planned} are planned")
     logits = plan.buffers.get(plan.logits)
     fits = logits is not None and logits.dtype == "float32" and len(logits.shape) == 2
-    _require(
-        fits and logits is not None and logits.shape[0] == Extent(s=1), f"logits {plan.logits!r} are no [S, vocab]"
-    )
+    _require(fits and logits is not None and logits.shape[0] == LOGIT_ROWS, f"logits {plan.logits!r} are no [S, vocab]")
+
+
+def _check_dims(bucket: Bucket, what: str, *extents: Extent) -> None:
+    known = {"", *bucket.sizes}
+    unknown = {dim for extent in extents for name in extent.terms for dim in name.split("*")} - known
+    _require(not unknown, f"{what} depends on {sorted(unknown)}, which is no dim of the plan")
+
+
+def _check_state(kv: KVLayout) -> None:
+    _require(kv.group_tokens >= 1 and kv.group_bytes >= 1, f"kv has groups of {kv.group_bytes} bytes")
+    for name, offsets, end in (
+        ("layer_offsets", kv.layer_offsets, kv.group_bytes),
+        ("fixed_offsets", kv.fixed_offsets, kv.fixed_bytes),
+    ):
+        _require(list(offsets) == sorted(offsets), f"kv: {name} do not grow")
+        _require(all(0 <= offset <= end for offset in offsets), f"kv: {name} leave their {end} bytes")
+    _require(kv.fixed_bytes % ALIGN_BYTES == 0, f"kv: fixed_bytes are {kv.fixed_bytes}, not whole cache lines")
 
 
 def _check_weights(plan: Plan) -> None:
@@ -231,7 +252,8 @@ def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
     writer: dict[str, int] = {}
     accesses: dict[str, int] = {}
     for index, call in enumerate(plan.calls):
-        _require(call.rows in ("T", "S"), f"call {call.node} runs over {call.rows!r}")
+        _require(set(call.rows.terms) <= {"", "T", "S"}, f"call {call.node} runs over {dict(call.rows.terms)}")
+        _require(all(factor >= 0 for factor in call.rows.terms.values()), f"call {call.node} has negative rows")
         for reference in references(call):
             kind, name = reference[:1], reference[1:]
             _require(name in known.get(kind, ()), f"call {call.node} refers to {reference!r}, which does not exist")
@@ -252,9 +274,9 @@ def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
 
 
 def _check_bytes(plan: Plan, bucket: Bucket, before: list[int], accesses: Mapping[str, int]) -> None:
-    where = f"bucket T={bucket.T}"
+    where = "bucket " + ", ".join(f"{dim}={size}" for dim, size in sorted(bucket.sizes.items()))
     _require(set(bucket.offsets) == set(plan.buffers), f"{where} places other buffers than the plan has")
-    spans = {name: (at, at + plan.buffers[name].bytes.at(bucket.T, bucket.S)) for name, at in bucket.offsets.items()}
+    spans = {name: (at, at + plan.buffers[name].bytes.at(bucket.sizes)) for name, at in bucket.offsets.items()}
     for name, (start, stop) in spans.items():
         inside = start % ALIGN_BYTES == 0 and 0 <= start <= stop <= bucket.arena_bytes
         _require(inside, f"{where}: buffer {name} lies at {start}..{stop} in an arena of {bucket.arena_bytes} bytes")

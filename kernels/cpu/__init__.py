@@ -17,6 +17,7 @@ from ._library import CBatch, CCall, library
 
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
+TOKENS, LOGIT_ROWS = (1, 0, 0), (0, 1, 0)
 
 
 class KernelError(ValueError):
@@ -39,13 +40,16 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a plan. An argument is an address, an input of the step by name, or None where that is allowed."""
+    """One call of a plan. An argument is an address, an input of the step by name, or None where that is allowed.
+
+    rows: how many, as factors of T and S and a constant.
+    """
 
     kernel: str
     args: Mapping[str, int | str | None]
     ints: Mapping[str, int] = field(default_factory=dict)
     floats: Mapping[str, float] = field(default_factory=dict)
-    rows: str = "T"
+    rows: tuple[int, int, int] = TOKENS
 
 
 class Batch:
@@ -211,12 +215,10 @@ def _bind(bound: CCall, call: Call, where: str) -> None:
     info = kernels().get(call.kernel)
     if info is None:
         raise KernelError(f"{where}: no such kernel; there are {', '.join(sorted(kernels()))}")
-    if call.rows not in ("T", "S"):
-        raise KernelError(f'{where}: rows must be "T" or "S", not {call.rows!r}')
     _same_names(where, "argument", call.args, [a.name for a in info.args], [a.name for a in info.args if a.optional])
     _same_names(where, "int", call.ints, info.ints)
     _same_names(where, "float", call.floats, info.floats)
-    bound.kernel, bound.rows_last = call.kernel.encode(), int(call.rows == "S")
+    bound.kernel, bound.rows[:] = call.kernel.encode(), call.rows
     for i, arg in enumerate(info.args):
         value = call.args.get(arg.name)
         if isinstance(value, str):

@@ -30,10 +30,10 @@ class CArg(c.Structure):
 class CCall(c.Structure):
     _fields_ = (
         ("kernel", c.c_char_p),
-        ("args", CArg * 8),
-        ("ints", c.c_int64 * 8),
+        ("args", CArg * 16),
+        ("ints", c.c_int64 * 16),
         ("floats", c.c_float * 4),
-        ("rows_last", c.c_int32),
+        ("rows", c.c_int64 * 3),
     )
 
 

@@ -23,9 +23,11 @@ struct Call {  // prebound
   xk_arg args[XK_MAX_ARGS];
   int64_t ints[XK_MAX_INTS];
   float floats[XK_MAX_FLOATS];
-  int32_t rows_last;
+  int64_t row_terms[3];  // per token, per logit row, constant
 
-  int64_t rows(const Step &step) const { return rows_last ? step.batch.S : step.batch.T; }
+  int64_t rows(const Step &step) const { return row_terms[0] * step.batch.T + row_terms[1] * step.batch.S + row_terms[2]; }
+  bool every_token() const { return row_terms[0] == 1 && row_terms[1] == 0 && row_terms[2] == 0; }
+  bool every_logit_row() const { return row_terms[0] == 0 && row_terms[1] == 1 && row_terms[2] == 0; }
   template <class E>
   E *arg(int index, const Step &step) const {
     const xk_arg &a = args[index];

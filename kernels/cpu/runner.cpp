@@ -30,7 +30,9 @@ Bound bind(const Level &level, const xk_call &c, int index) {
   memcpy(bound.call.args, c.args, sizeof c.args);
   memcpy(bound.call.ints, c.ints, sizeof c.ints);
   memcpy(bound.call.floats, c.floats, sizeof c.floats);
-  bound.call.rows_last = c.rows_last;
+  memcpy(bound.call.row_terms, c.rows, sizeof c.rows);
+  for (int64_t term : c.rows)
+    if (term < 0 || term > INT32_MAX) fail("rows must not be negative, nor beyond 31 bits");
   bound.kernel = kernel;
   const std::vector<std::string> names = words(kernel->args);
   for (size_t i = 0; i < names.size(); i++) {
@@ -39,9 +41,9 @@ Bound bind(const Level &level, const xk_call &c, int index) {
     if (a.kind == XK_NONE && names[i].back() != '?') fail("argument " + names[i] + " must not be none");
     if (a.kind == XK_ADDRESS && a.address == nullptr) fail("argument " + names[i] + " is a null address");
     if (a.kind == XK_ADDRESS && reinterpret_cast<uintptr_t>(a.address) % 4) fail("argument " + names[i] + " is not aligned to 4 bytes");
-    if (a.kind == XK_LAST && !c.rows_last) fail("argument " + names[i] + " is `last`, which has S rows, but the call has T");
-    if ((a.kind == XK_IDS || a.kind == XK_POSITIONS) && c.rows_last)
-      fail("argument " + names[i] + " has T rows, but the call has S");
+    if (a.kind == XK_LAST && !bound.call.every_logit_row()) fail("argument " + names[i] + " is `last`, which has S rows, the call has others");
+    if ((a.kind == XK_IDS || a.kind == XK_POSITIONS) && !bound.call.every_token())
+      fail("argument " + names[i] + " has T rows, the call has others");
   }
   if (const char *wrong = kernel->check(bound.call)) fail(wrong);
   return bound;

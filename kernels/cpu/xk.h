@@ -19,7 +19,7 @@ typedef struct {               // one step
 } xk_batch;
 
 enum { XK_NONE = 0, XK_ADDRESS = 1, XK_IDS = 2, XK_POSITIONS = 3, XK_LAST = 4 };
-enum { XK_MAX_ARGS = 8, XK_MAX_INTS = 8, XK_MAX_FLOATS = 4 };
+enum { XK_MAX_ARGS = 16, XK_MAX_INTS = 16, XK_MAX_FLOATS = 4 };
 
 typedef struct {
   int32_t kind;  // XK_NONE .. XK_LAST
@@ -31,7 +31,7 @@ typedef struct {       // one call of a plan; args, ints and floats in the order
   xk_arg args[XK_MAX_ARGS];
   int64_t ints[XK_MAX_INTS];
   float floats[XK_MAX_FLOATS];
-  int32_t rows_last;  // 0: T rows, 1: S rows
+  int64_t rows[3];  // rows[0] * T + rows[1] * S + rows[2] rows
 } xk_call;
 
 typedef struct xk_runner xk_runner;

@@ -15,7 +15,7 @@ from bench.report import Ceiling, Spread, percentile, save
 from bench.server import _kind
 from bench.serving import Rung
 from xllm.plan import Call, Plan, StoredWeight
-from xllm.targets.base import KVLayout, Layout
+from xllm.targets.base import LOGIT_ROWS, KVLayout, Layout
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.floats(0, 1))
@@ -50,7 +50,7 @@ def test_demand_is_counted_from_the_calls():
         Call("a", "xllm.linear", "linear.f32", {"weight": "@w"}, {"n": 4, "k": 8}),
         Call("b", "xllm.rms_norm", "rms_norm.f32", {"weight": "@norm"}, {"width": 8}),
         Call("c", "xllm.attention", "attention.f32", {}, {"q_heads": 2, "head_dim": 8}),
-        Call("d", "xllm.linear", "linear.f32", {"weight": "@head"}, {"n": 4, "k": 8}, rows="S"),
+        Call("d", "xllm.linear", "linear.f32", {"weight": "@head"}, {"n": 4, "k": 8}, rows=LOGIT_ROWS),
     )
     plan = Plan(calls, {}, (), weights, KVLayout("float32", 16, 160, (0,)), "logits")
     needed = demand(plan, prompt_tokens=3, output_tokens=4)

@@ -121,7 +121,7 @@ class KernelRun:
         floats: Mapping[str, float] | None = None,
         step: cpu.Batch | None = None,
         rows: int | None = None,
-        which: str = "T",
+        which: tuple[int, int, int] = cpu.TOKENS,
     ) -> None:
         bound = {k: v.ctypes.data if isinstance(v, np.ndarray) else v for k, v in args.items()}
         plan = self.runner.add_plan([cpu.Call(kernel, bound, ints, floats or {}, which)])

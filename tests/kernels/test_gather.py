@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.oracle import batch, pack, rounded
+from xllm.kernels import cpu
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [("f32", "float32"), ("bf16", "bfloat16")])
@@ -21,5 +22,5 @@ def test_rows(run, rng):
     assert np.array_equal(out, table[7:11])
     picked = np.empty((2, 13), np.float32)
     step = batch([2, 1], last=[2, 0])
-    run("rows.f32", {"index": "last", "table": table, "out": picked}, {"width": 13}, step=step, which="S")
+    run("rows.f32", {"index": "last", "table": table, "out": picked}, {"width": 13}, step=step, which=cpu.LOGIT_ROWS)
     assert np.array_equal(picked, table[[2, 0]])

@@ -60,7 +60,7 @@ def test_rows_s(run, rng):
     packed, out = pack(rng.standard_normal((16, 24), np.float32), "float32"), np.full((3, 16), 7, np.float32)
     step = batch([5], last=[1, 4])
     args = {"x": x, "weight": packed, "bias": None, "out": out}
-    run("linear.f32", args, {"k": 24, "n": 16}, step=step, which="S")
+    run("linear.f32", args, {"k": 24, "n": 16}, step=step, which=cpu.LOGIT_ROWS)
     assert np.array_equal(out[:2], linear(run, x, packed, None, 16, "f32"))
     assert (out[2] == 7).all()
 

@@ -20,7 +20,7 @@ def runner():
 A, B, OUT = (np.arange(64, dtype=np.float32) for _ in range(3))
 
 
-def add(a: np.ndarray = A, b: np.ndarray = B, out: np.ndarray = OUT, width=4, rows: Any = "T", **changes):
+def add(a: np.ndarray = A, b: np.ndarray = B, out: np.ndarray = OUT, width=4, rows: Any = cpu.TOKENS, **changes):
     args = {"a": a.ctypes.data, "b": b.ctypes.data, "out": out.ctypes.data} | changes
     return cpu.Call("add.f32", args, {"width": width}, rows=rows)
 
@@ -72,10 +72,13 @@ def attention(ints=(), floats=()):
         (cpu.Call("add.f32", {"a": -4, "b": 4, "out": 4}, {"width": 1}), "argument a: -4 is no address"),
         (cpu.Call("add.f32", {"a": "logits", "b": 4, "out": 4}, {"width": 1}), "no input is called 'logits'"),
         (cpu.Call("add.f32", {"a": "last", "b": 4, "out": 4}, {"width": 1}), "argument a is `last`"),
-        (cpu.Call("add.f32", {"a": "ids", "b": 4, "out": 4}, {"width": 1}, rows="S"), "argument a has T rows"),
+        (
+            cpu.Call("add.f32", {"a": "ids", "b": 4, "out": 4}, {"width": 1}, rows=cpu.LOGIT_ROWS),
+            "argument a has T rows",
+        ),
         (add(width=0), "width must be positive"),
         (cpu.Call("add.f32", {"a": 4, "b": 4, "out": 4}), "int width is missing"),
-        (add(rows="X"), 'rows must be "T" or "S"'),
+        (add(rows=(1, -1, 0)), "rows must not be negative"),
         (attention({"q_heads": 3}), "q_heads must be a positive multiple of kv_heads"),
         (attention({"group_bytes": 16380}), "the layer does not fit"),
         (attention({"layer_offset": 2}), "whole elements"),
@@ -156,7 +159,7 @@ def test_calls_run_in_order_and_in_ranges(runner):
     calls = [
         cpu.Call("add.f32", {"a": x.ctypes.data, "b": x.ctypes.data, "out": y.ctypes.data}, {"width": w}, rows=r)
         for i, (x, y) in enumerate(pairwise(arrays))
-        for w, r in [(width, "T") if i % 3 else (1, "S")]
+        for w, r in [(width, cpu.TOKENS) if i % 3 else (1, cpu.LOGIT_ROWS)]
     ]
     plan, step = runner.add_plan(calls), batch([rows], last=[0])
     for repeat in range(50):

@@ -16,7 +16,7 @@ from xllm.passes.plan_memory import ALIGN_BYTES, Arena, Value, check_memory, fin
 from xllm.passes.schedule_streams import Schedule
 from xllm.targets.base import Extent
 
-BUCKETS = ((1, 1), (8, 2), (64, 4))
+BUCKETS = ({"T": 1, "S": 1}, {"T": 8, "S": 2}, {"T": 64, "S": 4})
 
 
 def random_values(rng: random.Random) -> tuple[list[Value], Schedule]:
@@ -27,7 +27,7 @@ def random_values(rng: random.Random) -> tuple[list[Value], Schedule]:
         readers = list(graph.successors(maker))
         for part in range(rng.choice((1, 1, 1, 2))):
             used = tuple(rng.sample(readers, rng.randint(0, len(readers))))
-            size = Extent(rng.choice((0, 4, 40, 256)), rng.choice((0, 12)), rng.choice((4, 64, 500)))
+            size = Extent.of(rng.choice((4, 64, 500)), T=rng.choice((0, 4, 40, 256)), S=rng.choice((0, 12)))
             values.append(Value(f"{maker}.{part}", size, maker, used, kept=rng.random() < 0.1))
     return values, schedule
 
@@ -43,7 +43,7 @@ def accepted(values: list[Value], schedule: Schedule, arena: Arena) -> bool:
 
 def is_safe(values: list[Value], schedule: Schedule, arena: Arena) -> bool:
     """No two values that may be needed at once share a byte, whichever operation is slow."""
-    spans = {v.name: (arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.T, arena.S)) for v in values}
+    spans = {v.name: (arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.sizes)) for v in values}
     if any(start % ALIGN_BYTES or start < 0 or stop > arena.bytes for start, stop in spans.values()):
         return False
 
@@ -65,11 +65,11 @@ def is_safe(values: list[Value], schedule: Schedule, arena: Arena) -> bool:
 def test_arenas_are_safe_and_no_larger_than_the_sum(seed: int) -> None:
     values, schedule = random_values(random.Random(seed))
     conflicts = find_conflicts(values, schedule)
-    arenas = [place(values, conflicts, T, S) for T, S in BUCKETS]
+    arenas = [place(values, conflicts, sizes) for sizes in BUCKETS]
     for arena in arenas:
         check_memory(values, schedule, arena)
         assert is_safe(values, schedule, arena)
-        sizes = [-(-value.bytes.at(arena.T, arena.S) // ALIGN_BYTES) * ALIGN_BYTES for value in values]
+        sizes = [-(-value.bytes.at(arena.sizes) // ALIGN_BYTES) * ALIGN_BYTES for value in values]
         assert max(sizes) <= arena.bytes <= sum(sizes)
         assert set(arena.offsets) == {value.name for value in values}
 
@@ -77,21 +77,21 @@ def test_arenas_are_safe_and_no_larger_than_the_sum(seed: int) -> None:
 def test_a_chain_needs_two_places_however_long_it_is() -> None:
     names = [str(index) for index in range(20)]
     schedule = Schedule(tuple(names), dict.fromkeys(names, "compute"), {}, 0.0)
-    values = [Value(name, Extent(t=64), name, (after,)) for name, after in pairwise(names)]
-    arena = place(values, find_conflicts(values, schedule), 8, 1)
+    values = [Value(name, Extent.of(T=64), name, (after,)) for name, after in pairwise(names)]
+    arena = place(values, find_conflicts(values, schedule), BUCKETS[1])
     assert arena.bytes == 2 * 512
 
 
 def test_values_of_concurrent_streams_stay_apart() -> None:
     schedule = Schedule(("a", "b"), {"a": "x", "b": "y"}, {}, 0.0)
-    values = [Value("va", Extent(const=64), "a", ()), Value("vb", Extent(const=64), "b", ())]
+    values = [Value("va", Extent.of(64), "a", ()), Value("vb", Extent.of(64), "b", ())]
     conflicts = find_conflicts(values, schedule)
     assert conflicts == [[1], [0]]
-    assert not accepted(values, schedule, Arena(1, 1, 64, {"va": 0, "vb": 0}))
+    assert not accepted(values, schedule, Arena(BUCKETS[0], 64, {"va": 0, "vb": 0}))
     in_order = replace(schedule, waits={"b": ("a",)})
-    assert accepted(values, in_order, Arena(1, 1, 64, {"va": 0, "vb": 0}))
+    assert accepted(values, in_order, Arena(BUCKETS[0], 64, {"va": 0, "vb": 0}))
     kept = [replace(values[0], kept=True), values[1]]
-    assert not accepted(kept, in_order, Arena(1, 1, 64, {"va": 0, "vb": 0}))
+    assert not accepted(kept, in_order, Arena(BUCKETS[0], 64, {"va": 0, "vb": 0}))
 
 
 def test_no_broken_arena_is_accepted_and_no_sound_one_refused(mutations: int) -> None:
@@ -99,7 +99,7 @@ def test_no_broken_arena_is_accepted_and_no_sound_one_refused(mutations: int) ->
     broken = 0
     for _ in range(mutations // 10):
         values, schedule = random_values(rng)
-        arena = place(values, find_conflicts(values, schedule), *rng.choice(BUCKETS))
+        arena = place(values, find_conflicts(values, schedule), rng.choice(BUCKETS))
         for _ in range(10):
             offsets = dict(arena.offsets)
             name, other = rng.choice(sorted(offsets)), rng.choice(sorted(offsets))
@@ -122,5 +122,5 @@ def test_no_broken_arena_is_accepted_and_no_sound_one_refused(mutations: int) ->
 @pytest.mark.parametrize("offset", [-64, 1, 64])
 def test_a_value_outside_the_arena_is_refused(offset: int) -> None:
     schedule = Schedule(("a",), {"a": "x"}, {}, 0.0)
-    values = [Value("v", Extent(const=64), "a", ())]
-    assert not accepted(values, schedule, Arena(1, 1, 64, {"v": offset}))
+    values = [Value("v", Extent.of(64), "a", ())]
+    assert not accepted(values, schedule, Arena(BUCKETS[0], 64, {"v": offset}))

@@ -18,7 +18,19 @@ import numpy as np
 
 from xllm.errors import CompileError
 from xllm.frontend.facts import read_json, refuse_quantised
-from xllm.ir.program import Concat, Constant, Program, Shift, Source, WeightRule, rule_sources
+from xllm.ir.program import (
+    Concat,
+    Constant,
+    Permute,
+    Program,
+    Reshape,
+    Shift,
+    Slice,
+    Source,
+    Stack,
+    WeightRule,
+    rule_sources,
+)
 
 _MAX_HEADER_BYTES = 100 << 20
 # bfloat16 has no numpy type: its bits are kept as uint16.
@@ -161,8 +173,21 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 shapes = [self._shape_of(part, program) for part in parts]
                 odd = [shape for shape in shapes if not shape or shape[1:] != shapes[0][1:]]
                 return odd[0] if odd else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            case Stack(parts):
+                shapes = [self._shape_of(part, program) for part in parts]
+                odd = [shape for shape in shapes if shape != shapes[0]]
+                return odd[0] if odd else (len(parts), *shapes[0])
             case Shift(of, _):
                 return self._shape_of(of, program)
+            case Slice(of, axis, start, stop, step):
+                shape = self._shape_of(of, program)
+                return (*shape[:axis], len(range(shape[axis])[start:stop:step]), *shape[axis + 1 :])
+            case Reshape(of, shape):
+                held = self._shape_of(of, program)
+                return shape if math.prod(held) == math.prod(shape) else held
+            case Permute(of, axes):
+                shape = self._shape_of(of, program)
+                return tuple(shape[axis] for axis in axes)
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:

@@ -6,7 +6,22 @@ runs in torch).
 """
 
 from xllm.ir import dialect
-from xllm.ir.program import Concat, Constant, Dim, KVLayer, LayerSource, Program, Shift, Source, Weight, WeightRule
+from xllm.ir.program import (
+    Concat,
+    Constant,
+    Dim,
+    KVLayer,
+    LayerSource,
+    Permute,
+    Program,
+    Reshape,
+    Shift,
+    Slice,
+    Source,
+    Stack,
+    Weight,
+    WeightRule,
+)
 
 __all__ = [
     "Concat",
@@ -14,9 +29,13 @@ __all__ = [
     "Dim",
     "KVLayer",
     "LayerSource",
+    "Permute",
     "Program",
+    "Reshape",
     "Shift",
+    "Slice",
     "Source",
+    "Stack",
     "Weight",
     "WeightRule",
     "dialect",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,41 @@ class Shift:
     by: float
 
 
-WeightRule = Source | Constant | Concat | Shift
+@dataclass(frozen=True)
+class Stack:
+    """Parts of one shape, side by side along a new first axis: the experts of a layer."""
+
+    parts: tuple[WeightRule, ...]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices start, start + step, … below stop of one axis."""
+
+    of: WeightRule
+    axis: int
+    start: int
+    stop: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same numbers in row-major order under another shape."""
+
+    of: WeightRule
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axis i of the result is axis `axes[i]` of `of`."""
+
+    of: WeightRule
+    axes: tuple[int, ...]
+
+
+WeightRule = Source | Constant | Concat | Stack | Shift | Slice | Reshape | Permute
 
 
 @dataclass(frozen=True)
@@ -67,11 +101,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """What one layer keeps per token: `kv_heads` keys of `key_dim` and values of `value_dim`."""
+    """What one layer keeps: per token `kv_heads` keys of `key_dim` and values of `value_dim`, and per sequence
+    `fixed_floats` float32 that do not grow (recurrent layers). latent: the values are the first `value_dim` numbers of
+    the keys, and only the keys are kept. A layer that keeps no keys has zero heads.
+    """
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    latent: bool = False
+    fixed_floats: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,10 +195,10 @@ def move_layer(rule: WeightRule, layers_path: str, to: int) -> WeightRule:
     match rule:
         case Source(names):
             return Source(tuple(moved(name) for name in names))
-        case Concat(parts):
-            return Concat(tuple(move_layer(part, layers_path, to) for part in parts))
-        case Shift(of, by):
-            return Shift(move_layer(of, layers_path, to), by)
+        case Concat(parts) | Stack(parts):
+            return replace(rule, parts=tuple(move_layer(part, layers_path, to) for part in parts))
+        case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
+            return replace(rule, of=move_layer(of, layers_path, to))
     return rule
 
 
@@ -168,10 +207,10 @@ def rule_sources(rule: WeightRule) -> Iterator[Source]:
     match rule:
         case Source():
             yield rule
-        case Concat(parts):
+        case Concat(parts) | Stack(parts):
             for part in parts:
                 yield from rule_sources(part)
-        case Shift(of, _):
+        case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
             yield from rule_sources(of)
 
 
@@ -184,8 +223,17 @@ def rule_text(rule: WeightRule) -> str:
             return f"constant {name}"
         case Concat(parts):
             return "concat(" + ", ".join(rule_text(part) for part in parts) + ")"
+        case Stack(parts):
+            return "stack(" + ", ".join(rule_text(part) for part in parts) + ")"
         case Shift(of, by):
             return f"{rule_text(of)} + {by!r}"
+        case Slice(of, axis, start, stop, step):
+            every = f":{step}" if step != 1 else ""
+            return f"{rule_text(of)}[{':, ' * axis}{start}:{stop}{every}]"
+        case Reshape(of, shape):
+            return f"reshape({rule_text(of)}, {'x'.join(map(str, shape))})"
+        case Permute(of, axes):
+            return f"permute({rule_text(of)}, {' '.join(map(str, axes))})"
 
 
 def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -201,13 +249,19 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
             raise KeyError(f"the checkpoint has no tensor named {' or '.join(names)}")
         case Constant(name):
             return constants[name]
-        case Concat(parts):
+        case Concat(parts) | Stack(parts):
             arrays = [evaluate(part, read, constants) for part in parts]
             if len({array.dtype for array in arrays}) > 1:
                 arrays = [widen(array) for array in arrays]
-            return np.concatenate(arrays, axis=0)
+            return np.concatenate(arrays, axis=0) if isinstance(rule, Concat) else np.stack(arrays)
         case Shift(of, by):
             return widen(evaluate(of, read, constants)) + np.float32(by)
+        case Slice(of, axis, start, stop, step):
+            return evaluate(of, read, constants)[(slice(None),) * axis + (slice(start, stop, step),)]
+        case Reshape(of, shape):
+            return evaluate(of, read, constants).reshape(shape)
+        case Permute(of, axes):
+            return evaluate(of, read, constants).transpose(axes)
 
 
 def widen(array: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ there a missing kernel is a CompileError.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar, Literal
 
 from xllm.errors import CompileError
@@ -15,7 +15,7 @@ from xllm.ir import Program
 from xllm.ir.effects import effects, is_symbolic
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
-from xllm.targets.base import Cost, Extent, Layout, Lowering, Operation, Tensor
+from xllm.targets.base import Cost, Extent, LayerState, Layout, Lowering, Operation, Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ChooseKernels(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         reader, target = Reader(program), context.target
-        kv = target.kv_layout(tuple((k.kv_heads, k.key_dim, k.value_dim) for k in program.kv), context.kv_dtype)
+        kv = target.kv_layout(tuple(LayerState(*astuple(layer)) for layer in program.kv), context.kv_dtype)
         states = frozenset({program.input("kv")})
         choices: dict[str, Choice] = {}
         misses = []
@@ -71,7 +71,7 @@ def fallback(operation: Operation) -> Lowering:
     moved = Extent()
     for tensor in (*tensors, *operation.results):
         size = bytes_of(tensor)
-        moved = Extent(moved.t + size.t, moved.s + size.s, moved.const + size.const)
+        moved = moved.plus(size)
     return Lowering("torch", {}, layouts=layouts, cost=Cost(bytes=moved))
 
 

@@ -32,9 +32,9 @@ def emit_plan(program: Program) -> Plan:
     buffers = {
         result.name: Buffer(bytes_of(result), result.dtype, result.shape)
         for choice in choices.values()
-        for result in choice.operation.results
+        for result in (*choice.operation.results, *choice.lowering.scratch)
     }
-    buckets = tuple(Bucket(arena.T, arena.S, arena.bytes, dict(arena.offsets)) for arena in program.plans["memory"])
+    buckets = tuple(Bucket(arena.sizes, arena.bytes, dict(arena.offsets)) for arena in program.plans["memory"])
     logits = Reader(program).owner(program.output().all_input_nodes[0])
     used = tuple(dict.fromkeys(schedule.stream[name] for name in schedule.order))
     return Plan(calls, buffers, buckets, stored, program.plans["kv"], logits, used)
@@ -97,7 +97,7 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
             return {"value": "cpu"}  # captured on `meta`, which means wherever the program runs
         return {"torch": str(value).removeprefix("torch.")}
 
-    results = tuple("%" + result.name for result in op.results)
+    results = tuple("%" + result.name for result in (*op.results, *low.scratch))
     common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost, "results": results}
     if choice.provider == "torch":
         operands = tuple([name, operand(value)] for name, value in op.args.items())
@@ -107,4 +107,4 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
 
 
 def _size(size: int | Extent) -> Any:
-    return size if isinstance(size, int) else {"t": size.t, "s": size.s, "const": size.const}
+    return size if isinstance(size, int) else dict(size.terms)

@@ -1,4 +1,4 @@
-"""A node as a target sees it: plain data, sizes linear in T and S, views resolved to the value they look at."""
+"""A node as a target sees it: plain data, sizes in the program's dims, views resolved to the value they look at."""
 
 from __future__ import annotations
 
@@ -69,23 +69,25 @@ class Reader:
         return Operation(node.name, op_name(node), args, self.results(node), path_of(node))
 
     def size(self, size: Any, node: fx.Node) -> int | Extent:
-        """A shape entry: an int, or T and S in linear form."""
+        """A shape entry: an int, or a polynomial of the program's dims."""
         if isinstance(size, int):
             return size
         expression = sympy.sympify(size.node.expr if hasattr(size, "node") else size)
-        extent = {"T": 0, "S": 0}
         poly = expression.as_poly(*expression.free_symbols)
-        if poly is None or poly.total_degree() > 1:
+        if poly is None or not all(factor.is_integer for factor in poly.coeffs()):
             raise CompileError(
-                f"size {expression} is not linear in the step's tokens and rows",
+                f"size {expression} is no polynomial of the program's dims",
                 code="unsupported-shape",
                 node=node.name,
                 where=path_of(node),
                 try_="move the operation out of the model, or lift it to an operator of the dialect",
             )
-        for symbol in expression.free_symbols:
-            extent[self._symbols[str(symbol)]] = int(expression.coeff(symbol))
-        return Extent(extent["T"], extent["S"], int(expression.subs(dict.fromkeys(expression.free_symbols, 0))))
+        names = [self._symbols[str(symbol)] for symbol in poly.gens]
+        terms = {
+            "*".join(sorted(name for name, power in zip(names, powers, strict=True) for _ in range(power))): int(factor)
+            for powers, factor in poly.terms()
+        }
+        return Extent(terms)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -121,16 +123,8 @@ def is_alias(node: fx.Node) -> bool:
 
 
 def bytes_of(tensor: Tensor) -> Extent:
-    """Bytes of a value, linear in T and S. Raises ValueError when two dimensions are symbolic."""
-    total = Extent(const=ELEMENT_BYTES[tensor.dtype])
-    for size in tensor.shape:
-        if isinstance(size, int):
-            total = total.times(size)
-        elif total.t or total.s:
-            raise ValueError(f"{tensor.name} has two symbolic dimensions")
-        else:
-            total = size.times(total.const)
-    return total
+    """Bytes of a value."""
+    return tensor.rows_of(len(tensor.shape)).times(ELEMENT_BYTES[tensor.dtype])
 
 
 def _dtype(value: torch.Tensor, node: fx.Node) -> str:

@@ -38,8 +38,7 @@ class Value:
 class Arena:
     """One bucket's addresses."""
 
-    T: int
-    S: int
+    sizes: Mapping[str, int]
     bytes: int
     offsets: Mapping[str, int]
 
@@ -54,7 +53,7 @@ class PlanMemory(Pass):
         conflicts = find_conflicts(values, schedule)
         arenas: list[Arena] = []
         for T, S in reversed(program.plans["buckets"].sizes):
-            arena = place(values, conflicts, T, S)
+            arena = place(values, conflicts, {"T": T, "S": S})
             check_memory(values, schedule, arena)
             arenas.insert(0, arena)
         if any(arena.bytes > arenas[-1].bytes for arena in arenas):
@@ -72,7 +71,7 @@ def find_values(program: Program) -> list[Value]:
     for node in program.calls():
         if is_alias(node) or node.name not in program.plans["kernels"]:
             continue
-        for result in reader.results(node):
+        for result in (*reader.results(node), *program.plans["kernels"][node.name].lowering.scratch):
             makers[result.name] = (bytes_of(result), node.name)
         for source in node.all_input_nodes:
             if source.op == "call_function":
@@ -108,9 +107,9 @@ def _mask(value: Value, bit: Mapping[str, int]) -> int:
     return mask
 
 
-def place(values: list[Value], conflicts: list[list[int]], T: int, S: int) -> Arena:
+def place(values: list[Value], conflicts: list[list[int]], dims: Mapping[str, int]) -> Arena:
     """Greedy by size: each value at the lowest aligned offset free of conflicting values."""
-    sizes = [-(-value.bytes.at(T, S) // ALIGN_BYTES) * ALIGN_BYTES for value in values]
+    sizes = [-(-value.bytes.at(dims) // ALIGN_BYTES) * ALIGN_BYTES for value in values]
     offsets: dict[int, int] = {}
     for index in sorted(range(len(values)), key=lambda i: (-sizes[i], i)):
         placed = (other for other in conflicts[index] if other in offsets)
@@ -122,7 +121,7 @@ def place(values: list[Value], conflicts: list[list[int]], T: int, S: int) -> Ar
             offset = max(offset, stop)
         offsets[index] = offset
     total = max((offset + sizes[index] for index, offset in offsets.items()), default=0)
-    return Arena(T, S, total, {values[index].name: offset for index, offset in sorted(offsets.items())})
+    return Arena(dims, total, {values[index].name: offset for index, offset in sorted(offsets.items())})
 
 
 def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
@@ -134,7 +133,7 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
     before = happens_before(schedule)
     place_of = {name: index for index, name in enumerate(schedule.order)}
     spans = sorted(
-        ((arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.T, arena.S), v) for v in values),
+        ((arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.sizes), v) for v in values),
         key=lambda span: span[:2],
     )
     for index, (start, stop, value) in enumerate(spans):

@@ -42,9 +42,10 @@ class ScheduleStreams(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         choices = program.plans["kernels"]
-        T, S = program.plans["buckets"].sizes[-1]
+        tokens, rows = program.plans["buckets"].sizes[-1]
+        sizes = {"T": tokens, "S": rows}
         graph = dependences(program)
-        seconds = {name: context.target.seconds(choice.lowering.cost, T, S) for name, choice in choices.items()}
+        seconds = {name: context.target.seconds(choice.lowering.cost, sizes) for name, choice in choices.items()}
         stream = {name: context.target.stream_of(choice.operation) for name, choice in choices.items()}
         if unknown := set(stream.values()) - set(context.target.streams):
             raise CompileError(

@@ -28,10 +28,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """KV bytes: `group_tokens` consecutive tokens of all layers take `group_bytes` contiguous bytes of a span."""
+    """State bytes of a sequence: `fixed_bytes` at the start of its span, then `group_bytes` contiguous bytes for every
+    `group_tokens` consecutive tokens of all layers."""
 
     group_bytes: int
     group_tokens: int = 16
+    fixed_bytes: int = 0
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that `tokens` tokens of one sequence take, in whole groups; none for no tokens."""
+        return self.fixed_bytes + -(-tokens // self.group_tokens) * self.group_bytes if tokens else 0
+
+    def tokens_in(self, size: int) -> int:
+        """Most tokens of one sequence that `size` bytes hold."""
+        return max(size - self.fixed_bytes, 0) // self.group_bytes * self.group_tokens
 
 
 class Row(NamedTuple):

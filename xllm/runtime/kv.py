@@ -42,21 +42,21 @@ class PoolPlan:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence, in whole token groups."""
-        return -(-(-(-tokens // self.kv.group_tokens) * self.kv.group_bytes) // self.page_bytes)
+        return -(-self.kv.bytes_for(tokens) // self.page_bytes)
 
     def tokens_for(self, pages: int) -> int:
-        """Most tokens that `pages` pages hold."""
-        return pages * self.page_bytes // self.kv.group_bytes * self.kv.group_tokens
+        """Most tokens of one sequence that `pages` pages hold."""
+        return self.kv.tokens_in(pages * self.page_bytes)
 
     def waste_bytes(self, tokens: int) -> int:
         """Memory a sequence of `tokens` tokens is promised but does not use: always less than one page."""
-        return self.pages_for(tokens) * self.page_bytes - -(-tokens // self.kv.group_tokens) * self.kv.group_bytes
+        return self.pages_for(tokens) * self.page_bytes - self.kv.bytes_for(tokens)
 
 
 def plan_pool(kv: KVSpec, max_len: int, max_seqs: int, kv_bytes: int, page_bytes: int | None = None) -> PoolPlan:
     """Divide `kv_bytes` into pages for `max_seqs` spans of `max_len` tokens. Raises MemoryFault (pool_too_small) when
     not even one page fits. More pages than all spans can hold together are not made."""
-    span_bytes = -(-max_len // kv.group_tokens) * kv.group_bytes
+    span_bytes = kv.bytes_for(max_len)
     page_bytes = page_bytes or choose_page_bytes(kv_bytes, span_bytes, max_seqs)
     span_pages = -(-span_bytes // page_bytes)
     pages = min(kv_bytes // page_bytes, span_pages * max_seqs)

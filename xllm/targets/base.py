@@ -13,17 +13,48 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Extent:
-    """A size linear in the step's dimensions: t * T + s * S + const."""
+    """A size as a polynomial of the program's dims: {"T": 4, "": 64} is 4 T + 64, a product is spelled "batch*length".
 
-    t: int = 0
-    s: int = 0
-    const: int = 0
+    No term is zero, so that equal sizes are equal values.
+    """
 
-    def at(self, T: int, S: int) -> int:
-        return self.t * T + self.s * S + self.const
+    terms: Mapping[str, int] = field(default_factory=dict)
 
-    def times(self, factor: int) -> Extent:
-        return Extent(self.t * factor, self.s * factor, self.const * factor)
+    @staticmethod
+    def of(const: int = 0, **dims: int) -> Extent:
+        """`Extent.of(64, T=4)` is 4 T + 64."""
+        return Extent({name: factor for name, factor in {**dims, "": const}.items() if factor})
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The size when every dim has its size. Raises KeyError for a dim that has none."""
+        total = 0
+        for name, factor in self.terms.items():
+            for dim in filter(None, name.split("*")):
+                factor *= sizes[dim]
+            total += factor
+        return total
+
+    def times(self, factor: int | Extent) -> Extent:
+        product: dict[str, int] = {}
+        for name, one in self.terms.items():
+            for other, two in (factor.terms if isinstance(factor, Extent) else {"": factor}).items():
+                joined = "*".join(sorted(filter(None, (*name.split("*"), *other.split("*")))))
+                product[joined] = product.get(joined, 0) + one * two
+        return Extent({name: value for name, value in product.items() if value})
+
+    def plus(self, other: int | Extent) -> Extent:
+        total = dict(self.terms)
+        for name, value in (other.terms if isinstance(other, Extent) else {"": other}).items():
+            total[name] = total.get(name, 0) + value
+        return Extent({name: value for name, value in total.items() if value})
+
+    @property
+    def const(self) -> int:
+        """The part that depends on no dim."""
+        return self.terms.get("", 0)
+
+
+TOKENS, LOGIT_ROWS = Extent({"T": 1}), Extent({"S": 1})
 
 
 @dataclass(frozen=True)
@@ -44,12 +75,16 @@ class Tensor:
         return width
 
     @property
-    def rows(self) -> str | None:
-        """The dimension the first axis runs over: "T", "S", or None when it is neither."""
-        first = self.shape[0] if self.shape else 1
-        if isinstance(first, Extent):
-            return {(1, 0, 0): "T", (0, 1, 0): "S"}.get((first.t, first.s, first.const))
-        return None
+    def rows(self) -> Extent:
+        """The first dimension; one row for a scalar."""
+        return self.rows_of(1)
+
+    def rows_of(self, leading: int) -> Extent:
+        """The product of the first `leading` dimensions; negative counts from the back, as in slices."""
+        total = Extent({"": 1})
+        for size in self.shape[:leading]:
+            total = total.times(size)
+        return total
 
 
 @dataclass(frozen=True)
@@ -65,7 +100,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call, linear in T and S: multiply-adds counted twice, and bytes that must move."""
+    """Work of one call: multiply-adds counted twice, and bytes that must move."""
 
     flops: Extent = Extent()
     bytes: Extent = Extent()
@@ -73,15 +108,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A kernel bound to an operation. `layouts` says how the kernel wants each weight stored."""
+    """A kernel bound to an operation, run over `rows` rows. `layouts` says how the kernel wants each weight stored.
+
+    scratch: memory of the call alone, planned in the arena like a result; their names are among `args`.
+    """
 
     kernel: str
     args: Mapping[str, Tensor | None]
     ints: Mapping[str, int] = field(default_factory=dict)
     floats: Mapping[str, float] = field(default_factory=dict)
-    rows: str = "T"
+    rows: Extent = TOKENS
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     cost: Cost = Cost()
+    scratch: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,19 +140,35 @@ class Refusal:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Where a sequence's keys and values lie in its contiguous span: groups of tokens, layers inside a group.
+    """Where a sequence's state lies in its contiguous span: what does not grow, then groups of tokens, layers in each.
 
-    Group g of `group_tokens` tokens starts at g * group_bytes; layer l inside it at layer_offsets[l].
+    The first `fixed_bytes` hold the float32 state of recurrent layers, layer l at fixed_offsets[l]. Group g of
+    `group_tokens` tokens starts at fixed_bytes + g * group_bytes; the keys and values of layer l at layer_offsets[l]
+    inside it. A layer that keeps nothing of a kind has the offset of the next.
     """
 
     dtype: str
     group_tokens: int
     group_bytes: int
     layer_offsets: tuple[int, ...]
+    fixed_bytes: int = 0
+    fixed_offsets: tuple[int, ...] = ()
 
     @property
     def token_bytes(self) -> int:
         return self.group_bytes // self.group_tokens
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer keeps: per token `kv_heads` keys of `key_dim` and values of `value_dim`, and per sequence
+    `fixed_floats` float32 that do not grow. latent: the values are the first `value_dim` numbers of the keys."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    latent: bool = False
+    fixed_floats: int = 0
 
 
 class Target(Protocol):
@@ -135,10 +190,8 @@ class Target(Protocol):
 
     def stream_of(self, operation: Operation) -> str: ...
 
-    def kv_layout(self, layers: tuple[tuple[int, int, int], ...], dtype: str) -> KVLayout:
-        """Layout of the state for layers of (kv_heads, key_dim, value_dim)."""
-        ...
+    def kv_layout(self, layers: tuple[LayerState, ...], dtype: str) -> KVLayout: ...
 
-    def seconds(self, cost: Cost, T: int, S: int) -> float:
+    def seconds(self, cost: Cost, sizes: Mapping[str, int]) -> float:
         """Predicted time of a call on this kind of machine."""
         ...

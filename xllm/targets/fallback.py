@@ -7,7 +7,7 @@ given; nothing else in an artifact can be called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,8 +45,8 @@ class TorchCall:
         self._operator = find_operator(call.op)
 
     def run(self, step: StepArrays) -> None:
-        T, S = len(step.ids), len(step.last)
-        args = {name: self._value(operand, step, T, S) for name, operand in self._call.operands}
+        sizes = {"T": len(step.ids), "S": len(step.last)}
+        args = {name: self._value(operand, step, sizes) for name, operand in self._call.operands}
         schema = self._operator._schema.arguments
         given = [argument for argument in schema if argument.name in args]
         positional = [args[argument.name] for argument in given if not argument.kwarg_only]
@@ -56,17 +56,17 @@ class TorchCall:
         for reference, value in zip(self._call.results, _as_tuple(produced), strict=True):
             name = reference[1:]
             held = self._plan.buffers[name]
-            shape = [_at(size, T, S) for size in held.shape]
+            shape = [_at(size, sizes) for size in held.shape]
             np.copyto(self._array(self._bucket.offsets[name], shape, held.dtype), value.numpy())
 
-    def _value(self, operand: dict[str, Any], step: StepArrays, T: int, S: int) -> Any:
+    def _value(self, operand: dict[str, Any], step: StepArrays, sizes: Mapping[str, int]) -> Any:
         if "ref" in operand:
-            shape = [_at(size, T, S) for size in operand["shape"]]
+            shape = [_at(size, sizes) for size in operand["shape"]]
             return torch.from_numpy(self._tensor(operand["ref"], shape, operand["dtype"], step))
         if "size" in operand:
-            return _at(operand["size"], T, S)
+            return _at(operand["size"], sizes)
         if "list" in operand:
-            return [self._value(item, step, T, S) for item in operand["list"]]
+            return [self._value(item, step, sizes) for item in operand["list"]]
         if "float" in operand:
             return float(operand["float"])
         if "torch" in operand:
@@ -101,11 +101,11 @@ def find_operator(name: str) -> Callable[..., Any] | Any:
     raise ArtifactError("unknown-operator", f"the plan calls {name}, which is no operator here; compile again")
 
 
-def _at(size: Any, T: int, S: int) -> int:
+def _at(size: Any, sizes: Mapping[str, int]) -> int:
     if isinstance(size, Extent):
-        return size.at(T, S)
+        return size.at(sizes)
     if isinstance(size, dict):
-        return Extent(**size).at(T, S)
+        return Extent(size).at(sizes)
     return size
 
 

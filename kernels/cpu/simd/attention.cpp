@@ -19,7 +19,7 @@ constexpr int kBlockGroups = kKeyBlock / 16;
 
 template <class Kv>
 const char *check(const Call &c) {
-  if (c.rows_last) return "attends for every token of the step: rows must be T";
+  if (!c.every_token()) return "attends for every token of the step: rows must be T";
   if (c.ints[kWindow] < 0) return "window must be 0 (none) or positive";
   if (!(c.floats[kSoftcap] >= 0)) return "softcap must be 0 (none) or positive";
   if (const char *wrong =

@@ -54,7 +54,7 @@ void run_rope(const Call &c, const Step &s, int64_t unit, uint8_t *) {
 
 template <class Kv>
 const char *check_write(const Call &c) {
-  if (c.rows_last) return "writes every token of the step: rows must be T";
+  if (!c.every_token()) return "writes every token of the step: rows must be T";
   return check_kv(c.ints[0], c.ints[1], c.ints[2], c.ints[3], sizeof(typename Kv::Element));
 }
 
@@ -79,7 +79,7 @@ enum { kLayerOffset, kGroupBytes, kQHeads, kKvHeads, kHeadDim, kRotaryDim, kInte
 
 template <class Kv>
 const char *check_fused(const Call &c) {
-  if (c.rows_last) return "writes every token of the step: rows must be T";
+  if (!c.every_token()) return "writes every token of the step: rows must be T";
   if (c.ints[kQHeads] < 1) return "q_heads must be positive";
   const bool has_cos = c.args[kCos].kind != XK_NONE, has_sin = c.args[kSin].kind != XK_NONE;
   if (has_cos != has_sin) return "cos and sin come together or not at all";

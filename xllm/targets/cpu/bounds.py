@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xllm.plan import Bucket, Call, Plan
-from xllm.targets.cpu import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, SUFFIX
+from xllm.targets.cpu import GROUP_TOKENS, REACH
+from xllm.targets.cpu.rules import ELEMENT_BYTES, SUFFIX
 
-OUTPUTS = ("out", "sum", "q_out")
 INDICES = {"embedding": ("ids", ("$ids",)), "rows": ("index", ("$positions", "$last"))}
 _BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()}
 
@@ -36,55 +36,28 @@ def check_bounds(plan: Plan, vocab: int, max_len: int) -> None:
 
 
 def reach(kernel: str, ints: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that `kernel` ("linear.bf16") touches of each argument: per row of the step, and once.
+    """Bytes that `kernel` ("linear.bf16") touches of each argument: per row, and once ("state": of a group of tokens).
 
-    Indices, and the table of `rows`, are not among them. Raises KeyError for an unknown kernel or a missing int.
+    Raises KeyError for an unknown kernel or a missing int.
     """
     name, _, suffix = kernel.partition(".")
-    element = _BYTES[suffix]
-    match name:
-        case "embedding":
-            table = _panels(ints["vocab"], ints["width"], element)
-            return {"out": 4 * ints["width"]}, {"weight": table}
-        case "rows":
-            return {"out": 4 * ints["width"]}, {}
-        case "linear":
-            once = {"weight": _panels(ints["n"], ints["k"], element), "bias": 4 * ints["n"]}
-            return {"x": 4 * ints["k"], "out": 4 * ints["n"]}, once
-        case "rms_norm" | "add_rms_norm":
-            row = 4 * ints["width"]
-            return dict.fromkeys(("x", "residual", "out", "sum"), row), {"weight": row}
-        case "rope":
-            row, turned = 4 * ints["heads"] * ints["head_dim"], 4 * ints["rotary_dim"]
-            return {"x": row, "out": row, "cos": turned, "sin": turned}, {}
-        case "kv_write":
-            return dict.fromkeys(("k", "v"), 4 * ints["kv_heads"] * ints["head_dim"]), {}
-        case "qk_norm_rope_write":
-            head, turned = 4 * ints["head_dim"], 4 * ints["rotary_dim"]
-            rows = {"qkv": (ints["q_heads"] + 2 * ints["kv_heads"]) * head, "q_out": ints["q_heads"] * head}
-            return {**rows, "cos": turned, "sin": turned}, {"q_norm": head, "k_norm": head}
-        case "attention":
-            return dict.fromkeys(("q", "out"), 4 * ints["q_heads"] * ints["head_dim"]), {"sinks": 4 * ints["q_heads"]}
-        case "gated_silu" | "gated_gelu" | "gated_gelu_tanh":
-            return {"x": 8 * ints["width"], "out": 4 * ints["width"]}, {}
-        case "silu" | "gelu" | "gelu_tanh" | "add" | "mul":
-            return dict.fromkeys(("x", "a", "b", "out"), 4 * ints["width"]), {}
-    raise KeyError(kernel)
+    return REACH[name](ints, _BYTES[suffix])
 
 
-def _panels(n: int, k: int, element: int) -> int:
-    return -(-n // PANEL_ROWS) * PANEL_ROWS * k * element
+def is_output(name: str) -> bool:
+    """Whether an argument of this name is written: kernels call what they write out, …_out, sum or scratch…"""
+    return name in ("out", "sum") or name.endswith("_out") or name.startswith("scratch")
 
 
 def _check_call(plan: Plan, call: Call, max_len: int) -> None:
     where = f"call {call.node}"
     _require(all(value >= 0 for value in call.ints.values()), f"{where}: a size is negative")
-    written = [call.args[name] for name in OUTPUTS if name in call.args]
+    written = [call.args[name] for name in call.args if is_output(name)]
     _require(sorted(written) == sorted(call.results), f"{where} writes {written}, its results are {call.results}")
     rows, once = reach(call.kernel, call.ints)
     index, allowed = INDICES.get(call.kernel.partition(".")[0], ("", ()))
     for bucket in plan.buckets:
-        count = bucket.T if call.rows == "T" else bucket.S
+        count = call.rows.at(bucket.sizes)
         needs = {name: count * row for name, row in rows.items()} | once
         if "table" in call.args:
             last = bucket.T if call.args["index"] == "$last" else max_len
@@ -96,15 +69,15 @@ def _check_call(plan: Plan, call: Call, max_len: int) -> None:
                 held = _held(plan, reference, bucket)
                 if needs[name] > held:
                     raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
-    if "group_bytes" in call.ints:
-        _check_state(plan, call, where)
+    if "state" in once:
+        _check_state(plan, call, once["state"], where)
 
 
-def _check_state(plan: Plan, call: Call, where: str) -> None:
+def _check_state(plan: Plan, call: Call, size: int, where: str) -> None:
     kv, ints = plan.kv, call.ints
     _require(call.kernel.endswith(f".{SUFFIX[kv.dtype]}"), f"{where}: {call.kernel} does not work on {kv.dtype} state")
     _require(ints["group_bytes"] == kv.group_bytes, f"{where}: groups have {kv.group_bytes} bytes, not group_bytes")
-    end = ints["layer_offset"] + 2 * ints["kv_heads"] * ints["head_dim"] * GROUP_TOKENS * ELEMENT_BYTES[kv.dtype]
+    end = ints["layer_offset"] + size
     _require(end <= kv.group_bytes, f"{where}: its layer ends at {end} in a group of {kv.group_bytes} bytes")
 
 
@@ -112,7 +85,7 @@ def _held(plan: Plan, reference: str, bucket: Bucket) -> int:
     """Bytes behind a reference that are there to be read; an input of the step is nothing but an index."""
     kind, name = reference[:1], reference[1:]
     if kind == "%":
-        return plan.buffers[name].bytes.at(bucket.T, bucket.S)
+        return plan.buffers[name].bytes.at(bucket.sizes)
     return plan.weights[name].bytes if kind == "@" else 0
 
 

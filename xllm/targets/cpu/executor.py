@@ -26,7 +26,7 @@ from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
 from xllm.runtime.request import Request
-from xllm.targets.cpu_bounds import check_bounds
+from xllm.targets.cpu.bounds import check_bounds
 
 MAX_LOGPROBS = 20
 HUGE_PAGE_BYTES = 2 << 20
@@ -52,7 +52,7 @@ class CpuExecutor:
             check_bounds(plan, self.limits.vocab, self.limits.max_len)
         except ValueError as error:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
-        self.kv = KVSpec(group_bytes=plan.kv.group_bytes, group_tokens=plan.kv.group_tokens)
+        self.kv = KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
         self._runner = cpu.Runner(threads, level)
         self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
         self._eos = tuple(manifest["model"]["eos_ids"])
@@ -110,7 +110,7 @@ class CpuExecutor:
                 ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
 
     def _run(self, batch: Batch) -> StepResult:
-        step = flatten(batch, self._previous)
+        step = flatten(batch, self._previous, self.kv.fixed_bytes)
         bound = next(bound for bound in self._buckets if bound.fits(step))
         self._last_bucket = bound.bucket
         bound.run(step)
@@ -155,7 +155,7 @@ class CpuExecutor:
                 pieces.append(self._fallback(call, bucket))
                 continue
             args = {name: address(reference) for name, reference in call.args.items()}
-            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, call.rows))
+            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, rows_of(call)))
         flush()
         return BoundPlan(bucket, tuple(pieces))
 
@@ -217,8 +217,11 @@ class Ticket:
         self._done.set()
 
 
-def flatten(batch: Batch, previous: np.ndarray) -> Step:
-    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to."""
+def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int) -> Step:
+    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to.
+
+    Kernels are given where the groups of tokens start, behind the `fixed_bytes` of a span that do not grow.
+    """
     counts = [len(row.tokens) for row in batch.rows]
     starts = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
@@ -230,8 +233,14 @@ def flatten(batch: Batch, previous: np.ndarray) -> Step:
         [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
     )
     last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
-    bases = np.array([row.kv_base for row in batch.rows], np.uint64)
+    bases = np.array([row.kv_base + fixed_bytes for row in batch.rows], np.uint64)
     return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
+
+
+def rows_of(call: PlannedCall) -> tuple[int, int, int]:
+    """The rows of a call as its runner takes them: per token, per logit row, and a constant."""
+    terms = call.rows.terms
+    return terms.get("T", 0), terms.get("S", 0), terms.get("", 0)
 
 
 def usable_level(target: dict[str, str]) -> str:

@@ -1,0 +1,94 @@
+"""The CPU target: which kernel runs which operation, how weights and state are laid out, and what a call should cost.
+
+Weights of products lie in panels of 16 outputs (see kernels/cpu/panel.h), so that every output accumulates along K in
+one fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [head_dim][16] and
+values as [16][head_dim]. No torch: the serving process imports this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xllm.targets.base import Cost, KVLayout, LayerState, Lowering, Operation, Refusal
+from xllm.targets.cpu import attention, elementwise, gather, linear, norm
+from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule
+
+FAMILIES = (linear, gather, norm, attention, elementwise)
+RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
+REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
+LINE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """One instruction set level of one architecture. Predicted times use round figures of a desktop core pair."""
+
+    level: str
+    name: str = "cpu"
+    streams: tuple[str, ...] = ("compute", "host")
+    fuses: frozenset[str] = frozenset({"qk_norm_rope_write"})
+    pads: bool = False
+    read_bytes_per_second: float = 20e9
+    flops_per_second: float = 150e9
+    call_seconds: float = 3e-6
+
+    def lower(self, operation: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+        rule = RULES.get(operation.op)
+        if rule is None:
+            return Refusal(f"no {self.name} kernel computes {operation.op}")
+        if bad := [r.name for r in operation.results if r.dtype != "float32"]:
+            return Refusal(f"result {bad[0]} is not float32")
+        return rule(operation, kv, weights_dtype)
+
+    def stream_of(self, operation: Operation) -> str:
+        return "compute"
+
+    def kv_layout(self, layers: tuple[LayerState, ...], dtype: str) -> KVLayout:
+        """What does not grow, then groups of 16 tokens; layer after layer, each a whole number of cache lines."""
+        offsets, fixed_offsets, at, fixed = [], [], 0, 0
+        for layer in layers:
+            offsets.append(at)
+            fixed_offsets.append(fixed)
+            width = layer.key_dim + (0 if layer.latent else layer.value_dim)
+            at += _lines(layer.kv_heads * width * GROUP_TOKENS * ELEMENT_BYTES[dtype])
+            fixed += _lines(layer.fixed_floats * 4)
+        fixed_offsets = fixed_offsets if fixed else []
+        return KVLayout(dtype, GROUP_TOKENS, at or LINE_BYTES, tuple(offsets), fixed, tuple(fixed_offsets))
+
+    def seconds(self, cost: Cost, sizes: Mapping[str, int]) -> float:
+        moved, computed = cost.bytes.at(sizes), cost.flops.at(sizes)
+        return self.call_seconds + max(moved / self.read_bytes_per_second, computed / self.flops_per_second)
+
+
+def _lines(size: int) -> int:
+    return -(-size // LINE_BYTES) * LINE_BYTES
+
+
+def host_target() -> CpuTarget:
+    """The target of this machine: its best instruction set level."""
+    from xllm.kernels import cpu
+
+    return CpuTarget(cpu.level())
+
+
+def host_threads() -> int:
+    """Threads to use unless told otherwise: the cores this process may run on, within its control group's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def architecture() -> str:
+    """The processor family, x86_64 or aarch64, spelled alike on every system."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+__all__ = ["GROUP_TOKENS", "PANEL_ROWS", "REACH", "RULES", "CpuTarget", "architecture", "host_target", "host_threads"]

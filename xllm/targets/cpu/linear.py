@@ -1,0 +1,45 @@
+"""Products with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal
+from xllm.targets.cpu.rules import (
+    ELEMENT_BYTES,
+    PANELS,
+    PLAIN,
+    SUFFIX,
+    Reach,
+    Rule,
+    ints,
+    panel_bytes,
+    step_rows,
+)
+
+
+def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+    x, weight, bias = op.args["x"], op.args["weight"], op.args["bias"]
+    if weight.kind != "weight" or (bias is not None and bias.kind != "weight"):
+        return Refusal("its weight is not a weight of the program")
+    if (rows := step_rows(op, x)) is None:
+        return Refusal("it does not multiply rows of float32")
+    n, k = ints(weight.shape)
+    moved = rows.times(4 * (n + k)).plus(n * k * ELEMENT_BYTES[weights_dtype])
+    return Lowering(
+        f"linear.{SUFFIX[weights_dtype]}",
+        {"x": x, "weight": weight, "bias": bias, "out": op.results[0]},
+        {"k": k, "n": n},
+        rows=rows,
+        layouts={weight.name: Layout(PANELS, weights_dtype), **({bias.name: PLAIN} if bias else {})},
+        cost=Cost(rows.times(2 * n * k), moved),
+    )
+
+
+def _linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+    n, k = sizes["n"], sizes["k"]
+    return {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element), "bias": 4 * n}
+
+
+RULES: Mapping[str, Rule] = {"xllm.linear": _linear}
+REACH: Mapping[str, Reach] = {"linear": _linear_reach}
