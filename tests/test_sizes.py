@@ -14,7 +14,7 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
 BUDGET = {
-    "xllm/ir": 1500,
+    "xllm/ir": 1600,
     "xllm/frontend": 2500,
     "xllm/passes": 3000,
     "xllm/targets": 1500,

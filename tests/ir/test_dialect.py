@@ -37,6 +37,10 @@ GOOD: dict[str, tuple[Any, ...]] = {
         floats(*STATE), floats(T, (HQ + 2 * HKV) * D), floats(D), floats(D), floats(T, 4), floats(T, 4), POSITIONS,
         SLOTS, 1, HQ, HKV, D, 4, False, 1e-6,
     ),
+    "encode_attention": (floats(T, HQ, D), floats(T, HKV, D), floats(T, HKV, 3), POSITIONS, SLOTS, 0.4, 2, 30.0),
+    "first_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
+    "mean_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
+    "l2_normalize": (floats(T, 8), 1e-12),
 }  # fmt: skip
 BAD: list[tuple[str, int, Any]] = [
     ("linear", 1, floats(3, 7)),
@@ -56,6 +60,12 @@ BAD: list[tuple[str, int, Any]] = [
     ("attention", 1, floats(T, 3, D)),
     ("attention", 3, ints(0)),
     ("attention", 4, floats(HKV)),
+    ("encode_attention", 0, floats(T, 3, D)),
+    ("encode_attention", 1, floats(T, HKV, D + 1)),
+    ("encode_attention", 2, floats(T - 1, HKV, D)),
+    ("encode_attention", 4, ints(0)),
+    ("first_rows", 0, floats(T, HQ, 8)),
+    ("mean_rows", 1, ints(0)),
     ("qk_norm_rope_write", 1, floats(T, HQ * D)),
     ("qk_norm_rope_write", 2, floats(HQ * D)),
     ("qk_norm_rope_write", 4, None),

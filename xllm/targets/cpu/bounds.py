@@ -12,7 +12,12 @@ from xllm.plan import Bucket, Call, Plan
 from xllm.targets.cpu import GROUP_TOKENS, REACH
 from xllm.targets.cpu.rules import ELEMENT_BYTES, SUFFIX
 
-INDICES = {"embedding": ("ids", ("$ids",)), "rows": ("index", ("$positions", "$last"))}
+INDICES = {
+    "embedding": ("ids", ("$ids",)),
+    "rows": ("index", ("$positions", "$last")),
+    "first_rows": ("index", ("$last",)),
+    "mean_rows": ("index", ("$last",)),
+}
 _BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()}
 
 
