@@ -1,4 +1,6 @@
-"""Options of the whole suite: --update-golden rewrites golden files, --mutations says how many broken plans to try."""
+"""Options of the whole suite: --update-golden rewrites golden files; --mutations and --graphs say how many broken plans
+and random programs to try.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("xllm")
     group.addoption("--update-golden", action="store_true", help="rewrite golden files with what the code gives now")
     group.addoption("--mutations", type=int, default=1500, help="mutated plans per planner test (release: 100000)")
+    group.addoption("--graphs", type=int, default=40, help="random programs per rewrite (release: 1000)")
 
 
 @pytest.fixture
@@ -31,3 +34,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
 @pytest.fixture
 def mutations(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--mutations"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def graphs(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--graphs"))  # pyright: ignore[reportArgumentType]

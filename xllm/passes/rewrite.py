@@ -221,11 +221,11 @@ def undo_transposes(node: fx.Node) -> bool:
 
 
 def attention_pairs(program: Program) -> list[tuple[fx.Node, fx.Node]]:
-    """Every attention call with the KV write of its layer, in program order."""
+    """The KV write of each layer and the attention call that reads it, in program order; none where several read."""
     calls = list(program.calls())
     writes = {named_arguments(node)["layer"]: node for node in calls if is_call(node, torch.ops.xllm.kv_write.default)}
-    pairs = []
+    readers: dict[int, list[fx.Node]] = {}
     for node in calls:
-        if is_call(node, torch.ops.xllm.attention.default) and (layer := named_arguments(node)["layer"]) in writes:
-            pairs.append((node, writes[layer]))
-    return pairs
+        if is_call(node, torch.ops.xllm.attention.default):
+            readers.setdefault(named_arguments(node)["layer"], []).append(node)
+    return [(nodes[0], writes[layer]) for layer, nodes in readers.items() if layer in writes and len(nodes) == 1]
