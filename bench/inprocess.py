@@ -48,9 +48,9 @@ def demand(plan: Plan, prompt_tokens: int, output_tokens: int) -> Demand:
             rows = call.rows.at({"T": prompt_tokens, "S": 1})
             flops += 2.0 * rows * call.ints["n"] * call.ints["k"]
             read += plan.weights[call.args["weight"].removeprefix("@")].bytes
-        if call.kernel.startswith("attention."):
+        if call.kernel.startswith(("attention.", "latent_attention.")):
             pairs = prompt_tokens * (prompt_tokens + 1) / 2
-            flops += 4.0 * pairs * call.ints["q_heads"] * call.ints["head_dim"]
+            flops += 2.0 * pairs * call.ints["q_heads"] * (call.ints["key_dim"] + call.ints["value_dim"])
     return Demand(flops, read)
 
 

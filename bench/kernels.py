@@ -92,7 +92,8 @@ def attention(rows: int, context: int, suffix: str) -> Case:
     copies = max(1, min(16, COLD_BYTES // (group * context // 16))) if rows == 1 else 1
     span = aligned(group * copies * (context // 16 + 1))
     q, out = floats(rows, Q_HEADS * HEAD_DIM), floats(rows, Q_HEADS * HEAD_DIM)
-    ints = {"group_bytes": group * copies, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "window": 0}
+    ints = {"group_bytes": group * copies, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "window": 0}
+    ints |= dict.fromkeys(("key_dim", "value_dim"), HEAD_DIM)
     args = {"q": address(q), "sinks": None, "out": address(out)}
     scale = {"scale": HEAD_DIM**-0.5, "softcap": 0.0}
     calls = [cpu.Call(f"attention.{suffix}", args, ints | {"layer_offset": group * i}, scale) for i in range(copies)]

@@ -49,7 +49,7 @@ def test_demand_is_counted_from_the_calls():
     calls = (
         Call("a", "xllm.linear", "linear.f32", {"weight": "@w"}, {"n": 4, "k": 8}),
         Call("b", "xllm.rms_norm", "rms_norm.f32", {"weight": "@norm"}, {"width": 8}),
-        Call("c", "xllm.attention", "attention.f32", {}, {"q_heads": 2, "head_dim": 8}),
+        Call("c", "xllm.attention", "attention.f32", {}, {"q_heads": 2, "key_dim": 8, "value_dim": 8}),
         Call("d", "xllm.linear", "linear.f32", {"weight": "@head"}, {"n": 4, "k": 8}, rows=LOGIT_ROWS),
     )
     plan = Plan(calls, {}, (), weights, KVLayout("float32", 16, 160, (0,)), "logits")

@@ -49,11 +49,11 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> 
 
 
 def attention(q, k, v, positions, scale, window=0, softcap=0.0, sinks=None) -> np.ndarray:
-    """One sequence: q [T, Hq, D]; k, v [L, Hkv, D] by absolute position.
+    """One sequence: q [T, Hq, D]; k [L, Hkv, D] and v [L, Hkv, Dv] by absolute position.
 
     Row t sees tokens max(0, p - window + 1)..p, where p = positions[t].
     """
-    share, out = q.shape[1] // k.shape[1], np.zeros(q.shape)
+    share, out = q.shape[1] // k.shape[1], np.zeros((*q.shape[:2], v.shape[2]))
     for t, p in enumerate(positions):
         first = max(0, p - window + 1) if window else 0
         for h in range(q.shape[1]):

@@ -18,11 +18,13 @@ LAYER_OFFSET = 256  # bytes: a layer that is not the first
 class Model:
     """One layer's shape, a span per sequence, and the two calls that fill and read it."""
 
-    def __init__(self, run, q_heads, kv_heads, dim, suffix, tokens, spans=1, **options):
+    def __init__(self, run, q_heads, kv_heads, dim, suffix, tokens, spans=1, value_dim=0, **options):
         self.run, self.q_heads, self.kv_heads, self.dim, self.suffix = run, q_heads, kv_heads, dim, suffix
+        self.value_dim = value_dim or dim
         self.options = {"window": 0, "softcap": 0.0, "sinks": None} | options
         self.scale = 1 / math.sqrt(dim)
-        self.group_bytes = LAYER_OFFSET + kv_heads * dim * 32 * (4 if suffix == "f32" else 2) + 128
+        kept = kv_heads * (dim + self.value_dim) * 16 * (4 if suffix == "f32" else 2)
+        self.group_bytes = LAYER_OFFSET + kept + 128
         # 0xff everywhere: memory that was never written is NaN, and must not matter.
         self.spans = [aligned(self.group_bytes * (tokens // 16 + 1), 0xFF) for _ in range(spans)]
 
@@ -30,8 +32,8 @@ class Model:
         """Writes k, v [T, Hkv, D] and attends with q [T, Hq, D]; rows of all sequences together."""
         step = batch(lengths, starts, self.spans)
         shape = {"layer_offset": LAYER_OFFSET, "group_bytes": self.group_bytes, "kv_heads": self.kv_heads}
-        shape["head_dim"] = self.dim
-        out = np.full(q.shape, np.nan, np.float32)
+        shape |= {"key_dim": self.dim, "value_dim": self.value_dim}
+        out = np.full((*q.shape[:2], self.value_dim), np.nan, np.float32)
         self.run(f"kv_write.{self.suffix}", {"k": k, "v": v}, shape, step=step)
         self.run(
             f"attention.{self.suffix}",
@@ -47,8 +49,8 @@ class Model:
         return attention(q, k, v, range(start, start + len(q)), self.scale, **self.options)
 
 
-def inputs(rng, tokens, q_heads, kv_heads, dim):
-    shapes = ((tokens, q_heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim))
+def inputs(rng, tokens, q_heads, kv_heads, dim, value_dim=0):
+    shapes = ((tokens, q_heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, value_dim or dim))
     return [rng.standard_normal(s, np.float32) for s in shapes]
 
 
@@ -57,6 +59,9 @@ SHAPES = [
     pytest.param(4, 2, 128, {}, id="grouped"),
     pytest.param(7, 1, 24, {}, id="one-kv-head-odd-dim"),
     pytest.param(2, 2, 5, {}, id="tiny-dim"),
+    pytest.param(4, 2, 48, {"value_dim": 32, "window": 19}, id="values-shorter-than-keys"),
+    pytest.param(3, 3, 24, {"value_dim": 72}, id="values-longer-than-keys"),
+    pytest.param(2, 2, 20, {"value_dim": 7}, id="odd-values"),
     pytest.param(4, 2, 32, {"window": 1}, id="window-1"),
     pytest.param(4, 2, 32, {"window": 19}, id="window-19"),
     pytest.param(4, 2, 32, {"window": 100}, id="window-100"),
@@ -69,7 +74,7 @@ SHAPES = [
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim", "options"), SHAPES)
 def test_matches_float64_and_bits_do_not_depend_on_the_cut(run, rng, suffix, q_heads, kv_heads, dim, options):
     tokens = 150
-    q, k, v = inputs(rng, tokens, q_heads, kv_heads, dim)
+    q, k, v = inputs(rng, tokens, q_heads, kv_heads, dim, options.get("value_dim", 0))
     model = Model(run, q_heads, kv_heads, dim, suffix, tokens, spans=4, **options)
     whole = model.step(q, k, v, [tokens], [0])
     assert relative_error(whole, model.oracle(q, k, v)) < 1e-6
@@ -125,3 +130,62 @@ def test_a_poisoned_token_reaches_only_those_who_see_it(run, rng):
     sees = (sees >= 37) & (sees < 37 + 30)
     assert np.array_equal(spoiled[~sees], clean[~sees])
     assert np.isnan(spoiled[sees]).all()
+
+
+class LatentModel(Model):
+    """One layer that keeps [latent | rope] as the keys of one head, and no values. k is that key; v goes unused."""
+
+    def __init__(self, run, q_heads, latent, rope, suffix, tokens, spans=1, **options):
+        super().__init__(run, q_heads, 1, latent + rope, suffix, tokens, spans, latent, **options)
+        self.latent, self.rope = latent, rope
+        self.group_bytes = LAYER_OFFSET + self.dim * 16 * (4 if suffix == "f32" else 2)
+        self.spans = [aligned(self.group_bytes * (tokens // 16 + 1), 0xFF) for _ in range(spans)]
+
+    def step(self, q, k, v, lengths, starts):
+        step = batch(lengths, starts, self.spans)
+        place = {"layer_offset": LAYER_OFFSET, "group_bytes": self.group_bytes}
+        key, parts = k[:, 0], {"latent_dim": self.latent, "rope_dim": self.rope}
+        halves = {"latent": key[:, : self.latent].copy(), "rope": key[:, self.latent :].copy()}
+        self.run(f"latent_write.{self.suffix}", halves, place | parts, step=step)
+        query = {"q_latent": q[..., : self.latent].copy(), "q_rope": q[..., self.latent :].copy()}
+        out = np.full((*q.shape[:2], self.latent), np.nan, np.float32)
+        shape = {"q_heads": self.q_heads, "kv_heads": 1, "key_dim": self.dim, "value_dim": self.latent}
+        self.run(
+            f"latent_attention.{self.suffix}",
+            query | {"out": out},
+            place | shape | {"window": self.options["window"]},
+            {"scale": self.scale, "softcap": self.options["softcap"]},
+            step=step,
+        )
+        return out
+
+
+LATENTS = [
+    pytest.param(16, 64, 16, {}, id="as in DeepSeek"),
+    pytest.param(5, 24, 6, {"window": 21}, id="odd-window"),
+    pytest.param(70, 33, 4, {"softcap": 3.0}, id="many-heads-softcap"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize(("heads", "latent", "rope", "options"), LATENTS)
+def test_latent_keys_give_the_values(run, rng, suffix, heads, latent, rope, options):
+    tokens, cuts = 100, [0, 1, 6, 23, 64, 99, 100]
+    q, k, _ = inputs(rng, tokens, heads, 1, latent + rope)
+    model = LatentModel(run, heads, latent, rope, suffix, tokens, spans=2, **options)
+    whole = model.step(q, k, None, [tokens], [0])
+    assert relative_error(whole, model.oracle(q, k, k[..., :latent])) < 1e-6
+    model.spans = model.spans[1:]
+    chunks = [model.step(q[a:b].copy(), k[a:b].copy(), None, [b - a], [a]) for a, b in pairwise(cuts)]
+    assert np.array_equal(np.concatenate(chunks), whole)
+
+
+def test_latent_keys_of_sequences_of_a_batch_do_not_meet(run, rng):
+    lengths, tokens = [19, 1, 40], 60
+    q, k, _ = inputs(rng, tokens, 6, 1, 40)
+    model = LatentModel(run, 6, 32, 8, "f32", tokens, spans=3)
+    out = model.step(q, k, None, lengths, [0, 0, 0])
+    starts = np.cumsum([0, *lengths])
+    for begin, end in pairwise(starts):
+        part = model.oracle(q[begin:end], k[begin:end], k[begin:end, :, :32])
+        assert relative_error(out[begin:end], part) < 1e-6

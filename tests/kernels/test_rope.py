@@ -82,7 +82,7 @@ def test_fused_gives_the_bits_of_its_parts(run, rng, suffix, norm, dim, rotary, 
         row += length
 
     other = [aligned(group_bytes * 3) for _ in lengths]
-    write = {"layer_offset": offset, "group_bytes": group_bytes, "kv_heads": kv_heads, "head_dim": dim}
+    write = {"layer_offset": offset, "group_bytes": group_bytes, "kv_heads": kv_heads, "key_dim": dim, "value_dim": dim}
     step = batch(lengths, starts, other)
     run(f"kv_write.{suffix}", {"k": key, "v": np.ascontiguousarray(value)}, write, step=step)
     assert all(np.array_equal(a, b) for a, b in zip(spans, other, strict=True))

@@ -47,7 +47,8 @@ def test_levels():
         cpu.Runner(0)
 
 
-ATTENTION = {"layer_offset": 0, "group_bytes": 16384, "q_heads": 4, "kv_heads": 2, "head_dim": 64, "window": 0}
+HEADS = {"q_heads": 4, "kv_heads": 2, "key_dim": 64, "value_dim": 64}
+ATTENTION = {"layer_offset": 0, "group_bytes": 16384, **HEADS, "window": 0}
 
 
 def attention(ints=(), floats=()):

@@ -200,6 +200,12 @@ def _kept(node: fx.Node) -> KVLayer | None:
             return KVLayer(key[1], key[2], value[2])
         case "attention":
             return KVLayer(given["kv_heads"], given["q"].meta["val"].shape[2], given["value_dim"])
+        case "latent_write":
+            latent, rope = given["latent"].meta["val"].shape[1], given["rope"].meta["val"].shape[1]
+            return KVLayer(1, latent + rope, latent, latent=True)
+        case "latent_attention":
+            latent, rope = given["q_latent"].meta["val"].shape[2], given["q_rope"].meta["val"].shape[2]
+            return KVLayer(1, latent + rope, latent, latent=True)
         case "qk_norm_rope_write":
             return KVLayer(given["kv_heads"], given["head_dim"], given["head_dim"])
     return None

@@ -1,5 +1,6 @@
 // The KV span of a sequence: groups of 16 tokens, group g at byte g * group_bytes; inside it a layer at layer_offset; inside that,
-// per KV head, keys [head_dim][16] and then values [16][head_dim]. The element type is float32 or bfloat16.
+// per KV head, keys [key_dim][16] and then values [16][value_dim]; latent layers keep no values. The element type is float32 or
+// bfloat16.
 #pragma once
 #include "../kernels.h"
 #include "panel.h"
@@ -22,28 +23,39 @@ struct KvBf16 {
   XK_INLINE float decode(uint16_t x) { return bf16_to_float(x); }
 };
 
-// Keys of one head in the group of `position`; its values follow head_dim * 16 elements later.
+struct KvPlace {  // of one layer in the groups of a span; value_dim 0: only keys are kept
+  int64_t layer_offset, group_bytes, kv_heads, key_dim, value_dim;
+  int64_t head_elements() const { return (key_dim + value_dim) * xk::kGroup; }
+};
+
+// Keys of one head in the group of `position`; its values follow key_dim * 16 elements later.
 template <class Kv>
-XK_INLINE typename Kv::Element *kv_group(uint8_t *span, int64_t layer_offset, int64_t group_bytes, int64_t head_dim, int64_t head,
-                                         int64_t position) {
-  return (typename Kv::Element *)(span + position / xk::kGroup * group_bytes + layer_offset) + head * head_dim * 32;
+XK_INLINE typename Kv::Element *kv_group(uint8_t *span, const KvPlace &p, int64_t head, int64_t position) {
+  return (typename Kv::Element *)(span + position / xk::kGroup * p.group_bytes + p.layer_offset) + head * p.head_elements();
+}
+
+// dims first..first+count-1 of the key of `position`.
+template <class Kv>
+XK_INLINE void kv_put_key(typename Kv::Element *group, int64_t position, const float *k, int64_t first, int64_t count) {
+  typename Kv::Element *lane = group + first * xk::kGroup + position % xk::kGroup;
+  for (int64_t d = 0; d < count; d++) lane[d * xk::kGroup] = Kv::encode(k[d]);
 }
 
 template <class Kv>
-XK_INLINE void kv_put(typename Kv::Element *group, int64_t head_dim, int64_t position, const float *k, const float *v) {
-  const int64_t lane = position % xk::kGroup;
-  typename Kv::Element *values = group + head_dim * 16 + lane * head_dim;
-  for (int64_t d = 0; d < head_dim; d++) group[d * 16 + lane] = Kv::encode(k[d]);
-  for (int64_t d = 0; d < head_dim; d++) values[d] = Kv::encode(v[d]);
+XK_INLINE void kv_put(typename Kv::Element *group, const KvPlace &p, int64_t position, const float *k, const float *v) {
+  typename Kv::Element *values = group + p.key_dim * xk::kGroup + position % xk::kGroup * p.value_dim;
+  kv_put_key<Kv>(group, position, k, 0, p.key_dim);
+  for (int64_t d = 0; d < p.value_dim; d++) values[d] = Kv::encode(v[d]);
 }
 
-static inline const char *check_kv(int64_t layer_offset, int64_t group_bytes, int64_t kv_heads, int64_t head_dim,
-                                   int64_t element_bytes) {
-  if (kv_heads < 1 || head_dim < 1) return "kv_heads and head_dim must be positive";
-  if (layer_offset < 0 || layer_offset % element_bytes || group_bytes % element_bytes)
+template <class Kv>
+static const char *check_kv(const KvPlace &p) {
+  const int64_t element_bytes = sizeof(typename Kv::Element);
+  if (p.kv_heads < 1 || p.key_dim < 1 || p.value_dim < 0) return "kv_heads and key_dim must be positive, value_dim not negative";
+  if (p.layer_offset < 0 || p.layer_offset % element_bytes || p.group_bytes % element_bytes)
     return "layer_offset and group_bytes must be whole elements and not negative";
-  if (layer_offset + kv_heads * head_dim * 32 * element_bytes > group_bytes)
-    return "the layer does not fit: layer_offset + kv_heads * head_dim * 32 elements exceed group_bytes";
+  if (p.layer_offset + p.kv_heads * p.head_elements() * element_bytes > p.group_bytes)
+    return "the layer does not fit: its heads' keys and values exceed group_bytes";
   return nullptr;
 }
 

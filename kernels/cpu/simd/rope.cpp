@@ -1,6 +1,7 @@
-// Rotary positions and the KV write, alone (rope, kv_write) and fused with the query/key norms (qk_norm_rope_write). cos and sin hold
-// one row of rotary_dim per token: halves repeated (c0..cn c0..cn) for the split form, neighbours repeated (c0 c0 c1 c1 ..) for the
-// interleaved one, as transformers hands them to its rotate functions. Dims from rotary_dim on pass through.
+// Rotary positions and the KV writes, alone (rope, kv_write, latent_write) and fused with the query/key norms
+// (qk_norm_rope_write). cos and sin hold one row of rotary_dim per token: halves repeated (c0..cn c0..cn) for the split form,
+// neighbours repeated (c0 c0 c1 c1 ..) for the interleaved one, as transformers hands them to its rotate functions. Dims from
+// rotary_dim on pass through.
 #include "common.h"
 #include "kv.h"
 #include "norm.h"
@@ -50,32 +51,59 @@ void run_rope(const Call &c, const Step &s, int64_t unit, uint8_t *) {
              c.arg<const float>(2, s) + r * rotary, c.arg<float>(3, s) + r * width + h * dim, dim, rotary, c.ints[3] != 0);
 }
 
-// --- kv_write: k, v; layer_offset group_bytes kv_heads head_dim ---
+// --- kv_write: k, v; latent_write: latent, rope, one after the other the key of one head; layer_offset group_bytes ... ---
+
+KvPlace write_place(const Call &c) { return {c.ints[0], c.ints[1], c.ints[2], c.ints[3], c.ints[4]}; }
+KvPlace latent_place(const Call &c) { return {c.ints[0], c.ints[1], 1, c.ints[2] + c.ints[3], 0}; }
 
 template <class Kv>
 const char *check_write(const Call &c) {
   if (!c.every_token()) return "writes every token of the step: rows must be T";
-  return check_kv(c.ints[0], c.ints[1], c.ints[2], c.ints[3], sizeof(typename Kv::Element));
+  if (c.ints[4] < 1) return "value_dim must be positive";
+  return check_kv<Kv>(write_place(c));
+}
+
+template <class Kv>
+const char *check_latent(const Call &c) {
+  if (!c.every_token()) return "writes every token of the step: rows must be T";
+  if (c.ints[2] < 1 || c.ints[3] < 1) return "latent_dim and rope_dim must be positive";
+  return check_kv<Kv>(latent_place(c));
 }
 
 int64_t tile_units(const Call &, const Step &s) { return s.tiles; }
 
 template <class Kv>
 void run_write(const Call &c, const Step &s, int64_t unit, uint8_t *) {
-  const int64_t heads = c.ints[2], dim = c.ints[3];
+  const KvPlace place = write_place(c);
   uint8_t *span = s.batch.seq_kv[s.tile_seq[unit]];
   for (int64_t r = s.tile_row[unit]; r < s.tile_row[unit] + s.tile_rows[unit]; r++)
-    for (int64_t h = 0; h < heads; h++) {
-      const int64_t position = s.batch.positions[r], at = (r * heads + h) * dim;
-      kv_put<Kv>(kv_group<Kv>(span, c.ints[0], c.ints[1], dim, h, position), dim, position, c.arg<const float>(0, s) + at,
-                 c.arg<const float>(1, s) + at);
+    for (int64_t h = 0; h < place.kv_heads; h++) {
+      const int64_t position = s.batch.positions[r], at = r * place.kv_heads + h;
+      kv_put<Kv>(kv_group<Kv>(span, place, h, position), place, position, c.arg<const float>(0, s) + at * place.key_dim,
+                 c.arg<const float>(1, s) + at * place.value_dim);
     }
+}
+
+template <class Kv>
+void run_latent(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  const int64_t latent = c.ints[2], rope = c.ints[3];
+  uint8_t *span = s.batch.seq_kv[s.tile_seq[unit]];
+  for (int64_t r = s.tile_row[unit]; r < s.tile_row[unit] + s.tile_rows[unit]; r++) {
+    const int64_t position = s.batch.positions[r];
+    typename Kv::Element *group = kv_group<Kv>(span, latent_place(c), 0, position);
+    kv_put_key<Kv>(group, position, c.arg<const float>(0, s) + r * latent, 0, latent);
+    kv_put_key<Kv>(group, position, c.arg<const float>(1, s) + r * rope, latent, rope);
+  }
 }
 
 // --- qk_norm_rope_write ---
 
 enum { kQkv, kQNorm, kKNorm, kCos, kSin, kQOut };
 enum { kLayerOffset, kGroupBytes, kQHeads, kKvHeads, kHeadDim, kRotaryDim, kInterleaved };
+
+KvPlace fused_place(const Call &c) {
+  return {c.ints[kLayerOffset], c.ints[kGroupBytes], c.ints[kKvHeads], c.ints[kHeadDim], c.ints[kHeadDim]};
+}
 
 template <class Kv>
 const char *check_fused(const Call &c) {
@@ -85,7 +113,7 @@ const char *check_fused(const Call &c) {
   if (has_cos != has_sin) return "cos and sin come together or not at all";
   if (has_cos ? check_rotary(c.ints[kHeadDim], c.ints[kRotaryDim]) != nullptr : c.ints[kRotaryDim] != 0)
     return has_cos ? check_rotary(c.ints[kHeadDim], c.ints[kRotaryDim]) : "rotary_dim must be 0 without cos and sin";
-  return check_kv(c.ints[kLayerOffset], c.ints[kGroupBytes], c.ints[kKvHeads], c.ints[kHeadDim], sizeof(typename Kv::Element));
+  return check_kv<Kv>(fused_place(c));
 }
 
 int64_t fused_scratch(const Call &c) { return c.ints[kHeadDim] * (int64_t)sizeof(float); }
@@ -97,6 +125,7 @@ void run_fused(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
   const float *cos = c.arg<const float>(kCos, s), *sin = c.arg<const float>(kSin, s);
   uint8_t *span = s.batch.seq_kv[s.tile_seq[unit]];
   float *key = (float *)scratch;
+  const KvPlace place = fused_place(c);
   for (int64_t r = s.tile_row[unit]; r < s.tile_row[unit] + s.tile_rows[unit]; r++) {
     const float *row = c.arg<const float>(kQkv, s) + r * (q_heads + 2 * kv_heads) * dim;
     const auto transform = [&](const float *x, const float *norm, float *out) {
@@ -111,13 +140,13 @@ void run_fused(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
     const int64_t position = s.batch.positions[r];
     for (int64_t h = 0; h < kv_heads; h++) {
       transform(row + (q_heads + h) * dim, k_norm, key);
-      kv_put<Kv>(kv_group<Kv>(span, c.ints[kLayerOffset], c.ints[kGroupBytes], dim, h, position), dim, position, key,
-                 row + (q_heads + kv_heads + h) * dim);
+      kv_put<Kv>(kv_group<Kv>(span, place, h, position), place, position, key, row + (q_heads + kv_heads + h) * dim);
     }
   }
 }
 
-constexpr const char *kWriteInts = "layer_offset group_bytes kv_heads head_dim";
+constexpr const char *kWriteInts = "layer_offset group_bytes kv_heads key_dim value_dim";
+constexpr const char *kLatentInts = "layer_offset group_bytes latent_dim rope_dim";
 constexpr const char *kFusedArgs = "qkv q_norm? k_norm? cos? sin? q_out";
 constexpr const char *kFusedInts = "layer_offset group_bytes q_heads kv_heads head_dim rotary_dim interleaved";
 
@@ -127,6 +156,8 @@ const Kernel rope_kernels[] = {
     {"rope.f32", "x cos sin out", "heads head_dim rotary_dim interleaved", "", check_rope, no_scratch, rope_units, run_rope},
     {"kv_write.f32", "k v", kWriteInts, "", check_write<KvF32>, no_scratch, tile_units, run_write<KvF32>},
     {"kv_write.bf16", "k v", kWriteInts, "", check_write<KvBf16>, no_scratch, tile_units, run_write<KvBf16>},
+    {"latent_write.f32", "latent rope", kLatentInts, "", check_latent<KvF32>, no_scratch, tile_units, run_latent<KvF32>},
+    {"latent_write.bf16", "latent rope", kLatentInts, "", check_latent<KvBf16>, no_scratch, tile_units, run_latent<KvBf16>},
     {"qk_norm_rope_write.f32", kFusedArgs, kFusedInts, "eps", check_fused<KvF32>, fused_scratch, tile_units, run_fused<KvF32>},
     {"qk_norm_rope_write.bf16", kFusedArgs, kFusedInts, "eps", check_fused<KvBf16>, fused_scratch, tile_units, run_fused<KvBf16>},
     {},

@@ -62,13 +62,25 @@ def attention(
     window 0 means all; softcap 0 means none, otherwise scores become softcap * tanh(score / softcap); sinks [Hq] join
     the softmax denominator only. Grouped queries: query head h reads KV head h // (Hq / kv_heads).
     """
-    tokens, heads, key_dim = q.shape
-    upto = int(positions.max()) + 1 if tokens else 0
-    held = kv[layer, slots.long(), :upto].to(q.dtype)
-    keys = held[..., : kv_heads * key_dim].reshape(tokens, upto, kv_heads, key_dim)
-    values = held[..., kv_heads * key_dim : kv_heads * (key_dim + value_dim)].reshape(tokens, upto, kv_heads, value_dim)
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, key_dim)
-    scores = torch.einsum("tgqd,tsgd->tgqs", grouped, keys).reshape(tokens, heads, upto) * scale
+    keys, values = kv_heads * q.shape[2], kv_heads * value_dim
+    held = _held(kv, layer, slots, positions, keys + values).to(q.dtype)
+    heads = held[..., :keys].unflatten(-1, (kv_heads, -1)), held[..., keys:].unflatten(-1, (kv_heads, -1))
+    return _attend(q, *heads, positions, sinks, scale, window, softcap)
+
+
+def _held(kv: Tensor, layer: int, slots: Tensor, positions: Tensor, width: int) -> Tensor:
+    """What each token's slot holds up to the last position of the step: [T, P, width]."""
+    upto = int(positions.max()) + 1 if len(positions) else 0
+    return kv[layer, slots.long(), :upto, :width]
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, sinks: Tensor | None, scale: float, window: int,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """q [T, Hq, D] against keys [T, P, Hkv, D] and values [T, P, Hkv, Dv] of its own slot: [T, Hq, Dv]."""
+    (tokens, heads, _), (upto, kv_heads) = q.shape, keys.shape[1:3]
+    scores = torch.einsum("tgqd,tsgd->tgqs", q.unflatten(1, (kv_heads, -1)), keys).reshape(tokens, heads, upto) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(upto, device=q.device)
@@ -78,10 +90,64 @@ def attention(
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks.reshape(1, heads, 1).expand(tokens, heads, 1)), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., :upto].reshape(tokens, kv_heads, heads // kv_heads, upto)
+    weights = torch.softmax(scores, dim=-1)[..., :upto].unflatten(1, (kv_heads, -1))
     # Rows that were never written may hold anything: they carry weight zero and must not turn into NaN.
     values = torch.where(seen[:, :, None, None], values, 0.0)
-    return torch.einsum("tgqs,tsgd->tgqd", weights, values).reshape(tokens, heads, value_dim)
+    return torch.einsum("tgqs,tsgd->tgqd", weights, values).flatten(1, 2)
+
+
+def _latent_write_shape(kv: Tensor, latent: Tensor, rope: Tensor, positions: Tensor, slots: Tensor, layer: int) -> None:
+    for name, value in (("rotated part", rope), ("positions", positions), ("slots", slots)):
+        require(f"tokens of the {name}", value.shape[0], latent.shape[0])
+    require("rank of the latent and of the rotated part", (latent.dim(), rope.dim()), (2, 2))
+
+
+@operator(
+    "latent_write(Tensor(a!) kv, Tensor latent, Tensor rope, Tensor positions, Tensor slots, int layer) -> ()",
+    shape=_latent_write_shape,
+)
+def latent_write(kv: Tensor, latent: Tensor, rope: Tensor, positions: Tensor, slots: Tensor, layer: int) -> None:
+    """Stores the key of token t, latent [T, C] then rope [T, R], at kv[layer, slots[t], positions[t]]."""
+    row = torch.cat((latent, rope), dim=1)
+    kv[layer, slots.long(), positions.long(), : row.shape[1]] = row.to(kv.dtype)
+
+
+def _latent_attention_shape(
+    kv: Tensor, q_latent: Tensor, q_rope: Tensor, positions: Tensor, slots: Tensor, layer: int, scale: float,
+    window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    require("positions", tuple(positions.shape), tuple(q_latent.shape[:1]))
+    require("slots", tuple(slots.shape), tuple(q_latent.shape[:1]))
+    require("rank of the query's parts", (q_latent.dim(), q_rope.dim()), (3, 3))
+    require("tokens and heads of the rotated part", tuple(q_rope.shape[:2]), tuple(q_latent.shape[:2]))
+    return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+
+
+@operator(
+    "latent_attention(Tensor kv, Tensor q_latent, Tensor q_rope, Tensor positions, Tensor slots, int layer,"
+    " float scale, int window, float softcap) -> Tensor",
+    shape=_latent_attention_shape,
+)
+def latent_attention(
+    kv: Tensor,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attention whose keys are [latent C | rope R], one for all heads, and whose values are their first C numbers.
+
+    The query of head h is [q_latent [T, H, C] | q_rope [T, H, R]]; scale, window and softcap as in `attention`. Returns
+    the weighted latents [T, H, C].
+    """
+    latent = q_latent.shape[2]
+    q = torch.cat((q_latent, q_rope), dim=-1)
+    keys = _held(kv, layer, slots, positions, q.shape[2]).to(q.dtype).unsqueeze(2)
+    return _attend(q, keys, keys[..., :latent], positions, None, scale, window, softcap)
 
 
 def _fused_shape(

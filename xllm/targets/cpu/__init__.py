@@ -1,8 +1,8 @@
 """The CPU target: which kernel runs which operation, how weights and state are laid out, and what a call should cost.
 
 Weights of products lie in panels of 16 outputs (see kernels/cpu/panel.h), so that every output accumulates along K in
-one fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [head_dim][16] and
-values as [16][head_dim]. No torch: the serving process imports this file.
+one fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [key_dim][16] and
+values as [16][value_dim] (latent layers keep no values). No torch: the serving process imports this file.
 """
 
 from __future__ import annotations

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal
-from xllm.targets.cpu.rules import ELEMENT_BYTES, PLAIN, SUFFIX, Reach, Rule, every_token, ints, kv_place
+from xllm.targets.cpu.rules import (
+    ELEMENT_BYTES,
+    GROUP_TOKENS,
+    PLAIN,
+    SUFFIX,
+    Reach,
+    Rule,
+    every_token,
+    ints,
+    kv_place,
+    last_dim,
+)
 
 
 def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
@@ -28,14 +39,23 @@ def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal
 
 def _kv_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     k, v = op.args["k"], op.args["v"]
-    heads, key_dim = ints(k.shape[1:])
-    if v.shape[2] != key_dim:
-        return Refusal(f"keys are {key_dim} wide and values {v.shape[2]}")
+    (heads, key_dim), value_dim = ints(k.shape[1:]), last_dim(v)
     return Lowering(
         f"kv_write.{SUFFIX[kv.dtype]}",
         {"k": k, "v": v},
-        {**kv_place(op, kv), "kv_heads": heads, "head_dim": key_dim},
-        cost=Cost(bytes=TOKENS.times(2 * heads * key_dim * (4 + ELEMENT_BYTES[kv.dtype]))),
+        {**kv_place(op, kv), "kv_heads": heads, "key_dim": key_dim, "value_dim": value_dim},
+        cost=Cost(bytes=TOKENS.times(heads * (key_dim + value_dim) * (4 + ELEMENT_BYTES[kv.dtype]))),
+    )
+
+
+def _latent_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+    latent, rope = op.args["latent"], op.args["rope"]
+    width = latent.width + rope.width
+    return Lowering(
+        f"latent_write.{SUFFIX[kv.dtype]}",
+        {"latent": latent, "rope": rope},
+        {**kv_place(op, kv), "latent_dim": latent.width, "rope_dim": rope.width},
+        cost=Cost(bytes=TOKENS.times(width * (4 + ELEMENT_BYTES[kv.dtype]))),
     )
 
 
@@ -54,25 +74,48 @@ def _qk_norm_rope_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowe
 
 
 def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
-    q, sinks = op.args["q"], op.args["sinks"]
-    heads, head_dim = ints(q.shape[1:])
-    if op.args["value_dim"] != head_dim:
-        return Refusal(f"keys are {head_dim} wide and values {op.args['value_dim']}")
+    q, sinks, kv_heads = op.args["q"], op.args["sinks"], op.args["kv_heads"]
+    (heads, key_dim), value_dim = ints(q.shape[1:]), op.args["value_dim"]
     return Lowering(
         f"attention.{SUFFIX[kv.dtype]}",
         {"q": q, "sinks": sinks, "out": op.results[0]},
         {
             **kv_place(op, kv),
             "q_heads": heads,
-            "kv_heads": op.args["kv_heads"],
-            "head_dim": head_dim,
+            "kv_heads": kv_heads,
+            "key_dim": key_dim,
+            "value_dim": value_dim,
             "window": op.args["window"],
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
         layouts={sinks.name: PLAIN} if sinks is not None else {},
-        # At a context of 256 tokens, a middle size: the plan does not know the context of a step.
-        cost=Cost(TOKENS.times(4 * heads * head_dim * 256), TOKENS.times(2 * op.args["kv_heads"] * head_dim * 256)),
+        cost=_attention_cost(heads, key_dim + value_dim, kv_heads * (key_dim + value_dim), ELEMENT_BYTES[kv.dtype]),
     )
+
+
+def _latent_attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+    latent, rope = op.args["q_latent"], op.args["q_rope"]
+    (heads, value_dim), key_dim = ints(latent.shape[1:]), last_dim(latent) + last_dim(rope)
+    return Lowering(
+        f"latent_attention.{SUFFIX[kv.dtype]}",
+        {"q_latent": latent, "q_rope": rope, "out": op.results[0]},
+        {
+            **kv_place(op, kv),
+            "q_heads": heads,
+            "kv_heads": 1,
+            "key_dim": key_dim,
+            "value_dim": value_dim,
+            "window": op.args["window"],
+        },
+        {"scale": op.args["scale"], "softcap": op.args["softcap"]},
+        cost=_attention_cost(heads, key_dim + value_dim, key_dim, ELEMENT_BYTES[kv.dtype]),
+    )
+
+
+def _attention_cost(heads: int, pair: int, token: int, element: int) -> Cost:
+    """At a context of 256 tokens, a middle size: the plan does not know the context of a step. pair: multiply-adds of a
+    query head with a token; token: elements kept of one."""
+    return Cost(TOKENS.times(2 * heads * pair * 256), TOKENS.times(token * element * 256))
 
 
 def _rope_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -81,25 +124,33 @@ def _rope_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int],
 
 
 def _kv_write_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
-    return dict.fromkeys(("k", "v"), 4 * sizes["kv_heads"] * sizes["head_dim"]), {"state": _state_bytes(sizes, element)}
+    heads, key, value = sizes["kv_heads"], sizes["key_dim"], sizes["value_dim"]
+    return {"k": 4 * heads * key, "v": 4 * heads * value}, {"state": heads * (key + value) * GROUP_TOKENS * element}
+
+
+def _latent_write_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+    latent, rope = sizes["latent_dim"], sizes["rope_dim"]
+    return {"latent": 4 * latent, "rope": 4 * rope}, {"state": (latent + rope) * GROUP_TOKENS * element}
 
 
 def _fused_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     head, turned = 4 * sizes["head_dim"], 4 * sizes["rotary_dim"]
     rows = {"qkv": (sizes["q_heads"] + 2 * sizes["kv_heads"]) * head, "q_out": sizes["q_heads"] * head}
-    once = {"q_norm": head, "k_norm": head, "state": _state_bytes(sizes, element)}
+    kept = 2 * sizes["kv_heads"] * sizes["head_dim"] * GROUP_TOKENS * element
+    once = {"q_norm": head, "k_norm": head, "state": kept}
     return {**rows, "cos": turned, "sin": turned}, once
 
 
 def _attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
-    heads = sizes["q_heads"]
-    once = {"sinks": 4 * heads, "state": _state_bytes(sizes, element)}
-    return dict.fromkeys(("q", "out"), 4 * heads * sizes["head_dim"]), once
+    heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
+    once = {"sinks": 4 * heads, "state": sizes["kv_heads"] * (key + value) * GROUP_TOKENS * element}
+    return {"q": 4 * heads * key, "out": 4 * heads * value}, once
 
 
-def _state_bytes(sizes: Mapping[str, int], element: int) -> int:
-    """Bytes of one group of the layer's keys and values."""
-    return 2 * sizes["kv_heads"] * sizes["head_dim"] * 16 * element
+def _latent_attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+    heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
+    rows = {"q_latent": 4 * heads * value, "q_rope": 4 * heads * (key - value), "out": 4 * heads * value}
+    return rows, {"state": key * GROUP_TOKENS * element}
 
 
 RULES: Mapping[str, Rule] = {
@@ -107,10 +158,14 @@ RULES: Mapping[str, Rule] = {
     "xllm.kv_write": _kv_write,
     "xllm.qk_norm_rope_write": _qk_norm_rope_write,
     "xllm.attention": _attention,
+    "xllm.latent_write": _latent_write,
+    "xllm.latent_attention": _latent_attention,
 }
 REACH: Mapping[str, Reach] = {
     "rope": _rope_reach,
     "kv_write": _kv_write_reach,
     "qk_norm_rope_write": _fused_reach,
     "attention": _attention_reach,
+    "latent_write": _latent_write_reach,
+    "latent_attention": _latent_attention_reach,
 }
