@@ -38,7 +38,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": ({"", "artifact", "config", "kernels", "llm", "runtime", "service", "targets"}, SERVING),
-    "cli": ({"", "commands", "compiler", "config", "doctor"}, {"rich"}),
+    "inspection": ({"artifact", "plan"}, set()),
+    "cli": ({"", "artifact", "commands", "compiler", "config", "doctor", "inspection"}, {"rich"}),
     "": ({"llm", "runtime"}, set()),
 }
 # What the tables do not allow: (file, module or call) -> why it is right all the same.

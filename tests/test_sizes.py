@@ -16,11 +16,12 @@ LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
 BUDGET = {
     "xllm/ir": 1600,
     "xllm/frontend": 2500,
-    "xllm/passes": 3000,
+    "xllm/passes": 3300,
     "xllm/targets": 1500,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
     "xllm/embedded": 1800,
+    "xllm/inspection": 900,
     "xllm": 2500,  # modules at the top
     "kernels": 4000,
     "bench": 2500,

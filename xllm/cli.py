@@ -119,8 +119,31 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     show.add_argument("artifact", type=Path, metavar="ARTIFACT")
     show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
     show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
+    _inspection_flags(command)
     command("doctor", _doctor, "check this machine and this installation", "xllm doctor")
     return parser
+
+
+def _inspection_flags(command: Callable[..., Any]) -> None:
+    explain = command(
+        "explain",
+        _explain,
+        "say what the compiler did, what it did not do and why, and where memory goes",
+        "xllm explain qwen.xllm",
+        "xllm explain qwen.xllm --json",
+    )
+    explain.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    explain.add_argument("--json", action="store_true", help="the same as JSON")
+    diff = command(
+        "diff",
+        _diff,
+        "compare two artifacts part by part; exit code 0 equal, 1 different, 2 error",
+        "xllm diff before.xllm after.xllm",
+        "xllm diff before.xllm after.xllm --stage fuse-qkv",
+    )
+    diff.add_argument("one", type=Path, metavar="A")
+    diff.add_argument("two", type=Path, metavar="B")
+    diff.add_argument("--stage", metavar="NAME", help="only the program after this pass")
 
 
 def _compile_flags(sub: argparse.ArgumentParser) -> None:
@@ -229,6 +252,23 @@ def _show(arguments: argparse.Namespace) -> None:
     from xllm.compiler import show
 
     print(show(arguments.artifact, stage=arguments.stage, unfold=arguments.unfold), end="")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from xllm.artifact import Artifact
+    from xllm.inspection import explain
+
+    facts = explain.explain(Artifact.open(arguments.artifact))
+    print(explain.sorted_facts(facts) if arguments.json else explain.text(facts), end="")
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from xllm.artifact import Artifact
+    from xllm.inspection import diff
+
+    parts = diff.compare(Artifact.open(arguments.one), Artifact.open(arguments.two), arguments.stage)
+    print(diff.text(parts, str(arguments.one), str(arguments.two)), end="")
+    return int(any(part.lines for part in parts))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Nothing is decided here but the order; choices are made by passes and targets, a
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import sys
@@ -139,6 +140,7 @@ def compile_checkpoint(
         from xllm.frontend.weights import Checkpoint
         from xllm.ir.show import digest
         from xllm.passes import PLANS, REWRITES, Context, pipeline_text, run_pipeline, without
+        from xllm.passes.account import account
         from xllm.passes.debug import Ladder, dump_planned
         from xllm.passes.emit import emit_plan
         from xllm.targets import cpu
@@ -173,6 +175,7 @@ def compile_checkpoint(
         )
         clock.lap("weights")
         writer.write("plan.json", plan.to_json())
+        writer.write("report.json", json.dumps(account(program, context), separators=(",", ":"), sort_keys=True))
         _copy_tokenizer(writer, facts)
         records = (*rewrites, *plans)
         passes = (*without(REWRITES, options.disable), *PLANS)

@@ -20,12 +20,17 @@ from xllm.targets.base import Cost, Extent, LayerState, Layout, Lowering, Operat
 
 @dataclass(frozen=True)
 class Choice:
-    """provider "cpu" (or another target), or "torch"; `why` says what the target refused when torch was taken."""
+    """provider "cpu" (or another target), or "torch"; `refused` are those asked before it, with their reasons."""
 
     provider: str
     operation: Operation
     lowering: Lowering
-    why: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def why(self) -> str:
+        """What the last provider asked before this one refused; empty when the first took it."""
+        return self.refused[-1][1] if self.refused else ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class ChooseKernels(Pass):
                     try_="another --kv dtype or target",
                 )
             misses.append((node.name, f"{operation.op} runs its torch body: {lowered.why}"))
-            choices[node.name] = Choice("torch", operation, fallback(operation), lowered.why)
+            choices[node.name] = Choice("torch", operation, fallback(operation), ((target.name, lowered.why),))
         program.plans["kernels"] = choices
         program.plans["kv"] = kv
         hits = tuple(name for name, choice in choices.items() if choice.provider != "torch")
