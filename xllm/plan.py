@@ -110,6 +110,10 @@ class Plan:
         largest = self.buckets[-1].T
         raise ValueError(f"a step of {tokens} tokens and {rows} logit rows fits no bucket; the largest is {largest}")
 
+    def finished_before(self) -> list[int]:
+        """For each call, the calls (as a bit mask) that have certainly finished when it starts. Raises ValueError."""
+        return _finished_before(self)
+
     def to_json(self) -> str:
         """One line, keys sorted: equal plans give equal text. Raises ValueError for a number JSON has no word for."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":"), sort_keys=True, allow_nan=False)
@@ -139,7 +143,7 @@ class Plan:
         """
         _check_sizes(self)
         _check_weights(self)
-        before = _check_order(self)
+        before = self.finished_before()
         accesses = _check_references(self, before)
         for bucket in self.buckets:
             _check_bytes(self, bucket, before, accesses)
@@ -231,8 +235,7 @@ def _check_weights(plan: Plan) -> None:
         end, last = weight.offset + weight.bytes, key
 
 
-def _check_order(plan: Plan) -> list[int]:
-    """For each call, the calls (as a bit mask) that have certainly finished when it starts."""
+def _finished_before(plan: Plan) -> list[int]:
     last: dict[str, int] = {}
     before: list[int] = []
     for index, call in enumerate(plan.calls):

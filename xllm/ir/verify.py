@@ -37,7 +37,10 @@ def verify(program: Program) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise VerifyError(None, f"graph is malformed: {str(error).partition(chr(10))[0]}") from error
     for rule in RULES:
-        rule(program)
+        try:
+            rule(program)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # what it reads is of no form it can read
+            raise VerifyError(None, f"{rule.__name__}: {type(error).__name__}: {error}") from error
 
 
 def inputs_are_the_step(program: Program) -> None:

@@ -38,6 +38,7 @@ def check_bounds(plan: Plan, vocab: int, max_len: int) -> None:
             _check_call(plan, call, max_len)
         except KeyError as error:
             raise ValueError(f"call {call.node}: {call.kernel} has no {error}") from error
+    _check_state_order(plan)
 
 
 def reach(kernel: str, ints: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -97,3 +98,15 @@ def _held(plan: Plan, reference: str, bucket: Bucket) -> int:
 def _require(holds: bool, why: str) -> None:
     if not holds:
         raise ValueError(why)
+
+
+def _check_state_order(plan: Plan) -> None:
+    """Calls on the state of one layer run one after the other: no reference between them says so."""
+    before, last = plan.finished_before(), {}
+    for index, call in enumerate(plan.calls):
+        for place in ("layer_offset", "back"):
+            if place in call.ints:
+                key = place, call.ints[place]
+                ordered = key not in last or before[index] >> last[key] & 1
+                _require(bool(ordered), f"call {call.node} may start before the state of its layer is ready")
+                last[key] = index
