@@ -12,7 +12,7 @@ import torch.fx as fx
 from tests.ir.small import attend, small
 from tests.passes.zoo import rewritten
 from xllm.ir import KVLayer, Program, Weight
-from xllm.ir.effects import is_symbolic
+from xllm.ir.effects import is_mutating, is_symbolic
 from xllm.ir.verify import VerifyError, verify
 
 Mutation = Callable[[Program, random.Random], bool]  # False: there was nothing to break
@@ -122,9 +122,7 @@ def hidden_view_of_state(program: Program, rng: random.Random) -> bool:
 
 
 def second_write(program: Program, rng: random.Random) -> bool:
-    writers = [
-        node for node in program.calls() if getattr(node.target, "_schema", None) and node.target._schema.is_mutable
-    ]  # pyright: ignore
+    writers = [node for node in program.calls() if is_mutating(node)]
     node = rng.choice(writers)
     with program.graph.inserting_after(node):
         twin = program.graph.node_copy(node)
