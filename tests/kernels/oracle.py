@@ -75,6 +75,26 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
 
+FUNCTIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "exp": np.exp,
+    "neg": np.negative,
+    "abs": np.abs,
+    "cube": lambda x: x**3,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+}
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, eps: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return (x if weight is None else x * weight) + (0 if bias is None else bias)
+
 
 def aligned(size: int, fill: int = 0, align: int = 4096) -> np.ndarray:
     """uint8[size] whose address is a multiple of `align`."""

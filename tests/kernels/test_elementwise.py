@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import ACTIVATIONS
+from tests.kernels.oracle import ACTIVATIONS, FUNCTIONS
 
 
 def spread(rng, rows, width):
@@ -37,11 +37,32 @@ def test_extremes(run, name):
     assert out[0, 8] == np.inf
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(run, rng, name):
+    x = spread(rng, 5, 333)
+    x = np.abs(x) + np.float32(1e-6) if name in ("sqrt", "rsqrt") else x
+    out = np.full_like(x, np.nan)
+    run(f"{name}.f32", {"x": x, "out": out}, {"width": x.shape[1]}, rows=len(x))
+    want = FUNCTIONS[name](x.astype(np.float64))
+    assert (np.abs(out - want) <= 3e-7 * np.abs(want) + 1e-30).all()
+
+
+def test_clamp_keeps_what_is_no_number(run):
+    x = np.array([[-3, -1, 0, 2, 5, np.nan, -np.inf, np.inf]], np.float32)
+    out = np.empty_like(x)
+    ints, both = {"width": 8, "has_low": 1, "has_high": 1}, {"low": -1.0, "high": 2.0}
+    run("clamp.f32", {"x": x, "out": out}, ints, both)
+    assert np.array_equal(out, np.clip(x, -1, 2), equal_nan=True)
+    run("clamp.f32", {"x": x, "out": out}, {**ints, "has_low": 0}, both)
+    assert np.array_equal(out, np.minimum(x, 2), equal_nan=True)
+    run("clamp.f32", {"x": x, "out": out}, {**ints, "has_high": 0}, both)
+    assert np.array_equal(out, np.maximum(x, -1), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 37), (33, 1024)])
-def test_add_and_mul(run, rng, rows, width):
+def test_arithmetic(run, rng, name, rows, width):
     a, b = (rng.standard_normal((rows, width), np.float32) for _ in range(2))
     out = np.full_like(a, np.nan)
-    run("add.f32", {"a": a, "b": b, "out": out}, {"width": width}, rows=rows)
-    assert np.array_equal(out, a + b)
-    run("mul.f32", {"a": a, "b": b, "out": out}, {"width": width}, rows=rows)
-    assert np.array_equal(out, a * b)
+    run(f"{name}.f32", {"a": a, "b": b, "out": out}, {"width": width}, rows=rows)
+    assert np.array_equal(out, {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}[name](a, b))

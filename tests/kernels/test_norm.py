@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import relative_error, rms_norm
+from tests.kernels.oracle import layer_norm, relative_error, rms_norm
 
 
 @pytest.mark.parametrize("width", [1, 8, 33, 128, 1024, 3001])
@@ -24,3 +24,19 @@ def test_norms(run, rng, width, rows):
     for row in {0, rows - 1}:
         run("rms_norm.f32", {"x": total[row].copy(), "weight": weight, "out": one}, ints, floats, rows=1)
         assert np.array_equal(one[0], out[row])
+
+
+@pytest.mark.parametrize("width", [1, 8, 33, 128, 1024, 3001])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_layer_norm(run, rng, width, heads):
+    """With one weight for all rows and with one for each head; far from zero, where a mean of squares would cancel."""
+    x = rng.standard_normal((8 * heads, width), np.float32) * 3 + np.float32(50)
+    weight, bias = (rng.standard_normal((heads, width), np.float32) for _ in range(2))
+    out, mean = np.full_like(x, np.nan), np.full((8 * heads, 1), np.nan, np.float32)
+    ints = {"width": width, "heads": heads}
+    for scale, shift in ((weight, bias), (weight, None), (None, None)):
+        run("layer_norm.f32", {"x": x, "weight": scale, "bias": shift, "out": out}, ints, {"eps": 1e-5}, rows=8 * heads)
+        full = [None if part is None else np.tile(part, (8, 1)) for part in (scale, shift)]
+        assert np.abs(out - layer_norm(x, *full, 1e-5)).max() < 1e-5 * max(1, np.abs(weight).max())
+    run("mean.f32", {"x": x, "out": mean}, {"width": width}, rows=8 * heads)
+    assert relative_error(mean, x.astype(np.float64).mean(-1, keepdims=True)) < 3e-7

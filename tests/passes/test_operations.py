@@ -34,17 +34,17 @@ def test_a_view_of_a_weight_or_an_input_is_that_weight_or_input() -> None:
     def body(b: Builder, x: fx.Node) -> fx.Node:
         row = b.call(aten.reshape.default, b.weight("scale", HIDDEN), [1, HIDDEN])
         column = b.call(aten.reshape.default, b.positions, [-1, 1])
-        return b.call(aten.add.Tensor, b.call(aten.mul.Tensor, x, row), column)
+        return b.call(aten.add.Tensor, b.call(aten.atan2.default, x, row), column)
 
     plan = compiled(body)
-    (mul, add) = (in_torch(plan, f"aten.{name}.Tensor") for name in ("mul", "add"))
-    assert mul[1] == {"ref": "@model.layers.0.scale", "shape": [1, HIDDEN], "dtype": "float32"}
+    (angle, add) = (in_torch(plan, name) for name in ("aten.atan2.default", "aten.add.Tensor"))
+    assert angle[1] == {"ref": "@model.layers.0.scale", "shape": [1, HIDDEN], "dtype": "float32"}
     assert add[1] == {"ref": "$positions", "shape": [{"T": 1}, 1], "dtype": "int32"}
 
 
 def test_literals_that_json_cannot_spell() -> None:
     def body(b: Builder, x: fx.Node) -> fx.Node:
-        floor = b.call(aten.clamp.default, x, float("-inf"), float("inf"))
+        floor = b.call(aten.clamp.default, x, float("-inf"), float("inf"))  # no kernel: its bounds are no numbers
         made = b.call(aten.full.default, [HIDDEN], 2.0, dtype=torch.float32, device=torch.device("meta"))
         return b.call(aten.mul.Tensor, floor, made)
 

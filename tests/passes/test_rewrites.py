@@ -27,7 +27,7 @@ NOTHING: dict[str, dict[str, str]] = {
     "stablelm": {"fuse-rms-norm": "", "fuse-add-rms-norm": ""},
     "phi3": {
         "fuse-qkv": "query, key and value do not come from three projections",
-        "fuse-gate-up": "expected xllm.linear.default, found %layers_0_mlp_getitem_2 (<built-in function getitem>)",
+        "fuse-gate-up": "expected xllm.linear.default, found %layers_0_mlp_slice (aten.slice.Tensor)",
     },
     "gpt_neox": {
         "fuse-rms-norm": "",

@@ -13,31 +13,29 @@ dimension cannot be dropped keeps it (reported as a miss); its result loses it a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx as fx
 
-from xllm.ir import Program
-from xllm.ir.build import emit, prune
-from xllm.ir.effects import is_symbolic
+from xllm.ir import Permute, Program, Slice, Weight
+from xllm.ir.build import prune
 from xllm.ir.program import arguments
-from xllm.ir.verify import same_type, type_key
+from xllm.ir.verify import same_type
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, is_call, sizes, undo_transposes
+from xllm.passes.batch_dimension import drop_batch
+from xllm.passes.rewrite import Editor, is_call, is_weight, sizes, undo_transposes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
-Bare = dict[fx.Node, fx.Node]
-Rule = Callable[[fx.Node, Bare], tuple[Any, ...] | None]
 
 _IDENTITIES = (
     aten.to.dtype, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
     aten.expand.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor, aten.type_as.default,
     aten.to.dtype_layout,
 )  # fmt: skip
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
           aten.flatten.using_ints, aten.squeeze.default)  # fmt: skip
 
@@ -54,8 +52,15 @@ class Canonicalize(Pass):
                 editor.hit(node)
         prune(program)
         _weights_first(program)
-        _drop_batch(editor)
-        for step in (_drop_identities, _join_dialect, _merge_views, _merge_transposes, _count_from_end):
+        drop_batch(editor)
+        for step in (
+            _split_to_slices,
+            _drop_identities,
+            _join_dialect,
+            _merge_views,
+            _merge_transposes,
+            _count_from_end,
+        ):
             for node in list(program.calls()):
                 step(editor, node)
             prune(program)
@@ -69,175 +74,6 @@ def _weights_first(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op == "get_attr":
             first.prepend(node)
-
-
-# --- batch dimension -------------------------------------------------------------------------------------------------
-
-
-def _drop_batch(editor: Editor) -> None:
-    """Rebuilds, front to back, every value [1, ...] without its leading one. `bare` maps old nodes to new values."""
-    program = editor.program
-    bare: Bare = {}
-    for node in list(program.calls()):
-        if is_symbolic(node):
-            continue
-        with program.graph.inserting_before(node):
-            if is_call(node, aten.unsqueeze.default) and node.args[1] == 0 and node.args[0] not in bare:
-                bare[node] = arguments(node)[0]
-            elif any(arg in bare for arg in node.all_input_nodes):
-                _rebuild_bare(editor, node, bare)
-
-
-def _rebuild_bare(editor: Editor, node: fx.Node, bare: Bare) -> None:
-    program = editor.program
-    source, *rest = arguments(node)
-    takes_lead = (aten.select.int, [0, 0]), (aten.squeeze.dim, [0])
-    if (node.target, rest) in takes_lead and source in bare:
-        node.replace_all_uses_with(bare[source])
-        return editor.hit(node)
-    if is_call(node, aten.reshape.default, aten.view.default) and not _leads_with_one(node):
-        node.replace_all_uses_with(emit(program, aten.reshape.default, (bare[source], rest[0]), like=node))
-        return editor.hit(node)
-    rule = _RULES.get(node.target)
-    args = rule(node, bare) if rule is not None and _leads_with_one(node) else None
-    if args is not None and (new := _try(program, node, args)) is not None:
-        if type_key(new.meta["val"]) == _without_lead(node.meta["val"]):
-            bare[node] = new
-            return editor.hit(node)
-        program.graph.erase_node(new)
-    # No rule: give the call back the dimension it was written for, and take it from what the call gives.
-    for arg in node.all_input_nodes:
-        if arg in bare:
-            node.replace_input_with(arg, emit(program, aten.unsqueeze.default, (bare[arg], 0), like=node))
-    editor.miss(node, f"{node.target} keeps its batch dimension: no rule drops it")
-    if _leads_with_one(node) and isinstance(node.meta["val"], torch.Tensor):
-        with program.graph.inserting_after(node):
-            bare[node] = emit(program, aten.squeeze.dim, (node, 0), like=node)
-
-
-def _try(program: Program, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-    """The call on other arguments, or None where the operator refuses them."""
-    assert callable(node.target)
-    try:
-        return emit(program, node.target, args, like=node, kwargs=node.kwargs)
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return None
-
-
-def _leads_with_one(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    parts = value if isinstance(value, list | tuple) else (value,)
-    return all(isinstance(part, torch.Tensor) and _is_one(part.shape[:1]) for part in parts)
-
-
-def _is_one(shape: tuple[Any, ...]) -> bool:
-    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 1
-
-
-def _without_lead(value: Any) -> object:
-    """Type of a value, or of each part of one, behind its leading one."""
-    if isinstance(value, list | tuple):
-        return tuple(_without_lead(part) for part in value)
-    return (tuple(str(size) for size in value.shape[1:]), str(value.dtype))
-
-
-def _bare_args(args: Any, bare: Bare) -> tuple[Any, ...]:
-    return fx.map_arg(args, lambda arg: bare.get(arg, arg))
-
-
-def _same(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-    """Elementwise calls and calls on the last dimension: the same arguments, bare."""
-    rank = node.meta["val"].dim()
-    for arg in node.all_input_nodes:
-        value = arg.meta.get("val")
-        if arg not in bare and isinstance(value, torch.Tensor) and value.dim() >= rank and arg.op != "get_attr":
-            return None
-    return _bare_args(node.args, bare)
-
-
-def _shift_dims(*places: int, adds: int = 0, optional: tuple[int, ...] = ()) -> Rule:
-    """Calls that name dimensions at argument `places`: they move down by one; naming dimension 0 is refused.
-
-    adds: how many dimensions the named ones count more than the source has. optional: places whose default is the last
-    dimension, and may stay away.
-    """
-
-    def rule(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-        if any(arg not in bare for arg in node.all_input_nodes):
-            return None
-        rank = len(sizes(node.all_input_nodes[0])) + adds
-        args = list(node.args)
-        for place in places:
-            if place >= len(args):
-                if place in optional:
-                    continue
-                return None  # the dimension meant is the first, or all
-            named: Any = args[place]
-            moved = [dim % rank - 1 for dim in (named if isinstance(named, list | tuple) else [named])]
-            if any(dim < 0 for dim in moved):
-                return None
-            args[place] = moved if isinstance(named, list | tuple) else moved[0]
-        return _bare_args(tuple(args), bare)
-
-    return rule
-
-
-def _permute(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-    source, dims = arguments(node)
-    order = [dim % len(dims) for dim in dims]
-    return (bare[source], [dim - 1 for dim in order[1:]]) if order[0] == 0 else None
-
-
-def _sizes(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-    """view, reshape, expand to [1, ...]: the sizes behind the one."""
-    source, wanted, *rest = arguments(node)
-    return (bare[source], list(wanted)[1:], *rest) if source in bare else None
-
-
-def _index(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-    """x[:, index]: the leading None goes."""
-    source, indices = arguments(node)
-    return (bare[source], list(indices)[1:]) if source in bare and indices[0] is None else None
-
-
-def _element(node: fx.Node, bare: Bare) -> tuple[Any, ...] | None:
-    """One of several results."""
-    source, index = arguments(node)
-    return (bare[source], index)
-
-
-_ELEMENTWISE = (
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
-    aten.rsqrt.default, aten.sqrt.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.abs.default,
-    aten.tanh.default, aten.relu.default, aten.exp.default, aten.cos.default, aten.sin.default, aten.to.dtype,
-    aten.clone.default, aten.contiguous.default, aten.linear.default, aten.alias.default, aten.detach.default,
-    aten.square.default, aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar, aten.clamp.default, aten.layer_norm.default,
-    aten.type_as.default, aten.embedding.default, aten.dropout.default, aten.to.dtype_layout,
-    aten.softplus.default, xllm.rms_norm.default, xllm.linear.default,
-)  # fmt: skip
-_RULES: dict[Any, Rule] = {
-    **{target: _same for target in _ELEMENTWISE},
-    aten.transpose.int: _shift_dims(1, 2),
-    aten.permute.default: _permute,
-    aten.slice.Tensor: _shift_dims(1),
-    aten.unsqueeze.default: _shift_dims(1, adds=1),
-    aten.stack.default: _shift_dims(1, adds=1),
-    aten.mean.dim: _shift_dims(1),
-    aten.cat.default: _shift_dims(1),
-    aten.softmax.int: _shift_dims(1),
-    aten.chunk.default: _shift_dims(2),
-    aten.split.Tensor: _shift_dims(2),
-    aten.split_with_sizes.default: _shift_dims(2),
-    aten.repeat_interleave.self_int: _shift_dims(2),
-    aten.flatten.using_ints: _shift_dims(1, 2, optional=(2,)),
-    aten.select.int: _shift_dims(1),
-    aten.squeeze.dim: _shift_dims(1),
-    aten.view.default: _sizes,
-    aten.reshape.default: _sizes,
-    aten.expand.default: _sizes,
-    aten.index.Tensor: _index,
-    operator.getitem: _element,
-}
 
 
 # --- one spelling ----------------------------------------------------------------------------------------------------
@@ -257,10 +93,19 @@ def _drop_identities(editor: Editor, node: fx.Node) -> None:
 
 
 def _join_dialect(editor: Editor, node: fx.Node) -> None:
-    """aten.linear, aten.embedding and x[index] under their dialect names."""
+    """aten.linear, addmm, layer_norm, embedding and x[index] under their dialect names."""
     given = arguments(node)
     if is_call(node, aten.linear.default):
         target, args = xllm.linear.default, (*given, None)[:3]
+    elif (
+        is_call(node, aten.addmm.default) and not node.kwargs and all(is_weight(part) for part in (given[0], given[2]))
+    ):
+        target, args = xllm.linear.default, (given[1], _transposed(editor, given[2]), given[0])
+    elif is_call(node, aten.layer_norm.default) and len(given[1]) == 1:
+        weight, bias, eps, *_ = (*given[2:], *(None, None, 1e-5)[len(given) - 2 :])
+        target, args = xllm.layer_norm.default, (given[0], weight, bias, eps)
+    elif is_call(node, aten.embedding.default) and (moved := _position(given[1])) is not None:
+        target, args = xllm.rows.default, (_table(editor, given[0], moved[1]), moved[0])
     elif is_call(node, aten.embedding.default):
         target, args = xllm.embedding.default, (given[1], given[0])
     elif is_call(node, aten.index.Tensor) and len(given[1]) == 1 and _is_row_index(given[1][0]):
@@ -269,6 +114,53 @@ def _join_dialect(editor: Editor, node: fx.Node) -> None:
         return
     with editor.before(node):
         node.replace_all_uses_with(editor.emit(target, *args, like=node))
+    editor.hit(node)
+
+
+def _transposed(editor: Editor, weight: fx.Node) -> fx.Node:
+    """The weight [K, N] of a product written x @ w, as [N, K]."""
+    held = editor.program.weights[str(weight.target)]
+    return editor.weight(f"{weight.target}.T", Weight(held.shape[::-1], Permute(held.rule, (1, 0))))
+
+
+def _position(index: fx.Node) -> tuple[fx.Node, int] | None:
+    """The positions of the step and what is added to them, where an index is that."""
+    if is_call(index, aten.to.dtype, aten._to_copy.default):
+        return _position(arguments(index)[0])
+    if is_call(index, aten.add.Tensor) and isinstance(index.args[1], int) and index.args[1] >= 0 and not index.kwargs:
+        inner = _position(arguments(index)[0])
+        return (inner[0], inner[1] + index.args[1]) if inner is not None else None
+    return (index, 0) if index.op == "placeholder" and index.target == "positions" else None
+
+
+def _table(editor: Editor, weight: fx.Node, first: int) -> fx.Node:
+    """A table of learned positions, from the row of position 0 on."""
+    if first == 0:
+        return weight
+    held = editor.program.weights[str(weight.target)]
+    rule = Slice(held.rule, 0, first, held.shape[0])
+    return editor.weight(f"{weight.target}[{first}:]", Weight((held.shape[0] - first, *held.shape[1:]), rule))
+
+
+def _split_to_slices(editor: Editor, node: fx.Node) -> None:
+    """Parts of split, chunk and unbind are slices: whoever reads one knows where it lies."""
+    if not is_call(node, operator.getitem) or not is_call(node.args[0], *_SPLITS):
+        return
+    split, index = arguments(node)
+    source, *rest = arguments(split)
+    named = split.kwargs.get("dim", rest[-1] if len(rest) == 2 or (rest and split.target is aten.unbind.int) else 0)
+    rank = len(sizes(source))
+    axis = named % rank - rank
+    with editor.before(node):
+        if split.target is aten.unbind.int:
+            part = editor.emit(aten.select.int, source, axis, index, like=node)
+        else:
+            widths = [one.shape[axis] for one in split.meta["val"]]
+            if not all(isinstance(width, int) for width in widths):
+                return
+            start = sum(widths[:index])
+            part = editor.emit(aten.slice.Tensor, source, axis, start, start + widths[index], like=node)
+    node.replace_all_uses_with(part)
     editor.hit(node)
 
 
@@ -324,3 +216,6 @@ def _bounds(given: list[Any], width: int) -> list[Any]:
         return given
     first, last, _ = slice(start, stop).indices(width)
     return [first, max(first, last), *(step if step != [1] else [])]
+
+
+STEPS = (_split_to_slices, _drop_identities, _join_dialect, _merge_views, _merge_transposes, _count_from_end)

@@ -46,7 +46,7 @@ class FuseQkNormRope(Pass):
         if why := _mismatch(q, k, v):
             return editor.miss(attention, why)
         heads, head_dim = (q.shape[1], k.shape[1]), q.shape[2]
-        cos, sin, rotary_dim, interleaved = q.rope or (None, None, head_dim, False)
+        cos, sin, rotary_dim, interleaved = q.rope or (None, None, 0, False)
         with editor.before(write):
             fused = editor.emit(
                 xllm.qk_norm_rope_write.default,

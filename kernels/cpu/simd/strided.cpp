@@ -1,0 +1,146 @@
+// Data movement and arithmetic over strides: copy (slices, transposes, expansions), concat, and the four operations on operands that
+// broadcast. A value is seen as rows times three inner axes; strides are in elements, and those of axes named by a bit of `scaled`
+// count in rows of the step (a heads-first value [H, T, D] has an axis whose stride is T * D).
+#include <string.h>
+
+#include "common.h"
+
+namespace XK_LEVEL {
+namespace {
+
+struct View {  // strides of rows and of the three axes
+  int64_t row, axis[3];
+};
+// ints[at .. at+3] are a view; bits bit .. bit+2 of `scaled` name its axes that count in rows.
+View view_of(const Call &c, int at, int64_t scaled, int bit, int64_t rows) {
+  View v{c.ints[at], {}};
+  for (int i = 0; i < 3; i++) v.axis[i] = c.ints[at + 1 + i] * (scaled >> (bit + i) & 1 ? rows : 1);
+  return v;
+}
+
+int64_t inner(const Call &c) { return c.ints[0] * c.ints[1] * c.ints[2]; }
+int64_t units(const Call &c, const Step &s) { return row_units(c.rows(s), inner(c)); }
+const char *check(const Call &c) {
+  if (c.ints[0] < 1 || c.ints[1] < 1 || c.ints[2] < 1) return "n0, n1 and n2 must be positive";
+  for (int i = 3; i < XK_MAX_INTS; i++)
+    if (c.ints[i] < 0) return "strides must not be negative";
+  return nullptr;
+}
+
+XK_INLINE f32x16 load_strided(const float *p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_some(p, n);
+  if (stride == 0) return set1(*p);
+  float lane[16] = {0};
+  for (int64_t i = 0; i < min(n, 16); i++) lane[i] = p[i * stride];
+  return load(lane);
+}
+XK_INLINE void store_strided(float *p, int64_t stride, f32x16 x, int64_t n) {
+  if (stride == 1) return store_some(p, x, n);
+  float lane[16];
+  store(lane, x);
+  for (int64_t i = 0; i < min(n, 16); i++) p[i * stride] = lane[i];
+}
+
+// --- copy: x, out; n0 n1 n2, x's view, out's view, offset into x, scaled ---
+
+void run_copy(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  const int64_t rows = c.rows(s), *n = c.ints, scaled = c.ints[12];
+  const View from = view_of(c, 3, scaled, 0, rows), to = view_of(c, 7, scaled, 3, rows);
+  const float *x = c.arg<const float>(0, s) + c.ints[11];
+  float *out = c.arg<float>(1, s);
+  const Rows part = rows_of(unit, rows, inner(c));
+  for (int64_t r = part.begin; r < part.end; r++)
+    for (int64_t i = 0; i < n[0]; i++)
+      for (int64_t j = 0; j < n[1]; j++) {
+        const float *p = x + r * from.row + i * from.axis[0] + j * from.axis[1];
+        float *o = out + r * to.row + i * to.axis[0] + j * to.axis[1];
+        if (from.axis[2] == 1 && to.axis[2] == 1) memcpy(o, p, (size_t)n[2] * sizeof(float));
+        else
+          for (int64_t k = 0; k < n[2]; k++) o[k * to.axis[2]] = p[k * from.axis[2]];
+      }
+}
+
+// --- concat: x0 .. x7, out; their widths: rows of the parts side by side ---
+
+enum { kParts8 = 8 };
+int64_t joined(const Call &c) {
+  int64_t width = 0;
+  for (int i = 0; i < kParts8; i++) width += c.ints[i];
+  return width;
+}
+const char *check_concat(const Call &c) {
+  for (int i = 0; i < kParts8; i++)
+    if (c.ints[i] < 0 || (c.ints[i] > 0) != (c.args[i].kind != XK_NONE)) return "every part has a width, and only parts do";
+  return joined(c) < 1 ? "widths must be positive" : nullptr;
+}
+int64_t concat_units(const Call &c, const Step &s) { return row_units(c.rows(s), joined(c)); }
+
+void run_concat(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  const int64_t width = joined(c);
+  const Rows rows = rows_of(unit, c.rows(s), width);
+  for (int64_t r = rows.begin; r < rows.end; r++) {
+    float *out = c.arg<float>(kParts8, s) + r * width;
+    for (int i = 0; i < kParts8; out += c.ints[i++])
+      if (c.ints[i]) memcpy(out, c.arg<const float>(i, s) + r * c.ints[i], (size_t)c.ints[i] * sizeof(float));
+  }
+}
+
+// --- arithmetic: a, b, out; n0 n1 n2, the views of a, b and out, scaled. An operand that is none is the number beside it. ---
+
+struct Add {
+  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a + b; }
+};
+struct Sub {
+  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a - b; }
+};
+struct Mul {
+  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a * b; }
+};
+struct Div {
+  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a / b; }
+};
+
+template <class F>
+void run_strided(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  const int64_t rows = c.rows(s), *n = c.ints, scaled = c.ints[15];
+  const View va = view_of(c, 3, scaled, 0, rows), vb = view_of(c, 7, scaled, 3, rows), vo = view_of(c, 11, scaled, 6, rows);
+  const bool has_a = c.args[0].kind != XK_NONE, has_b = c.args[1].kind != XK_NONE;
+  const float *a = has_a ? c.arg<const float>(0, s) : c.floats, *b = has_b ? c.arg<const float>(1, s) : c.floats + 1;
+  float *out = c.arg<float>(2, s);
+  const Rows part = rows_of(unit, rows, inner(c));
+  for (int64_t r = part.begin; r < part.end; r++)
+    for (int64_t i = 0; i < n[0]; i++)
+      for (int64_t j = 0; j < n[1]; j++) {
+        const float *p = a + r * va.row + i * va.axis[0] + j * va.axis[1], *q = b + r * vb.row + i * vb.axis[0] + j * vb.axis[1];
+        float *o = out + r * vo.row + i * vo.axis[0] + j * vo.axis[1];
+        for (int64_t k = 0; k < n[2]; k += 16)
+          store_strided(o + k * vo.axis[2], vo.axis[2],
+                        F::of(load_strided(p + k * va.axis[2], va.axis[2], n[2] - k),
+                              load_strided(q + k * vb.axis[2], vb.axis[2], n[2] - k)),
+                        n[2] - k);
+      }
+}
+
+const char *check_strided(const Call &c) {
+  const bool numbers = (c.args[0].kind == XK_NONE && (c.ints[3] | c.ints[4] | c.ints[5] | c.ints[6])) ||
+                       (c.args[1].kind == XK_NONE && (c.ints[7] | c.ints[8] | c.ints[9] | c.ints[10]));
+  return numbers ? "a number has no strides" : check(c);
+}
+
+constexpr const char *kCopyInts = "n0 n1 n2 x_row x_0 x_1 x_2 out_row out_0 out_1 out_2 offset scaled";
+constexpr const char *kInts = "n0 n1 n2 a_row a_0 a_1 a_2 b_row b_0 b_1 b_2 out_row out_0 out_1 out_2 scaled";
+
+}  // namespace
+
+const Kernel strided_kernels[] = {
+    {"copy.f32", "x out", kCopyInts, "", check, no_scratch, units, run_copy},
+    {"concat.f32", "x0 x1? x2? x3? x4? x5? x6? x7? out", "w0 w1 w2 w3 w4 w5 w6 w7", "", check_concat, no_scratch, concat_units,
+     run_concat},
+    {"strided_add.f32", "a? b? out", kInts, "a_number b_number", check_strided, no_scratch, units, run_strided<Add>},
+    {"strided_sub.f32", "a? b? out", kInts, "a_number b_number", check_strided, no_scratch, units, run_strided<Sub>},
+    {"strided_mul.f32", "a? b? out", kInts, "a_number b_number", check_strided, no_scratch, units, run_strided<Mul>},
+    {"strided_div.f32", "a? b? out", kInts, "a_number b_number", check_strided, no_scratch, units, run_strided<Div>},
+    {},
+};
+
+}  // namespace XK_LEVEL
