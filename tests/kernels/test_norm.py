@@ -36,7 +36,7 @@ def test_layer_norm(run, rng, width, heads):
     ints = {"width": width, "heads": heads}
     for scale, shift in ((weight, bias), (weight, None), (None, None)):
         run("layer_norm.f32", {"x": x, "weight": scale, "bias": shift, "out": out}, ints, {"eps": 1e-5}, rows=8 * heads)
-        full = [None if part is None else np.tile(part, (8, 1)) for part in (scale, shift)]
-        assert np.abs(out - layer_norm(x, *full, 1e-5)).max() < 1e-5 * max(1, np.abs(weight).max())
+        full, moved = (None if part is None else np.tile(part, (8, 1)) for part in (scale, shift))
+        assert np.abs(out - layer_norm(x, full, moved, 1e-5)).max() < 1e-5 * max(1, np.abs(weight).max())
     run("mean.f32", {"x": x, "out": mean}, {"width": width}, rows=8 * heads)
     assert relative_error(mean, x.astype(np.float64).mean(-1, keepdims=True)) < 3e-7
