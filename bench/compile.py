@@ -85,7 +85,7 @@ def copy_seconds(files: Sequence[Path], out: Path, size: int) -> float:
 def program_size(artifact: Path) -> dict[str, int]:
     """How much of a program there is: calls of the plan, lines of the dumps, bytes of plan and dumps."""
     opened = Artifact.open(artifact)
-    dumps = {name: file.read_text() for name, file in opened.stages().items()}
+    dumps = {stage: opened.read(name).decode() for stage, name in opened.stages().items()}
     return {
         "plan_calls": len(opened.plan.calls),
         "captured_lines": dumps["captured"].count("\n"),

@@ -89,7 +89,8 @@ def executor_rates(artifact: Path, threads: int, prompt_tokens: int, output_toke
 def engine_rates(artifact: Path, threads: int, prompt_tokens: int, output_tokens: int, repeats: int) -> list[Rates]:
     """The engine as `xllm.LLM` and the server use it, timed where its outputs leave it."""
     arrivals: queue.SimpleQueue[tuple[float, list[TokenOutput]]] = queue.SimpleQueue()
-    opened, engine, _ = open_engine(artifact, lambda items: arrivals.put((time.perf_counter(), items)), threads=threads)
+    opened = Artifact.open(artifact)
+    engine, _ = open_engine(opened, lambda items: arrivals.put((time.perf_counter(), items)), threads=threads)
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_tokens)
     found = []
     try:

@@ -220,7 +220,7 @@ def one_letter(artifact: Artifact) -> dict[str, Any]:
 
     Random weights write halves of characters, which a server rightly holds back. The work of a step stays the same.
     """
-    vocab = json.loads(artifact.tokenizer_path.read_text())["model"]["vocab"]
+    vocab = json.loads(artifact.tokenizer or b"")["model"]["vocab"]
     return {"logit_bias": {str(vocab["a"]): 100}}
 
 

@@ -66,11 +66,11 @@ MANIFEST: dict[str, Any] = {
 
 def fill(writer: ArtifactWriter) -> None:
     writer.write("ir/00-captured.ir", "program\n")
-    plan, header = writer.write_weights(small_plan(), weight_bytes)
-    writer.write("plan.json", plan.to_json())
+    written = writer.write_weights(small_plan(), lambda weight: [weight_bytes(weight)])
+    writer.write("plan.json", written.plan.to_json())
     writer.write("tokenizer/tokenizer.json", '{"model": {"vocab": {}}}')
     writer.write("tokenizer/chat_template.jinja", "{{ messages }}")
-    writer.finish({**MANIFEST, "weights_header": header})
+    writer.finish({**MANIFEST, "weights_header": written.header})
 
 
 def write_small(path: Path) -> Path:

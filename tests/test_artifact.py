@@ -53,8 +53,8 @@ def test_round_trip(path: Path) -> None:
     assert (artifact.name, artifact.chat_template) == ("小模型", "{{ messages }}")
     assert artifact.generation == {"temperature": 0.7}
     assert artifact.special_tokens == {"eos_token": "</s>"}
-    assert artifact.stages() == {"captured": path / "ir/00-captured.ir"}
-    assert artifact.tokenizer_path.is_file()
+    assert artifact.stages() == {"captured": "ir/00-captured.ir"}
+    assert artifact.tokenizer == (path / "tokenizer/tokenizer.json").read_bytes()
     told: list[int] = []
     mapped = artifact.map_weights(progress=lambda name, done, total: told.append(done))
     for key, weight in artifact.plan.weights.items():
@@ -147,19 +147,17 @@ def test_a_longer_file_is_named(path: Path, name: str) -> None:
     assert name in str(refusal(path))
 
 
-def test_files_the_manifest_does_not_name_have_no_effect(tmp_path: Path) -> None:
-    with writing(tmp_path / "plain.xllm") as writer:
-        plan, header = writer.write_weights(small_plan(), weight_bytes)
-        writer.write("plan.json", plan.to_json())
-        rest = {key: {} for key in ("generation", "limits", "model", "special_tokens", "target")}
-        writer.finish({**rest, "weights_header": header})
-    for planted in ("tokenizer/chat_template.jinja", "ir/99-planted.ir", "README", "weights/other.safetensors"):
-        file = tmp_path / "plain.xllm" / planted
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("planted")
-    artifact = Artifact.open(tmp_path / "plain.xllm")
-    assert artifact.chat_template is None
-    assert artifact.stages() == {}
+@pytest.mark.parametrize("planted", ["ir/99-planted.ir", "README", "weights/other.safetensors", "tokenizer/.hidden"])
+def test_a_file_too_many_is_named(path: Path, planted: str) -> None:
+    (path / planted).write_text("planted")
+    error = refusal(path)
+    assert error.code == "artifact-changed" and f"{planted} is no part of the artifact" in str(error)
+
+
+def test_a_linked_folder_too_many_is_named(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (path / "more").symlink_to(tmp_path / "elsewhere")
+    assert "more is no part of the artifact" in str(refusal(path))
 
 
 @pytest.mark.parametrize("name", ["plan.json", WEIGHTS, "manifest.json"])
@@ -173,7 +171,7 @@ def test_links_out_of_the_folder_are_refused(path: Path, tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "ir/../../outside"])
 def test_names_out_of_the_folder_are_refused(path: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_text("x")
-    reseal(path, lambda manifest: manifest["files"].update({name: "0"}))
+    reseal(path, lambda manifest: manifest["files"].update({name: "0" * 64}))
     assert refusal(path).code in ("artifact-changed", "artifact-incomplete")
 
 
@@ -187,7 +185,7 @@ def test_what_is_no_manifest_is_refused(path: Path, text: str) -> None:
 
 
 def test_another_schema_is_refused_with_both_numbers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xllm.artifact.SCHEMA", 99)
+    monkeypatch.setattr("xllm.artifact.writer.SCHEMA", 99)
     reseal(path, lambda manifest: None)
     monkeypatch.undo()
     error = refusal(path)
@@ -349,11 +347,12 @@ def test_a_killed_build_leaves_nothing_under_the_name_and_the_next_one_sweeps(pa
 def test_a_weight_of_another_size_is_refused(tmp_path: Path) -> None:
     makers: list[Callable[..., np.ndarray]] = [
         lambda weight: np.zeros(weight.bytes - 1, np.uint8),
+        lambda weight: np.zeros(weight.bytes + 1, np.uint8),
         lambda weight: np.zeros(weight.bytes, np.int8),
     ]
     for make in makers:
-        with pytest.raises(ValueError, match="weight embed has"), writing(tmp_path / "new.xllm") as writer:
-            writer.write_weights(small_plan(), make)
+        with pytest.raises(ValueError, match="weight table has"), writing(tmp_path / "new.xllm") as writer:
+            writer.write_weights(small_plan(), lambda weight, make=make: [make(weight)])
     assert list(tmp_path.iterdir()) == []
 
 

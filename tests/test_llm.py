@@ -74,7 +74,9 @@ def test_a_closed_engine_leaves_no_thread_and_no_memory(artifact: Path) -> None:
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
 @pytest.mark.parametrize("max_seqs", [None, 1])
 def test_the_ledger_is_what_the_engine_has(artifact: Path, memory_bytes: int | None, max_seqs: int | None) -> None:
-    _, engine, ledger = open_engine(artifact, print, memory_bytes=memory_bytes, threads=1, max_seqs=max_seqs)
+    engine, ledger = open_engine(
+        Artifact.open(artifact), print, memory_bytes=memory_bytes, threads=1, max_seqs=max_seqs
+    )
     stats = engine.stats()
     engine.stop()
     assert ledger.kv == stats.total_pages * stats.page_bytes

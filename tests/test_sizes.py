@@ -20,6 +20,7 @@ BUDGET = {
     "xllm/targets": 2200,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
+    "xllm/artifact": 1300,
     "xllm/embedded": 1800,
     "xllm/inspection": 900,
     "xllm": 2500,  # modules at the top

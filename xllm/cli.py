@@ -120,6 +120,24 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
     show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
     _inspection_flags(command)
+    pack = command(
+        "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
+    )
+    unpack = command("unpack", _unpack, "write a packed artifact as a folder", "xllm unpack qwen.pack qwen.xllm")
+    for sub, source, out in ((pack, "ARTIFACT", "FILE"), (unpack, "FILE", "ARTIFACT")):
+        sub.add_argument("source", type=Path, metavar=source)
+        sub.add_argument("out", type=Path, metavar=out)
+    sign = command(
+        "sign",
+        _sign,
+        "sign an artifact folder with an Ed25519 key, or make such a key",
+        "xllm sign --new-key release.pem          writes release.pem and release.pem.pub",
+        "xllm sign qwen.xllm --key release.pem",
+        "xllm serve qwen.xllm --require-signature release.pem.pub",
+    )
+    sign.add_argument("artifact", type=Path, nargs="?", metavar="ARTIFACT")
+    sign.add_argument("--key", type=Path, metavar="FILE", help="private key in PEM")
+    sign.add_argument("--new-key", type=Path, metavar="FILE", help="write a new private key, and FILE.pub")
     command("doctor", _doctor, "check this machine and this installation", "xllm doctor")
     return parser
 
@@ -157,10 +175,14 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
     sub.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens of one step")
     sub.add_argument("--disable-pass", action="append", default=[], metavar="NAME", help="leave a pass out; repeatable")
+    sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
+    sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
+    sub.add_argument("--share-weights", type=Path, metavar="FOLDER", help="keep one copy of equal weights there")
     sub.add_argument("--quiet", action="store_true", help="no progress, no report")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--require-signature", type=Path, metavar="FILE", help="public key of who must have signed it")
     sub.add_argument("--memory", type=_size, metavar="SIZE", help="all the memory to use, like 4GiB")
     sub.add_argument("--threads", type=_positive, metavar="N", help="compute threads (default: the cores it may use)")
     sub.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens of one sequence per step")
@@ -207,6 +229,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.compiler import CompileOptions, compile_checkpoint
+    from xllm.traffic import read_traffic
 
     chosen = {
         "target": arguments.target,
@@ -216,14 +239,16 @@ def _compile(arguments: argparse.Namespace) -> None:
         "max_len": arguments.max_len,
         "max_batch_tokens": arguments.max_batch_tokens,
         "disable": tuple(arguments.disable_pass),
+        "traffic": read_traffic(arguments.traffic) if arguments.traffic else (),
         "debug": config.environment().debug,
     }
+    places = {"reuse": arguments.reuse, "share_weights": arguments.share_weights}
     options = CompileOptions(**{name: value for name, value in chosen.items() if value is not None})
     if arguments.quiet:
-        compile_checkpoint(arguments.checkpoint, arguments.out, options)
+        compile_checkpoint(arguments.checkpoint, arguments.out, options, **places)
         return
     with _progress() as show:
-        report = compile_checkpoint(arguments.checkpoint, arguments.out, options, show)
+        report = compile_checkpoint(arguments.checkpoint, arguments.out, options, show, **places)
     print(report.text())
 
 
@@ -269,6 +294,24 @@ def _diff(arguments: argparse.Namespace) -> int:
     parts = diff.compare(Artifact.open(arguments.one), Artifact.open(arguments.two), arguments.stage)
     print(diff.text(parts, str(arguments.one), str(arguments.two)), end="")
     return int(any(part.lines for part in parts))
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from xllm.artifact import pack
+
+    pack(arguments.source, arguments.out)
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    from xllm.artifact import unpack
+
+    unpack(arguments.source, arguments.out)
+
+
+def _sign(arguments: argparse.Namespace) -> None:
+    from xllm.commands import sign
+
+    sign(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

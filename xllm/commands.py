@@ -38,6 +38,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = _artifact_folder(arguments.model)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    from xllm.artifact import Artifact
     from xllm.llm import open_engine
     from xllm.service.dispatch import Dispatcher
     from xllm.service.server import bind
@@ -52,13 +53,18 @@ def serve(arguments: argparse.Namespace) -> None:
     dispatcher = Dispatcher()
     # Checking the weights runs outside the interpreter lock: beside it, the tokenizer and the HTTP stack are loaded.
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
-        opening = opener.submit(open_engine, folder, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
+        opened = opener.submit(Artifact.open, folder, arguments.require_signature)
+        opening = opener.submit(
+            lambda: open_engine(opened.result(), dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
+        )
         from xllm.service.answer import Limits
         from xllm.service.app import load_service
         from xllm.service.gate import Keys
+        from xllm.service.tokenizer import TextCodec
 
-        codec = _codec(folder)
-        artifact, engine, ledger = opening.result()
+        artifact = opened.result()
+        codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
+        engine, ledger = opening.result()
     try:
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
         service = load_service(
@@ -83,15 +89,18 @@ def _listening(url: str) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`xllm generate`: the text on stdout as it comes, one line of timings on stderr."""
+    from xllm.artifact import Artifact
     from xllm.llm import open_engine
     from xllm.runtime import Request, TokenOutput
     from xllm.service.generation import Choice
+    from xllm.service.tokenizer import TextCodec
 
     begin = time.perf_counter()
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-    artifact, engine, _ = open_engine(arguments.artifact, outputs.put, **_engine(arguments))
+    artifact = Artifact.open(arguments.artifact, arguments.require_signature)
+    codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
+    engine, _ = open_engine(artifact, outputs.put, **_engine(arguments))
     try:
-        codec = _codec(arguments.artifact)
         job = _job(arguments, artifact, codec)
         choice = Choice(codec, job.stops, job.skip_special_tokens)
         loaded = first = time.perf_counter()
@@ -112,6 +121,25 @@ def generate(arguments: argparse.Namespace) -> None:
         f" · answer {choice.tokens} tokens{rate} · ended by {choice.finish_reason}",
         file=sys.stderr,
     )
+
+
+def sign(arguments: argparse.Namespace) -> None:
+    """`xllm sign`: a new key, a signature, or both."""
+    from xllm.artifact import Artifact, is_packed, new_key
+    from xllm.artifact import sign as write_signature
+
+    key = arguments.key or arguments.new_key
+    if key is None or (arguments.artifact is None and arguments.new_key is None):
+        raise UsageError("give an ARTIFACT and --key FILE; --new-key FILE makes a key")
+    if arguments.new_key is not None:
+        print(f"wrote {arguments.new_key} and {new_key(arguments.new_key)}")
+    if arguments.artifact is not None:
+        if is_packed(arguments.artifact):
+            raise UsageError(f"{arguments.artifact} is packed: unpack it, sign the folder, pack it again")
+        artifact = Artifact.open(arguments.artifact)
+        artifact.map_weights()
+        write_signature(artifact.path, artifact.manifest["digest"], key)
+        print(f"signed {arguments.artifact}, digest {artifact.manifest['digest']}")
 
 
 def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) -> Job:
@@ -154,15 +182,6 @@ def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
     )
 
 
-def _codec(folder: Path) -> TextCodec:
-    from xllm.service.tokenizer import TextCodec
-
-    path = folder / "tokenizer" / "tokenizer.json"
-    if (folder / "manifest.json").is_file() and not path.is_file():
-        raise UsageError(f"{folder} has no tokenizer: its checkpoint had no tokenizer.json, and text needs one")
-    return TextCodec.from_file(path)
-
-
 def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "memory_bytes": arguments.memory,
@@ -175,10 +194,14 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
 def _artifact_folder(model: Path) -> Path:
     """The artifact to serve; a checkpoint folder is compiled into the cache first, in a process of its own, because a
     server never imports torch."""
-    if (model / "manifest.json").is_file():
+    from xllm.artifact.store import is_artifact
+
+    if is_artifact(model):
         return model
     if not (model / "config.json").is_file():
-        raise UsageError(f"{model} is neither an artifact (manifest.json) nor a checkpoint folder (config.json)")
+        raise UsageError(
+            f"{model} is neither an artifact (manifest.json, or packed) nor a checkpoint folder (config.json)"
+        )
     artifact = _cached_artifact(model)
     if (artifact / "manifest.json").is_file():
         print(f"{model} is a checkpoint; serving the artifact compiled from it before: {artifact}", flush=True)

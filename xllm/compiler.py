@@ -10,21 +10,16 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 import xllm
-from xllm.artifact import Artifact, ArtifactWriter, writing
+from xllm.artifact import Artifact, ArtifactWriter, previous_weights, share, writing
 from xllm.errors import CompileError
-from xllm.plan import Plan, StoredWeight
-
-if TYPE_CHECKING:
-    from xllm.frontend.weights import Checkpoint
+from xllm.plan import Plan
 
 Progress = Callable[[str, int, int], None]  # stage or item, done, total
 
@@ -86,6 +81,8 @@ class Report:
     token_bytes: int
     buckets: tuple[tuple[int, int], ...]
     unused: tuple[str, ...] = ()
+    weights: int = 0
+    reused: int = field(default=0, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     peak_bytes: int = field(default=0, compare=False)
 
@@ -99,6 +96,8 @@ class Report:
             f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
             f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
         )
+        if self.reused:
+            lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
         lines += self._fallback_lines()
         lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
@@ -126,12 +125,27 @@ class Report:
 
 
 def compile_checkpoint(
-    checkpoint: str | Path, out: str | Path, options: CompileOptions | None = None, progress: Progress | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    options: CompileOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    reuse: str | Path | None = None,
+    share_weights: str | Path | None = None,
 ) -> Report:
     """Compiles the checkpoint folder into the artifact `out`, whole or not at all. Raises CompileError or
     ArtifactError.
+
+    reuse: an artifact whose weights are taken where all that they are made from is the same (None: the one at `out`);
+    the result is the same bytes as without it. share_weights: a folder that keeps the weight file, for every artifact
+    with the same weights to share.
     """
     options, tell, clock = options or CompileOptions(), progress or (lambda *_: None), _Stopwatch()
+    previous = previous_weights(out if reuse is None else reuse)
+    if reuse is not None and previous is None:
+        raise CompileError(
+            f"{reuse} is no sound artifact", code="bad-option", try_="--reuse with an artifact that `xllm show` opens"
+        )
     with writing(out) as writer:
         tell("loading the compiler", 0, 0)
         from xllm.frontend.facts import facts as read_facts
@@ -139,6 +153,7 @@ def compile_checkpoint(
         from xllm.frontend.stamp import stamp
         from xllm.frontend.weights import Checkpoint
         from xllm.ir.show import digest
+        from xllm.packing import blocks, origin
         from xllm.passes import PLANS, REWRITES, Context, pipeline_text, run_pipeline, without
         from xllm.passes.account import account
         from xllm.passes.debug import Ladder, dump_planned
@@ -168,11 +183,16 @@ def compile_checkpoint(
         for suffix, text in dump_planned(program, plan, target.name).items():
             writer.write(f"ir/{ladder.count:02d}-{PLANNED}{suffix and UNFOLDED}.ir", text)
         clock.lap("passes")
-        plan, header = writer.write_weights(
+        written = writer.write_weights(
             _sized(plan),
-            lambda weight: _packed(program, weight, _Bits(tensors)),
+            lambda weight: blocks(program, weight, tensors),
             lambda name, done, total: tell("packing weights", done, total),
+            lambda weight: origin(program, weight, tensors),
+            previous,
         )
+        plan = written.plan
+        if share_weights is not None:
+            share(writer.root, written, share_weights)
         clock.lap("weights")
         writer.write("plan.json", plan.to_json())
         writer.write("report.json", json.dumps(account(program, context), separators=(",", ":"), sort_keys=True))
@@ -205,7 +225,8 @@ def compile_checkpoint(
                 },
                 "weights_dtype": options.weights,
                 "kv_dtype": options.kv,
-                "weights_header": header,
+                "weights_header": written.header,
+                "weight_origins": dict(written.origins),
                 "pipeline": pipeline_text(passes),
                 "passes": [
                     {
@@ -235,6 +256,8 @@ def compile_checkpoint(
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
         unused=unused,
         seconds=clock.laps,
+        reused=len(written.reused),
+        weights=len(plan.weights),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
@@ -243,14 +266,15 @@ def show(path: str | Path, stage: str | None = None, unfold: bool = False) -> st
     """A program dump of an artifact: the last stage, or the one named. Raises CompileError listing the stages there
     are.
     """
-    stages = Artifact.open(path).stages()
+    artifact = Artifact.open(path)
+    stages = artifact.stages()
     name = stage or PLANNED
     if name not in stages:
         known = ", ".join(stage for stage in stages if not stage.endswith(UNFOLDED))
         raise CompileError(f"there is no stage {name!r}", code="unknown-stage", try_=f"one of {known}")
     if unfold and name + UNFOLDED in stages:
-        return stages[name + UNFOLDED].read_text()
-    text = stages[name].read_text()
+        return artifact.read(stages[name + UNFOLDED]).decode()
+    text = artifact.read(stages[name]).decode()
     return _unfolded(text) if unfold else text
 
 
@@ -300,47 +324,11 @@ def _sized(plan: Plan) -> Plan:
     return replace(plan, weights=sized)
 
 
-def _packed(program: Any, stored: StoredWeight, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A weight's bytes as the target wants them, from its rule and the mapped checkpoint."""
-    from xllm.ir.program import evaluate, widen
-    from xllm.kernels.cpu import pack_panels
-
-    weight = program.weights[stored.name]
-    array = evaluate(weight.rule, tensors, program.constants)
-    if tuple(array.shape) != weight.shape:
-        raise CompileError(
-            f"{stored.name} is {tuple(array.shape)} in the checkpoint, the model wants {weight.shape}",
-            code="weight-shape",
-            pass_name="weights",
-            try_="the config.json that belongs to these weights",
-        )
-    if stored.layout.form == "plain":
-        return np.ascontiguousarray(widen(array)).reshape(-1).view(np.uint8)
-    raw = array if array.dtype == np.uint16 else widen(array)
-    return pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
-
-
 def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:
     if facts.tokenizer_path is not None:
         writer.write("tokenizer/tokenizer.json", facts.tokenizer_path.read_bytes())
     if facts.chat_template is not None:
         writer.write("tokenizer/chat_template.jinja", facts.chat_template)
-
-
-class _Bits(Mapping[str, np.ndarray]):
-    """A checkpoint read as it is stored, so that a bfloat16 tensor is packed without a float32 copy of it."""
-
-    def __init__(self, tensors: Checkpoint) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors.raw(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 class _Stopwatch:

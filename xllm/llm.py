@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import queue
 import threading
 from collections import deque
@@ -106,7 +105,7 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | No
 
 
 def open_engine(
-    path: str | os.PathLike[str],
+    artifact: Artifact,
     sink: Callable[[list[TokenOutput]], None],
     *,
     memory_bytes: int | None = None,
@@ -115,15 +114,14 @@ def open_engine(
     chunk: int | None = None,
     max_seqs: int | None = None,
     progress: Progress | None = None,
-) -> tuple[Artifact, Engine, Ledger]:
-    """Opens, checks and sizes an artifact; the engine is started. `sink` gets each step's outputs on the engine's
+) -> tuple[Engine, Ledger]:
+    """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
     chunk: prompt tokens of one sequence per step. Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
-    artifact = Artifact.open(path)
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
     executor = CpuExecutor(artifact, threads or host_threads(), progress=progress)
     budget = artifact.plan.buckets[-1].T
@@ -139,7 +137,7 @@ def open_engine(
     )
     engine = Engine(executor, config, sink)
     engine.start()
-    return artifact, engine, ledger
+    return engine, ledger
 
 
 def tokens_beside_decodes(artifact: Artifact) -> int:
@@ -166,17 +164,26 @@ class Completion:
 
 
 class LLM:
-    """An artifact in this process. Use as a context manager, or call `close`. Threads take turns."""
+    """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
+    turns. require_signature: public key file of who must have signed it."""
 
-    def __init__(self, artifact: str | Path, *, memory_bytes: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: str | Path,
+        *,
+        memory_bytes: int | None = None,
+        threads: int | None = None,
+        require_signature: str | Path | None = None,
+    ) -> None:
         from xllm.service.params import default_sampling
         from xllm.service.tokenizer import TextCodec
 
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self.artifact, self._engine, self.ledger = open_engine(
-            artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
+        self.artifact = Artifact.open(artifact, require_signature)
+        self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
+        self._engine, self.ledger = open_engine(
+            self.artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
         )
-        self.codec = TextCodec.from_file(self.artifact.tokenizer_path)
         self._defaults = default_sampling(self.artifact.generation)
         self._turn = threading.Lock()
         self._ids = itertools.count()

@@ -100,7 +100,7 @@ def test_limits_beyond_the_tables_are_refused(plan: Plan) -> None:
 def test_the_executor_refuses_it_before_it_runs_anything(artifact: Path) -> None:
     opened = Artifact.open(artifact)
     limits = {**opened.manifest["limits"], "max_len": 1 << 20}
-    hostile = Artifact(opened.path, {**opened.manifest, "limits": limits}, opened.plan)
+    hostile = Artifact(opened.store, {**opened.manifest, "limits": limits}, opened.plan)
     with pytest.raises(ArtifactError, match="table needs") as refused:
         CpuExecutor(hostile, 1)
     assert refused.value.code == "artifact-malformed"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from xllm.errors import CompileError
 from xllm.frontend.facts import read_json, refuse_quantised
@@ -62,6 +63,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __init__(self, files: tuple[mmap.mmap, ...], entries: dict[str, Entry]) -> None:
         self._files = files
         self._entries = entries
+        self._digests: dict[str, str] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -147,7 +149,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             )
         used: set[str] = set()
         for target, weight in program.weights.items():
-            shape = self._shape_of(weight.rule, program)
+            shape = self.shape_of(weight.rule, program)
             if shape != weight.shape:
                 name = next((source.names[0] for source in rule_sources(weight.rule)), target)
                 raise CompileError(
@@ -160,7 +162,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
             used.update(name for source in rule_sources(weight.rule) for name in source.names)
         return tuple(sorted(set(self._entries) - used))
 
-    def _shape_of(self, rule: WeightRule, program: Program) -> tuple[int, ...]:
+    def digest(self, name: str) -> str:
+        """blake3 of a tensor's type, shape and stored bytes."""
+        if name not in self._digests:
+            entry = self._entries[name]
+            hasher = blake3(f"{entry.dtype} {entry.shape} ".encode())
+            hasher.update(memoryview(self._files[entry.file])[entry.begin : entry.end])
+            self._digests[name] = hasher.hexdigest()
+        return self._digests[name]
+
+    def release(self, name: str) -> None:
+        """Says that a tensor is not needed soon: its pages leave the resident set and are read again if touched."""
+        entry = self._entries[name]
+        first = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if whole > 0:
+            self._files[entry.file].madvise(mmap.MADV_DONTNEED, first, whole)
+
+    def shape_of(self, rule: WeightRule, program: Program) -> tuple[int, ...]:
+        """The shape a rule gives, from the headers alone."""
         match rule:
             case Source(names):
                 name = next(name for name in names if name in self)
@@ -170,23 +190,23 @@ class Checkpoint(Mapping[str, np.ndarray]):
             case Constant(name):
                 return tuple(program.constants[name].shape)
             case Concat(parts):
-                shapes = [self._shape_of(part, program) for part in parts]
+                shapes = [self.shape_of(part, program) for part in parts]
                 odd = [shape for shape in shapes if not shape or shape[1:] != shapes[0][1:]]
                 return odd[0] if odd else (sum(shape[0] for shape in shapes), *shapes[0][1:])
             case Stack(parts):
-                shapes = [self._shape_of(part, program) for part in parts]
+                shapes = [self.shape_of(part, program) for part in parts]
                 odd = [shape for shape in shapes if shape != shapes[0]]
                 return odd[0] if odd else (len(parts), *shapes[0])
             case Shift(of, _):
-                return self._shape_of(of, program)
+                return self.shape_of(of, program)
             case Slice(of, axis, start, stop, step):
-                shape = self._shape_of(of, program)
+                shape = self.shape_of(of, program)
                 return (*shape[:axis], len(range(shape[axis])[start:stop:step]), *shape[axis + 1 :])
             case Reshape(of, shape):
-                held = self._shape_of(of, program)
+                held = self.shape_of(of, program)
                 return shape if math.prod(held) == math.prod(shape) else held
             case Permute(of, axes):
-                shape = self._shape_of(of, program)
+                shape = self.shape_of(of, program)
                 return tuple(shape[axis] for axis in axes)
 
 

@@ -106,7 +106,8 @@ def _stages(one: Artifact, two: Artifact, only: str | None) -> Iterator[Differen
         if missing:
             yield Difference(f"stage {name}", (f"{' and '.join(missing)} has no such stage",))
             continue
-        before, after = (_program_lines(side[name].read_text(encoding="utf-8")) for side in (left, right))
+        dumps = (opened.read(side[name]).decode() for opened, side in ((one, left), (two, right)))
+        before, after = map(_program_lines, dumps)
         found = list(difflib.unified_diff(before, after, "A", "B", lineterm="", n=CONTEXT_LINES))
         yield Difference(f"stage {name}", tuple(found[2:]))
 

@@ -52,7 +52,7 @@ def read_report(artifact: Artifact) -> dict[str, Any]:
     """report.json as the compiler wrote it. Raises ArtifactError when there is none."""
     if REPORT not in artifact.manifest["files"]:
         raise ArtifactError("artifact-incomplete", f"the artifact has no {REPORT}; compile the checkpoint again")
-    return json.loads((artifact.path / REPORT).read_bytes())
+    return json.loads(artifact.read(REPORT))
 
 
 def _pass(record: Mapping[str, Any]) -> dict[str, Any]:

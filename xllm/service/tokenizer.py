@@ -38,6 +38,23 @@ class TextCodec:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer.json can't be read: {error}") from None
 
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TextCodec:
+        """As `from_file`, of contents that were read already."""
+        try:
+            return cls(tokenizers.Tokenizer.from_buffer(data))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer.json can't be read: {error}") from None
+
+    @classmethod
+    def from_artifact(cls, data: bytes | None, where: PathLike[str]) -> TextCodec:
+        """The codec of an artifact at `where`. Raises ValueError when it has no tokenizer, or none that can be used."""
+        if data is None:
+            raise ValueError(
+                f"{fspath(where)} has no tokenizer: its checkpoint had no tokenizer.json, and text needs one"
+            )
+        return cls.from_bytes(data)
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -1,0 +1,66 @@
+"""What a manifest must say for the runtime to rely on it. Types and ranges are checked here, meaning by its readers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from xllm.artifact.seal import DIGEST, ArtifactError, unseal
+from xllm.artifact.store import Store, read
+
+SCHEMA = 3
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_Id = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+_Digest = Annotated[str, msgspec.Meta(pattern=DIGEST)]
+
+
+class Target(msgspec.Struct):
+    name: str
+    level: str
+    architecture: str
+
+
+class Model(msgspec.Struct):
+    name: str
+    vocab: _Count
+    max_len: _Count
+    eos_ids: list[_Id]
+    bos_id: _Id | None = None
+
+
+class Limits(msgspec.Struct):
+    max_len: _Count
+    max_seqs: _Count
+    max_batch_tokens: _Count
+
+
+class Manifest(msgspec.Struct):
+    """Fields that readers rely on; what a later compiler adds beside them is covered by the digest alone."""
+
+    schema: int
+    digest: _Digest
+    files: dict[str, _Digest]
+    generation: dict[str, Any]
+    limits: Limits
+    model: Model
+    special_tokens: dict[str, str]
+    target: Target
+    weights_header: _Digest
+    weight_origins: dict[str, _Digest] = {}
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """The verified manifest. Raises ArtifactError naming the field that is missing, wrong or changed."""
+    manifest = unseal(read(store, "manifest.json"), "manifest.json")
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
+        raise ArtifactError(
+            "artifact-schema",
+            f"manifest.json has schema {schema}, this xllm reads {SCHEMA}; compile the checkpoint again",
+        )
+    try:
+        msgspec.convert(manifest, Manifest)
+    except msgspec.ValidationError as error:
+        raise ArtifactError("artifact-malformed", f"manifest.json: {error}") from error
+    return manifest

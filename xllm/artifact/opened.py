@@ -1,0 +1,122 @@
+"""An artifact opened for reading: everything it gives was checked against a digest in the same breath."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xllm.artifact.manifest import read_manifest
+from xllm.artifact.seal import ArtifactError, changed, digest
+from xllm.artifact.signature import SIGNATURE, check_signature
+from xllm.artifact.store import Store, open_store, read
+from xllm.artifact.weights import WEIGHTS, MappedWeights, regions
+from xllm.plan import Plan
+
+Progress = Callable[[str, int, int], None]  # what, done bytes, total bytes
+TOKENIZER, CHAT_TEMPLATE = "tokenizer/tokenizer.json", "tokenizer/chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact. `manifest` and `plan` are verified; weights are verified by `map_weights`."""
+
+    store: Store
+    manifest: Mapping[str, Any]
+    plan: Plan
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
+        """Reads and checks everything but the weights, of a folder or a packed file.
+
+        require_signature: the public key file of who must have signed it. Raises ArtifactError naming what is missing,
+        changed or too much.
+        """
+        store = open_store(path)
+        manifest = read_manifest(store)
+        check_signature(store, manifest["digest"], require_signature)
+        known = {"manifest.json", WEIGHTS, SIGNATURE, *manifest["files"]}
+        if extra := sorted(store.names() - known):
+            raise ArtifactError("artifact-changed", f"{extra[0]} is no part of the artifact; remove it")
+        held = {name: _verified(store, name, claimed) for name, claimed in manifest["files"].items()}
+        if "plan.json" not in held:
+            raise ArtifactError("artifact-incomplete", "manifest.json names no plan.json; compile the checkpoint again")
+        try:
+            plan = Plan.from_json(held["plan.json"])
+            plan.check()
+        except ValueError as error:
+            raise ArtifactError("artifact-malformed", f"plan.json: {error}") from error
+        artifact = Artifact(store, manifest, plan)
+        end = max((weight.offset + weight.bytes for weight in plan.weights.values()), default=0)
+        if artifact.weight_bytes < max(end, 1):
+            raise ArtifactError("artifact-incomplete", f"{WEIGHTS} is cut short; compile the checkpoint again")
+        return artifact
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def name(self) -> str:
+        return self.manifest["model"]["name"]
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """Contents of the checkpoint's generation_config.json; empty where it has none."""
+        return self.manifest["generation"]
+
+    @property
+    def tokenizer(self) -> bytes | None:
+        """Contents of tokenizer.json; None where the checkpoint had none."""
+        return self.read(TOKENIZER) if TOKENIZER in self.manifest["files"] else None
+
+    @property
+    def chat_template(self) -> str | None:
+        if CHAT_TEMPLATE not in self.manifest["files"]:
+            return None
+        try:
+            return self.read(CHAT_TEMPLATE).decode()
+        except UnicodeDecodeError as error:
+            raise ArtifactError("artifact-malformed", f"{CHAT_TEMPLATE} is not UTF-8: {error}") from error
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return self.manifest["special_tokens"]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.store.place(WEIGHTS).size
+
+    def read(self, name: str) -> bytes:
+        """A file that the manifest names, checked again. Raises ArtifactError when it changed."""
+        return _verified(self.store, name, self.manifest["files"][name])
+
+    def stages(self) -> dict[str, str]:
+        """Names of the program dumps, to `read`, by stage name in pipeline order."""
+        dumps = sorted(name for name in self.manifest["files"] if name.startswith("ir/"))
+        return {name.split("-", 1)[1].removesuffix(".ir"): name for name in dumps}
+
+    def map_weights(self, verify: bool = True, progress: Progress | None = None) -> MappedWeights:
+        """Maps the weight file read-only and, unless told not to, checks every byte of it against the digests.
+
+        The mapping is shared: processes serving one artifact hold one copy. Raises ArtifactError naming the first
+        weight whose bytes changed.
+        """
+        mapped = MappedWeights(self.store.place(WEIGHTS))
+        size = len(mapped.bytes)
+        if verify:
+            for name, start, stop, claimed in regions(self.plan, self.manifest["weights_header"], size):
+                if digest(mapped.bytes[start:stop]) != claimed:
+                    raise changed(f"{name} in {WEIGHTS}")
+                if progress is not None:
+                    progress(name, stop, size)
+        return mapped
+
+
+def _verified(store: Store, name: str, claimed: str) -> bytes:
+    raw = read(store, name)
+    if digest(raw) != claimed:
+        raise changed(name)
+    return raw

@@ -1,0 +1,57 @@
+"""How the bytes of an artifact are named: one digest, one spelling of JSON, one error for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from blake3 import blake3
+
+DIGEST = r"^[0-9a-f]{64}$"
+_SHARED_BYTES = 1 << 20  # from here on, digests are worth more than one core
+
+
+class ArtifactError(Exception):
+    """An artifact that cannot be used: `code` is stable, the message names the file or field and what to do."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def changed(name: str) -> ArtifactError:
+    return ArtifactError("artifact-changed", f"{name} is not what the compiler wrote; compile the checkpoint again")
+
+
+def digest(data: Any, more: bytes = b"") -> str:
+    """blake3 of bytes, and of `more` behind them, on all cores where there is enough to share."""
+    return blake3(data, max_threads=blake3.AUTO if len(data) > _SHARED_BYTES else 1).update(more).hexdigest()
+
+
+def spelled(value: Mapping[str, Any]) -> bytes:
+    """The one way to write a JSON object down: a text that spells it otherwise was changed."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its own digest."""
+    return {**body, "digest": digest(spelled(body))}
+
+
+def unseal(raw: bytes, name: str) -> dict[str, Any]:
+    """The object of a sealed file. Raises ArtifactError: `artifact-malformed` for no such object, `artifact-changed`
+    for one whose digest or spelling is another."""
+    try:
+        value = json.loads(raw)
+        claimed = value["digest"]
+        whole = spelled(value) == raw
+        kept = digest(spelled({key: item for key, item in value.items() if key != "digest"})) == claimed
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = name.partition(".")[0]
+        raise ArtifactError(
+            "artifact-malformed", f"{name} is not a {what}: {error or 'it nests too deeply'}"
+        ) from error
+    if not (whole and kept):
+        raise changed(name)
+    return value

@@ -1,0 +1,140 @@
+"""Weights as the target stores them, from their rules and the mapped checkpoint, a block of rows at a time: memory
+stays near a block where a rule can be read by rows, near the tensor where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from blake3 import blake3
+
+from xllm.errors import CompileError
+from xllm.ir.program import Concat, Constant, Program, Shift, Stack, WeightRule, evaluate, rule_sources, widen
+from xllm.kernels.cpu import pack_panels
+from xllm.plan import StoredWeight
+from xllm.targets.cpu import PANEL_ROWS
+
+if TYPE_CHECKING:
+    from xllm.frontend.weights import Checkpoint
+
+BLOCK_BYTES = 4 << 20
+PACKING = 1  # raised when the same rule and layout give other bytes than before
+
+
+def blocks(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    """A weight's bytes (uint8), in order. Raises CompileError when the checkpoint's tensor has another shape."""
+    weight, bits = program.weights[stored.name], _Bits(checkpoint)
+    shape = checkpoint.shape_of(weight.rule, program)
+    if shape != weight.shape:
+        raise CompileError(
+            f"{stored.name} is {shape} in the checkpoint, the model wants {weight.shape}",
+            code="weight-shape",
+            pass_name="weights",
+            try_="the config.json that belongs to these weights",
+        )
+    rows = _Rows(weight.rule, program, checkpoint, bits)
+    if stored.layout.form == "plain":
+        for block in rows.blocks(1):
+            yield np.ascontiguousarray(widen(block)).reshape(-1).view(np.uint8)
+    else:
+        for block in rows.blocks(PANEL_ROWS):
+            raw = block if block.dtype == np.uint16 else widen(block)
+            yield pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+    for name in _names(weight.rule, checkpoint):
+        checkpoint.release(name)
+
+
+def origin(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> str:
+    """A digest of all that decides a weight's bytes: rule, layout, and the contents of the tensors it reads."""
+    weight = program.weights[stored.name]
+    made = blake3(f"{PACKING} {weight.rule!r} {weight.shape} {stored.layout!r}".encode())
+    for name in _names(weight.rule, checkpoint):
+        made.update(f" {name} {checkpoint.digest(name)}".encode())
+    for name in _constants(weight.rule):
+        value = program.constants[name]
+        made.update(f" {name} {value.dtype} {value.shape} ".encode()).update(np.ascontiguousarray(value).tobytes())
+    return made.hexdigest()
+
+
+class _Rows:
+    """The rows of a weight, without the array of all of them where its rule allows."""
+
+    def __init__(
+        self, rule: WeightRule, program: Program, checkpoint: Checkpoint, bits: Mapping[str, np.ndarray]
+    ) -> None:
+        self._shape = checkpoint.shape_of(rule, program)
+        self._parts: list[_Rows] = []
+        self._by = rule.by if isinstance(rule, Shift) else None
+        self._stacks = isinstance(rule, Stack)
+        self._whole: np.ndarray | None = None
+        match rule:
+            case Concat(parts) | Stack(parts):
+                self._parts = [_Rows(part, program, checkpoint, bits) for part in parts]
+            case Shift(of):
+                self._parts = [_Rows(of, program, checkpoint, bits)]
+            case _:
+                self._whole = evaluate(rule, bits, program.constants)  # a view, unless parts of it are joined below
+
+    def blocks(self, multiple: int) -> Iterator[np.ndarray]:
+        """Blocks of rows whose number is a multiple of `multiple`, the last one aside; a scalar is one block."""
+        if not self._shape:
+            yield self.read(0, 1)
+            return
+        row_bytes = 4 * max(int(np.prod(self._shape[1:])), 1)
+        step = max(BLOCK_BYTES // row_bytes // multiple, 1) * multiple
+        for start in range(0, self._shape[0], step):
+            yield self.read(start, min(start + step, self._shape[0]))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if self._whole is not None:
+            return self._whole[start:stop] if self._shape else self._whole
+        if self._by is not None:
+            return widen(self._parts[0].read(start, stop)) + np.float32(self._by)
+        if self._stacks:
+            return _joined([part.all()[None] for part in self._parts[start:stop]])
+        found, at = [], 0
+        for part in self._parts:
+            size = part._shape[0]
+            if at < stop and start < at + size:
+                found.append(part.read(max(start - at, 0), min(stop - at, size)))
+            at += size
+        return _joined(found)
+
+    def all(self) -> np.ndarray:
+        return self.read(0, self._shape[0] if self._shape else 1)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [widen(array) for array in arrays]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _names(rule: WeightRule, checkpoint: Checkpoint) -> Iterator[str]:
+    """The tensors of this checkpoint that a rule reads."""
+    return (next(name for name in source.names if name in checkpoint) for source in rule_sources(rule))
+
+
+def _constants(rule: WeightRule) -> Iterator[str]:
+    if isinstance(rule, Constant):
+        yield rule.name
+    parts = getattr(rule, "parts", None) or filter(None, (getattr(rule, "of", None),))
+    for part in parts:
+        yield from _constants(part)
+
+
+class _Bits(Mapping[str, np.ndarray]):
+    """A checkpoint read as it is stored, so that a bfloat16 tensor is packed without a float32 copy of it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._checkpoint.raw(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint)
