@@ -18,7 +18,7 @@ from xllm.inspection.explain import owner_of
 
 UNFOLDED = ".unfolded"
 # Facts that follow from the rest of the artifact, or that have a part of their own below.
-DERIVED = ("digest", "files", "passes", "pipeline", "program", "schema", "weights_header")
+DERIVED = ("digest", "files", "passes", "pipeline", "program", "schema", "weight_origins", "weights_header")
 CONTEXT_LINES = 1
 
 
