@@ -14,7 +14,7 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
 BUDGET = {
-    "xllm/ir": 1600,
+    "xllm/ir": 2000,
     "xllm/frontend": 2500,
     "xllm/passes": 4000,
     "xllm/targets": 2200,

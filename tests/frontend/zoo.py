@@ -62,14 +62,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **{**_SIZES, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2}
     ),
 }
+_DELTA: dict[str, Any] = {
+    **_SIZES, "num_hidden_layers": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+    "layer_types": [*["linear_attention"] * 4, "full_attention", "linear_attention"],
+}  # fmt: skip
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(**_DELTA, head_dim=16, num_experts=0),
+    "olmo-hybrid": lambda: transformers.OlmoHybridConfig(**_DELTA, linear_allow_neg_eigval=True),
+}
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
+ALL = {**CONFIGS, **ROPES, **HYBRIDS}
 STEPWISE = ("llama-dynamic", "llama-longrope")  # families whose reference depends on how the prompt is cut
 
 
 @cache
 def captured(name: str, full: bool = False) -> Program:
     """The program of a family; treat it as read-only."""
-    return capture_config({**CONFIGS, **ROPES}[name](), name=name, max_len=MAX_LEN, full=full, max_seqs=4)
+    return capture_config(ALL[name](), name=name, max_len=MAX_LEN, full=full, max_seqs=4)
 
 
 @cache
@@ -80,7 +90,7 @@ def stamped(name: str) -> Program:
 @cache
 def reference(name: str) -> tuple[dict[str, np.ndarray], list[Tensor], list[Tensor]]:
     """State dict, token ids of two sequences, and transformers' own eager logits for every token of them."""
-    config = {**CONFIGS, **ROPES}[name]()
+    config = ALL[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
@@ -97,7 +107,7 @@ def reference(name: str) -> tuple[dict[str, np.ndarray], list[Tensor], list[Tens
 def mixed_logits(program: Program, name: str) -> list[Tensor]:
     """Logits of every token of the two sequences, run in slots 3 and 1: prompts in chunks, mixed, then decode steps."""
     state, ids, _ = reference(name)
-    weights, kv = bind(program, state), empty_state(program, slots=4, tokens=MAX_LEN)
+    weights, empty = bind(program, state), empty_state(program, slots=4, tokens=MAX_LEN)
     steps = [((0, 9),), ((9, 12), (0, 7)), ((12, 14), (7, 8)), *(((14 + i, 15 + i), (8 + i, 9 + i)) for i in range(13))]
     steps += [tuple(((27, 30), (21, 21)))]
     logits: list[list[Tensor]] = [[], []]
@@ -106,7 +116,7 @@ def mixed_logits(program: Program, name: str) -> list[Tensor]:
         positions = torch.cat([torch.arange(a, b) for a, b in spans])
         slots = torch.cat([torch.full((b - a,), (3, 1)[n]) for n, (a, b) in enumerate(spans)])
         inputs = {"ids": tokens, "positions": positions, "slots": slots, "last": torch.arange(len(tokens))}
-        rows = run(program, {**{key: part.int() for key, part in inputs.items()}, "kv": kv}, weights)
+        rows = run(program, {**{key: part.int() for key, part in inputs.items()}, **empty}, weights)
         for n, part in enumerate(rows.split([b - a for a, b in spans])):
             logits[n].append(part)
     return [torch.cat(parts) for parts in logits]

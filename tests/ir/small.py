@@ -23,12 +23,12 @@ HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 16, 24, 4, 2, 4
 class Builder:
     """A step program under construction. `call` adds an operator, `weight` a parameter, `finish` gives the program."""
 
-    def __init__(self, layers: int = 1) -> None:
+    def __init__(self, layers: int = 1, fixed_floats: int = 0) -> None:
         shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
         self.graph = fx.Graph()
         sizes = {name: _symbol(shapes, name, hint) for name, hint in (("T", 1009), ("S", 211))}
-        kv = tuple(KVLayer(KV_HEADS, HEAD_DIM, HEAD_DIM) for _ in range(layers))
+        kv = tuple(KVLayer(KV_HEADS, HEAD_DIM, HEAD_DIM, fixed_floats=fixed_floats) for _ in range(layers))
         self.program = Program(
             name="small",
             graph=self.graph,
@@ -46,6 +46,8 @@ class Builder:
         self.last = self._input("last", (sizes["S"],), torch.int32)
         width = KV_HEADS * 2 * HEAD_DIM
         self.kv = self._input("kv", (layers, 4, 32, width), torch.float32)
+        if fixed_floats:
+            self.fixed = self._input("fixed", (layers, 4, fixed_floats), torch.float32)
 
     def call(self, target: Callable[..., Any], *args: Any, path: str = "", **kwargs: Any) -> fx.Node:
         like = fx.Node(self.graph, "like", "call_function", torch.relu, (), {})
@@ -83,9 +85,9 @@ class Builder:
         return node
 
 
-def small(body: Callable[[Builder, fx.Node], fx.Node], layers: int = 1) -> Program:
+def small(body: Callable[[Builder, fx.Node], fx.Node], layers: int = 1, fixed_floats: int = 0) -> Program:
     """Embedding, then what `body(builder, x [T, HIDDEN])` gives for each layer, then the output head."""
-    builder = Builder(layers)
+    builder = Builder(layers, fixed_floats)
     x = builder.call(
         xllm.embedding.default, builder.ids, builder.weight("model.embed_tokens.weight", VOCAB, HIDDEN),
         path="model.embed_tokens",
@@ -100,6 +102,22 @@ def attend(b: Builder, x: fx.Node) -> fx.Node:
     parts = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
     q, k, v = (heads(b, b.linear(x, name, count * HEAD_DIM), count) for name, count in parts.items())
     return attention(b, q, k, v)
+
+
+RECURRENT_FLOATS = HIDDEN * 2 + HEADS * HEAD_DIM * HEAD_DIM
+
+
+def recur(b: Builder, x: fx.Node) -> fx.Node:
+    """A convolution of three taps and a delta rule behind it, beside attention: a layer with both kinds of state."""
+    layer, place = b.layer or 0, (b.positions, b.slots, b.layer or 0)
+    mixed = b.call(xllm.causal_conv.default, b.fixed, x, b.weight("conv.weight", HIDDEN, 3), None, *place, 0, "silu")
+    q, k, v = (b.call(aten.reshape.default, mixed, [-1, HEADS, HEAD_DIM]) for _ in range(3))
+    decay, beta = b.linear(x, "a_proj", HEADS), b.linear(x, "b_proj", HEADS)
+    offset = HIDDEN * 2
+    seen = b.call(
+        xllm.gated_delta.default, b.fixed, q, k, v, decay, beta, b.positions, b.slots, layer, offset, 0.5, 1e-6
+    )
+    return b.call(aten.add.Tensor, attend(b, x), b.call(aten.reshape.default, seen, [-1, HIDDEN]))
 
 
 def heads(b: Builder, x: fx.Node, count: int) -> fx.Node:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.fx as fx
 
-from tests.ir.small import HEAD_DIM, HEADS, KV_HEADS, aten, attend, small, xllm
+from tests.ir.small import HEAD_DIM, HEADS, KV_HEADS, RECURRENT_FLOATS, aten, attend, recur, small, xllm
 from xllm.ir import KVLayer, LayerSource, Program, Weight, verify
 from xllm.ir.verify import RULES, VerifyError
 
@@ -150,7 +151,42 @@ def return_tokens(program: Program) -> str:
     return "output"
 
 
+def drop_recurrent_state(program: Program) -> str:
+    program.kv = tuple(replace(layer, fixed_floats=0) for layer in program.kv)
+    return ""
+
+
+def keep_too_much(program: Program) -> str:
+    program.kv = (replace(program.kv[0], fixed_floats=RECURRENT_FLOATS - 1), *program.kv[1:])
+    return node_of(program, xllm.gated_delta.default).name
+
+
+def share_floats(program: Program) -> str:
+    node = node_of(program, xllm.gated_delta.default, 1)
+    node.update_arg(9, 8)
+    return node.name
+
+
+def recur_elsewhere(program: Program) -> str:
+    node = node_of(program, xllm.causal_conv.default)
+    node.update_arg(6, 7)
+    return node.name
+
+
+def return_state(program: Program) -> str:
+    node = node_of(program, xllm.rows.default)
+    node.update_arg(0, program.input("fixed"))
+    node.target = aten.index.Tensor
+    return node.name
+
+
+RECURRENT = (drop_recurrent_state, keep_too_much, share_floats, recur_elsewhere, return_state)
 MUTATIONS: dict[Mutation, str] = {
+    drop_recurrent_state: "inputs_are_the_step",
+    keep_too_much: "recurrent_state_is_apart",
+    share_floats: "recurrent_state_is_apart",
+    recur_elsewhere: "recurrent_state_is_apart",
+    return_state: "state_stays_in_the_dialect",
     rename_input: "inputs_are_the_step",
     swap_lengths: "inputs_are_the_step",
     widen_ids: "inputs_are_the_step",
@@ -183,9 +219,16 @@ def legal() -> Program:
     return program
 
 
+@pytest.fixture(scope="module")
+def recurrent() -> Program:
+    program = small(recur, layers=2, fixed_floats=RECURRENT_FLOATS)
+    verify.verify(program)
+    return program
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_refuses(legal: Program, mutation: Mutation) -> None:
-    program = legal.copy()
+def test_refuses(legal: Program, recurrent: Program, mutation: Mutation) -> None:
+    program = (recurrent if mutation in RECURRENT else legal).copy()
     at = mutation(program)
     with pytest.raises(VerifyError) as caught:
         verify.verify(program)

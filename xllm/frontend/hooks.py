@@ -6,8 +6,8 @@ The attention function is registered on the instances transformers' modules read
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xllm.errors import CompileError
 from xllm.frontend.layers import Stack, Walk
+from xllm.frontend.recurrent import RecurrentCalls, Tokens
 from xllm.ir.program import KVLayer
 
 HOOK = "xllm"
@@ -32,6 +33,7 @@ class StepInputs:
     slots: Tensor
     last: Tensor
     kv: Tensor
+    fixed: Tensor
 
 
 class Step(nn.Module):
@@ -42,9 +44,9 @@ class Step(nn.Module):
         self.model = model
         self.__dict__["_session"] = session
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, kv: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, kv: Tensor, fixed: Tensor) -> Tensor:
         position_ids = positions.unsqueeze(0)
-        self.__dict__["_session"].inputs = StepInputs(positions, position_ids, slots, last, kv)
+        self.__dict__["_session"].inputs = StepInputs(positions, position_ids, slots, last, kv, fixed)
         return self.model(input_ids=ids.unsqueeze(0), position_ids=position_ids, use_cache=False).logits.select(0, 0)
 
 
@@ -56,6 +58,8 @@ class Session:
         self._layer_of: dict[nn.Module, int] = {}
         self._names: list[str] = []
         self._kv: dict[int, KVLayer] = {}
+        self._traced: int | None = None  # the captured layer whose forward is running
+        self._recurrent = RecurrentCalls(self._tokens, self._running)
 
     @contextmanager
     def registered(self) -> Iterator[None]:
@@ -77,7 +81,12 @@ class Session:
             layer = stack.layers[real]
             self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
             self._layer_of.update({module: captured for module in layer.modules()})
-            layer.register_forward_hook(partial(self._check_attended, captured))
+            layer.register_forward_pre_hook(partial(self._enter, captured))
+            layer.register_forward_hook(partial(self._leave, captured))
+
+    def lifted(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For the time of the trace, calls of recurrent functions in the model's modules become operators."""
+        return self._recurrent.lifted(model)
 
     def index(self, position_ids: Tensor) -> Tensor:
         """Row index [T] for the positions a rotary module was asked for."""
@@ -132,19 +141,37 @@ class Session:
 
     def kv_layers(self) -> tuple[KVLayer, ...]:
         """What each captured layer keeps."""
-        return tuple(self._kv[captured] for captured in range(len(self._names)))
+        none, floats = KVLayer(0, 0, 0), self._recurrent.floats
+        return tuple(
+            replace(self._kv.get(captured, none), fixed_floats=floats.get(captured, 0))
+            for captured in range(len(self._names))
+        )
 
-    def _check_attended(self, captured: int, *called: Any) -> None:
-        """Forward hook of a captured layer: refuses one that ran without calling attention."""
-        if captured not in self._kv:
-            raise CompileError(
-                "a layer mixes tokens by other means than transformers' attention interface",
-                code="recurrent-layer",
-                pass_name="capture",
-                where=self._names[captured],
-                node="no attention call",
-                try_="a model whose every layer attends through it (recurrent and convolutional layers do not)",
-            )
+    def _tokens(self) -> Tokens:
+        assert self.inputs is not None
+        return Tokens(self.inputs.fixed, self.inputs.positions, self.inputs.slots)
+
+    def _running(self) -> tuple[str, int | None]:
+        return ("" if self._traced is None else self._names[self._traced]), self._traced
+
+    def _enter(self, captured: int, *called: Any) -> None:
+        """Forward pre-hook of a captured layer."""
+        self._traced = captured
+
+    def _leave(self, captured: int, *called: Any) -> None:
+        """Forward hook of a captured layer: refuses one whose tokens meet by other means than our operators."""
+        self._traced = None
+        recurrent = self._recurrent
+        if captured in recurrent.complete or (captured in self._kv and captured not in recurrent.floats):
+            return
+        raise CompileError(
+            "a layer mixes tokens by other means than transformers' attention interface or a gated delta rule",
+            code="recurrent-layer",
+            pass_name="capture",
+            where=self._names[captured],
+            node="no attention call",
+            try_="a model whose every layer attends, or recurs, through these (other recurrent layers do not)",
+        )
 
     def _place(self, module: nn.Module, mask: Any, rest: dict[str, Any]) -> int:
         """The captured layer of an attention call, after refusing what our operator does not compute."""

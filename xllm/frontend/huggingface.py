@@ -28,9 +28,10 @@ from xllm.frontend.layers import LastOutput, SkippedLayer, choose_walk, every_la
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, Dim, Program, Source, Weight, path_of
+from xllm.ir.program import Constant, Dim, Program, Source, Weight, path_of, state_shapes
 
 DEFAULT_MAX_LEN = 32768
+_UNKNOWN_FLOATS = 1 << 40  # of state while tracing: only the trace says what layers keep; on meta it costs nothing
 
 
 def capture(
@@ -73,7 +74,8 @@ def capture_config(
         _skip_layers(model, stack.path, walk.layers)
         constants = _lift_rotary(model, session, place, length)
         session.follow(stack, walk)
-        exported = _export(model, session)
+        with session.lifted(model):
+            exported = _export(model, session)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
     kv = session.kv_layers()
@@ -212,8 +214,8 @@ def _export(model: nn.Module, session: Session) -> ExportedProgram:
     dimensions = {size for part in model.parameters() for size in part.shape}
     count, wanted = [size for size in (53, 59, 61, 67, 71, 73, 79, 83, *range(97, 9973)) if size not in dimensions][:2]
     arguments = [torch.zeros(size, dtype=torch.int32, device="meta") for size in (count, count, count, wanted)]
-    state = torch.zeros(1, 1, 1, 1, device="meta")
-    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None)
+    state = (torch.zeros(1, 1, 1, 1, device="meta"), torch.zeros(1, 1, _UNKNOWN_FLOATS, device="meta"))
+    shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None, None)
     decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(decoder, nn.Module):
         raise CompileError(
@@ -224,7 +226,7 @@ def _export(model: nn.Module, session: Session) -> ExportedProgram:
         )
     decoder.register_forward_hook(session.keep_last_rows)
     try:
-        return torch.export.export(Step(model, session), (*arguments, state), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(Step(model, session), (*arguments, *state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error
 
@@ -274,10 +276,13 @@ class _Tensors:
 
 
 def _type_state(program: Program, max_seqs: int, length: int) -> None:
-    """Gives the kv input the type the dialect states: [layers, slots, tokens, width of the widest layer]."""
-    state = program.input("kv")
-    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
-    state.meta["val"] = state.meta["val"].new_empty((len(program.kv), max_seqs, length, width))
+    """Gives the state inputs the types the dialect states; one that nothing is kept in goes."""
+    shapes = state_shapes(program, max_seqs, length)
+    for state in program.states():
+        if str(state.target) in shapes:
+            state.meta["val"] = state.meta["val"].new_empty(shapes[str(state.target)])
+        else:
+            program.graph.erase_node(state)
 
 
 def _refuse_foreign(program: Program) -> None:

@@ -158,10 +158,12 @@ def _described(value: Any) -> str:
 
 
 def _counters(facts: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The attributes that merely count layers: index plus a constant in every layer."""
+    """The attributes that merely count layers: index plus a constant in every layer that has them."""
     counters = set()
-    for key, first in facts[0].items():
-        if isinstance(first, int) and all(found.get(key) == first + i for i, found in enumerate(facts)):
+    for key in {key for found in facts for key in found}:
+        held = [(index, found[key]) for index, found in enumerate(facts) if key in found]
+        first, value = held[0]
+        if isinstance(value, int) and all(other == value + index - first for index, other in held):
             counters.add(key)
     return counters
 

@@ -90,8 +90,8 @@ class _Stamper:
             layers=tuple(LayerSource(real, (real,)) for real in range(depth)),
             layers_path=program.layers_path,
         )
-        state = stamped.input("kv")
-        state.meta["val"] = state.meta["val"].new_empty((depth, *state.meta["val"].shape[1:]))
+        for state in stamped.states():
+            state.meta["val"] = state.meta["val"].new_empty((depth, *state.meta["val"].shape[1:]))
         return stamped
 
     def _outside(self) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -11,11 +11,11 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-from xllm.ir.program import Constant, Program, evaluate
+from xllm.ir.program import Constant, Program, evaluate, state_shapes
 
 
 def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; kv, which is written to);
+    """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; the state, which is written to);
     `weights` by `get_attr` target (see `bind`). Raises KeyError for a missing input or weight.
     """
     device = inputs["ids"].device
@@ -42,12 +42,12 @@ def bind(program: Program, read: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return made
 
 
-def empty_state(program: Program, slots: int, tokens: int) -> Tensor:
-    """The kv input for `run`: [layers, slots, tokens, width of the widest layer], float32 NaN, so that reading
-    unwritten rows shows.
+def empty_state(program: Program, slots: int, tokens: int) -> dict[str, Tensor]:
+    """The state inputs for `run`, float32 NaN, so that reading what was never written shows: kv [layers, slots, tokens,
+    width of the widest layer], and fixed [layers, slots, floats of the layer that keeps most] where a layer keeps any.
     """
-    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
-    return torch.full((len(program.kv), slots, tokens, width), float("nan"))
+    shapes = state_shapes(program, slots, tokens)
+    return {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
 
 
 def _weight(program: Program, name: str, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:

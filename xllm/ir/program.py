@@ -1,8 +1,9 @@
 """What a program is: one FX graph, the weights it reads, the state it mutates, and how its layers repeat.
 
 The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> logits[S, V]`, over the flattened tokens
-of all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`; the KV cache is the one
-mutable input. Plans are side tables keyed by node name and never live in the graph.
+of all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`. State is the only mutable
+input: the KV cache, and behind it `fixed` where layers keep what does not grow. Plans are side tables keyed by node
+name and never live in the graph.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch.fx as fx
+
+STATES = ("kv", "fixed")
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,15 @@ class Program:
         return (node for node in self.graph.nodes if node.op == "call_function")
 
     def input(self, name: str) -> fx.Node:
-        """The placeholder called `name` (ids, positions, slots, last, kv)."""
+        """The placeholder called `name` (ids, positions, slots, last, kv; fixed where a layer is recurrent)."""
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.target == name:
                 return node
         raise KeyError(f"program {self.name} has no input {name!r}")
+
+    def states(self) -> frozenset[fx.Node]:
+        """The mutable inputs."""
+        return frozenset(node for node in self.graph.nodes if node.op == "placeholder" and node.target in STATES)
 
     def output(self) -> fx.Node:
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
@@ -168,6 +175,18 @@ class Program:
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
         weights, constants = dict(self.weights), dict(self.constants)
         return Program(self.name, graph, self.dims, weights, constants, self.kv, self.layers, self.layers_path)
+
+
+def state_shapes(program: Program, slots: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each state input, as the dialect declares it: kv [layers, slots, tokens, width], fixed [layers, slots,
+    floats], each as wide as the layer that needs most.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in program.kv)
+    shapes["kv"] = (len(program.kv), slots, tokens, width)
+    if floats := max(layer.fixed_floats for layer in program.kv):
+        shapes["fixed"] = (len(program.kv), slots, floats)
+    return shapes
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:

@@ -55,6 +55,8 @@ def text(
     lines = ["// xllm ir 1 · " + " · ".join(head), *(f"// {note}" for note in notes), "program step {"]
     lines += [f"  dim {dim.name} in [{dim.min}, {dim.max}]" for dim in program.dims]
     lines.append(f"  state %kv : {_kv_text(program)}")
+    if fixed := _fixed_text(program):
+        lines.append(f"  state %fixed : {fixed}")
     for group in _folded(_groups(program, names, columns), unfold):
         if group.layers:
             lines += [f"  layer {_ranges(group.layers)} {{", *(f"    {line}" for line in group.lines()), "  }"]
@@ -215,9 +217,21 @@ def _ranges(numbers: tuple[int, ...]) -> str:
 
 
 def _kv_text(program: Program) -> str:
-    kinds: dict[str, int] = {}
+    kinds = [f"{layer.kv_heads} x ({layer.key_dim} + {layer.value_dim})" for layer in program.kv]
+    kept = [kind if layer.kv_heads else "" for kind, layer in zip(kinds, program.kv, strict=True)]
+    return " and ".join(f"{text} per token" for text in _counted(program, kept)) or "nothing"
+
+
+def _fixed_text(program: Program) -> str:
+    kept = [f"{layer.fixed_floats} floats" if layer.fixed_floats else "" for layer in program.kv]
+    return " and ".join(f"{text} per sequence" for text in _counted(program, kept))
+
+
+def _counted(program: Program, kinds: list[str]) -> list[str]:
+    """How many layers of the model are of each kind; "" is none."""
     depth = {layer.index: len(layer.stands_for) for layer in program.layers}
-    for index, layer in enumerate(program.kv):
-        kind = f"{layer.kv_heads} x ({layer.key_dim} + {layer.value_dim})"
-        kinds[kind] = kinds.get(kind, 0) + depth.get(index, 1)
-    return " and ".join(f"{count} layers of {kind} per token" for kind, count in kinds.items()) or "nothing"
+    counts: dict[str, int] = {}
+    for index, kind in enumerate(kinds):
+        if kind:
+            counts[kind] = counts.get(kind, 0) + depth.get(index, 1)
+    return [f"{count} layers of {kind}" for kind, count in counts.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xllm.ir.build import fake_mode, fake_value
 from xllm.ir.effects import effects, is_symbolic, named_arguments, operator_of
-from xllm.ir.program import KVLayer, Program, layer_of
+from xllm.ir.program import STATES, KVLayer, Program, layer_of
 
 INPUTS = ("ids", "positions", "slots", "last", "kv")
 _NAMESPACES = ("aten", "xllm")
@@ -44,15 +45,18 @@ def verify(program: Program) -> None:
 
 
 def inputs_are_the_step(program: Program) -> None:
-    """ids, positions and slots [T] int32, last [S] int32, kv [layers, slots, tokens, width] float32."""
+    """ids, positions and slots [T] int32, last [S] int32, kv [layers, slots, tokens, width] float32; and fixed [layers,
+    slots, floats] float32 where a layer keeps what does not grow.
+    """
     names = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
-    if names != INPUTS:
-        raise VerifyError(None, f"inputs are {names}, a step takes {INPUTS}")
+    takes = (*INPUTS, "fixed") if any(layer.fixed_floats for layer in program.kv) else INPUTS
+    if names != takes:
+        raise VerifyError(None, f"inputs are {names}, a step takes {takes}")
     lengths = {}
-    for name in INPUTS:
+    for name in takes:
         node = program.input(name)
         value = node.meta.get("val")
-        wanted = (4, torch.float32) if name == "kv" else (1, torch.int32)
+        wanted = ({"kv": 4, "fixed": 3}[name], torch.float32) if name in STATES else (1, torch.int32)
         if not isinstance(value, torch.Tensor) or (value.dim(), value.dtype) != wanted:
             raise VerifyError(node, f"input {name} is {type_key(value)}, a step takes rank {wanted[0]} of {wanted[1]}")
         lengths[name] = str(value.shape[0])
@@ -94,7 +98,7 @@ def weights_exist(program: Program) -> None:
 
 
 def only_state_is_mutated(program: Program) -> None:
-    states = frozenset({program.input("kv")})
+    states = program.states()
     for node in program.calls():
         for written in effects(node, states).writes:
             if written not in states:
@@ -103,30 +107,55 @@ def only_state_is_mutated(program: Program) -> None:
 
 def state_stays_in_the_dialect(program: Program) -> None:
     """Only operators of the dialect touch the state, directly: a view of it would hide a dependence."""
-    for node in program.input("kv").users:
+    for node in (user for state in program.states() for user in state.users):
         found = operator_of(node)
         if found is None or found.namespace != "xllm":
-            raise VerifyError(node, "touches the KV state; only operators of the dialect may")
+            raise VerifyError(node, "touches the state; only operators of the dialect may")
 
 
 def state_is_written_before_it_is_read(program: Program) -> None:
-    """Each layer's state is written once, by a call of the shape the state table says, and read only after that."""
+    """Each layer's KV is written once, by a call of the shape the state table says, and read only after that."""
     states = frozenset({program.input("kv")})
     written: set[int] = set()
     for node in program.calls():
         found = effects(node, states)
         if not found.reads:
             continue
-        layer = named_arguments(node).get("layer")
-        if not isinstance(layer, int) or not 0 <= layer < len(program.kv):
-            raise VerifyError(node, f"names layer {layer} of a state of {len(program.kv)} layers")
-        if (kept := _kept(node)) is not None and kept != program.kv[layer]:
-            raise VerifyError(node, f"keeps {kept} for layer {layer}, the state table says {program.kv[layer]}")
+        layer = _layer_named(node, program)
+        held = replace(program.kv[layer], fixed_floats=0)
+        if (kept := _kept(node)) is not None and kept != held:
+            raise VerifyError(node, f"keeps {kept} for layer {layer}, the state table says {held}")
         if found.writes and layer in written:
             raise VerifyError(node, f"writes the state of layer {layer} a second time")
         if not found.writes and layer not in written:
             raise VerifyError(node, f"reads the state of layer {layer} before anything is written there")
         written.add(layer)
+
+
+def recurrent_state_is_apart(program: Program) -> None:
+    """Each call on what does not grow keeps a span of its own, inside the floats the state table gives its layer."""
+    fixed = frozenset(node for node in program.states() if node.target == "fixed")
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for node in program.calls():
+        if not effects(node, fixed).reads:
+            continue
+        layer, floats = _layer_named(node, program), program.kv[_layer_named(node, program)].fixed_floats
+        start = named_arguments(node)["offset"]
+        stop = start + fixed_floats(node)
+        if not 0 <= start <= stop <= floats:
+            raise VerifyError(node, f"keeps floats {start} to {stop} for layer {layer}, the state table says {floats}")
+        if any(start < end and begin < stop for begin, end in taken.setdefault(layer, [])):
+            raise VerifyError(
+                node, f"keeps floats {start} to {stop} of layer {layer}, where another call keeps its own"
+            )
+        taken[layer].append((start, stop))
+
+
+def _layer_named(node: fx.Node, program: Program) -> int:
+    layer = named_arguments(node).get("layer")
+    if not isinstance(layer, int) or not 0 <= layer < len(program.kv):
+        raise VerifyError(node, f"names layer {layer} of a state of {len(program.kv)} layers")
+    return layer
 
 
 def layers_are_contiguous(program: Program) -> None:
@@ -214,6 +243,20 @@ def _kept(node: fx.Node) -> KVLayer | None:
     return None
 
 
+def fixed_floats(node: fx.Node) -> int:
+    """Floats that a call on the recurrent state keeps of each sequence. Raises VerifyError for an unknown operator."""
+    given = named_arguments(node)
+    found = operator_of(node)
+    match found._opname if found is not None else "":
+        case "causal_conv":
+            channels, taps = given["weight"].meta["val"].shape
+            return channels * (taps - 1)
+        case "gated_delta":
+            _, heads, width = given["v"].meta["val"].shape
+            return heads * given["k"].meta["val"].shape[2] * width
+    raise VerifyError(node, "is not known to keep a state that does not grow")
+
+
 RULES: tuple[Callable[[Program], None], ...] = (
     values_are_typed,
     inputs_are_the_step,
@@ -223,6 +266,7 @@ RULES: tuple[Callable[[Program], None], ...] = (
     only_state_is_mutated,
     state_stays_in_the_dialect,
     state_is_written_before_it_is_read,
+    recurrent_state_is_apart,
     layers_are_contiguous,
     types_match_operators,
     output_is_logits,

@@ -40,7 +40,7 @@ class ChooseKernels(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         reader, target = Reader(program), context.target
         kv = target.kv_layout(tuple(LayerState(*astuple(layer)) for layer in program.kv), context.kv_dtype)
-        states = frozenset({program.input("kv")})
+        states = program.states()
         choices: dict[str, Choice] = {}
         misses = []
         for node in program.calls():
@@ -54,7 +54,7 @@ class ChooseKernels(Pass):
             touched = effects(node, states)
             if touched.reads or touched.writes:
                 raise CompileError(
-                    f"{operation.op} works on the KV state and {target.name} has no kernel for it: {lowered.why}",
+                    f"{operation.op} works on the state and {target.name} has no kernel for it: {lowered.why}",
                     code="no-kernel",
                     pass_name=self.name(),
                     node=node.name,

@@ -79,5 +79,5 @@ def run_steps(
     program: Program, sources: Mapping[str, np.ndarray], steps: list[dict[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """Logits of each step, one state carried through."""
-    weights, kv = bind(program, sources), empty_state(program, slots=2, tokens=16)
-    return [run(program, {**step, "kv": kv}, weights) for step in steps]
+    weights, state = bind(program, sources), empty_state(program, slots=2, tokens=16)
+    return [run(program, {**step, **state}, weights) for step in steps]

@@ -12,7 +12,7 @@ import torch.fx as fx
 from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.ir.effects import named_arguments
-from xllm.ir.program import arguments, path_of
+from xllm.ir.program import STATES, arguments, path_of
 from xllm.plan import ELEMENT_BYTES
 from xllm.targets.base import Extent, Operation, Tensor
 
@@ -49,7 +49,7 @@ class Reader:
         if base.op == "get_attr":
             return Tensor(str(base.target), "weight", shape, "float32")
         if base.op == "placeholder":
-            return Tensor(str(base.target), "state" if base.target == "kv" else "input", shape, _dtype(value, node))
+            return Tensor(str(base.target), "state" if base.target in STATES else "input", shape, _dtype(value, node))
         return Tensor(self.owner(node), "value", shape, _dtype(value, node))
 
     def results(self, node: fx.Node) -> tuple[Tensor, ...]:

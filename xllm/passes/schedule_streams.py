@@ -62,7 +62,7 @@ class ScheduleStreams(Pass):
 def dependences(program: Program) -> nx.DiGraph:
     """Which call must wait for which: through values, and through state (a layer's KV is written, then read)."""
     graph = nx.DiGraph()
-    states = frozenset({program.input("kv")})
+    states = program.states()
     touched: list[tuple[str, bool, object]] = []
     for node in program.calls():
         if is_alias(node) or node.name not in program.plans["kernels"]:

@@ -4,7 +4,7 @@ The torch body of an operator is its definition and its fallback. Shapes are ove
 sequences of a step, S rows whose logits are wanted, H heads of width D. Everything computes in float32.
 """
 
-from xllm.ir.dialect import activation, attention, encode, linear, norm, rope
+from xllm.ir.dialect import activation, attention, encode, linear, norm, recurrent, rope
 from xllm.ir.dialect.library import NAMESPACE, operators
 
-__all__ = ["NAMESPACE", "activation", "attention", "encode", "linear", "norm", "operators", "rope"]
+__all__ = ["NAMESPACE", "activation", "attention", "encode", "linear", "norm", "operators", "recurrent", "rope"]

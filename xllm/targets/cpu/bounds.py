@@ -42,7 +42,8 @@ def check_bounds(plan: Plan, vocab: int, max_len: int) -> None:
 
 
 def reach(kernel: str, ints: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that `kernel` ("linear.bf16") touches of each argument: per row, and once ("state": of a group of tokens).
+    """Bytes that `kernel` ("linear.bf16") touches of each argument: per row, and once ("state": of a group of tokens;
+    "fixed": where its part of what does not grow ends).
 
     Raises KeyError for an unknown kernel or a missing int.
     """
@@ -77,6 +78,8 @@ def _check_call(plan: Plan, call: Call, max_len: int) -> None:
                     raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
     if "state" in once:
         _check_state(plan, call, once["state"], where)
+    if "fixed" in once:
+        _check_fixed(plan, call, once["fixed"], where)
 
 
 def _check_state(plan: Plan, call: Call, size: int, where: str) -> None:
@@ -85,6 +88,13 @@ def _check_state(plan: Plan, call: Call, size: int, where: str) -> None:
     _require(ints["group_bytes"] == kv.group_bytes, f"{where}: groups have {kv.group_bytes} bytes, not group_bytes")
     end = ints["layer_offset"] + size
     _require(end <= kv.group_bytes, f"{where}: its layer ends at {end} in a group of {kv.group_bytes} bytes")
+
+
+def _check_fixed(plan: Plan, call: Call, end: int, where: str) -> None:
+    """What does not grow lies `back` bytes before the groups: it must begin in the span, and end before they do."""
+    back, size = call.ints["back"], plan.kv.fixed_bytes
+    _require(back <= size and back % 4 == 0, f"{where}: it goes back {back} bytes, {size} do not grow")
+    _require(end <= back, f"{where}: its state ends at {end}, {back} bytes lie before the groups")
 
 
 def _held(plan: Plan, reference: str, bucket: Bucket) -> int:
