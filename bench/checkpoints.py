@@ -22,15 +22,29 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
         "max_position_embeddings": 40960, "bos_token_id": 151643, "eos_token_id": 151645,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 36, "hidden_size": 4096,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
+        "vocab_size": 151936, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960, "bos_token_id": 151643, "eos_token_id": 151645,
+    },
 }  # fmt: skip
 
 
 def write_checkpoint(
-    folder: str | Path, config: Mapping[str, Any], *, dtype: str = "bfloat16", seed: int = 0, tokenizer: bool = True
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    tokenizer: bool = True,
+    shard_bytes: int = 0,
 ) -> Path:
     """A checkpoint of `config` (a config.json) with random weights of the size a trained model has. Returns the folder.
 
-    dtype "float32" or "bfloat16". The tokenizer is byte-level with `vocab_size` entries, made up where bytes end.
+    dtype "float32" or "bfloat16". shard_bytes: where given, weights are zeros in sparse files of about that size, which
+    cost no disk: for measuring what large ones cost to compile. The tokenizer is byte-level with `vocab_size` entries,
+    made up where bytes end.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,7 +57,10 @@ def write_checkpoint(
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.get("tie_word_embeddings"):
         held.pop("lm_head.weight", None)
-    _write_safetensors(root / "model.safetensors", held, dtype, seed)
+    if shard_bytes:
+        _write_sparse(root, held, dtype, shard_bytes)
+    else:
+        _write_safetensors(root / "model.safetensors", held, dtype, seed)
     eos = config.get("eos_token_id", 1)
     (root / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "do_sample": False}))
     if tokenizer:
@@ -89,6 +106,37 @@ def write_tokenizer(root: Path, vocab_size: int, eos: int) -> None:
 
 def _write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
     """Random tensors, streamed: norms near one, matrices of standard deviation 1 / sqrt(width)."""
+    head, _ = _header(shapes, dtype)
+    generator = np.random.default_rng(seed)
+    with file.open("wb") as out:
+        out.write(head)
+        for shape in shapes.values():
+            values = generator.standard_normal(shape, np.float32)
+            values = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(shape[-1] ** -0.5)
+            values = values.astype(np.float32)
+            out.write(_bfloat16(values).data if dtype == "bfloat16" else values.data)
+
+
+def _write_sparse(root: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> None:
+    """Shards of zeros that take no disk, and their index."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if _header(shards[-1], dtype)[1] >= shard_bytes:
+            shards.append({})
+        shards[-1][name] = shape
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        head, size = _header(shard, dtype)
+        file = root / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with file.open("wb") as out:
+            out.write(head)
+            out.truncate(len(head) + size)
+        places |= dict.fromkeys(shard, file.name)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, int]:
+    """The header of a safetensors file with these tensors, and the bytes behind it."""
     size, kind = (2, "BF16") if dtype == "bfloat16" else (4, "F32")
     header, at = {}, 0
     for name, shape in shapes.items():
@@ -97,14 +145,7 @@ def _write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype:
         at += count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = np.random.default_rng(seed)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
-            values = generator.standard_normal(shape, np.float32)
-            values = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(shape[-1] ** -0.5)
-            values = values.astype(np.float32)
-            out.write(_bfloat16(values).data if size == 2 else values.data)
+    return struct.pack("<Q", len(text)) + text, at
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class Reader:
         self.program = program
         symbol = {name: program.input(source).meta["val"].shape[0] for source, name in (("ids", "T"), ("last", "S"))}
         self._symbols = {str(size): name for name, size in symbol.items()}
+        self._extents: dict[Any, Extent] = {}  # a step has few sizes and many values
 
     def owner(self, node: fx.Node) -> str:
         """Name of the value whose memory `node` is: itself, or what a view or a tuple element looks at."""
@@ -73,6 +74,11 @@ class Reader:
         if isinstance(size, int):
             return size
         expression = sympy.sympify(size.node.expr if hasattr(size, "node") else size)
+        if expression not in self._extents:
+            self._extents[expression] = self._extent(expression, node)
+        return self._extents[expression]
+
+    def _extent(self, expression: Any, node: fx.Node) -> Extent:
         poly = expression.as_poly(*expression.free_symbols)
         if poly is None or not all(factor.is_integer for factor in poly.coeffs()):
             raise CompileError(

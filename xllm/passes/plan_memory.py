@@ -92,11 +92,16 @@ def find_conflicts(values: list[Value], schedule: Schedule) -> list[list[int]]:
         return not values[one].kept and needs[one] & ~before[values[other].made_by] == 0
 
     conflicts: list[list[int]] = [[] for _ in values]
-    for one in range(len(values)):
-        for other in range(one):
-            if not (over(one, other) or over(other, one)):
-                conflicts[one].append(other)
-                conflicts[other].append(one)
+    held: list[int] = []
+    in_order = len(set(schedule.stream.values())) == 1
+    place_of = {name: index for index, name in enumerate(schedule.order)}
+    for one in sorted(range(len(values)), key=lambda index: place_of[values[index].made_by]):
+        alive = [other for other in held if not over(other, one)]
+        for other in alive:
+            conflicts[one].append(other)
+            conflicts[other].append(one)
+        # On one stream what is over stays over, so that the work is linear in the number of layers.
+        held = [*(alive if in_order else held), one]
     return conflicts
 
 
@@ -127,25 +132,28 @@ def place(values: list[Value], conflicts: list[list[int]], dims: Mapping[str, in
 def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
     """Replays the schedule: raises CompileError when bytes are reused while a value in them is still needed.
 
-    Independent of `find_conflicts`: walks the bytes, not the lifetimes. Of two values that overlap in memory, one must
-    be dead (all its users happened before) when the other is made.
+    Independent of `find_conflicts` and of where `place` looked: of two values that overlap in memory, the one made
+    first must be dead (all its users happened before) when the other is made.
     """
     before = happens_before(schedule)
     place_of = {name: index for index, name in enumerate(schedule.order)}
-    spans = sorted(
-        ((arena.offsets[v.name], arena.offsets[v.name] + v.bytes.at(arena.sizes), v) for v in values),
-        key=lambda span: span[:2],
-    )
-    for index, (start, stop, value) in enumerate(spans):
+    in_order = len(set(schedule.stream.values())) == 1
+    inside: list[tuple[int, int, Value]] = []  # what earlier calls left in the arena
+    for value in sorted(values, key=lambda item: place_of[item.made_by]):
+        start = arena.offsets[value.name]
+        stop = start + value.bytes.at(arena.sizes)
         if start % ALIGN_BYTES or start < 0 or stop > arena.bytes:
             raise _broken(f"{value.name} lies at {start}..{stop} in an arena of {arena.bytes} bytes")
-        for other_start, _, other in spans[index + 1 :]:
-            if other_start >= stop:
-                break
-            first, second = sorted((value, other), key=lambda item: place_of[item.made_by])
-            dead = all(before[second.made_by] >> place_of[user] & 1 for user in (first.made_by, *first.used_by))
+        finished, needed = before[value.made_by], []
+        for span in inside:
+            first = span[2]
+            dead = all(finished >> place_of[user] & 1 for user in (first.made_by, *first.used_by))
             if first.kept or not dead:
-                raise _broken(f"{second.name} overwrites {first.name} before its last use")
+                if span[0] < stop and start < span[1]:
+                    raise _broken(f"{value.name} overwrites {first.name} before its last use")
+                needed.append(span)
+        # What is dead for one call of a stream is dead for those behind it; another stream may still come to it.
+        inside = [*(needed if in_order else inside), (start, stop, value)]
 
 
 def _broken(why: str) -> CompileError:
