@@ -1,0 +1,78 @@
+"""The same checkpoint gives the same bytes whoever compiles it, wherever and whenever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.checkpoints import write_checkpoint
+from tests.models import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+BUILD = """
+import os, sys, time
+os.umask(int(os.environ["BUILD_UMASK"], 8))
+import torch
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+shift = float(os.environ["BUILD_CLOCK_SHIFT"])
+now, now_ns = time.time, time.time_ns
+time.time, time.time_ns = lambda: now() + shift, lambda: now_ns() + int(shift * 1e9)
+from xllm.compiler import compile_checkpoint
+compile_checkpoint(sys.argv[1], sys.argv[2])
+"""
+PLACES: dict[str, dict[str, str]] = {
+    "here/out.xllm": {
+        "HOME": "/nowhere", "USER": "ada", "LOGNAME": "ada", "LANG": "C", "LC_ALL": "C", "TZ": "UTC",
+        "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "BUILD_UMASK": "022", "BUILD_CLOCK_SHIFT": "0",
+    },
+    "a deeper/ordner ü/other.name": {
+        "HOME": "/tmp", "USER": "grace", "LOGNAME": "grace", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
+        "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "3", "BUILD_UMASK": "077",
+        "BUILD_CLOCK_SHIFT": "1e8",
+    },
+}  # fmt: skip
+
+
+def entries(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Mode and bytes of every file, mode of every folder."""
+    found = (root, *sorted(root.rglob("*")))
+    return {
+        entry.relative_to(root).as_posix(): (entry.stat().st_mode, entry.read_bytes() if entry.is_file() else b"")
+        for entry in found
+    }
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    made = []
+    for place, variables in PLACES.items():
+        out = tmp_path_factory.mktemp("builds") / place
+        checkpoint = write_checkpoint(out.parent / "tiny", {**FAMILIES["qwen3"], "num_hidden_layers": 2})
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        command = [sys.executable, "-c", BUILD, str(checkpoint), str(out)]
+        done = subprocess.run(command, cwd=ROOT, env=kept | variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made.append(out)
+    return made
+
+
+def test_folder_home_user_locale_seed_threads_clock_and_umask_leave_no_trace(builds: list[Path]) -> None:
+    one, two = map(entries, builds)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def test_reusing_weights_changes_no_byte_and_is_told(builds: list[Path], tmp_path: Path) -> None:
+    from xllm.compiler import CompileOptions, compile_checkpoint
+
+    checkpoint, options = builds[0].parent / "tiny", CompileOptions(max_seqs=8)
+    report = compile_checkpoint(checkpoint, tmp_path / "reused.xllm", options, reuse=builds[0])
+    assert report.reused == report.weights > 0
+    assert f"reused {report.weights} of {report.weights} weights" in report.text()
+    fresh = compile_checkpoint(checkpoint, tmp_path / "fresh.xllm", options)
+    assert fresh.reused == 0 and "reused" not in fresh.text()
+    assert entries(tmp_path / "reused.xllm") == entries(tmp_path / "fresh.xllm")
