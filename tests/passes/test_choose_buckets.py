@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from tests.ir.small import attend, small
 from tests.passes.zoo import CONTEXT
 from xllm.passes import Context, run_pipeline
 from xllm.passes.choose_buckets import Buckets, ChooseBuckets, choose_sizes
+from xllm.passes.choose_kernels import ChooseKernels
 
 SIZES = st.lists(st.integers(1, 512), min_size=1, max_size=8, unique=True).map(sorted)
 
@@ -50,8 +51,31 @@ def chosen(context: Context, count: int = 5) -> Buckets:
 
 def test_buckets_follow_the_traffic() -> None:
     traffic = ((3, 100.0), (48, 50.0), (1000, 1.0))
-    buckets = chosen(Context(CONTEXT.target, traffic=traffic), 3)
-    assert buckets.sizes == ((3, 3), (48, 8), (64, 8))  # larger steps are cut; rows never exceed their limit
+    program, _ = run_pipeline(
+        small(attend), [ChooseKernels(), ChooseBuckets(3)], Context(CONTEXT.target, traffic=traffic)
+    )
+    # larger steps are cut; rows never exceed their limit
+    assert program.plans["buckets"].sizes == ((3, 3), (48, 8), (64, 8))
+
+
+@given(SIZES, st.data(), st.integers(11, 12))
+def test_is_no_worse_than_powers_of_two(sizes: list[int], data: st.DataObject, count: int) -> None:
+    """Under any cost that grows with size, at the number of buckets that the ladder has."""
+    weights = [float(data.draw(st.integers(0, 9))) for _ in sizes]
+    steps = data.draw(st.lists(st.integers(0, 5), min_size=513, max_size=513))
+    cost = dict(enumerate(accumulate(steps, initial=1)))
+    powers = [1 << bit for bit in range(10)]
+    ladder = sum(w * (cost[next(p for p in powers if p >= s)] - cost[s]) for s, w in zip(sizes, weights, strict=True))
+    found = choose_sizes(sizes, weights, lambda size: float(cost[size]), count)
+    fit = (next(bucket for bucket in found if bucket >= size) for size in sizes)
+    ours = sum(w * (cost[bucket] - cost[s]) for s, w, bucket in zip(sizes, weights, fit, strict=True))
+    assert ours <= ladder
+
+
+def test_the_cost_model_weighs_what_a_larger_bucket_costs() -> None:
+    sizes, weights = [1, 2, 40, 64], [10.0, 10.0, 1.0, 1.0]
+    assert choose_sizes(sizes, weights, lambda size: float(size > 40), 2) == (40, 64)
+    assert choose_sizes(sizes, weights, lambda size: 100.0 if size <= 2 else float(100 * size), 2) == (2, 64)
 
 
 def test_without_traffic_sizes_are_powers_of_two() -> None:

@@ -1,20 +1,23 @@
 """Chooses the sizes a step is planned for, by dynamic programming over what a smaller step wastes in a larger bucket.
 
 Adds `plans["buckets"]`. With observed sizes s (traffic) of weight f and step cost t, D[k][j] = min over i of
-D[k-1][i] + sum f * (t(s_j) - t(s)) over i < s <= j; the largest size is always a bucket. Without traffic, sizes are
-powers of two that carry equally many tokens. On targets whose kernels take sizes as parameters (CPU) nothing is padded:
-a bucket only sizes the arena, and the waste counted is its bytes.
+D[k-1][i] + sum f * (t(s_j) - t(s)) over i < s <= j; the largest size is always a bucket. t is what the target predicts
+for the calls of the step. Without traffic, sizes are powers of two that carry equally many tokens, and t counts tokens.
+Kernels of the CPU take sizes as parameters, so nothing is padded there: a bucket only sizes the arena.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.passes.base import Context, Outcome, Pass
+from xllm.targets.base import Cost, Extent
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ChooseBuckets(Pass):
         traffic = context.traffic or tuple((size, 1.0 / size) for size in _ladder(tokens))
         sizes = sorted({min(size, tokens) for size, _ in traffic} | {tokens})
         weights = [sum(f for size, f in traffic if min(size, tokens) == wanted) for wanted in sizes]
-        chosen = choose_sizes(sizes, weights, float, self.count)
+        cost = predicted_seconds(program, context) if context.traffic else float
+        chosen = choose_sizes(sizes, weights, cost, self.count)
         used = sum(f * size for size, f in zip(sizes, weights, strict=True))
         given = sum(
             f * next(bucket for bucket in chosen if bucket >= size) for size, f in zip(sizes, weights, strict=True)
@@ -52,6 +56,27 @@ class ChooseBuckets(Pass):
         return Outcome(program, tuple(f"T={size}" for size in chosen))
 
 
+def predicted_seconds(program: Program, context: Context) -> Callable[[int], float]:
+    """Seconds of a step by its tokens, as the target predicts the calls that were chosen for it."""
+    rows = next(dim.max for dim in program.dims[1:])
+    calls = Counter((_terms(cost.flops), _terms(cost.bytes)) for cost in _costs(program))
+    alike = [(Cost(Extent(dict(flops)), Extent(dict(moved))), count) for (flops, moved), count in calls.items()]
+
+    def seconds(tokens: int) -> float:
+        sizes = {"T": tokens, "S": min(tokens, rows)}
+        return sum(count * context.target.seconds(cost, sizes) for cost, count in alike)
+
+    return seconds
+
+
+def _costs(program: Program) -> Iterator[Cost]:
+    return (choice.lowering.cost for choice in program.plans["kernels"].values())
+
+
+def _terms(extent: Extent) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(extent.terms.items()))
+
+
 def choose_sizes(
     sizes: Sequence[int], weights: Sequence[float], cost: Callable[[int], float], count: int
 ) -> tuple[int, ...]:
@@ -60,16 +85,21 @@ def choose_sizes(
     A step of size s in a bucket of size b wastes cost(b) - cost(s); `weights` say how often each size comes. Of equal
     choices, the one with the fewest and then the smallest sizes.
     """
-    total = len(sizes)
+    total, costs = len(sizes), [cost(size) for size in sizes]
+    often = [0.0, *accumulate(weights)]
+    spent = [0.0, *accumulate(weight * each for weight, each in zip(weights, costs, strict=True))]
     best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] + [(float("inf"), ())] * total]
     for _ in range(min(count, total)):
-        row = [(0.0, ())]
+        row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        before = best[-1]
         for j in range(1, total + 1):
-            options = []
-            for i in range(j):
-                waste = sum(weights[m] * (cost(sizes[j - 1]) - cost(sizes[m])) for m in range(i, j))
-                options.append((best[-1][i][0] + waste, (*best[-1][i][1], sizes[j - 1])))
-            row.append(min(options))
+            # Sizes i..j-1 in bucket j-1 waste what that bucket costs as often as they come, less what they cost.
+            options = [
+                (before[i][0] + (often[j] - often[i]) * costs[j - 1] - (spent[j] - spent[i]), before[i][1])
+                for i in range(j)
+            ]
+            waste, held = min(options)
+            row.append((waste, (*held, sizes[j - 1])))
         best.append(row)
     return min((row[total] for row in best[1:]), key=lambda choice: (choice[0], len(choice[1]), choice[1]))[1]
 
