@@ -58,6 +58,7 @@ def weight_bytes(weight: StoredWeight) -> np.ndarray:
 MANIFEST: dict[str, Any] = {
     "target": {"name": "cpu", "level": "x86-64-v3", "architecture": "x86_64"},
     "model": {"name": "小模型", "vocab": VOCAB, "max_len": 64, "eos_ids": [1]},
+    "task": {"kind": "generate"},
     "generation": {"temperature": 0.7},
     "special_tokens": {"eos_token": "</s>"},
     "limits": {"max_len": 64, "max_seqs": 4, "max_batch_tokens": 16},

@@ -80,6 +80,6 @@ class WatchedExecutor(CpuExecutor):
     def _run(self, batch: Batch) -> StepResult:
         result = super()._run(batch)
         sampled = [row for row in batch.rows if row.sample]
-        for row, logits in zip(sampled, self.logits(len(sampled)), strict=True):
+        for row, logits in zip(sampled, self.rows(len(sampled)), strict=True):
             self.seen[row.slot, row.start + len(row.tokens) - 1] = logits
         return result

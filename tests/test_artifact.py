@@ -192,7 +192,9 @@ def test_another_schema_is_refused_with_both_numbers(path: Path, monkeypatch: py
     assert error.code == "artifact-schema" and "schema 99" in str(error)
 
 
-@pytest.mark.parametrize("field", ["generation", "limits", "model", "special_tokens", "target", "weights_header"])
+@pytest.mark.parametrize(
+    "field", ["generation", "limits", "model", "special_tokens", "target", "task", "weights_header"]
+)
 def test_a_manifest_without_a_field_is_refused(path: Path, field: str) -> None:
     reseal(path, lambda manifest: manifest.pop(field))
     error = refusal(path)

@@ -41,7 +41,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
-    "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"tokenizers"}),
+    "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": ({"", "artifact", "config", "kernels", "llm", "runtime", "service", "targets"}, SERVING),
     "inspection": ({"artifact", "plan"}, set()),

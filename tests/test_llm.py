@@ -64,6 +64,7 @@ def test_a_closed_engine_leaves_no_thread_and_no_memory(artifact: Path) -> None:
     with LLM(artifact, threads=2) as second:
         second.generate(prompts(1), **GREEDY)
         assert {thread.name for thread in set(threading.enumerate()) - before} >= {"xllm-engine", "xllm-executor"}
+        assert second._engine is not None
         executor = weakref.ref(second._engine._core.executor)
     assert set(threading.enumerate()) <= before
     del second

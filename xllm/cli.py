@@ -174,6 +174,8 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
     sub.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens of one step")
+    tasks = ("generate", "embed", "classify")
+    sub.add_argument("--task", choices=tasks, help="what a step gives (default: what the checkpoint says)")
     sub.add_argument("--disable-pass", action="append", default=[], metavar="NAME", help="leave a pass out; repeatable")
     sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
     sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
@@ -238,6 +240,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         "max_seqs": arguments.max_seqs,
         "max_len": arguments.max_len,
         "max_batch_tokens": arguments.max_batch_tokens,
+        "task": arguments.task,
         "disable": tuple(arguments.disable_pass),
         "traffic": read_traffic(arguments.traffic) if arguments.traffic else (),
         "debug": config.environment().debug,

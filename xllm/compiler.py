@@ -30,7 +30,8 @@ class CompileOptions:
 
     weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together;
     max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. traffic:
-    (tokens of a step, weight) pairs the buckets are chosen for. debug: the XLLM_DEBUG ladder, 0 to 5.
+    (tokens of a step, weight) pairs the buckets are chosen for. task: one of TASKS, by default what the checkpoint
+    says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -41,10 +42,12 @@ class CompileOptions:
     max_batch_tokens: int = 512
     disable: tuple[str, ...] = ()
     traffic: tuple[tuple[int, float], ...] = ()
+    task: str | None = None
     debug: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weights", DTYPES), ("kv", DTYPES), ("target", ("cpu",))):
+        allowed_values = {"weights": DTYPES, "kv": DTYPES, "target": ("cpu",), "task": TASKS}
+        for name, allowed in allowed_values.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
                 raise CompileError(f"{name} is {value!r}", code="bad-option", try_="one of " + ", ".join(allowed))
@@ -55,6 +58,7 @@ class CompileOptions:
 
 
 DTYPES = ("float32", "bfloat16")
+TASKS = ("generate", "embed", "classify")
 DEFAULT_MAX_LEN = 4096
 PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of its form with every layer written out
 
@@ -157,7 +161,7 @@ def compile_checkpoint(
         from xllm.passes import PLANS, REWRITES, Context, pipeline_text, run_pipeline, without
         from xllm.passes.account import account
         from xllm.passes.debug import Ladder, dump_planned
-        from xllm.passes.emit import emit_plan
+        from xllm.passes.emit import emit_plan, emit_task, reach
         from xllm.targets import cpu
 
         clock.lap("imports")
@@ -168,8 +172,14 @@ def compile_checkpoint(
         context = Context(target, str(options.weights), str(options.kv), options.traffic)
         tell("capturing", 0, 0)
         program = capture(
-            checkpoint, max_len=options.max_len, max_tokens=options.max_batch_tokens, max_seqs=options.max_seqs
+            checkpoint,
+            max_len=options.max_len,
+            max_tokens=options.max_batch_tokens,
+            max_seqs=options.max_seqs,
+            task=options.task,
         )
+        task = emit_task(program)
+        options = replace(options, max_len=reach(program, task))
         clock.lap("capture")
         ladder = Ladder(options.debug, target.name, lambda name, text: writer.write(f"ir/{name}.ir", text))
         ladder.captured(program)
@@ -216,6 +226,7 @@ def compile_checkpoint(
                     "eos_ids": list(facts.eos_ids),
                     "bos_id": facts.bos_id,
                 },
+                "task": task,
                 "generation": dict(facts.generation),
                 "special_tokens": dict(facts.special_tokens),
                 "limits": {

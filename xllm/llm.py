@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xllm.artifact import Artifact, ArtifactError, Progress
 from xllm.runtime.config import EngineConfig
+from xllm.runtime.encoding import Encoder, state_bytes
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import KVSpec
@@ -28,6 +31,11 @@ from xllm.targets.cpu import CpuTarget, host_threads
 PROCESS_BYTES = 160 << 20
 DEFAULT_KV_TOKENS = 32768
 PAGE_BYTES = 2 << 20
+_INSTEAD = {
+    "generate": "generates text: call generate",
+    "embed": "computes embeddings: call xllm.LLM(artifact).embed(texts)",
+    "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
+}
 # How long a step may keep the sequences that decode in it waiting, as far as the artifact's costs can tell.
 STEP_SECONDS = 0.5
 
@@ -122,6 +130,8 @@ def open_engine(
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
+    if artifact.task != "generate":
+        raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
     executor = CpuExecutor(artifact, threads or host_threads(), progress=progress)
     budget = artifact.plan.buckets[-1].T
@@ -153,6 +163,24 @@ def tokens_beside_decodes(artifact: Artifact) -> int:
     return tokens
 
 
+def open_encoder(artifact: Artifact, memory_bytes: int | None = None, threads: int | None = None) -> Encoder:
+    """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
+    from xllm.targets.cpu.executor import CpuExecutor
+
+    executor = CpuExecutor(artifact, threads or host_threads())
+    needed = artifact.weight_bytes + artifact.plan.arena_bytes + PROCESS_BYTES
+    needed += state_bytes(executor.limits, executor.kv)
+    room = _available_bytes() + artifact.weight_bytes if memory_bytes is None else memory_bytes
+    if needed > room:
+        executor.close()
+        raise ArtifactError(
+            "memory-too-small",
+            f"{_mib(needed)} are needed, {_mib(room)} are there: give more, or compile with a smaller"
+            " --max-batch-tokens or --max-len",
+        )
+    return Encoder(executor)
+
+
 @dataclass(frozen=True)
 class Completion:
     """One finished generation. `logprobs` are of the chosen tokens, empty unless asked for."""
@@ -175,18 +203,66 @@ class LLM:
         threads: int | None = None,
         require_signature: str | Path | None = None,
     ) -> None:
-        from xllm.service.params import default_sampling
         from xllm.service.tokenizer import TextCodec
 
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self.artifact = Artifact.open(artifact, require_signature)
         self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
-        self._engine, self.ledger = open_engine(
-            self.artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
-        )
-        self._defaults = default_sampling(self.artifact.generation)
+        self._engine: Engine | None = None
+        self._encoder: Encoder | None = None
+        self.ledger: Ledger | None = None
+        if self.artifact.task == "generate":
+            self._engine, self.ledger = open_engine(
+                self.artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
+            )
+        else:
+            self._encoder = open_encoder(self.artifact, memory_bytes, threads)
         self._turn = threading.Lock()
         self._ids = itertools.count()
+
+    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [texts, width]: the embedding of each text (or of its token ids), pooled and normalised as the
+        checkpoint says.
+
+        Raises RequestRefused for what can never run, and for an artifact of another task.
+        """
+        items: Iterable[Any] = [texts] if isinstance(texts, str) else texts
+        return self._rows("embed", items)
+
+    def score(self, texts: str | Sequence[str | tuple[str, str]] | Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [texts, labels]: the logits of each text, pair of texts or list of token ids; `labels` names them.
+
+        Raises RequestRefused for what can never run, for an artifact of another task, and for pairs where the model
+        tells the two texts of a pair apart by segments, which a step does not carry.
+        """
+        items: Iterable[Any] = [texts] if isinstance(texts, str) else texts
+        return self._rows("classify", items)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the columns that `score` gives; empty for other tasks."""
+        return tuple(self.artifact.manifest["task"].get("labels", ()))
+
+    def _rows(self, task: str, items: Iterable[Any]) -> np.ndarray:
+        if self._encoder is None or self.artifact.task != task:
+            raise self._wrong_task()
+        return self._encoder.rows([self._tokens(item) for item in items])
+
+    def _tokens(self, item: Any) -> Sequence[int]:
+        """The ids of a text, with the special tokens its tokenizer adds; of a pair of texts; or ids as they are."""
+        if isinstance(item, str):
+            return self.codec.encode(item, True)
+        if isinstance(item, tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
+            if self.artifact.manifest["task"]["segments"] > 1:
+                raise RequestRefused(
+                    "unsupported_pair",
+                    "the model tells the texts of a pair apart by segments, and steps have one segment only",
+                )
+            return self.codec.encode_pair(*item)
+        return item
+
+    def _wrong_task(self) -> RequestRefused:
+        return RequestRefused("wrong_task", f"{self.artifact.name} {_INSTEAD[self.artifact.task]}")
 
     def generate(
         self,
@@ -199,9 +275,13 @@ class LLM:
 
         Raises RequestRefused for what can never run, RuntimeError when a request fails; the other prompts then end.
         """
+        if self._engine is None:
+            raise self._wrong_task()
         if params is not None and options:
             raise TypeError(f"generate takes params or {', '.join(options)}, not both")
-        chosen = params or SamplingParams(**self._defaults | options)
+        from xllm.service.params import default_sampling
+
+        chosen = params or SamplingParams(**default_sampling(self.artifact.generation) | options)
         items: Iterable[Any] = [prompts] if isinstance(prompts, str) else prompts
         requests = [
             Request(f"llm-{next(self._ids)}", tuple(self.codec.encode(p, True) if isinstance(p, str) else p), chosen)
@@ -209,34 +289,24 @@ class LLM:
         ]
         with self._turn:
             try:
-                gathered = self._run(requests)
+                gathered = self._run(self._engine, requests)
             except BaseException:
                 for request in requests:
                     self._engine.cancel(request.id)
                 raise
         return [self._completion(gathered[request.id]) for request in requests]
 
-    def _run(self, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
+    def _run(self, engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
         gathered: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
         waiting, left = deque(requests), len(requests)
         while left:
-            while waiting and self._submitted(waiting[0]):
+            while waiting and _submitted(engine, waiting[0]):
                 waiting.popleft()
             for output in self._outputs.get():
                 if output.request_id in gathered:  # not of a call that was given up
                     gathered[output.request_id].append(output)
                     left -= output.finish_reason is not None
         return gathered
-
-    def _submitted(self, request: Request) -> bool:
-        """False when the queue is full: the outputs of those in it come first."""
-        try:
-            self._engine.submit(request)
-        except RequestRefused as refusal:
-            if refusal.code != "queue_full":
-                raise
-            return False
-        return True
 
     def _completion(self, outputs: list[TokenOutput]) -> Completion:
         end = outputs[-1]
@@ -247,13 +317,27 @@ class LLM:
         return Completion(self.codec.decode(tokens), tokens, str(end.finish_reason), logprobs)
 
     def close(self) -> None:
-        self._engine.stop()
+        if self._engine is not None:
+            self._engine.stop()
+        if self._encoder is not None:
+            self._encoder.close()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _submitted(engine: Engine, request: Request) -> bool:
+    """False when the queue is full: the outputs of those in it come first."""
+    try:
+        engine.submit(request)
+    except RequestRefused as refusal:
+        if refusal.code != "queue_full":
+            raise
+        return False
+    return True
 
 
 def _mib(size: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -29,6 +29,15 @@ class Model(msgspec.Struct):
     bos_id: _Id | None = None
 
 
+class Task(msgspec.Struct):
+    """What a step gives; the fields beside `kind` are those of embeddings and scores."""
+
+    kind: Literal["generate", "embed", "classify"]
+    width: _Count = 1
+    segments: _Count = 1
+    labels: list[str] = []
+
+
 class Limits(msgspec.Struct):
     max_len: _Count
     max_seqs: _Count
@@ -46,6 +55,7 @@ class Manifest(msgspec.Struct):
     model: Model
     special_tokens: dict[str, str]
     target: Target
+    task: Task
     weights_header: _Digest
     weight_origins: dict[str, _Digest] = {}
 

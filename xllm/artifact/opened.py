@@ -63,6 +63,11 @@ class Artifact:
         return self.manifest["model"]["name"]
 
     @property
+    def task(self) -> str:
+        """What a step gives: "generate", "embed" or "classify"."""
+        return self.manifest["task"]["kind"]
+
+    @property
     def generation(self) -> Mapping[str, Any]:
         """Contents of the checkpoint's generation_config.json; empty where it has none."""
         return self.manifest["generation"]

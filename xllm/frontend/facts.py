@@ -157,12 +157,21 @@ def refuse_quantised(raw: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of sane size. Raises CompileError naming the file."""
+    return _read_json(path, dict, "object")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON array from a file of sane size. Raises CompileError naming the file."""
+    return _read_json(path, list, "array")
+
+
+def _read_json(path: Path, kind: type[Any], named: str) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+        if not isinstance(value, kind):
+            raise ValueError(f"not a JSON {named}")
     except (OSError, ValueError, RecursionError) as error:
         raise CompileError(
             f"{path.name} cannot be read: {error}",

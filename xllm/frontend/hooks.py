@@ -5,7 +5,7 @@ The attention function is registered on the instances transformers' modules read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,25 +36,15 @@ class StepInputs:
     fixed: Tensor
 
 
-class Step(nn.Module):
-    """What is exported: the whole causal language model over one flattened batch. Logits [S, V]."""
-
-    def __init__(self, model: nn.Module, session: Session) -> None:
-        super().__init__()
-        self.model = model
-        self.__dict__["_session"] = session
-
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, kv: Tensor, fixed: Tensor) -> Tensor:
-        position_ids = positions.unsqueeze(0)
-        self.__dict__["_session"].inputs = StepInputs(positions, position_ids, slots, last, kv, fixed)
-        return self.model(input_ids=ids.unsqueeze(0), position_ids=position_ids, use_cache=False).logits.select(0, 0)
-
-
 class Session:
-    """One capture: the inputs of its step, the layer each module belongs to, and what each layer keeps."""
+    """One capture: the inputs of its step, the layer each module belongs to, and what each layer keeps.
 
-    def __init__(self) -> None:
+    whole: every step holds whole sequences, so that attention may look ahead.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
         self.inputs: StepInputs | None = None
+        self._whole = whole
         self._layer_of: dict[nn.Module, int] = {}
         self._names: list[str] = []
         self._kv: dict[int, KVLayer] = {}
@@ -106,11 +96,7 @@ class Session:
         """Forward hook of the decoder below the output head: only the rows whose logits are wanted go on."""
         assert self.inputs is not None
         hidden = output[0]
-        wanted = torch.ops.xllm.rows(hidden.select(0, 0), self.inputs.last).unsqueeze(0)
-        if isinstance(output, tuple):
-            return (wanted, *output[1:])
-        output["last_hidden_state"] = wanted
-        return output
+        return with_hidden(output, torch.ops.xllm.rows(hidden.select(0, 0), self.inputs.last).unsqueeze(0))
 
     def attention(
         self,
@@ -131,8 +117,15 @@ class Session:
         assert inputs is not None
         layer = self._place(module, attention_mask, rest)
         heads, width = int(key.shape[1]), int(key.shape[3])
-        self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
         q, k, v = (part.transpose(1, 2).squeeze(0) for part in (query, key, value))
+        if not is_causal(module, rest):
+            self._kv[layer] = KVLayer(0, 0, 0)
+            if s_aux is not None:
+                raise self._refusal("attention sinks beside attention that is not causal", module, layer)
+            options = (float(scaling or width**-0.5), int(sliding_window or 0), float(softcap or 0.0))
+            out = torch.ops.xllm.encode_attention(q, k, v, inputs.positions, inputs.slots, *options)
+            return out.unsqueeze(0), None
+        self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
         torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
         scale = float(scaling) if scaling is not None else width**-0.5
         options = (layer, heads, int(value.shape[3]), scale, int(sliding_window or 0), float(softcap or 0.0))
@@ -176,7 +169,6 @@ class Session:
     def _place(self, module: nn.Module, mask: Any, rest: dict[str, Any]) -> int:
         """The captured layer of an attention call, after refusing what our operator does not compute."""
         layer = self._layer_of.get(module)
-        name = type(module).__name__
         refused = ""
         if layer is None:
             refused = "attention outside the decoder layers"
@@ -184,23 +176,40 @@ class Session:
             refused = "a second attention in one layer"
         elif mask is not None:
             refused = "an attention mask the model made itself"
-        elif rest.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        elif not self._whole and not is_causal(module, rest):
             refused = "attention that is not causal"
         else:
             extra = [key for key, value in rest.items() if isinstance(value, Tensor) and key not in _HARMLESS]
             refused = f"attention with an extra tensor {extra[0]!r}" if extra else ""
         if refused:
-            where = f"{self._names[layer]}, {name}" if layer is not None else name
-            raise CompileError(
-                f"{refused} cannot be expressed",
-                code="unsupported-attention",
-                pass_name="capture",
-                where=where,
-                node="attention",
-                try_="a decoder with one causal self-attention per layer",
-            )
+            raise self._refusal(refused, module, layer)
         assert layer is not None
         return layer
+
+    def _refusal(self, what: str, module: nn.Module, layer: int | None) -> CompileError:
+        name = type(module).__name__
+        return CompileError(
+            f"{what} cannot be expressed",
+            code="unsupported-attention",
+            pass_name="capture",
+            where=f"{self._names[layer]}, {name}" if layer is not None else name,
+            node="attention",
+            try_="a decoder with one causal self-attention per layer, or an encoder with --task embed",
+        )
+
+
+def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether an attention call looks back only, as the call says or else the module."""
+    said = options.get("is_causal")
+    return (getattr(module, "is_causal", True) if said is None else said) is not False
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The output of a model or of its layers (a tuple, or named) with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,5 @@
-"""Capture of a Hugging Face causal language model, from transformers' own modules, as one step over flattened tokens.
+"""Capture of a Hugging Face language model or encoder, from transformers' own modules, as one step over flattened
+tokens.
 
 Nothing here knows a model by name. Attention leaves through transformers' attention registry (`hooks.py`), rotary
 modules become tables, layers that others stand for are skipped in place, everything else is exported as it is.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +25,41 @@ from xllm.errors import CompileError
 from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config
 from xllm.frontend.failures import explain
-from xllm.frontend.hooks import HOOK, Session, Step
-from xllm.frontend.layers import LastOutput, SkippedLayer, choose_walk, every_layer, find_stack, layer_kinds
+from xllm.frontend.hooks import HOOK, Session
+from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
+from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
+from xllm.frontend.steps import Step, is_scored, prepare
+from xllm.frontend.tasks import read_task
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, Dim, Program, Source, Weight, path_of, state_shapes
+from xllm.ir.program import Constant, Dim, Program, Source, Task, Weight, path_of, state_shapes
 
 DEFAULT_MAX_LEN = 32768
+GENERATE = Task()
 _UNKNOWN_FLOATS = 1 << 40  # of state while tracing: only the trace says what layers keep; on meta it costs nothing
 
 
 def capture(
-    folder: str | Path, *, max_len: int | None = None, full: bool = False, max_tokens: int = 8192, max_seqs: int = 256
+    folder: str | Path,
+    *,
+    max_len: int | None = None,
+    full: bool = False,
+    max_tokens: int = 8192,
+    max_seqs: int = 256,
+    task: str | None = None,
 ) -> Program:
     """The step program of the checkpoint in `folder`, from its config.json alone: no weights are read.
 
     max_len: positions the program can address, which sizes the rotary tables; by default the model's own limit, at
     most 32768. full: capture every layer instead of the distinct ones (`stamp` then changes nothing). max_tokens,
-    max_seqs: upper bounds of the dims T and S. Raises CompileError for what cannot be captured.
+    max_seqs: upper bounds of the dims T and S. task: "generate", "embed" or "classify"; by default what the
+    checkpoint says. Raises CompileError for what cannot be captured.
     """
     config = read_config(folder)
-    name = Path(folder).resolve().name
-    return capture_config(config, name=name, max_len=max_len, full=full, max_tokens=max_tokens, max_seqs=max_seqs)
+    sizes = {"max_len": max_len, "max_tokens": max_tokens, "max_seqs": max_seqs}
+    found = read_task(folder, config, task)
+    return capture_config(config, name=Path(folder).resolve().name, full=full, task=found, **sizes)
 
 
 def capture_config(
@@ -56,6 +70,7 @@ def capture_config(
     full: bool = False,
     max_tokens: int = 8192,
     max_seqs: int = 256,
+    task: Task = GENERATE,
 ) -> Program:
     """As `capture`, from a transformers configuration object, which is left unchanged."""
     check_config(config)
@@ -63,19 +78,25 @@ def capture_config(
         raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
     config = copy.deepcopy(config)
     length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
-    session = Session()
+    session = Session(whole=task.kind != "generate")
     with session.registered(), torch.no_grad():
-        model = _build(config)
+        model = _build(config, task)
+        if task.kind == "classify" and is_scored(model):
+            task = replace(task, pooling="last")
         stack = find_stack(model)
         kinds = layer_kinds(stack, config.to_dict())
         walk = every_layer(len(stack.layers)) if full else choose_walk(kinds)
         place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)})
         tensors = _checkpoint_tensors(model, place)
+        if task.kind != "generate":
+            length, segments = _lift_lookups(model, session, stack, config, tensors, length)
+            task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)
         constants = _lift_rotary(model, session, place, length)
         session.follow(stack, walk)
+        prepare(model, session, task, stack)
         with session.lifted(model):
-            exported = _export(model, session)
+            exported = _export(model, session, task)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
     kv = session.kv_layers()
@@ -88,6 +109,7 @@ def capture_config(
         kv=kv,
         layers=walk.sources,
         layers_path=stack.path,
+        task=task,
     )
     prune(program)
     _refuse_foreign(program)
@@ -98,14 +120,22 @@ def capture_config(
     return program
 
 
-def _build(config: Any) -> nn.Module:
+def _build(config: Any, task: Task) -> nn.Module:
     """The model on the meta device, float32, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    named = {
+        "generate": (AutoModelForCausalLM, "a causal language model", "ForCausalLM"),
+        "embed": (AutoModel, "an embedding model", "Model"),
+        "classify": (AutoModelForSequenceClassification, "a classifier", "ForSequenceClassification"),
+    }
+    kind, called, ending = named[task.kind]
     config._attn_implementation = HOOK
+    if task.kind == "classify" and hasattr(config, "classifier_pooling"):
+        config.classifier_pooling = "cls"  # its head is given the one row that `task.pooling` makes
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     except KeyError as error:
         if error.args != (HOOK,):
             raise
@@ -119,18 +149,20 @@ def _build(config: Any) -> nn.Module:
         ) from error
     except Exception as error:  # transformers raises anything from ImportError to ValueError here
         raise CompileError(
-            f"transformers cannot build {_architecture(config)} as a causal language model: {_first_line(error)}",
+            f"transformers cannot build {_architecture(config)} as {called}: {_first_line(error)}",
             code="unsupported-model",
             pass_name="capture",
-            try_="a decoder-only checkpoint whose architecture ends in ForCausalLM",
+            try_=f"a checkpoint whose architecture ends in {ending}, or another --task",
         ) from error
     return model
 
 
 def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, Weight]]:
     """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input
-    embedding first.
+    embedding first. The body of a model may have been saved under the name it has below a head.
     """
+    prefix = getattr(model, "base_model_prefix", "")
+    below = f"{prefix}." if prefix and not hasattr(model, prefix) else ""
     state = model.state_dict(keep_vars=True)
     embedding = model.get_input_embeddings()  # pyright: ignore
     shared: dict[int, list[str]] = {}
@@ -143,6 +175,7 @@ def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, 
         if identity in first:
             keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
         names = tuple(place.renumber(key) for key in keys)
+        names += tuple(f"{below}{name}" for name in names if below)
         weight = Weight(tuple(state[keys[0]].shape), Source(names))
         found.update({key: (names[0], weight) for key in keys})
     return found
@@ -207,7 +240,29 @@ def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
     return filled
 
 
-def _export(model: nn.Module, session: Session) -> ExportedProgram:
+def _lift_lookups(
+    model: nn.Module,
+    session: Session,
+    stack: Stack,
+    config: Any,
+    tensors: dict[str, tuple[str, Weight]],
+    length: int,
+) -> tuple[int, int]:
+    """Makes learned positions and segments one table (see `lookups.py`); the positions the program then has, and the
+    segments the model knows.
+    """
+
+    def positions() -> Tensor:
+        assert session.inputs is not None
+        return session.inputs.positions
+
+    found = find_lookups(model, stack.layers[0], getattr(config, "pad_token_id", None))
+    length = min(length, rows_of(model, found.positions, length + found.offset) - found.offset)
+    lift_lookups(model, found, tensors, length, positions)
+    return length, rows_of(model, found.segments, 1)
+
+
+def _export(model: nn.Module, session: Session, task: Task) -> ExportedProgram:
     tokens, rows = ExportDim("T", min=2), ExportDim("S", min=2)
 
     # Sizes that no dimension of the model has, so that none is taken for another; small, for loops over tokens.
@@ -216,17 +271,9 @@ def _export(model: nn.Module, session: Session) -> ExportedProgram:
     arguments = [torch.zeros(size, dtype=torch.int32, device="meta") for size in (count, count, count, wanted)]
     state = (torch.zeros(1, 1, 1, 1, device="meta"), torch.zeros(1, 1, _UNKNOWN_FLOATS, device="meta"))
     shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None, None)
-    decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(decoder, nn.Module):
-        raise CompileError(
-            f"{type(model).__name__} has no decoder below its output head",
-            code="unsupported-model",
-            pass_name="capture",
-            try_="a checkpoint whose architecture ends in ForCausalLM",
-        )
-    decoder.register_forward_hook(session.keep_last_rows)
+    step = Step(model, session, task)
     try:
-        return torch.export.export(Step(model, session), (*arguments, *state), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise explain(error, model) from error
 

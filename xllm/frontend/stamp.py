@@ -89,6 +89,7 @@ class _Stamper:
             kv=tuple(program.kv[captured] for captured in self.sources),
             layers=tuple(LayerSource(real, (real,)) for real in range(depth)),
             layers_path=program.layers_path,
+            task=program.task,
         )
         for state in stamped.states():
             state.meta["val"] = state.meta["val"].new_empty((depth, *state.meta["val"].shape[1:]))

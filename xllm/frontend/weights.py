@@ -29,6 +29,7 @@ from xllm.ir.program import (
     Slice,
     Source,
     Stack,
+    Sum,
     WeightRule,
     rule_sources,
 )
@@ -145,7 +146,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 code="missing-tensor",
                 pass_name="weights",
                 where=missing[0],
-                try_="a complete download; a base model without output head is not a causal language model",
+                try_="a complete download; a base model has no output head: --task embed takes it",
             )
         used: set[str] = set()
         for target, weight in program.weights.items():
@@ -197,6 +198,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 shapes = [self.shape_of(part, program) for part in parts]
                 odd = [shape for shape in shapes if shape != shapes[0]]
                 return odd[0] if odd else (len(parts), *shapes[0])
+            case Sum(parts):
+                return np.broadcast_shapes(*(self.shape_of(part, program) for part in parts))
             case Shift(of, _):
                 return self.shape_of(of, program)
             case Slice(of, axis, start, stop, step):

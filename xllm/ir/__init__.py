@@ -19,6 +19,8 @@ from xllm.ir.program import (
     Slice,
     Source,
     Stack,
+    Sum,
+    Task,
     Weight,
     WeightRule,
 )
@@ -36,6 +38,8 @@ __all__ = [
     "Slice",
     "Source",
     "Stack",
+    "Sum",
+    "Task",
     "Weight",
     "WeightRule",
     "dialect",

@@ -1,9 +1,9 @@
 """What a program is: one FX graph, the weights it reads, the state it mutates, and how its layers repeat.
 
-The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> logits[S, V]`, over the flattened tokens
-of all sequences. Weights are `get_attr` nodes whose target is a key of `Program.weights`. State is the only mutable
-input: the KV cache, and behind it `fixed` where layers keep what does not grow. Plans are side tables keyed by node
-name and never live in the graph.
+The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> rows[S, N]`, over the flattened tokens of
+all sequences: logits, embeddings or label scores (`Task`). Weights are `get_attr` nodes whose target is a key of
+`Program.weights`. State is the only mutable input: the KV cache, and behind it `fixed` where layers keep what does not
+grow. Plans are side tables keyed by node name and never live in the graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch.fx as fx
@@ -26,6 +26,21 @@ class Dim:
     name: str
     min: int
     max: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the rows [S, N] of a step are: "generate" gives logits, "embed" embeddings, "classify" scores of `labels`.
+
+    pooling: which row stands for a sequence: its last, its first ("cls"), or the mean of all. normalize: embeddings
+    have length 1. segments: kinds of segment the model tells apart; a step's tokens are all of the first.
+    """
+
+    kind: Literal["generate", "embed", "classify"] = "generate"
+    pooling: Literal["last", "cls", "mean"] = "last"
+    normalize: bool = False
+    labels: tuple[str, ...] = ()
+    segments: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,13 @@ class Shift:
 
     of: WeightRule
     by: float
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Parts added, broadcast against each other: a table of positions and the row that every token gets beside it."""
+
+    parts: tuple[WeightRule, ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +113,7 @@ class Permute:
     axes: tuple[int, ...]
 
 
-WeightRule = Source | Constant | Concat | Stack | Shift | Slice | Reshape | Permute
+WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,7 @@ class Program:
     weights: by `get_attr` target. constants: float32 arrays made at compile time.
     kv: what each layer of this program keeps; `layers`: how groups of nodes repeat (see `frontend/stamp.py`).
     layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats.
+    task: what the rows of a step are.
     """
 
     name: str
@@ -143,6 +166,7 @@ class Program:
     kv: tuple[KVLayer, ...]
     layers: tuple[LayerSource, ...] = ()
     layers_path: str = ""
+    task: Task = Task()
     plans: dict[str, Any] = field(default_factory=dict)
 
     def calls(self) -> Iterator[fx.Node]:
@@ -174,7 +198,8 @@ class Program:
         for old, new in mapping.items():
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
         weights, constants = dict(self.weights), dict(self.constants)
-        return Program(self.name, graph, self.dims, weights, constants, self.kv, self.layers, self.layers_path)
+        kept = (self.kv, self.layers, self.layers_path, self.task)
+        return Program(self.name, graph, self.dims, weights, constants, *kept)
 
 
 def state_shapes(program: Program, slots: int, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -214,7 +239,7 @@ def move_layer(rule: WeightRule, layers_path: str, to: int) -> WeightRule:
     match rule:
         case Source(names):
             return Source(tuple(moved(name) for name in names))
-        case Concat(parts) | Stack(parts):
+        case Concat(parts) | Stack(parts) | Sum(parts):
             return replace(rule, parts=tuple(move_layer(part, layers_path, to) for part in parts))
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
             return replace(rule, of=move_layer(of, layers_path, to))
@@ -226,7 +251,7 @@ def rule_sources(rule: WeightRule) -> Iterator[Source]:
     match rule:
         case Source():
             yield rule
-        case Concat(parts) | Stack(parts):
+        case Concat(parts) | Stack(parts) | Sum(parts):
             for part in parts:
                 yield from rule_sources(part)
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
@@ -244,6 +269,8 @@ def rule_text(rule: WeightRule) -> str:
             return "concat(" + ", ".join(rule_text(part) for part in parts) + ")"
         case Stack(parts):
             return "stack(" + ", ".join(rule_text(part) for part in parts) + ")"
+        case Sum(parts):
+            return "sum(" + ", ".join(rule_text(part) for part in parts) + ")"
         case Shift(of, by):
             return f"{rule_text(of)} + {by!r}"
         case Slice(of, axis, start, stop, step):
@@ -273,6 +300,9 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
             if len({array.dtype for array in arrays}) > 1:
                 arrays = [widen(array) for array in arrays]
             return np.concatenate(arrays, axis=0) if isinstance(rule, Concat) else np.stack(arrays)
+        case Sum(parts):
+            first, *others = (widen(evaluate(part, read, constants)) for part in parts)
+            return sum(others, first)
         case Shift(of, by):
             return widen(evaluate(of, read, constants)) + np.float32(by)
         case Slice(of, axis, start, stop, step):

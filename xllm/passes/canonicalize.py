@@ -80,9 +80,12 @@ def _weights_first(program: Program) -> None:
 
 
 def _drop_identities(editor: Editor, node: fx.Node) -> None:
-    """Casts to the dtype it has, copies, expansions to the shape it has, slices of all of it, joins with nothing."""
+    """Casts to the dtype it has, copies, expansions to the shape it has, slices of all of it, joins with nothing, sums
+    with zero.
+    """
     source = None
-    if is_call(node, *_IDENTITIES) or (is_call(node, aten.dropout.default) and node.args[2] is False):
+    off = is_call(node, aten.dropout.default) and node.args[2] is False
+    if off or is_call(node, *_IDENTITIES) or (is_call(node, aten.add.Tensor) and node.args[1] == 0):
         source = node.args[0]
     elif is_call(node, aten.cat.default):
         held = [part for part in arguments(node)[0] if 0 not in sizes(part)]
@@ -172,10 +175,10 @@ def _is_row_index(index: Any) -> bool:
 
 def _merge_views(editor: Editor, node: fx.Node) -> None:
     """Every view of memory in order is one reshape from its first source, with -1 for the symbolic size."""
-    if not is_call(node, *_VIEWS):
+    if not _is_view(node):
         return
     source = arguments(node)[0]
-    while is_call(source, *_VIEWS):
+    while _is_view(source):
         source = arguments(source)[0]
     if same_type(node.meta["val"], source.meta["val"]):
         node.replace_all_uses_with(source)
@@ -186,6 +189,14 @@ def _merge_views(editor: Editor, node: fx.Node) -> None:
     with editor.before(node):
         node.replace_all_uses_with(editor.emit(aten.reshape.default, source, wanted, like=node))
     editor.hit(node)
+
+
+def _is_view(node: Any) -> bool:
+    """Memory in order under another shape; picking the only index of a dimension is one."""
+    if is_call(node, aten.select.int):
+        source, dim, _ = arguments(node)
+        return sizes(source)[dim] == 1
+    return is_call(node, *_VIEWS)
 
 
 def _merge_transposes(editor: Editor, node: fx.Node) -> None:

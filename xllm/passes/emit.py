@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from xllm.ir import Program
+from xllm.ir.dialect.encode import WHOLE_SEQUENCE
 from xllm.passes.choose_kernels import Choice
 from xllm.passes.operations import Reader, bytes_of
 from xllm.passes.schedule_streams import Schedule
@@ -38,6 +41,22 @@ def emit_plan(program: Program) -> Plan:
     logits = Reader(program).owner(program.output().all_input_nodes[0])
     used = tuple(dict.fromkeys(schedule.stream[name] for name in schedule.order))
     return Plan(calls, buffers, buckets, stored, program.plans["kv"], logits, used)
+
+
+def emit_task(program: Program) -> dict[str, Any]:
+    """What a step gives, for the manifest: the task, the width of its rows, whether a sequence must lie in one step."""
+    if program.task.kind == "generate":
+        return {"kind": "generate"}
+    called = {getattr(node.target, "_opname", "") for node in program.calls()}
+    width = int(program.output().all_input_nodes[0].meta["val"].shape[1])
+    whole = not called.isdisjoint(WHOLE_SEQUENCE)
+    return {**asdict(program.task), "labels": list(program.task.labels), "width": width, "whole_sequences": whole}
+
+
+def reach(program: Program, task: Mapping[str, Any]) -> int:
+    """Tokens a sequence may have: those its state and tables have room for, and a step where one must hold it all."""
+    held = int(program.input("kv").meta["val"].shape[2])
+    return min(held, next(dim.max for dim in program.dims if dim.name == "T")) if task.get("whole_sequences") else held
 
 
 def weight_bytes(weight: StoredWeight, packed_rows: int) -> int:

@@ -18,12 +18,14 @@ from xllm.runtime.request import Request
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step of this executor can hold. `max_len` counts tokens of one sequence, prompt and output together."""
+    """What one step of this executor can hold. `max_len` counts tokens of one sequence, prompt and output together;
+    `width` is that of the rows it gives, where it does not sample."""
 
     max_tokens_per_step: int
     max_seqs: int
     max_len: int
     vocab: int
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,15 @@ class Batch:
 @dataclass(frozen=True)
 class StepResult:
     """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits;
-    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0)."""
+    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
+
+    rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    rows: np.ndarray | None = None
 
 
 class Handle(Protocol):

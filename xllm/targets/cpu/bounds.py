@@ -21,16 +21,17 @@ INDICES = {
 _BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()}
 
 
-def check_bounds(plan: Plan, vocab: int, max_len: int) -> None:
+def check_bounds(plan: Plan, width: int, max_len: int) -> None:
     """Raises ValueError naming the first call that reads or writes beyond a buffer, a weight or the KV state.
 
-    `plan` has passed `Plan.check`. vocab: logits of a row that will be sampled; max_len: positions a step may have.
+    `plan` has passed `Plan.check`. width: of a row that will be read, the vocabulary where it is sampled; max_len:
+    positions a step may have.
     """
     _require(
         plan.kv.group_tokens == GROUP_TOKENS, f"kv has groups of {plan.kv.group_tokens}, not {GROUP_TOKENS} tokens"
     )
-    width = plan.buffers[plan.logits].shape[1]
-    _require(width == vocab, f"logits are {width} wide, the vocabulary is {vocab}")
+    planned = plan.buffers[plan.logits].shape[1]
+    _require(planned == width, f"rows are {planned} wide, {width} are read of each")
     for call in plan.calls:
         if call.kernel == "torch":
             continue

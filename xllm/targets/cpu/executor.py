@@ -39,6 +39,7 @@ class CpuExecutor:
         self, artifact: Artifact, threads: int, *, verify: bool = True, progress: Progress | None = None
     ) -> None:
         manifest, plan = artifact.manifest, artifact.plan
+        samples = manifest["task"]["kind"] == "generate"
         level = usable_level(manifest["target"])
         self._plan = plan
         self.weights = artifact.map_weights(verify, progress)
@@ -47,14 +48,17 @@ class CpuExecutor:
             max_seqs=manifest["limits"]["max_seqs"],
             max_len=manifest["limits"]["max_len"],
             vocab=manifest["model"]["vocab"],
+            width=manifest["model"]["vocab"] if samples else manifest["task"]["width"],
         )
         try:
-            check_bounds(plan, self.limits.vocab, self.limits.max_len)
+            check_bounds(plan, self.limits.width, self.limits.max_len)
         except ValueError as error:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
         self.kv = KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
         self._runner = cpu.Runner(threads, level)
-        self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
+        self._sampler = None
+        if samples:
+            self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
         self._eos = tuple(manifest["model"]["eos_ids"])
         self._key = os.urandom(16)
         self._arena, self.arena_address = allocate(plan.arena_bytes)
@@ -66,6 +70,8 @@ class CpuExecutor:
         self._worker.start()
 
     def attach(self, slot: int, request: Request, generated: Sequence[int]) -> None:
+        if self._sampler is None:
+            raise StepError("wrong_task", "the artifact gives rows, not tokens: nothing can be sampled")
         params = request.params
         stops = () if params.ignore_eos else self._eos
         try:
@@ -78,7 +84,8 @@ class CpuExecutor:
             raise StepError("invalid_parameter", str(error)) from error
 
     def detach(self, slot: int) -> None:
-        self._sampler.detach(slot)
+        if self._sampler is not None:
+            self._sampler.detach(slot)
 
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
@@ -88,14 +95,15 @@ class CpuExecutor:
     def close(self) -> None:
         self._steps.put(None)
         self._worker.join()
-        self._sampler.close()
+        if self._sampler is not None:
+            self._sampler.close()
         self._runner.close()
 
-    def logits(self, rows: int) -> np.ndarray:
-        """Copy of the latest step's logits, float32 [rows, vocab]: for tests and numerics, after the step's result."""
+    def rows(self, count: int) -> np.ndarray:
+        """Copy of the latest step's rows (logits, embeddings, scores), float32 [count, width], after its result."""
         start = self._last_bucket.offsets[self._plan.logits]
-        raw = self._arena[start : start + rows * self.limits.vocab * 4]
-        return raw.view(np.float32).reshape(rows, self.limits.vocab).copy()
+        raw = self._arena[start : start + count * self.limits.width * 4]
+        return raw.view(np.float32).reshape(count, self.limits.width).copy()
 
     # --- the worker ---------------------------------------------------------------------------------------------------
 
@@ -115,9 +123,10 @@ class CpuExecutor:
         self._last_bucket = bound.bucket
         bound.run(step)
         slots = np.array([row.slot for row in batch.rows if row.sample], np.int32)
-        if not len(slots):
+        if self._sampler is None or not len(slots):
             empty = np.zeros((0, 0), np.float32)
-            return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty)
+            rows = self.rows(len(slots)) if self._sampler is None else None
+            return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty, rows)
         address = self.arena_address + bound.bucket.offsets[self._plan.logits]
         sampled = self._sampler.sample(address, slots)
         # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
