@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,13 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.kernels --quick
 	$(BIN)/python -m bench.compile
 	$(BIN)/python -m bench.serving
+
+# Seconds for each target; a finding ends the run and is written to a file here.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/installed-dev
+	for target in safetensors artifact tokenizer config template; do \
+		$(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -94,3 +94,13 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CompileError) as refused:
         read_config(tmp_path)
     assert refused.value.code == "no-config"
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_is_no_text_is_refused_by_file(tmp_path: Path, where: str) -> None:
+    _write(tmp_path, config=_config(), tokenizer={})
+    text = b"\xff" if where.endswith("jinja") else json.dumps({"chat_template": "\ud800"}).encode()
+    (tmp_path / where).write_bytes(text)
+    with pytest.raises(CompileError, match="the chat template is not text") as caught:
+        facts(tmp_path)
+    assert (caught.value.code, caught.value.where) == ("bad-template", where)

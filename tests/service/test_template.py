@@ -72,6 +72,7 @@ def test_developer_is_the_system_of_templates_that_do_not_know_it():
         "{{ 'a' | indent(10 ** 9, true) }}",
         "{{ (['a' * 1000000] * 80000) | join }}",
         "{{ ''.join(['a' * 1000000] * 80000) }}",
+        "{{ '\\ud800' }}",
         "{{ raise_exception('roles must alternate') }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ cycler.__init__.__globals__ }}",

@@ -233,10 +233,23 @@ def _special_tokens(tokens: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(folder: Path, tokens: Mapping[str, Any]) -> str | None:
     """The default chat template: its own file first, then tokenizer_config.json (one text, or several by name)."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = tokens.get("chat_template")
-    if isinstance(template, list):
-        by_name = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-        template = by_name.get("default") or next(iter(by_name.values()), None)
-    return template if isinstance(template, str) else None
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = tokens.get("chat_template")
+        if isinstance(template, list):
+            named = [item for item in template if isinstance(item, Mapping) and isinstance(item.get("name"), str)]
+            by_name = {item["name"]: item.get("template") for item in named}
+            template = by_name.get("default") or next(iter(by_name.values()), None)
+        if not isinstance(template, str):
+            return None
+        template.encode()
+    except UnicodeError as error:
+        raise CompileError(
+            f"the chat template is not text: {error}",
+            code="bad-template",
+            pass_name="capture",
+            where=path.name if path.is_file() else "tokenizer_config.json",
+            try_="the file as it came with the checkpoint",
+        ) from error
+    return template

@@ -57,8 +57,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._knows_developer = "developer" in source
         try:
+            source.encode()  # no tokenizer takes half of a surrogate pair
             self._template = _Environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, UnicodeEncodeError, SyntaxError) as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
     def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
@@ -73,7 +74,9 @@ class ChatTemplate:
         token = _budget.set(_Budget())
         try:
             variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
-            return self._join(self._template.generate(**variables, messages=messages, add_generation_prompt=True))
+            text = self._join(self._template.generate(**variables, messages=messages, add_generation_prompt=True))
+            text.encode()  # an escape in the template can still make half of a surrogate pair
+            return text
         except ApiError:
             raise
         except Exception as error:  # whatever the template's code can raise is the template's or its input's fault

@@ -1,0 +1,42 @@
+"""A short seeded run of every fuzz target; `make fuzz` runs them long."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.fuzz.mutate import mutated
+from tests.fuzz.targets import SEEDS, TARGETS
+
+COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_only_errors_of_ours_come_out(name: str) -> None:
+    rng = random.Random(name)
+    for seed in SEEDS[name]:
+        TARGETS[name](seed)
+    for _ in range(COUNTS[name]):
+        data = mutated(rng.choice(SEEDS[name]), rng)
+        try:
+            TARGETS[name](data)
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__}: {error} on {data[:300]!r}") from error
+
+
+def test_the_seeds_of_what_must_be_refused_are_accepted() -> None:
+    """A corpus that no target lets in would find nothing."""
+    from tests.fuzz import targets
+
+    accepted = []
+    for name in ("safetensors", "artifact", "tokenizer", "template"):
+        TARGETS[name](SEEDS[name][0])
+        accepted.append(name)
+    with pytest.raises(AssertionError, match="a changed artifact was accepted"):
+        original, targets.SEEDS = targets.SEEDS, {**targets.SEEDS, "artifact": (b"",)}
+        try:
+            targets.artifact(original["artifact"][0])
+        finally:
+            targets.SEEDS = original
+    assert len(accepted) == 4
