@@ -59,6 +59,25 @@ ODD: Mapping[str, dict[str, Any]] = {
     "no window": family("mistral", "MistralForCausalLM", sliding_window=None, head_dim=40, num_hidden_layers=1),
 }  # fmt: skip
 
+# Other dense decoders, by what they do differently: packed projections and longrope; soft caps, windows, 1 + weight;
+# two rotary tables and norms of heads first; neighbours rotated in pairs, and post-norms; a norm over all heads;
+# scales of everything; layer norms spelled out, a parallel block, logit scale; layer norms, partial rotation, q, k, v
+# in [heads, 3, dim]; learned positions, weights transposed; a scale that grows with the position.
+DENSE: Mapping[str, dict[str, Any]] = {
+    "phi3": family("phi3", "Phi3ForCausalLM", hidden_size=96, pad_token_id=0),
+    "gemma2": family("gemma2", "Gemma2ForCausalLM", sliding_window=24, query_pre_attn_scalar=24),
+    "gemma3": family("gemma3_text", "Gemma3ForCausalLM", sliding_window=24, num_hidden_layers=7),
+    "glm": family("glm", "GlmForCausalLM", pad_token_id=0),
+    "glm4": family("glm4", "Glm4ForCausalLM", pad_token_id=0),
+    "olmo2": family("olmo2", "Olmo2ForCausalLM", hidden_size=96),
+    "granite": family("granite", "GraniteForCausalLM", hidden_size=96, embedding_multiplier=3.0, logits_scaling=7.0,
+                      residual_multiplier=0.3, attention_multiplier=0.2),
+    "cohere2": family("cohere2", "Cohere2ForCausalLM", sliding_window=24, num_hidden_layers=4),
+    "gpt_neox": family("gpt_neox", "GPTNeoXForCausalLM", hidden_size=96, num_key_value_heads=6),
+    "gpt2": family("gpt2", "GPT2LMHeadModel", hidden_size=96, n_positions=512),
+    "ministral3": family("ministral3", "Ministral3ForCausalLM"),
+}  # fmt: skip
+
 
 def build(
     folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None

@@ -22,12 +22,17 @@ from xllm.passes.numerics import check_same, random_sources
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONAL = [step.name() for step in REWRITES if step.name() not in REQUIRED]
 # Passes that find nothing in a family, and why. Every other pass must hit.
+ONLY = {"tabulate-positions": ("glm4",), "fuse-layer-norm": ("cohere",)}  # what few families need
 NOTHING: dict[str, dict[str, str]] = {
     "olmo2": {"fuse-qk-norm-rope": "the norm at %layers_0_self_attn_q_norm_rms_norm spans all heads, not one"},
     "stablelm": {"fuse-rms-norm": "", "fuse-add-rms-norm": ""},
     "phi3": {
         "fuse-qkv": "query, key and value do not come from three projections",
-        "fuse-gate-up": "expected xllm.linear.default, found %layers_0_mlp_slice (aten.slice.Tensor)",
+    },
+    "cohere": {
+        "fuse-rms-norm": "",
+        "fuse-add-rms-norm": "",
+        "fuse-qk-norm-rope": "%layers_0_self_attn_q_norm_layer_norm is not a part of one fused projection",
     },
     "gpt_neox": {
         "fuse-rms-norm": "",
@@ -51,6 +56,8 @@ def test_each_pass_computes_the_same(family: str) -> None:
 def test_each_pass_hits_or_says_why_not(family: str) -> None:
     for record in rewritten(family)[1]:
         expected = NOTHING.get(family, {}).get(record.name)
+        if record.name in ONLY:
+            expected = None if family in ONLY[record.name] else ""
         assert bool(record.hits) == (expected is None), record
         if expected is not None:
             assert [why for _, why in record.misses][:1] == ([expected] if expected else []), record

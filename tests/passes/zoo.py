@@ -24,7 +24,8 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 # What each adds: head norms; biases; plain; a window; a norm over all heads after attention; partial rotation and
-# layer norms; one projection for q, k, v; the same in another order, and a parallel block; 1 + weight, soft caps.
+# layer norms; one projection for q, k, v; the same in another order, and a parallel block; 1 + weight, soft caps;
+# neighbours rotated in pairs, a packed gate; layer norms spelled out.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "num_hidden_layers": 3},
     "qwen2": {},
@@ -35,6 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt_neox": {"num_key_value_heads": None},
     "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "glm4": {"head_dim": 8},
+    "cohere": {"use_qk_norm": True},
 }
 
 

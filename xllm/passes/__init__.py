@@ -15,15 +15,19 @@ from xllm.passes.choose_buckets import ChooseBuckets
 from xllm.passes.choose_kernels import ChooseKernels
 from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
+from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
 from xllm.passes.fuse_qkv import FuseQkv
 from xllm.passes.fuse_rms_norm import FuseRmsNorm
 from xllm.passes.fuse_rope import FuseRope
 from xllm.passes.plan_memory import PlanMemory
 from xllm.passes.schedule_streams import ScheduleStreams
+from xllm.passes.tabulate_positions import TabulatePositions
 
 REWRITES: tuple[Pass, ...] = (
     Canonicalize(),
+    TabulatePositions(),
+    FuseLayerNorm(),
     FuseRmsNorm(),
     FuseAddRmsNorm(),
     FuseRope(),

@@ -28,6 +28,7 @@ _ON_THE_WAY: tuple[Callable[..., object], ...] = (
     aten.reshape.default,
     aten.transpose.int,
     xllm.rms_norm.default,
+    xllm.layer_norm.default,
     xllm.rope.default,
 )
 

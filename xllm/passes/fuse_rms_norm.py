@@ -5,8 +5,10 @@ before:  %p = aten.pow(%x, 2)            after:  %n = xllm.rms_norm(%x, @weight,
          %r = aten.rsqrt(%m + 1e-06)
          %n = @weight * (%x * %r)
 
-A scale of `1 + weight` becomes a weight rule. Does not fire when the mean runs over other dimensions, when an inner
-value has another user, when the norm has no weight, or when its weight is not one number per channel.
+A scale of `1 + weight` becomes a weight rule. A norm of heads first, `xllm.rms_norm(transpose(%x, 0, 1))`, is the
+transpose of the norm: so it stands where norms of tokens first stand. Does not fire when the mean runs over other
+dimensions, when an inner value has another user, when the norm has no weight, or when its weight is not one number per
+channel.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ import torch
 import torch.fx as fx
 
 from xllm.ir import Program, Shift, Weight
+from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, match, sizes
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, is_call, match, sizes
 
 aten = torch.ops.aten
+xllm = torch.ops.xllm
 x, weight = Var("x"), Param("weight")
 
 _SQUARES = (
@@ -54,6 +58,9 @@ class FuseRmsNorm(Pass):
         for node in list(program.calls()):
             if node.target is aten.rsqrt.default:
                 self._fuse(editor, node)
+        for node in list(program.calls()):
+            if is_call(node, xllm.rms_norm.default) and is_call(node.args[0], aten.transpose.int):
+                _norm_first(editor, node)
         editor.finish()
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
 
@@ -75,9 +82,22 @@ class FuseRmsNorm(Pass):
             held = editor.program.weights[scale.target]
             scale = editor.weight(name, Weight(held.shape, Shift(held.rule, float(shift))))
         with editor.before(root):
-            fused = editor.emit(torch.ops.xllm.rms_norm.default, binds["x"], scale, float(binds["eps"]), like=root)
+            fused = editor.emit(xllm.rms_norm.default, binds["x"], scale, float(binds["eps"]), like=root)
         root.replace_all_uses_with(fused)
         editor.hit(fused)
+
+
+def _norm_first(editor: Editor, norm: fx.Node) -> None:
+    """rms_norm(transpose(x)) as transpose(rms_norm(x)), where the transpose leaves the last dimension alone."""
+    turned, *rest = arguments(norm)
+    source, *axes = arguments(turned)
+    rank = len(sizes(norm))
+    if rank - 1 in {axis % rank for axis in axes}:
+        return editor.miss(norm, "the transpose in front of it moves the normalised dimension")
+    with editor.before(norm):
+        normed = editor.emit(xllm.rms_norm.default, source, *rest, like=norm)
+        norm.replace_all_uses_with(editor.emit(aten.transpose.int, normed, *axes, like=norm))
+    editor.hit(normed)
 
 
 def _two_users_up(node: fx.Node) -> list[fx.Node]:

@@ -6,8 +6,9 @@ before:  %a = aten.mul(%t, %cos1)                     after:  %r = xllm.rope(%x,
 
 `%t` is `transpose(%x [T, H, D], 0, 1)` and `%cos1` is `unsqueeze(%cos [T, D], 0)`, as transformers lays heads out; the
 transpose that follows cancels with the one made here. A rotation of the first part of a head, joined with the rest,
-becomes a partial rotation. Does not fire on other pairings of dimensions (they stay as they are and are reported), on
-halves or tables of another width, or when a half has another user.
+becomes a partial rotation. Neighbours in place of halves (`stack([-%t[1::2], %t[::2]], -1)`) give the interleaved form.
+Does not fire on other pairings of dimensions (they stay as they are and are reported), on halves or tables of another
+width, or when a half has another user.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,19 @@ t, cos, sin = Var("t"), Var("cos"), Var("sin")
 
 _LOW = Op((aten.slice.Tensor,), (t, -1, Num(equals=0), Num("half")))
 _HIGH = Op((aten.slice.Tensor,), (t, -1, Num("half"), Num("end")))
-_PARTNER = Op((aten.cat.default,), ([Op((aten.neg.default,), (_HIGH,)), _LOW], -1))
-ROPE = Op(
-    (aten.add.Tensor,),
-    (Op((aten.mul.Tensor,), (t, cos), commutes=True), Op((aten.mul.Tensor,), (_PARTNER, sin), commutes=True)),
-    commutes=True,
-)
+_HALVES = Op((aten.cat.default,), ([Op((aten.neg.default,), (_HIGH,)), _LOW], -1))
+_EVEN = Op((aten.slice.Tensor,), (t, -1, Num(equals=0), Num("end"), Num(equals=2)))
+_ODD = Op((aten.slice.Tensor,), (t, -1, Num(equals=1), Num("end"), Num(equals=2)))
+_PAIRS = Op((aten.stack.default,), ([Op((aten.neg.default,), (_ODD,)), _EVEN], Num("axis")))
+_NEIGHBOURS = Op((aten.reshape.default,), (_PAIRS, [Num(), Num(), Num("width")]))
+
+
+def _rotation(partner: Op) -> Op:
+    turned = Op((aten.mul.Tensor,), (partner, sin), commutes=True)
+    return Op((aten.add.Tensor,), (Op((aten.mul.Tensor,), (t, cos), commutes=True), turned), commutes=True)
+
+
+ROPE, INTERLEAVED = _rotation(_HALVES), _rotation(_NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -57,30 +65,40 @@ class FuseRope(Pass):
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
 
     def _fuse(self, editor: Editor, anchor: fx.Node) -> None:
-        """`anchor` is the negated half every rotation has; the root is the sum three users up."""
+        """`anchor` is the negated part every rotation has; the root is the sum three users up, or four."""
         miss = Miss()
-        roots = {root for cat in anchor.users for product in cat.users for root in product.users}
+        joined = {joined for user in anchor.users for joined in _seen(user)}
+        roots = {root for cat in joined for product in cat.users for root in product.users}
         for root in sorted(roots, key=lambda node: node.name):
-            binds = match(ROPE, root, miss)
-            if binds is not None:
-                return self._replace(editor, root, binds)
+            for pattern in (ROPE, INTERLEAVED):
+                binds = match(pattern, root, miss)
+                if binds is not None:
+                    return self._replace(editor, root, binds)
         editor.miss(anchor, miss.why or "a negated half that no rotation uses")
 
     def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
         heads_first: fx.Node = binds["t"]
         cos_row, sin_row = _row_table(binds["cos"]), _row_table(binds["sin"])
-        shape = sizes(heads_first)
-        halves = len(shape) == 3 and binds["half"] * 2 == shape[2] and binds["end"] >= shape[2]
-        if not halves or cos_row is None or sin_row is None:
+        shape, interleaved = sizes(heads_first), "half" not in binds
+        paired = len(shape) == 3 and binds["end"] >= shape[2]
+        paired &= (
+            (binds["axis"] in (3, -1) and binds["width"] == shape[2]) if interleaved else binds["half"] * 2 == shape[2]
+        )
+        if not paired or cos_row is None or sin_row is None:
             return editor.miss(root, "the halves, the tables or the head layout are not those of a plain rotation")
         if sizes(cos_row) != (shape[1], shape[2]) or sizes(sin_row) != sizes(cos_row):
             return editor.miss(root, f"tables of {list(sizes(cos_row))} do not rotate heads of {list(shape[1:])}")
         with editor.before(root):
             tokens_first = editor.emit(aten.transpose.int, heads_first, 0, 1, like=root)
-            turned = editor.emit(xllm.rope.default, tokens_first, cos_row, sin_row, shape[2], False, like=root)
+            turned = editor.emit(xllm.rope.default, tokens_first, cos_row, sin_row, shape[2], interleaved, like=root)
             back = editor.emit(aten.transpose.int, turned, 0, 1, like=root)
         root.replace_all_uses_with(back)
         editor.hit(turned)
+
+
+def _seen(join: fx.Node) -> list[fx.Node]:
+    """A join of halves, or the views that lay pairs side by side."""
+    return list(join.users) if is_call(join, aten.stack.default) else [join]
 
 
 def _row_table(value: fx.Node) -> fx.Node | None:
