@@ -104,3 +104,11 @@ def test_a_template_that_is_no_text_is_refused_by_file(tmp_path: Path, where: st
     with pytest.raises(CompileError, match="the chat template is not text") as caught:
         facts(tmp_path)
     assert (caught.value.code, caught.value.where) == ("bad-template", where)
+
+
+def test_a_factor_without_bounds_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(_config(rope_parameters={"rope_type": "linear", "factor": float("inf"), "rope_theta": 1e4}))
+    _write(tmp_path, config=text, tokenizer={})
+    with pytest.raises(CompileError) as caught:
+        facts(tmp_path)
+    assert caught.value.code == "bad-config"

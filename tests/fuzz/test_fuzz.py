@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
+from xllm.service.tokenizer import TextCodec
 
 COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500}
 
@@ -23,6 +25,14 @@ def test_only_errors_of_ours_come_out(name: str) -> None:
             TARGETS[name](data)
         except Exception as error:
             raise AssertionError(f"{type(error).__name__}: {error} on {data[:300]!r}") from error
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_ours() -> None:
+    """Found by fuzzing: the library slices a merged word by the width of the prefix, which is wider than it."""
+    held = json.loads(SEEDS["tokenizer"][0])
+    held["model"] |= {"continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
+        TextCodec.from_bytes(json.dumps(held).encode())
 
 
 def test_the_seeds_of_what_must_be_refused_are_accepted() -> None:

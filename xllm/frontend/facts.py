@@ -46,18 +46,29 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
     tokens = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     eos = generation.get("eos_token_id", None)
     bos = generation.get("bos_token_id", None)
-    return ModelFacts(
-        name=folder.resolve().name,
-        architecture=(config.architectures or [type(config).__name__])[0],
-        vocab_size=int(config.vocab_size),
-        max_len=_reach(config),
-        eos_ids=_within(_ids(eos if eos is not None else config.eos_token_id, "eos_token_id"), int(config.vocab_size)),
-        bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
-        generation=generation,
-        tokenizer_path=_tokenizer(folder) if tokenizer else None,
-        special_tokens=_special_tokens(tokens),
-        chat_template=_chat_template(folder, tokens),
-    )
+    try:
+        return ModelFacts(
+            name=folder.resolve().name,
+            architecture=(config.architectures or [type(config).__name__])[0],
+            vocab_size=int(config.vocab_size),
+            max_len=_reach(config),
+            eos_ids=_within(
+                _ids(eos if eos is not None else config.eos_token_id, "eos_token_id"), int(config.vocab_size)
+            ),
+            bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
+            generation=generation,
+            tokenizer_path=_tokenizer(folder) if tokenizer else None,
+            special_tokens=_special_tokens(tokens),
+            chat_template=_chat_template(folder, tokens),
+        )
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CompileError(
+            f"the configuration holds a number that is none: {error}",
+            code="bad-config",
+            pass_name="capture",
+            where="config.json",
+            try_="the config.json that came with the checkpoint",
+        ) from error
 
 
 def _reach(config: Any) -> int:

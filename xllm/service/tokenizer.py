@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from os import PathLike, fspath
 
@@ -33,18 +34,14 @@ class TextCodec:
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> TextCodec:
         """Reads a tokenizer.json. Raises ValueError with a sentence when it can't be used."""
-        try:
+        with _refusing():
             return cls(tokenizers.Tokenizer.from_file(fspath(path)))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer.json can't be read: {error}") from None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TextCodec:
         """As `from_file`, of contents that were read already."""
-        try:
+        with _refusing():
             return cls(tokenizers.Tokenizer.from_buffer(data))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer.json can't be read: {error}") from None
 
     @classmethod
     def from_artifact(cls, data: bytes | None, where: PathLike[str]) -> TextCodec:
@@ -107,6 +104,17 @@ class TextCodec:
         if match := BYTE_TOKEN.fullmatch(piece):
             return bytes((int(match[1], 16),))
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever the library raises about a file as a ValueError: bare Exception, and for some a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tokenizer.json can't be read: {error}") from None
 
 
 def _has_decoder(tokenizer: tokenizers.Tokenizer, kind: str) -> bool:
