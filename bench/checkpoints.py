@@ -112,7 +112,7 @@ def _write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype:
         out.write(head)
         for shape in shapes.values():
             values = generator.standard_normal(shape, np.float32)
-            values = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(shape[-1] ** -0.5)
+            values = 1 + 0.1 * values if len(shape) <= 1 else values * np.float32(shape[-1] ** -0.5)
             values = values.astype(np.float32)
             out.write(_bfloat16(values).data if dtype == "bfloat16" else values.data)
 
