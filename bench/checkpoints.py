@@ -48,13 +48,15 @@ def write_checkpoint(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=1))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(root)), dtype=torch.float32)
-    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # Spelled as save_pretrained would: experts one by one.
+    held = {name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()}
     if config.get("tie_word_embeddings"):
         held.pop("lm_head.weight", None)
     if shard_bytes:

@@ -10,7 +10,19 @@ import numpy as np
 from blake3 import blake3
 
 from xllm.errors import CompileError
-from xllm.ir.program import Concat, Constant, Program, Shift, Stack, WeightRule, evaluate, rule_sources, widen
+from xllm.ir.program import (
+    Concat,
+    Constant,
+    Program,
+    Shift,
+    Stack,
+    WeightRule,
+    evaluate,
+    evaluate_item,
+    resolve,
+    rule_sources,
+    widen,
+)
 from xllm.kernels.cpu import pack_panels
 from xllm.plan import StoredWeight
 from xllm.targets.cpu import PANEL_ROWS
@@ -33,25 +45,32 @@ def blocks(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> It
             pass_name="weights",
             try_="the config.json that belongs to these weights",
         )
-    rows = _Rows(weight.rule, program, checkpoint, bits)
+    rule = resolve(weight.rule, checkpoint)
+    rows = _Rows(rule, program, checkpoint, bits)
     if stored.layout.form == "plain":
         for block in rows.blocks(1):
             yield np.ascontiguousarray(widen(block)).reshape(-1).view(np.uint8)
+    elif len(shape) == 3:  # matrices, one after the other: experts
+        for index in range(shape[0]):
+            item = evaluate_item(rule, index, bits, program.constants)
+            raw = item if item.dtype == np.uint16 else widen(item)
+            yield pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
     else:
         for block in rows.blocks(PANEL_ROWS):
             raw = block if block.dtype == np.uint16 else widen(block)
             yield pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
-    for name in _names(weight.rule, checkpoint):
+    for name in _names(rule, checkpoint):
         checkpoint.release(name)
 
 
 def origin(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> str:
     """A digest of all that decides a weight's bytes: rule, layout, and the contents of the tensors it reads."""
     weight = program.weights[stored.name]
-    made = blake3(f"{PACKING} {weight.rule!r} {weight.shape} {stored.layout!r}".encode())
-    for name in _names(weight.rule, checkpoint):
+    rule = resolve(weight.rule, checkpoint)
+    made = blake3(f"{PACKING} {rule!r} {weight.shape} {stored.layout!r}".encode())
+    for name in _names(rule, checkpoint):
         made.update(f" {name} {checkpoint.digest(name)}".encode())
-    for name in _constants(weight.rule):
+    for name in _constants(rule):
         value = program.constants[name]
         made.update(f" {name} {value.dtype} {value.shape} ".encode()).update(np.ascontiguousarray(value).tobytes())
     return made.hexdigest()
@@ -69,7 +88,7 @@ class _Rows:
         self._stacks = isinstance(rule, Stack)
         self._whole: np.ndarray | None = None
         match rule:
-            case Concat(parts) | Stack(parts):
+            case Concat(parts, 0) | Stack(parts):
                 self._parts = [_Rows(part, program, checkpoint, bits) for part in parts]
             case Shift(of):
                 self._parts = [_Rows(of, program, checkpoint, bits)]

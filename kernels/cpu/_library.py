@@ -32,7 +32,7 @@ class CCall(c.Structure):
         ("kernel", c.c_char_p),
         ("args", CArg * 16),
         ("ints", c.c_int64 * 16),
-        ("floats", c.c_float * 4),
+        ("floats", c.c_float * 8),
         ("rows", c.c_int64 * 3),
     )
 

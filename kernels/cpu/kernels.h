@@ -44,6 +44,7 @@ struct Kernel {
   int64_t (*scratch)(const Call &);                   // bytes of scratch a thread needs, whatever the step
   int64_t (*units)(const Call &, const Step &);       // 0 when there is nothing to do
   void (*run)(const Call &, const Step &, int64_t unit, uint8_t *scratch);
+  const Kernel *next = nullptr;  // a further stage of the same call, begun when every unit of this one is done
 };
 
 struct Level {  // all kernels compiled for one instruction set

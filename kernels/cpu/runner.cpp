@@ -50,7 +50,7 @@ Bound bind(const Level &level, const xk_call &c, int index) {
 }
 
 struct Walk {
-  const Bound *calls;
+  const Bound *stages;
   const Step *step;
   uint8_t **scratch;
 };
@@ -65,11 +65,15 @@ int32_t xk_runner::add(int32_t count, const xk_call *calls) {
   int64_t bytes = 0;
   for (int32_t i = 0; i < count; i++) {
     const Bound bound = bind(level, calls[i], i);
-    bytes = std::max(bytes, bound.kernel->scratch(bound.call));
     if (strncmp(bound.kernel->name, "embedding.", 10) == 0 && bound.call.args[0].kind == XK_IDS)
       plan->vocab = plan->vocab ? std::min(plan->vocab, bound.call.ints[0]) : bound.call.ints[0];
-    plan->calls.push_back(bound);
+    plan->first.push_back(static_cast<int32_t>(plan->stages.size()));
+    for (const Kernel *stage = bound.kernel; stage; stage = stage->next) {
+      bytes = std::max(bytes, stage->scratch(bound.call));
+      plan->stages.push_back({bound.call, stage});
+    }
   }
+  plan->first.push_back(static_cast<int32_t>(plan->stages.size()));
   std::lock_guard<std::mutex> lock(mutex);
   reserve(bytes);
   plans.push_back(std::move(plan));
@@ -130,23 +134,23 @@ void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t
   std::lock_guard<std::mutex> lock(mutex);
   if (index < 0 || index >= static_cast<int32_t>(plans.size())) throw std::invalid_argument("no such plan: " + std::to_string(index));
   const Plan &plan = *plans[static_cast<size_t>(index)];
-  const int32_t count = static_cast<int32_t>(plan.calls.size());
+  const int32_t count = static_cast<int32_t>(plan.first.size()) - 1;
   if (end < 0) end = count;
   if (begin < 0 || begin > end || end > count) throw std::invalid_argument("begin and end must be a range of the plan's calls");
   prepare(plan, batch);
   uint8_t *per_thread[256];
   for (size_t i = 0; i < scratch.size(); i++) per_thread[i] = scratch_bytes ? aligned(scratch[i].get()) : nullptr;
-  Walk walk{plan.calls.data(), &step, per_thread};
+  Walk walk{plan.stages.data(), &step, per_thread};
   pool.run(
-      begin, end,
+      plan.first[static_cast<size_t>(begin)], plan.first[static_cast<size_t>(end)],
       [](void *context, int stage) {
         const Walk *w = static_cast<Walk *>(context);
-        const Bound &b = w->calls[stage];
+        const Bound &b = w->stages[stage];
         return b.call.rows(*w->step) > 0 ? b.kernel->units(b.call, *w->step) : 0;
       },
       [](void *context, int stage, int64_t unit, int thread) {
         const Walk *w = static_cast<Walk *>(context);
-        const Bound &b = w->calls[stage];
+        const Bound &b = w->stages[stage];
         b.kernel->run(b.call, *w->step, unit, w->scratch[thread]);
       },
       &walk);

@@ -17,7 +17,8 @@ struct Bound {
 
 class Plan {
  public:
-  std::vector<Bound> calls;
+  std::vector<Bound> stages;   // of all calls, in order
+  std::vector<int32_t> first;  // call -> its first stage; one more entry ends the list
   int64_t vocab = 0;  // smallest table that the step's ids index, 0 if none does
 };
 

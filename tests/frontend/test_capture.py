@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
-from xllm.frontend.huggingface import capture, capture_config
+from xllm.frontend.huggingface import capture, capture_config, refuse_foreign
 from xllm.ir.program import Constant, Dim, KVLayer, LayerSource, Source
 from xllm.ir.verify import verify
 
@@ -104,9 +104,9 @@ REFUSED = {
         lambda: transformers.Llama4TextConfig(**{**_SMALL, "num_hidden_layers": 4}, **_HEADS),
         ("unsupported-attention", "config.json", "layer_types: chunked_attention"),
     ),
-    "foreign-operator": (
-        lambda: transformers.MixtralConfig(**_SMALL, **_HEADS, num_local_experts=2),
-        ("foreign-operator", "model.layers.0.mlp.experts", "layers_0_mlp_experts_grouped_mm_fallback"),
+    "experts": (
+        lambda: transformers.MixtralConfig(**_SMALL, **_HEADS, num_local_experts=2, hidden_act="mish"),
+        ("unsupported-experts", "model.layers.0.mlp.experts", "experts"),
     ),
 }
 
@@ -119,6 +119,14 @@ def test_what_cannot_be_captured_is_refused_by_name(name: str) -> None:
     error = refused.value
     assert (error.code, error.where, error.node) == (code, where, node)
     assert error.try_ and error.why in str(error)
+
+
+def test_operators_of_others_are_refused() -> None:
+    program = zoo.captured("llama").copy()
+    node = next(node for node in program.calls() if node.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.prims.neg.default
+    with pytest.raises(CompileError, match=r"prims.neg.*neither torch's own nor one of our dialect.*foreign-operator"):
+        refuse_foreign(program)
 
 
 def test_a_branch_on_token_values_names_module_and_statement(monkeypatch: pytest.MonkeyPatch) -> None:

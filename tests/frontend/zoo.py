@@ -61,6 +61,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **{**_SIZES, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2}
     ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **{**_SIZES, "num_hidden_layers": 8},
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        swiglu_limit=1.5,
+    ),
 }
 _DELTA: dict[str, Any] = {
     **_SIZES, "num_hidden_layers": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4,

@@ -1,6 +1,7 @@
-"""What the model's code meets while it is traced: our attention, a mask that is none, and the cut to the wanted rows.
+"""What the model's code meets while it is traced: our attention, our experts, a mask that is none, and the cut to the
+wanted rows.
 
-The attention function is registered on the instances transformers' modules read, for the time of one capture.
+The functions are registered on the instances transformers' modules read, for the time of one capture.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xllm.errors import CompileError
+from xllm.frontend.experts import Form, experts
 from xllm.frontend.layers import Stack, Walk
 from xllm.frontend.recurrent import RecurrentCalls, Tokens
 from xllm.ir.program import KVLayer
@@ -50,20 +52,24 @@ class Session:
         self._kv: dict[int, KVLayer] = {}
         self._traced: int | None = None  # the captured layer whose forward is running
         self._recurrent = RecurrentCalls(self._tokens, self._running)
+        self.experts: dict[nn.Module, Form] = {}
 
     @contextmanager
     def registered(self) -> Iterator[None]:
         """Puts our functions where the models look for them; whatever happens, they are gone afterwards."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS[HOOK] = self.attention
         ALL_MASK_ATTENTION_FUNCTIONS[HOOK] = _no_mask
+        ALL_EXPERTS_FUNCTIONS[HOOK] = experts(self.experts)
         try:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[HOOK]
             del ALL_MASK_ATTENTION_FUNCTIONS[HOOK]
+            del ALL_EXPERTS_FUNCTIONS[HOOK]
 
     def follow(self, stack: Stack, walk: Walk) -> None:
         """Learns which captured layer each module is part of."""

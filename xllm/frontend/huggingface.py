@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
 from xllm.errors import CompileError
+from xllm.frontend.experts import lift_experts
 from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config
 from xllm.frontend.failures import explain
+from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
+from xllm.frontend.names import Spellings
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
 from xllm.frontend.steps import Step, is_scored, prepare
 from xllm.frontend.tasks import read_task
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, Dim, Program, Source, Task, Weight, path_of, state_shapes
+from xllm.ir.program import Constant, Dim, Program, Source, Task, Weight, path_of, renamed, state_shapes
 
 DEFAULT_MAX_LEN = 32768
 GENERATE = Task()
@@ -92,11 +96,13 @@ def capture_config(
             length, segments = _lift_lookups(model, session, stack, config, tensors, length)
             task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)
+        session.experts.update(lift_experts(model, place, tensors))
         constants = _lift_rotary(model, session, place, length)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
         with session.lifted(model):
             exported = _export(model, session, task)
+    make_functional(exported.graph)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
     kv = session.kv_layers()
@@ -112,7 +118,7 @@ def capture_config(
         task=task,
     )
     prune(program)
-    _refuse_foreign(program)
+    refuse_foreign(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
     program.constants = {key: bound.arrays[key] for key in sorted(used)}
     _type_state(program, max_seqs, length)
@@ -131,6 +137,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     }
     kind, called, ending = named[task.kind]
     config._attn_implementation = HOOK
+    config._experts_implementation = HOOK
     if task.kind == "classify" and hasattr(config, "classifier_pooling"):
         config.classifier_pooling = "cls"  # its head is given the one row that `task.pooling` makes
     try:
@@ -170,14 +177,24 @@ def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, 
         shared.setdefault(id(tensor), []).append(key)
     first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
     embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
+    spellings = Spellings.of(model)
     found: dict[str, tuple[str, Weight]] = {}
     for identity, keys in shared.items():
         if identity in first:
             keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
-        names = tuple(place.renumber(key) for key in keys)
-        names += tuple(f"{below}{name}" for name in names if below)
-        weight = Weight(tuple(state[keys[0]].shape), Source(names))
-        found.update({key: (names[0], weight) for key in keys})
+        shape = tuple(state[keys[0]].shape)
+        rules = [spellings.rule(key, shape) for key in keys]
+        if all(isinstance(rule, Source) for rule in rules):  # tied: any spelling of any of them will do
+            spelled = [rule.names for rule in rules if isinstance(rule, Source)]
+            rules = [Source(tuple(dict.fromkeys(name for column in zip_longest(*spelled) for name in column if name)))]
+
+        def names_of(names: tuple[str, ...]) -> tuple[str, ...]:
+            names = tuple(place.renumber(name) for name in names)
+            return names + tuple(f"{below}{name}" for name in names if below)
+
+        weight = Weight(shape, renamed(rules[0], names_of))
+        name = place.renumber(keys[0])
+        found.update({key: (name, weight) for key in keys})
     return found
 
 
@@ -332,7 +349,8 @@ def _type_state(program: Program, max_seqs: int, length: int) -> None:
             program.graph.erase_node(state)
 
 
-def _refuse_foreign(program: Program) -> None:
+def refuse_foreign(program: Program) -> None:
+    """Raises CompileError naming the first operator that is not torch's and not ours."""
     for node in program.calls():
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "xllm"):
             raise CompileError(

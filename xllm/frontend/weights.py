@@ -22,6 +22,7 @@ from xllm.frontend.facts import read_json, refuse_quantised
 from xllm.ir.program import (
     Concat,
     Constant,
+    Either,
     Permute,
     Program,
     Reshape,
@@ -31,6 +32,8 @@ from xllm.ir.program import (
     Stack,
     Sum,
     WeightRule,
+    missing,
+    resolve,
     rule_sources,
 )
 
@@ -133,26 +136,22 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
         Raises CompileError naming the tensors that are missing, or the first whose shape or type does not fit.
         """
-        missing = [
-            source.names[0]
-            for weight in program.weights.values()
-            for source in rule_sources(weight.rule)
-            if not any(name in self for name in source.names)
-        ]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        rules = {target: resolve(weight.rule, self) for target, weight in program.weights.items()}
+        lacking = [name for rule in rules.values() for name in missing(rule, self)]
+        if lacking:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise CompileError(
-                f"the checkpoint has no tensor {missing[0]!r}{more}",
+                f"the checkpoint has no tensor {lacking[0]!r}{more}",
                 code="missing-tensor",
                 pass_name="weights",
-                where=missing[0],
+                where=lacking[0],
                 try_="a complete download; a base model has no output head: --task embed takes it",
             )
         used: set[str] = set()
         for target, weight in program.weights.items():
-            shape = self.shape_of(weight.rule, program)
+            shape = self.shape_of(rules[target], program)
             if shape != weight.shape:
-                name = next((source.names[0] for source in rule_sources(weight.rule)), target)
+                name = next((source.names[0] for source in rule_sources(rules[target])), target)
                 raise CompileError(
                     f"the tensor {name!r} has shape {shape}, the configuration asks for {weight.shape}",
                     code="shape-mismatch",
@@ -160,7 +159,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     where=target,
                     try_="the config.json that belongs to these weights",
                 )
-            used.update(name for source in rule_sources(weight.rule) for name in source.names)
+            used.update(name for source in rule_sources(rules[target]) for name in source.names)
         return tuple(sorted(set(self._entries) - used))
 
     def digest(self, name: str) -> str:
@@ -190,10 +189,13 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 return self.shape(name)
             case Constant(name):
                 return tuple(program.constants[name].shape)
-            case Concat(parts):
+            case Concat(parts, axis):
                 shapes = [self.shape_of(part, program) for part in parts]
-                odd = [shape for shape in shapes if not shape or shape[1:] != shapes[0][1:]]
-                return odd[0] if odd else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+                first = shapes[0]
+                for shape in shapes:
+                    if len(shape) <= axis or (*shape[:axis], *shape[axis + 1 :]) != (*first[:axis], *first[axis + 1 :]):
+                        return shape
+                return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
             case Stack(parts):
                 shapes = [self.shape_of(part, program) for part in parts]
                 odd = [shape for shape in shapes if shape != shapes[0]]
@@ -204,13 +206,17 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 return self.shape_of(of, program)
             case Slice(of, axis, start, stop, step):
                 shape = self.shape_of(of, program)
+                if len(shape) <= axis:
+                    return shape
                 return (*shape[:axis], len(range(shape[axis])[start:stop:step]), *shape[axis + 1 :])
             case Reshape(of, shape):
                 held = self.shape_of(of, program)
                 return shape if math.prod(held) == math.prod(shape) else held
             case Permute(of, axes):
                 shape = self.shape_of(of, program)
-                return tuple(shape[axis] for axis in axes)
+                return tuple(shape[axis] for axis in axes) if len(shape) == len(axes) else shape
+            case Either():
+                return self.shape_of(resolve(rule, self), program)
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:

@@ -9,7 +9,7 @@ grow. Plans are side tables keyed by node name and never live in the graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -59,9 +59,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Concat:
-    """Parts joined along the first axis."""
+    """Parts joined along one axis."""
 
     parts: tuple[WeightRule, ...]
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,16 @@ class Permute:
     axes: tuple[int, ...]
 
 
-WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute
+@dataclass(frozen=True)
+class Either:
+    """The first of several spellings of one weight whose tensors the checkpoint has, all of them: experts are kept
+    stacked or one by one.
+    """
+
+    options: tuple[WeightRule, ...]
+
+
+WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute | Either
 
 
 @dataclass(frozen=True)
@@ -236,13 +246,20 @@ def move_layer(rule: WeightRule, layers_path: str, to: int) -> WeightRule:
     def moved(name: str) -> str:
         return pattern.sub(lambda m: f"{m.group(1)}{layers_path}.{to}.", name, count=1)
 
+    return renamed(rule, lambda names: tuple(map(moved, names)))
+
+
+def renamed(rule: WeightRule, names_of: Callable[[tuple[str, ...]], tuple[str, ...]]) -> WeightRule:
+    """The same rule over other tensors: the names of every source go through `names_of`."""
     match rule:
         case Source(names):
-            return Source(tuple(moved(name) for name in names))
+            return Source(names_of(names))
         case Concat(parts) | Stack(parts) | Sum(parts):
-            return replace(rule, parts=tuple(move_layer(part, layers_path, to) for part in parts))
+            return replace(rule, parts=tuple(renamed(part, names_of) for part in parts))
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
-            return replace(rule, of=move_layer(of, layers_path, to))
+            return replace(rule, of=renamed(of, names_of))
+        case Either(options):
+            return Either(tuple(renamed(option, names_of) for option in options))
     return rule
 
 
@@ -251,11 +268,29 @@ def rule_sources(rule: WeightRule) -> Iterator[Source]:
     match rule:
         case Source():
             yield rule
-        case Concat(parts) | Stack(parts) | Sum(parts):
+        case Concat(parts) | Stack(parts) | Sum(parts) | Either(parts):
             for part in parts:
                 yield from rule_sources(part)
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
             yield from rule_sources(of)
+
+
+def resolve(rule: WeightRule, names: Container[str]) -> WeightRule:
+    """The rule without `Either`, for a checkpoint that has these names; where no option is whole, the last."""
+    match rule:
+        case Either(options):
+            chosen = [resolve(option, names) for option in options]
+            return next((option for option in chosen if not missing(option, names)), chosen[-1])
+        case Concat(parts) | Stack(parts) | Sum(parts):
+            return replace(rule, parts=tuple(resolve(part, names) for part in parts))
+        case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
+            return replace(rule, of=resolve(of, names))
+    return rule
+
+
+def missing(rule: WeightRule, names: Container[str]) -> list[str]:
+    """The tensors a resolved rule reads and `names` lacks, by their preferred name."""
+    return [source.names[0] for source in rule_sources(rule) if not any(name in names for name in source.names)]
 
 
 def rule_text(rule: WeightRule) -> str:
@@ -265,12 +300,15 @@ def rule_text(rule: WeightRule) -> str:
             return names[0]
         case Constant(name):
             return f"constant {name}"
-        case Concat(parts):
-            return "concat(" + ", ".join(rule_text(part) for part in parts) + ")"
+        case Concat(parts, axis):
+            along = f", axis {axis}" if axis else ""
+            return "concat(" + ", ".join(rule_text(part) for part in parts) + along + ")"
         case Stack(parts):
-            return "stack(" + ", ".join(rule_text(part) for part in parts) + ")"
+            return f"stack({_numbered([rule_text(part) for part in parts])})"
         case Sum(parts):
             return "sum(" + ", ".join(rule_text(part) for part in parts) + ")"
+        case Either(options):
+            return " or ".join(rule_text(option) for option in options)
         case Shift(of, by):
             return f"{rule_text(of)} + {by!r}"
         case Slice(of, axis, start, stop, step):
@@ -280,6 +318,15 @@ def rule_text(rule: WeightRule) -> str:
             return f"reshape({rule_text(of)}, {'x'.join(map(str, shape))})"
         case Permute(of, axes):
             return f"permute({rule_text(of)}, {' '.join(map(str, axes))})"
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    """Texts that differ in one number, which counts from 0, as one: a.{0..127}.b."""
+    for match in re.finditer(r"(?<![\w])0(?![\w])", texts[0]):
+        head, tail = texts[0][: match.start()], texts[0][match.end() :]
+        if len(texts) > 1 and list(texts) == [f"{head}{i}{tail}" for i in range(len(texts))]:
+            return f"{head}{{0..{len(texts) - 1}}}{tail}"
+    return ", ".join(texts)
 
 
 def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -299,10 +346,12 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
             arrays = [evaluate(part, read, constants) for part in parts]
             if len({array.dtype for array in arrays}) > 1:
                 arrays = [widen(array) for array in arrays]
-            return np.concatenate(arrays, axis=0) if isinstance(rule, Concat) else np.stack(arrays)
+            return np.concatenate(arrays, axis=rule.axis) if isinstance(rule, Concat) else np.stack(arrays)
         case Sum(parts):
             first, *others = (widen(evaluate(part, read, constants)) for part in parts)
             return sum(others, first)
+        case Either():
+            return evaluate(resolve(rule, read), read, constants)
         case Shift(of, by):
             return widen(evaluate(of, read, constants)) + np.float32(by)
         case Slice(of, axis, start, stop, step):
@@ -311,6 +360,24 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
             return evaluate(of, read, constants).reshape(shape)
         case Permute(of, axes):
             return evaluate(of, read, constants).transpose(axes)
+
+
+def evaluate_item(
+    rule: WeightRule, index: int, read: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """`evaluate(rule, …)[index]`, without the other items of a stack in memory. The rule is resolved."""
+    match rule:
+        case Stack(parts):
+            return evaluate(parts[index], read, constants)
+        case Slice(of, axis) if axis > 0:
+            item = evaluate_item(of, index, read, constants)
+            return item[(slice(None),) * (axis - 1) + (slice(rule.start, rule.stop, rule.step),)]
+        case Concat(parts, axis) if axis > 0:
+            items = [evaluate_item(part, index, read, constants) for part in parts]
+            return np.concatenate(items, axis=axis - 1)
+        case Permute(of, axes) if axes[0] == 0:
+            return evaluate_item(of, index, read, constants).transpose([axis - 1 for axis in axes[1:]])
+    return evaluate(rule, read, constants)[index]
 
 
 def widen(array: np.ndarray) -> np.ndarray:

@@ -60,14 +60,11 @@ def reach(program: Program, task: Mapping[str, Any]) -> int:
 
 
 def weight_bytes(weight: StoredWeight, packed_rows: int) -> int:
-    """Bytes of a stored weight; panels pad the first dimension to `packed_rows`."""
-    rows, *rest = weight.shape if weight.shape else (1,)
+    """Bytes of a stored weight; panels pad the rows of each matrix to `packed_rows`."""
+    shape = list(weight.shape)
     if weight.layout.form != "plain":
-        rows = -(-rows // packed_rows) * packed_rows
-    total = rows * ELEMENT_BYTES[weight.layout.dtype]
-    for size in rest:
-        total *= size
-    return total
+        shape[-2] = -(-shape[-2] // packed_rows) * packed_rows
+    return math.prod(shape) * ELEMENT_BYTES[weight.layout.dtype]
 
 
 def _stored_weights(program: Program, choices: dict[str, Choice]) -> dict[str, StoredWeight]:

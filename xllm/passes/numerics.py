@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
 from xllm.errors import CompileError
-from xllm.ir import Program, Source
+from xllm.ir import Either, Permute, Program, Slice, Source, WeightRule
 from xllm.ir.interpret import bind, empty_state, run
 
 TOLERANCE = 1e-5
@@ -43,15 +43,31 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
 
 def random_sources(captured: Program, seed: int = 0) -> dict[str, np.ndarray]:
     """A random float32 tensor for each checkpoint tensor a captured program reads; its rewrites read the same."""
-    arrays = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for weight in captured.weights.values():
-        if not isinstance(weight.rule, Source):
-            continue
-        name, shape = weight.rule.names[0], weight.shape
+        for name, shape in _source_shapes(weight.rule, weight.shape):
+            shapes[name] = tuple(map(max, shapes.get(name, shape), shape))
+    arrays = {}
+    for name, shape in shapes.items():
         generator = np.random.default_rng([seed, *name.encode()])
         scale = 1.0 if len(shape) == 1 else shape[-1] ** -0.5
         arrays[name] = generator.standard_normal(shape, np.float32) * np.float32(scale)
     return arrays
+
+
+def _source_shapes(rule: WeightRule, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that a captured weight of this shape reads, in their preferred spelling, and how large they must be
+    for it.
+    """
+    match rule:
+        case Source(names):
+            yield names[0], shape
+        case Either(options):
+            yield from _source_shapes(options[0], shape)
+        case Slice(of, axis, _, stop):
+            yield from _source_shapes(of, (*shape[:axis], stop, *shape[axis + 1 :]))
+        case Permute(of, axes):
+            yield from _source_shapes(of, tuple(shape[axes.index(axis)] for axis in range(len(axes))))
 
 
 def random_steps(program: Program, seed: int) -> list[dict[str, torch.Tensor]]:

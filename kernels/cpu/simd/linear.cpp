@@ -18,45 +18,13 @@ int64_t panels_of(const Call &c) { return (c.ints[kN] + 15) / 16; }
 int64_t panel_groups(const Call &c) { return (panels_of(c) + kPanelGroup - 1) / kPanelGroup; }
 int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
-constexpr int64_t kWide = tile_panels(kTileRows);  // panels of the widest tile
-
 struct Scratch {  // of a thread
   float sums[kPanelGroup * kRowBlock * 16];          // [panel][row][16]: the chains, between blocks of k
-  uint8_t expanded[kWide * kDepthBlock * 64];        // bf16 panels widened once for all rows
+  uint8_t expanded[kExpandedBytes];                  // bf16 panels widened once for all rows
 };
 int64_t scratch(const Call &) { return sizeof(Scratch); }
 
 int64_t units(const Call &c, const Step &s) { return panel_groups(c) * row_blocks(c.rows(s)); }
-
-// Chains of `rows` rows times `panels` panels over all of k.
-template <class Panel>
-void multiply(Product t, int64_t rows, int64_t panels, uint8_t *expanded) {
-  if (rows <= kTileRows) return product<Panel>(t, rows, panels);
-  const bool expand = Panel::bytes != 64 && rows > 2 * kTileRows;
-  const int64_t k = t.k;
-  for (int64_t begin = 0; begin < k; begin += kDepthBlock) {
-    Product block = t;
-    block.k = min(kDepthBlock, k - begin);
-    block.x = t.x + begin;
-    block.resume = begin > 0;
-    for (int64_t p = 0; p < panels; p += kWide) {
-      const int64_t wide = min(kWide, panels - p);
-      block.w = t.w + p * t.w_stride + begin * Panel::bytes;
-      block.w_stride = t.w_stride;
-      block.c = t.c + p * t.c_stride;
-      if (!expand) {
-        product<Panel>(block, rows, wide);
-        continue;
-      }
-      for (int64_t j = 0; j < wide; j++)
-        for (int64_t i = 0; i < block.k; i++)
-          store(expanded + (j * kDepthBlock + i) * 64, Panel::load(block.w + j * t.w_stride + i * Panel::bytes));
-      block.w = expanded;
-      block.w_stride = kDepthBlock * 64;
-      product<PanelF32>(block, rows, wide);
-    }
-  }
-}
 
 template <class Panel>
 void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {

@@ -29,9 +29,10 @@ struct Product {
   int64_t c_stride;   // floats between panels
   bool resume;        // continue the chains from c instead of zero
   int64_t ahead;      // bytes from a panel's line to the line worth fetching meanwhile; 0 for none
+  const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
 };
 
-template <class Panel, int R, int P>
+template <class Panel, int R, int P, bool Gather>
 static void product_tile(const Product &t) {
   f32x16 acc[R][P];
 #pragma GCC unroll 16
@@ -41,6 +42,9 @@ static void product_tile(const Product &t) {
   const float *x = t.x;
   const uint8_t *w = t.w;
   const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = t.ahead;
+  const float *row[R];
+  if constexpr (Gather)
+    for (int r = 0; r < R; r++) row[r] = x + t.pick[r] * x_stride;
   for (int64_t i = 0; i < k; i++) {
     f32x16 column[P];
 #pragma GCC unroll 4
@@ -50,7 +54,7 @@ static void product_tile(const Product &t) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const f32x16 b = set1(x[r * x_stride + i]);
+      const f32x16 b = set1(Gather ? row[r][i] : x[r * x_stride + i]);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) acc[r][p] = fma(b, column[p], acc[r][p]);
     }
@@ -64,7 +68,7 @@ static void product_tile(const Product &t) {
 constexpr int tile_panels(int rows) { return rows * 4 <= kAccumulators ? 4 : rows * 2 <= kAccumulators ? 2 : 1; }
 
 // `rows` rows times as many panels as fit the registers at a time, for one tile height R fixed at compile time.
-template <class Panel, int R>
+template <class Panel, int R, bool Gather>
 static void product_rows(Product t, int64_t panels) {
   constexpr int wide = tile_panels(R);
   int64_t p = 0;
@@ -73,26 +77,61 @@ static void product_rows(Product t, int64_t panels) {
     t.w += count * t.w_stride;
     t.c += count * t.c_stride;
   };
-  for (; p + wide <= panels; step(wide)) product_tile<Panel, R, wide>(t);
-  if (wide > 2 && p + 2 <= panels) product_tile<Panel, R, (wide > 2 ? 2 : 1)>(t), step(2);
-  for (; p < panels; step(1)) product_tile<Panel, R, 1>(t);
+  for (; p + wide <= panels; step(wide)) product_tile<Panel, R, wide, Gather>(t);
+  if (wide > 2 && p + 2 <= panels) product_tile<Panel, R, (wide > 2 ? 2 : 1), Gather>(t), step(2);
+  for (; p < panels; step(1)) product_tile<Panel, R, 1, Gather>(t);
 }
 
-template <class Panel, int R = kTileRows>
+template <class Panel, bool Gather = false, int R = kTileRows>
 static void product_few(const Product &t, int rows, int64_t panels) {
-  if (rows == R) return product_rows<Panel, R>(t, panels);
-  if constexpr (R > 1) product_few<Panel, R - 1>(t, rows, panels);
+  if (rows == R) return product_rows<Panel, R, Gather>(t, panels);
+  if constexpr (R > 1) product_few<Panel, Gather, R - 1>(t, rows, panels);
 }
 
 // Any number of rows, cut into tiles of nearly equal height.
-template <class Panel>
+template <class Panel, bool Gather = false>
 static void product(Product t, int64_t rows, int64_t panels) {
   for (int left = (int)rows; left > 0;) {
     const int tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-    product_few<Panel>(t, height, panels);
-    t.x += height * t.x_stride;
+    product_few<Panel, Gather>(t, height, panels);
+    if constexpr (Gather) t.pick += height;
+    else t.x += height * t.x_stride;
     t.c += height * t.c_row;
     left -= height;
+  }
+}
+
+constexpr int64_t kWide = tile_panels(kTileRows);  // panels of the widest tile
+constexpr int64_t kExpandedBytes = kWide * kDepthBlock * 64;
+
+// Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows. `expanded` is memory of the
+// thread, kExpandedBytes.
+template <class Panel, bool Gather = false>
+static void multiply(Product t, int64_t rows, int64_t panels, uint8_t *expanded) {
+  if (rows <= kTileRows) return product<Panel, Gather>(t, rows, panels);
+  const bool expand = Panel::bytes != 64 && rows > 2 * kTileRows;
+  const int64_t k = t.k;
+  for (int64_t begin = 0; begin < k; begin += kDepthBlock) {
+    Product block = t;
+    block.k = k - begin < kDepthBlock ? k - begin : kDepthBlock;
+    block.x = t.x + begin;
+    block.resume = begin > 0;
+    for (int64_t p = 0; p < panels; p += kWide) {
+      const int64_t wide = panels - p < kWide ? panels - p : kWide;
+      block.w = t.w + p * t.w_stride + begin * Panel::bytes;
+      block.w_stride = t.w_stride;
+      block.c = t.c + p * t.c_stride;
+      if (!expand) {
+        product<Panel, Gather>(block, rows, wide);
+        continue;
+      }
+      for (int64_t j = 0; j < wide; j++)
+        for (int64_t i = 0; i < block.k; i++)
+          store(expanded + (j * kDepthBlock + i) * 64, Panel::load(block.w + j * t.w_stride + i * Panel::bytes));
+      block.w = expanded;
+      block.w_stride = kDepthBlock * 64;
+      product<PanelF32, Gather>(block, rows, wide);
+    }
   }
 }
 

@@ -4,7 +4,9 @@ The torch body of an operator is its definition and its fallback. Shapes are ove
 sequences of a step, S rows whose logits are wanted, H heads of width D. Everything computes in float32.
 """
 
-from xllm.ir.dialect import activation, attention, encode, linear, norm, recurrent, rope
+from xllm.ir.dialect import activation, attention, encode, experts, linear, norm, recurrent, rope
 from xllm.ir.dialect.library import NAMESPACE, operators
 
-__all__ = ["NAMESPACE", "activation", "attention", "encode", "linear", "norm", "operators", "recurrent", "rope"]
+__all__ = [
+    "NAMESPACE", "activation", "attention", "encode", "experts", "linear", "norm", "operators", "recurrent", "rope"
+]  # fmt: skip

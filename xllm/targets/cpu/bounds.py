@@ -66,7 +66,7 @@ def _check_call(plan: Plan, call: Call, max_len: int) -> None:
     index, allowed = INDICES.get(call.kernel.partition(".")[0], ("", ()))
     for bucket in plan.buckets:
         count = call.rows.at(bucket.sizes)
-        needs = {name: count * row for name, row in rows.items()} | once
+        needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in {**rows, **once}}
         if "table" in call.args:
             last = bucket.T if call.args["index"] == "$last" else max_len
             needs["table"] = last * rows["out"]

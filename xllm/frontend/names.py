@@ -1,0 +1,102 @@
+"""How a checkpoint may spell a tensor of the model: transformers' conversion mapping, read as rules.
+
+transformers renames and merges tensors while it loads. Here nothing is loaded: each key of the model becomes the rule
+that makes it from either spelling, the model's own or the converted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xllm.errors import CompileError
+from xllm.ir.program import Concat, Either, Permute, Slice, Source, Stack, WeightRule
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """The conversions of one model, from the names it has to the names its checkpoints have."""
+
+    renamings: tuple[Any, ...]
+    converters: tuple[Any, ...]
+
+    @staticmethod
+    def of(model: Any) -> Spellings:
+        """From the mapping transformers would load and save the model by; prefixes are not part of it."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+
+        given = get_model_conversion_mapping(model, add_legacy=False)
+        known = [entry for entry in given if not isinstance(entry, PrefixChange)][::-1]
+        back = [entry.reverse_transform() for entry in known]
+        pairs = tuple((entry, there) for entry, there in zip(back, known, strict=True) if _merges(there))
+        assert all(isinstance(there, WeightConverter) for _, there in pairs)
+        return Spellings(tuple(entry for entry, there in zip(back, known, strict=True) if not _merges(there)), pairs)
+
+    def rule(self, key: str, shape: Sequence[int]) -> WeightRule:
+        """The rule for the tensor `key` of the model, of this shape. Raises CompileError for a conversion that is no
+        rearrangement.
+        """
+        own = Source((key,))
+        for back, there in self.converters:
+            found, matched = back.rename_source_key(key)
+            if matched is None:
+                continue
+            first = back.target_patterns[0]
+            head, _, tail = found.partition(first)
+            names = [f"{head}{pattern}{tail}" for pattern in back.target_patterns]
+            part = list(back.source_patterns).index(matched)
+            other = _merged([self._renamed(name) for name in names], there.operations, tuple(shape), part, key)
+            return Either((own, other))
+        renamed = self._renamed(key)
+        return own if renamed == key else Source((key, renamed))
+
+    def _renamed(self, name: str) -> str:
+        for entry in self.renamings:
+            name, _ = entry.rename_source_key(name)
+        return name
+
+
+def _merges(entry: Any) -> bool:
+    return hasattr(entry, "operations")
+
+
+def _merged(names: list[str], operations: Sequence[Any], shape: tuple[int, ...], part: int, key: str) -> WeightRule:
+    """What `operations` make of the tensors called `names`: the tensor of this shape, which is output `part`.
+
+    A `*` in a name counts from 0 to the first size of the result.
+    """
+    rules: list[Any] = [
+        [Source((name.replace("*", str(i)),)) for i in range(shape[0])] if "*" in name else Source((name,))
+        for name in names
+    ]
+    for operation in operations:
+        match type(operation).__name__:
+            case "MergeModulelist" if operation.dim == 0 and all(isinstance(rule, list) for rule in rules):
+                rules = [Stack(tuple(rule)) for rule in rules]
+            case "Concatenate":
+                rules = [Concat(tuple(rules), operation.dim)]
+            case "Chunk" if len(rules) == 1:
+                size = shape[operation.dim]
+                rules = [Slice(rules[0], operation.dim, part * size, (part + 1) * size)]
+            case "Transpose" if not operation.check_dims:
+                axes = list(range(len(shape)))
+                axes[operation.dim0], axes[operation.dim1] = axes[operation.dim1], axes[operation.dim0]
+                rules = [Permute(rule, tuple(axes)) for rule in rules]
+            case name:
+                raise CompileError(
+                    f"transformers loads {key} by {name}, which is no rearrangement of tensors known here",
+                    code="unsupported-conversion",
+                    pass_name="capture",
+                    where=key,
+                    try_="a checkpoint in the model's own names: save_pretrained(other, save_original_format=False)",
+                )
+    if len(rules) != 1 or isinstance(rules[0], list):
+        raise CompileError(
+            f"transformers makes {key} of {len(names)} tensors that no rule joins",
+            code="unsupported-conversion",
+            pass_name="capture",
+            where=key,
+        )
+    return rules[0]
