@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from tests.encoders import MODELS, VOCAB, reference, write_model
 from xllm.artifact import Artifact, ArtifactError
-from xllm.compiler import CompileOptions, compile_checkpoint
+from xllm.compiler import CompileOptions, compile_checkpoint, show
 from xllm.errors import CompileError
 from xllm.llm import LLM, open_engine
 from xllm.runtime.errors import RequestRefused
@@ -80,6 +80,10 @@ def test_a_decoder_takes_prompts_longer_than_a_step(built: dict[str, tuple[Path,
 def test_nothing_is_left_to_torch(name: str, built: dict[str, tuple[Path, Path]]) -> None:
     plan = Artifact.open(built[name][1]).plan
     assert not [call.op for call in plan.calls if call.kernel == "torch"]
+
+
+def test_golden(built: dict[str, tuple[Path, Path]], golden: Callable[[Path, str], None]) -> None:
+    golden(Path(__file__).parent / "golden" / "bert.ir", show(built["bert"][1]))
 
 
 def test_texts_get_the_special_tokens_of_their_tokenizer(built: dict[str, tuple[Path, Path]]) -> None:
