@@ -48,6 +48,18 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "mistral": family("mistral", "MistralForCausalLM", sliding_window=24),
 }  # fmt: skip
 
+_DELTA: Mapping[str, Any] = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+# Layers that carry a state of fixed size beside layers that attend.
+HYBRIDS: Mapping[str, dict[str, Any]] = {
+    "qwen3-next": family("qwen3_next", "Qwen3NextForCausalLM", **_DELTA, num_experts=0),
+    "olmo-hybrid": family("olmo_hybrid", "OlmoHybridForCausalLM", **_DELTA, linear_allow_neg_eigval=True,
+                          hidden_size=96, pad_token_id=0),
+}  # fmt: skip
+
 # Configurations as they are found: biases, odd heads, windows from some layer on, keys of older transformers.
 ODD: Mapping[str, dict[str, Any]] = {
     "biases": _llama(attention_bias=True, mlp_bias=True, head_dim=20, num_key_value_heads=6),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.models import DENSE, FAMILIES, ODD, VOCAB, WatchedExecutor, build
+from tests.models import DENSE, FAMILIES, HYBRIDS, ODD, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.executor import Batch, Row
@@ -25,7 +25,7 @@ DECODE_STEPS = 32
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *ODD, *DENSE])
+@pytest.mark.parametrize("name", [*FAMILIES, *ODD, *DENSE, *HYBRIDS])
 def test_float32(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
 
@@ -52,7 +52,7 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
 
     Asserts that greedy tokens are equal as long as both saw the same history (always, with float32 state).
     """
-    checkpoint, path = build(folder, {**FAMILIES, **ODD, **DENSE}[name], dtype=dtype, options=options)
+    checkpoint, path = build(folder, {**FAMILIES, **ODD, **DENSE, **HYBRIDS}[name], dtype=dtype, options=options)
     in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
     assert not in_torch
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()
@@ -104,7 +104,7 @@ class Reference:
 def opened(path: Path) -> Iterator[tuple[WatchedExecutor, list[int]]]:
     """An executor and two spans of plain memory, filled with NaN so that reading an unwritten position shows."""
     executor = WatchedExecutor(Artifact.open(path), threads=2)
-    length = executor.kv.group_bytes * (128 // executor.kv.group_tokens)
+    length = executor.kv.bytes_for(128)
     memory = np.full(2 * length + 64, 0xFF, np.uint8)
     base = -(-memory.ctypes.data // 64) * 64
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.models import FAMILIES, VOCAB, WatchedExecutor, build
+from tests.models import FAMILIES, HYBRIDS, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.config import EngineConfig
@@ -46,11 +46,13 @@ SCHEDULES = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3 float32", "mistral bfloat16"])
+@pytest.fixture(scope="module", params=["qwen3 float32", "mistral bfloat16", "qwen3-next float32"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     name, dtype = request.param.split()
     options = CompileOptions(weights=dtype, kv=dtype, max_len=256)
-    return Artifact.open(build(tmp_path_factory.mktemp("bits"), FAMILIES[name], dtype=dtype, options=options)[1])
+    return Artifact.open(
+        build(tmp_path_factory.mktemp("bits"), {**FAMILIES, **HYBRIDS}[name], dtype=dtype, options=options)[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
     executor = BitsExecutor(artifact, schedule.threads)
     config = EngineConfig(
-        kv_bytes=schedule.kv_groups * executor.kv.group_bytes,
+        kv_bytes=schedule.kv_groups * executor.kv.group_bytes + 4 * executor.kv.fixed_bytes,
         page_bytes=4096,
         max_tokens_per_step=schedule.budget,
         max_beside_decodes=schedule.beside,

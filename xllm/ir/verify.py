@@ -254,6 +254,8 @@ def fixed_floats(node: fx.Node) -> int:
         case "gated_delta":
             _, heads, width = given["v"].meta["val"].shape
             return heads * given["k"].meta["val"].shape[2] * width
+        case "gated_delta_mixed":
+            return given["key_dim"] * (given["mixed"].meta["val"].shape[1] - 2 * given["k_heads"] * given["key_dim"])
     raise VerifyError(node, "is not known to keep a state that does not grow")
 
 

@@ -15,6 +15,7 @@ from xllm.passes.choose_buckets import ChooseBuckets
 from xllm.passes.choose_kernels import ChooseKernels
 from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
+from xllm.passes.fuse_gated_delta import FuseGatedDelta
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
 from xllm.passes.fuse_qkv import FuseQkv
@@ -34,6 +35,7 @@ REWRITES: tuple[Pass, ...] = (
     FuseQkv(),
     FuseQkNormRope(),
     FuseGateUp(),
+    FuseGatedDelta(),
 )
 PLANS: tuple[Pass, ...] = (
     ChooseKernels(),

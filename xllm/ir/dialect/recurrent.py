@@ -124,3 +124,57 @@ def gated_delta(
         held[slot] = state + k[token][:, :, None] * update[:, None]
         out[token] = torch.einsum("hkv,hk->hv", held[slot], q[token])
     return out
+
+
+def _mixed_shape(
+    fixed: Tensor, mixed: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, positions: Tensor,
+    slots: Tensor, layer: int, offset: int, k_heads: int, key_dim: int, scale: float, eps: float, beta_scale: float,
+) -> Tensor:  # fmt: skip
+    require("rank of the decay", a.dim(), 2)
+    require("beta", tuple(b.shape), tuple(a.shape))
+    require("a_log", tuple(a_log.shape), tuple(a.shape[1:]))
+    require("dt_bias", tuple(dt_bias.shape), tuple(a.shape[1:]))
+    heads, rest = a.shape[1], mixed.shape[1] - 2 * k_heads * key_dim
+    require("tokens of the values", mixed.shape[0], a.shape[0])
+    require("value heads left over by key heads", heads % k_heads, 0)
+    if rest < heads or rest % heads:
+        raise ValueError(f"{rest} columns are not the values of {heads} heads")
+    _require_tokens(mixed, positions, slots)
+    _require_span(fixed, offset, key_dim * rest)
+    return mixed.new_empty((mixed.shape[0], heads, rest // heads))
+
+
+@operator(
+    "gated_delta_mixed(Tensor(a!) fixed, Tensor mixed, Tensor a, Tensor b, Tensor a_log, Tensor dt_bias,"
+    " Tensor positions, Tensor slots, int layer, int offset, int k_heads, int key_dim, float scale, float eps,"
+    " float beta_scale) -> Tensor",
+    shape=_mixed_shape,
+)
+def gated_delta_mixed(
+    fixed: Tensor,
+    mixed: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    layer: int,
+    offset: int,
+    k_heads: int,
+    key_dim: int,
+    scale: float,
+    eps: float,
+    beta_scale: float,
+) -> Tensor:
+    """`gated_delta` on what layers have: queries, keys and values side by side in mixed [T, 2 Hk D + Hv Dv].
+
+    The decay is -exp(a_log) softplus(a + dt_bias), beta is beta_scale sigmoid(b); a, b [T, Hv], a_log, dt_bias [Hv].
+    """
+    heads, keys = a.shape[1], k_heads * key_dim
+    q, k, v = mixed.split((keys, keys, mixed.shape[1] - 2 * keys), dim=1)
+    q, k, v = q.unflatten(1, (k_heads, key_dim)), k.unflatten(1, (k_heads, key_dim)), v.unflatten(1, (heads, -1))
+    decay = -a_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+    beta = beta_scale * torch.sigmoid(b)
+    place = (positions, slots, layer, offset)
+    return torch.ops.xllm.gated_delta(fixed, q, k, v.contiguous(), decay, beta, *place, scale, eps)

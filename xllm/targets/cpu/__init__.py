@@ -30,7 +30,7 @@ class CpuTarget:
     level: str
     name: str = "cpu"
     streams: tuple[str, ...] = ("compute", "host")
-    fuses: frozenset[str] = frozenset({"qk_norm_rope_write"})
+    fuses: frozenset[str] = frozenset({"gated_delta_mixed", "qk_norm_rope_write"})
     pads: bool = False
     read_bytes_per_second: float = 20e9
     flops_per_second: float = 150e9

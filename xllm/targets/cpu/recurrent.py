@@ -42,6 +42,29 @@ def _gated_delta(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | 
     )
 
 
+def _gated_delta_mixed(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+    mixed, a, b = (op.args[name] for name in ("mixed", "a", "b"))
+    weights = {name: op.args[name] for name in ("a_log", "dt_bias")}
+    if not all(every_token(x) and x.dtype == "float32" for x in (mixed, a, b)):
+        return Refusal("it does not work on float32 values of every token")
+    if any(weight.kind != "weight" for weight in weights.values()):
+        return Refusal("its rates are computed")
+    k_heads, key_dim, width = op.args["k_heads"], op.args["key_dim"], mixed.width
+    v_heads, value_dim = ints(op.results[0].shape[1:])
+    starts = {"q": 0, "k": k_heads * key_dim, "v": 2 * k_heads * key_dim}
+    places = {
+        f"{name}_{what}": size for name, at in starts.items() for what, size in (("start", at), ("stride", width))
+    }
+    return Lowering(
+        "gated_delta.f32",
+        {**dict.fromkeys(starts, mixed), "decay": a, "beta": b, **weights, "out": op.results[0]},
+        {**fixed_place(op, kv), "offset": op.args["offset"], **_heads(k_heads, v_heads, key_dim, value_dim), **places},
+        {name: op.args[name] for name in ("scale", "eps", "beta_scale")},
+        layouts={weight.name: PLAIN for weight in weights.values()},
+        cost=_delta_cost(v_heads, key_dim, value_dim),
+    )
+
+
 def _heads(k_heads: int, v_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
     return {"k_heads": k_heads, "v_heads": v_heads, "key_dim": key_dim, "value_dim": value_dim}
 
@@ -72,7 +95,11 @@ def _kept(sizes: Mapping[str, int], floats: int) -> dict[str, int]:
     return {"fixed": 4 * (sizes["offset"] + floats)}
 
 
-RULES: Mapping[str, Rule] = {"xllm.causal_conv": _causal_conv, "xllm.gated_delta": _gated_delta}
+RULES: Mapping[str, Rule] = {
+    "xllm.causal_conv": _causal_conv,
+    "xllm.gated_delta": _gated_delta,
+    "xllm.gated_delta_mixed": _gated_delta_mixed,
+}
 REACH: Mapping[str, Reach] = {
     **dict.fromkeys(("causal_conv", "causal_conv_silu", "causal_conv_gelu", "causal_conv_gelu_tanh"), _conv_reach),
     "gated_delta": _delta_reach,
