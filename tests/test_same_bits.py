@@ -88,7 +88,7 @@ class BitsExecutor(WatchedExecutor):
     """Keeps, per request, token and logit bits of every sampled row, by position, so that recomputation shows too."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
-        self.rows: dict[str, dict[int, bytes]] = {}
+        self.bits: dict[str, dict[int, bytes]] = {}
         self._owner: dict[int, str] = {}
         super().__init__(artifact, threads)
 
@@ -103,7 +103,7 @@ class BitsExecutor(WatchedExecutor):
         for row, token in zip(sampled, result.tokens, strict=True):
             position = row.start + len(row.tokens) - 1
             bits = self.seen[row.slot, position].tobytes() + token.tobytes()
-            held = self.rows.setdefault(owners[row.slot], {}).setdefault(position, bits)
+            held = self.bits.setdefault(owners[row.slot], {}).setdefault(position, bits)
             assert held == bits, "one position gave two different rows"
         return result
 
@@ -146,7 +146,7 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
     assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
     prompts = {request.id: len(request.prompt) for request in order}
     rows = {
-        name: [executor.rows[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)]
+        name: [executor.bits[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)]
         for name in sorted(prompts)
     }
     return rows, preemptions

@@ -35,10 +35,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"partial_rotary_factor": 0.5},
     "phi3": {},
     "gpt_neox": {"num_key_value_heads": None},
+    "qwen3_next": {
+        "head_dim": 8, "num_experts": 0, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
     "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
     "glm4": {"head_dim": 8},
     "cohere": {"use_qk_norm": True},
-}
+}  # fmt: skip
 
 
 @cache
