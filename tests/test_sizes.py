@@ -14,8 +14,8 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
 BUDGET = {
-    "xllm/ir": 2000,
-    "xllm/frontend": 2500,
+    "xllm/ir": 2300,
+    "xllm/frontend": 3200,
     "xllm/passes": 4000,
     "xllm/targets": 2200,
     "xllm/runtime": 2500,
