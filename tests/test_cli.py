@@ -16,7 +16,7 @@ import pytest
 from tests.service.fakes import CHAT_TEMPLATE, EOS, TOKENIZER, VOCAB
 from xllm import cli
 
-COMMANDS = ("compile", "serve", "generate", "passes", "show", "doctor")
+COMMANDS = ("compile", "serve", "generate", "passes", "show", "pack", "unpack", "sign", "doctor")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
