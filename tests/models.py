@@ -74,7 +74,8 @@ ODD: Mapping[str, dict[str, Any]] = {
 # Other dense decoders, by what they do differently: packed projections and longrope; soft caps, windows, 1 + weight;
 # two rotary tables and norms of heads first; neighbours rotated in pairs, and post-norms; a norm over all heads;
 # scales of everything; layer norms spelled out, a parallel block, logit scale; layer norms, partial rotation, q, k, v
-# in [heads, 3, dim]; learned positions, weights transposed; a scale that grows with the position.
+# in [heads, 3, dim]; learned positions, weights transposed; positions from row 2 on, a head that calls past the body; a
+# scale that grows with the position.
 DENSE: Mapping[str, dict[str, Any]] = {
     "phi3": family("phi3", "Phi3ForCausalLM", hidden_size=96, pad_token_id=0),
     "gemma2": family("gemma2", "Gemma2ForCausalLM", sliding_window=24, query_pre_attn_scalar=24),
@@ -87,6 +88,7 @@ DENSE: Mapping[str, dict[str, Any]] = {
     "cohere2": family("cohere2", "Cohere2ForCausalLM", sliding_window=24, num_hidden_layers=4),
     "gpt_neox": family("gpt_neox", "GPTNeoXForCausalLM", hidden_size=96, num_key_value_heads=6),
     "gpt2": family("gpt2", "GPT2LMHeadModel", hidden_size=96, n_positions=512),
+    "opt": family("opt", "OPTForCausalLM", ffn_dim=104, word_embed_proj_dim=72),
     "ministral3": family("ministral3", "Ministral3ForCausalLM"),
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ class Session:
 
     def __init__(self, whole: bool = False) -> None:
         self.inputs: StepInputs | None = None
+        self._cut: StepInputs | None = None  # the step whose hidden states are cut already
         self._whole = whole
         self._layer_of: dict[nn.Module, int] = {}
         self._names: list[str] = []
@@ -99,8 +100,13 @@ class Session:
         return position_ids.reshape(-1)
 
     def keep_last_rows(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the decoder below the output head: only the rows whose logits are wanted go on."""
+        """Forward hook of the decoder below the output head: only the rows whose logits are wanted go on. The first
+        module of a step that has it cuts; those around it hand on what was cut.
+        """
         assert self.inputs is not None
+        if self._cut is self.inputs:
+            return None
+        self._cut = self.inputs
         hidden = output[0]
         return with_hidden(output, torch.ops.xllm.rows(hidden.select(0, 0), self.inputs.last).unsqueeze(0))
 

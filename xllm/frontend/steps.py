@@ -61,7 +61,8 @@ def prepare(model: nn.Module, session: Session, task: Task, stack: Stack) -> Non
     Raises CompileError for a model without a body below its head.
     """
     if task.kind == "generate":
-        _base(model).register_forward_hook(session.keep_last_rows)
+        for body in _bodies(model, stack):
+            body.register_forward_hook(session.keep_last_rows)
     elif task.kind == "classify" and not is_scored(model):
         owner = model.get_submodule(stack.path.rpartition(".")[0])
 
@@ -83,6 +84,16 @@ def pooled(hidden: Tensor, pooling: str, inputs: StepInputs) -> Tensor:
 def is_scored(model: nn.Module) -> bool:
     """Whether the head is one product over the last row of a sequence, as every decoder's is."""
     return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def _bodies(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    """The modules one of which hands hidden states to the head: the body, and the decoder in it that some heads call
+    past the body.
+    """
+    base, decoder = _base(model), getattr(model, "get_decoder", lambda: None)()
+    inner = isinstance(decoder, nn.Module) and decoder is not base and decoder is not model
+    holds = inner and any(layer in set(decoder.modules()) for layer in stack.layers[:1])
+    return [decoder, base] if holds else [base]
 
 
 def _base(model: nn.Module) -> nn.Module:
