@@ -180,6 +180,8 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
     sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
     sub.add_argument("--share-weights", type=Path, metavar="FOLDER", help="keep one copy of equal weights there")
+    sub.add_argument("--pass-module", action="append", default=[], metavar="NAME", help="a file of passes; repeatable")
+    sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="and one of kernels")
     sub.add_argument("--quiet", action="store_true", help="no progress, no report")
 
 
@@ -188,6 +190,7 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--memory", type=_size, metavar="SIZE", help="all the memory to use, like 4GiB")
     sub.add_argument("--threads", type=_positive, metavar="N", help="compute threads (default: the cores it may use)")
     sub.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens of one sequence per step")
+    sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels; repeatable")
     sub.add_argument("--no-async-scheduling", action="store_true", help="prepare a step only after the one before")
 
 
@@ -243,6 +246,8 @@ def _compile(arguments: argparse.Namespace) -> None:
         "task": arguments.task,
         "disable": tuple(arguments.disable_pass),
         "traffic": read_traffic(arguments.traffic) if arguments.traffic else (),
+        "pass_modules": tuple(arguments.pass_module),
+        "kernel_modules": tuple(arguments.kernel_module),
         "debug": config.environment().debug,
     }
     places = {"reuse": arguments.reuse, "share_weights": arguments.share_weights}

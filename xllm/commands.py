@@ -188,6 +188,7 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "chunk": arguments.chunk,
         "async_scheduling": not arguments.no_async_scheduling,
+        "kernel_modules": tuple(arguments.kernel_module),
     }
 
 

@@ -29,9 +29,9 @@ class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
     weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together;
-    max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. traffic:
-    (tokens of a step, weight) pairs the buckets are chosen for. task: one of TASKS, by default what the checkpoint
-    says. debug: the XLLM_DEBUG ladder, 0 to 5.
+    max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules,
+    kernel_modules: files of others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are
+    chosen for. task: one of TASKS, by default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -41,6 +41,8 @@ class CompileOptions:
     max_len: int | None = None
     max_batch_tokens: int = 512
     disable: tuple[str, ...] = ()
+    pass_modules: tuple[str, ...] = ()
+    kernel_modules: tuple[str, ...] = ()
     traffic: tuple[tuple[int, float], ...] = ()
     task: str | None = None
     debug: int = 0
@@ -84,6 +86,7 @@ class Report:
     arena_bytes: int
     token_bytes: int
     buckets: tuple[tuple[int, int], ...]
+    modules: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     weights: int = 0
     reused: int = field(default=0, compare=False)
@@ -102,6 +105,11 @@ class Report:
         )
         if self.reused:
             lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
+        lines += [
+            f"  kernels of module {name} run: same bits under any schedule are that module's own promise; serving needs"
+            f" --kernel-module {name}"
+            for name in self.modules
+        ]
         lines += self._fallback_lines()
         lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
@@ -158,18 +166,19 @@ def compile_checkpoint(
         from xllm.frontend.weights import Checkpoint
         from xllm.ir.show import digest
         from xllm.packing import blocks, origin
-        from xllm.passes import PLANS, REWRITES, Context, pipeline_text, run_pipeline, without
+        from xllm.passes import Context, pipeline_text, run_pipeline
         from xllm.passes.account import account
         from xllm.passes.debug import Ladder, dump_planned
         from xllm.passes.emit import emit_plan, emit_task, reach
         from xllm.targets import cpu
 
+        pipeline = _pipeline(options)
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
         options = _resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
         target = cpu.host_target()
-        context = Context(target, str(options.weights), str(options.kv), options.traffic)
+        context = Context(target, str(options.weights), str(options.kv), options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
         program = capture(
             checkpoint,
@@ -184,11 +193,11 @@ def compile_checkpoint(
         ladder = Ladder(options.debug, target.name, lambda name, text: writer.write(f"ir/{name}.ir", text))
         ladder.captured(program)
         tell("rewriting", 0, 0)
-        program, rewrites = run_pipeline(program, without(REWRITES, options.disable), context, ladder.observe)
+        program, rewrites = run_pipeline(program, pipeline.rewrites, context, ladder.observe)
         program = stamp(program)
         unused = tensors.check(program)
         tell("planning", 0, 0)
-        program, plans = run_pipeline(program, PLANS, context, ladder.observe)
+        program, plans = run_pipeline(program, pipeline.plans, context, ladder.observe)
         plan = emit_plan(program)
         for suffix, text in dump_planned(program, plan, target.name).items():
             writer.write(f"ir/{ladder.count:02d}-{PLANNED}{suffix and UNFOLDED}.ir", text)
@@ -208,7 +217,6 @@ def compile_checkpoint(
         writer.write("report.json", json.dumps(account(program, context), separators=(",", ":"), sort_keys=True))
         _copy_tokenizer(writer, facts)
         records = (*rewrites, *plans)
-        passes = (*without(REWRITES, options.disable), *PLANS)
         writer.finish(
             {
                 "toolchain": {
@@ -238,7 +246,8 @@ def compile_checkpoint(
                 "kv_dtype": options.kv,
                 "weights_header": written.header,
                 "weight_origins": dict(written.origins),
-                "pipeline": pipeline_text(passes),
+                "pipeline": pipeline_text((*pipeline.rewrites, *pipeline.plans)),
+                **({"extensions": pipeline.extensions} if pipeline.extensions else {}),
                 "passes": [
                     {
                         "name": r.name,
@@ -265,11 +274,40 @@ def compile_checkpoint(
         arena_bytes=plan.arena_bytes,
         token_bytes=plan.kv.token_bytes,
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
+        modules=tuple(dict.fromkeys(call.kernel.partition(":")[0] for call in plan.calls if ":" in call.kernel)),
         unused=unused,
         seconds=clock.laps,
         reused=len(written.reused),
         weights=len(plan.weights),
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What one compile runs: passes, kernel providers, and the modules of others among them for the manifest."""
+
+    rewrites: tuple[Any, ...]
+    plans: tuple[Any, ...]
+    providers: tuple[Any, ...]
+    extensions: Mapping[str, list[dict[str, str]]]
+
+
+def _pipeline(options: CompileOptions) -> Pipeline:
+    """THE list, with the passes of modules in their places, less those disabled."""
+    from xllm import extensions
+    from xllm.passes import PLANS, REWRITES, without
+    from xllm.passes.extend import Provider, check_places, passes_of, placed
+
+    without(REWRITES, options.disable)
+    modules = {"passes": extensions.load(options.pass_modules), "kernels": extensions.load(options.kernel_modules)}
+    added = [step for module in modules["passes"] for step in passes_of(module)]
+    check_places(REWRITES, PLANS, added)
+    return Pipeline(
+        tuple(step for step in placed(REWRITES, added) if step.name() not in options.disable),
+        placed(PLANS, added),
+        tuple(Provider.of(module) for module in modules["kernels"]),
+        {kind: [{"module": m.name, "digest": m.digest} for m in held] for kind, held in modules.items() if held},
     )
 
 

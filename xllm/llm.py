@@ -122,18 +122,20 @@ def open_engine(
     chunk: int | None = None,
     max_seqs: int | None = None,
     progress: Progress | None = None,
+    kernel_modules: Sequence[str] = (),
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
-    chunk: prompt tokens of one sequence per step. Raises ArtifactError for an artifact this machine cannot run.
+    chunk: prompt tokens of one sequence per step. kernel_modules: files whose kernels the artifact may run.
+    Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
-    executor = CpuExecutor(artifact, threads or host_threads(), progress=progress)
+    executor = CpuExecutor(artifact, threads or host_threads(), progress=progress, kernel_modules=kernel_modules)
     budget = artifact.plan.buckets[-1].T
     config = EngineConfig(
         kv_bytes=ledger.kv,
@@ -202,6 +204,7 @@ class LLM:
         memory_bytes: int | None = None,
         threads: int | None = None,
         require_signature: str | Path | None = None,
+        kernel_modules: Sequence[str] = (),
     ) -> None:
         from xllm.service.tokenizer import TextCodec
 
@@ -213,7 +216,11 @@ class LLM:
         self.ledger: Ledger | None = None
         if self.artifact.task == "generate":
             self._engine, self.ledger = open_engine(
-                self.artifact, self._outputs.put, memory_bytes=memory_bytes, threads=threads
+                self.artifact,
+                self._outputs.put,
+                memory_bytes=memory_bytes,
+                threads=threads,
+                kernel_modules=kernel_modules,
             )
         else:
             self._encoder = open_encoder(self.artifact, memory_bytes, threads)

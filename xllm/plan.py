@@ -29,7 +29,8 @@ class Call:
 
     results: the arena values it writes, its scratch among them. after: indices of calls on other streams that must
     have finished before. kernel "torch" marks an operator without a native kernel: `op` is run by the fallback provider
-    on `operands` (JSON encoding of its arguments) and what it gives is copied to `results`.
+    on `operands` (JSON encoding of its arguments) and what it gives is copied to `results`. "module:name" is a
+    kernel of a module of others: it gets `operands` as arrays, and writes to those that are `results`.
     """
 
     node: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,15 @@ from torch.fx.node import map_aggregate
 from xllm.ir.program import Constant, Program, evaluate, state_shapes
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    observe: Callable[[fx.Node, Any], None] | None = None,
+) -> Tensor:
     """Logits [S, V] of one step. `inputs` by name (ids, positions, slots, last int32; the state, which is written to);
-    `weights` by `get_attr` target (see `bind`). Raises KeyError for a missing input or weight.
+    `weights` by `get_attr` target (see `bind`). `observe` sees every call's value. Raises KeyError for a missing
+    input or weight.
     """
     device = inputs["ids"].device
     values: dict[fx.Node, Any] = {}
@@ -30,6 +36,8 @@ def run(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Te
                 args = map_aggregate(node.args, lambda arg: _real(arg, values, device))
                 kwargs = map_aggregate(node.kwargs, lambda arg: _real(arg, values, device))
                 values[node] = node.target(*args, **kwargs)  # pyright: ignore
+                if observe is not None:
+                    observe(node, values[node])
     return values[program.output().all_input_nodes[0]]
 
 

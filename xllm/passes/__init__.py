@@ -68,9 +68,11 @@ def pipeline_text(passes: Iterable[Pass]) -> str:
     return " ".join(step.spelled() for step in passes)
 
 
-def parse_pipeline(text: str) -> tuple[Pass, ...]:
-    """The passes a pipeline string names, with their options. Raises CompileError for an unknown name or option."""
-    known = {step.name(): type(step) for step in (*REWRITES, *PLANS)}
+def parse_pipeline(text: str, added: Iterable[Pass] = ()) -> tuple[Pass, ...]:
+    """The passes a pipeline string names, with their options; `added` are passes of modules it may name. Raises
+    CompileError for an unknown name or option.
+    """
+    known = {step.spelled().partition("{")[0]: type(step) for step in (*REWRITES, *PLANS, *added)}
     passes = []
     for word in text.split():
         name = word.partition("{")[0]

@@ -6,16 +6,20 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch.fx as fx
 
 from xllm.errors import CompileError
+from xllm.extensions import owner_of
 from xllm.ir import Program
 from xllm.ir.program import path_of
 from xllm.ir.show import digest
 from xllm.ir.verify import VerifyError, verify
 from xllm.targets.base import Target
+
+if TYPE_CHECKING:
+    from xllm.passes.extend import Provider
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Context:
     weights_dtype: str = "float32"
     kv_dtype: str = "float32"
     traffic: tuple[tuple[int, float], ...] = ()
+    providers: tuple[Provider, ...] = ()  # kernel modules, asked before the target
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,12 @@ class Pass:
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     def spelled(self) -> str:
-        """The pass with its options, as the pipeline string records it: name or name{key=value,…}."""
+        """The pass with its options, as the pipeline string records it: name or name{key=value,…}, behind "module:"
+        where a module of others defines it."""
         options = ",".join(f"{item.name}={getattr(self, item.name)}" for item in fields(self))
-        return f"{self.name()}{{{options}}}" if options else self.name()
+        owner = owner_of(type(self))
+        name = f"{owner}:{self.name()}" if owner else self.name()
+        return f"{name}{{{options}}}" if options else name
 
     def run(self, program: Program, context: Context) -> Outcome:
         raise NotImplementedError

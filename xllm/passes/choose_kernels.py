@@ -7,7 +7,7 @@ there a missing kernel is a CompileError.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, Literal
 
 from xllm.errors import CompileError
@@ -15,12 +15,12 @@ from xllm.ir import Program
 from xllm.ir.effects import effects, is_symbolic
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
-from xllm.targets.base import Cost, Extent, LayerState, Layout, Lowering, Operation, Tensor
+from xllm.targets.base import Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Tensor
 
 
 @dataclass(frozen=True)
 class Choice:
-    """provider "cpu" (or another target), or "torch"; `refused` are those asked before it, with their reasons."""
+    """provider: a kernel module, "cpu" (or another target), or "torch"; `refused` are those asked before, and why."""
 
     provider: str
     operation: Operation
@@ -47,26 +47,40 @@ class ChooseKernels(Pass):
             if is_alias(node) or is_symbolic(node):
                 continue
             operation = reader.operation(node)
-            lowered = target.lower(operation, kv, context.weights_dtype)
-            if isinstance(lowered, Lowering):
-                choices[node.name] = Choice(target.name, operation, lowered)
+            choice = self._asked(operation, kv, context)
+            choices[node.name] = choice
+            if choice.provider != "torch":
                 continue
             touched = effects(node, states)
             if touched.reads or touched.writes:
                 raise CompileError(
-                    f"{operation.op} works on the state and {target.name} has no kernel for it: {lowered.why}",
+                    f"{operation.op} works on the state and {target.name} has no kernel for it: {choice.why}",
                     code="no-kernel",
                     pass_name=self.name(),
                     node=node.name,
                     where=operation.path,
                     try_="another --kv dtype or target",
                 )
-            misses.append((node.name, f"{operation.op} runs its torch body: {lowered.why}"))
-            choices[node.name] = Choice("torch", operation, fallback(operation), ((target.name, lowered.why),))
+            misses.append((node.name, f"{operation.op} runs its torch body: {choice.why}"))
         program.plans["kernels"] = choices
         program.plans["kv"] = kv
         hits = tuple(name for name, choice in choices.items() if choice.provider != "torch")
         return Outcome(program, hits, tuple(misses))
+
+    @staticmethod
+    def _asked(operation: Operation, kv: KVLayout, context: Context) -> Choice:
+        """Kernel modules in the order named, then the target, then torch. What a kernel leaves out of its cost is
+        counted as the bytes in and out."""
+        refused: list[tuple[str, str]] = []
+        for provider in (*context.providers, context.target):
+            answer = provider.lower(operation, kv, context.weights_dtype)
+            if isinstance(answer, Lowering):
+                if answer.cost == Cost():
+                    answer = replace(answer, cost=fallback(operation).cost)
+                return Choice(provider.name, operation, answer, tuple(refused))
+            if answer is not None:
+                refused.append((provider.name, answer.why))
+        return Choice("torch", operation, fallback(operation), tuple(refused))
 
 
 def fallback(operation: Operation) -> Lowering:

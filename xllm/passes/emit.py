@@ -118,6 +118,10 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
     if choice.provider == "torch":
         operands = tuple([name, operand(value)] for name, value in op.args.items())
         return Call(kernel="torch", operands=operands, **common)
+    if ":" in low.kernel:  # of a module: arrays, so shapes and dtypes go along
+        operands = tuple([name, operand(tensor)] for name, tensor in low.args.items())
+        sizes = {"ints": dict(low.ints), "floats": dict(low.floats)}
+        return Call(kernel=low.kernel, operands=operands, rows=low.rows, **sizes, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}
     return Call(kernel=low.kernel, args=args, ints=dict(low.ints), floats=dict(low.floats), rows=low.rows, **common)
 

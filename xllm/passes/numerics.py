@@ -23,7 +23,7 @@ def check_same(
     """
     steps = random_steps(before, 0)
     outputs = [run_steps(program, sources, steps) for program in (before, after)]
-    worst = max(_difference(old, new) for old, new in zip(*outputs, strict=True))
+    worst = max(difference(old, new) for old, new in zip(*outputs, strict=True))
     if worst > tolerance:
         raise CompileError(
             f"the program computes something else after this pass: relative difference {worst:.2e}",
@@ -34,7 +34,7 @@ def check_same(
     return worst
 
 
-def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
+def difference(old: torch.Tensor, new: torch.Tensor) -> float:
     """‖new - old‖/‖old‖; infinite where the shapes differ or either side is not finite."""
     if old.shape != new.shape or not (old.isfinite().all() and new.isfinite().all()):
         return float("inf")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xllm.plan import ELEMENT_BYTES as _BYTES_OF
 from xllm.plan import Bucket, Call, Plan
+from xllm.targets.base import Extent
 from xllm.targets.cpu import GROUP_TOKENS, REACH
 from xllm.targets.cpu.rules import ELEMENT_BYTES, SUFFIX
 
@@ -34,6 +36,9 @@ def check_bounds(plan: Plan, width: int, max_len: int) -> None:
     _require(planned == width, f"rows are {planned} wide, {width} are read of each")
     for call in plan.calls:
         if call.kernel == "torch":
+            continue
+        if ":" in call.kernel:
+            _check_arrays(plan, call)
             continue
         try:
             _check_call(plan, call, max_len)
@@ -81,6 +86,20 @@ def _check_call(plan: Plan, call: Call, max_len: int) -> None:
         _check_state(plan, call, once["state"], where)
     if "fixed" in once:
         _check_fixed(plan, call, once["fixed"], where)
+
+
+def _check_arrays(plan: Plan, call: Call) -> None:
+    """A kernel of a module gets whole arrays: each must lie inside what it is a view of."""
+    for name, operand in call.operands:
+        reference = operand.get("ref", "")
+        if reference[:1] not in ("%", "@"):
+            continue  # inputs have the size of the step
+        for bucket in plan.buckets:
+            needed = _BYTES_OF[operand["dtype"]]
+            for size in operand["shape"]:
+                needed *= size if isinstance(size, int) else Extent(size).at(bucket.sizes)
+            held = _held(plan, reference, bucket)
+            _require(needed <= held, f"call {call.node}: {name} needs {needed} bytes, {reference!r} has {held}")
 
 
 def _check_state(plan: Plan, call: Call, size: int, where: str) -> None:

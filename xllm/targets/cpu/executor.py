@@ -27,6 +27,7 @@ from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
 from xllm.runtime.request import Request
 from xllm.targets.cpu.bounds import check_bounds
+from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_LOGPROBS = 20
 HUGE_PAGE_BYTES = 2 << 20
@@ -36,12 +37,19 @@ class CpuExecutor:
     """The executor of `xllm.runtime` for one artifact. Raises ArtifactError when this machine cannot run it."""
 
     def __init__(
-        self, artifact: Artifact, threads: int, *, verify: bool = True, progress: Progress | None = None
+        self,
+        artifact: Artifact,
+        threads: int,
+        *,
+        verify: bool = True,
+        progress: Progress | None = None,
+        kernel_modules: Sequence[str] = (),
     ) -> None:
         manifest, plan = artifact.manifest, artifact.plan
         samples = manifest["task"]["kind"] == "generate"
         level = usable_level(manifest["target"])
         self._plan = plan
+        self._modules = kernels_of(artifact, kernel_modules)
         self.weights = artifact.map_weights(verify, progress)
         self.limits = Limits(
             max_tokens_per_step=plan.buckets[-1].T,
@@ -162,6 +170,11 @@ class CpuExecutor:
             if call.kernel == "torch":
                 flush()
                 pieces.append(self._fallback(call, bucket))
+                continue
+            if ":" in call.kernel:
+                flush()
+                run = self._modules[call.kernel]
+                pieces.append(ModuleCall(call, self._plan, bucket, self._arena, self.weights, run).run)
                 continue
             args = {name: address(reference) for name, reference in call.args.items()}
             native.append(cpu.Call(call.kernel, args, call.ints, call.floats, rows_of(call)))

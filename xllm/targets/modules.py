@@ -1,0 +1,109 @@
+"""Kernels of modules that others wrote: found by the name the operator gave, held to the digest the artifact records.
+
+An artifact never makes code run by itself: it names a module, and who serves names the file again. The kernel gets
+numpy arrays over the arena and the mapped weights; only its results can be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from xllm import extensions
+from xllm.artifact import Artifact, ArtifactError, MappedWeights
+from xllm.plan import Bucket, Call, Plan
+from xllm.targets.base import Extent
+
+_NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
+
+
+class StepArrays(Protocol):
+    """What a call needs of a step."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def last(self) -> np.ndarray: ...
+
+
+def kernels_of(artifact: Artifact, named: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """The functions of every "module:name" in the plan. No module runs before all are found as they were recorded.
+
+    Raises ArtifactError for one that was not named, or that has changed; ExtensionError for one that can't be loaded.
+    """
+    wanted = dict.fromkeys(call.kernel for call in artifact.plan.calls if ":" in call.kernel)
+    sources = extensions.read(named)
+    recorded = _recorded(artifact)
+    for name in dict.fromkeys(kernel.partition(":")[0] for kernel in wanted):
+        if name not in sources:
+            raise ArtifactError(
+                "kernel-module-missing",
+                f"the artifact runs kernels of module {name}, which was not named: give --kernel-module {name} if you"
+                " trust it",
+            )
+        if sources[name].digest != recorded.get(name):
+            raise ArtifactError(
+                "kernel-module-changed",
+                f"{sources[name].file} is not the module {name} the artifact was compiled with (sha256"
+                f" {sources[name].digest[:12]}, recorded {str(recorded.get(name))[:12]}); compile the checkpoint again",
+            )
+    tables = {
+        name: extensions.table(extensions.run(sources[name]), "KERNELS")
+        for name in dict.fromkeys(kernel.partition(":")[0] for kernel in wanted)
+    }
+    found = {}
+    for kernel in wanted:
+        module, _, name = kernel.partition(":")
+        if name not in tables[module]:
+            raise ArtifactError("artifact-malformed", f"the plan calls {kernel}, which is no kernel; compile again")
+        found[kernel] = tables[module][name]
+    return found
+
+
+def _recorded(artifact: Artifact) -> dict[str, str]:
+    """Digests by module, as the manifest has them."""
+    held = artifact.manifest.get("extensions", {})
+    modules = held.get("kernels", ()) if isinstance(held, Mapping) else ()
+    return {entry["module"]: entry["digest"] for entry in modules if {"module", "digest"} <= set(entry)}
+
+
+class ModuleCall:
+    """One planned call of a module's kernel, bound to a bucket."""
+
+    def __init__(
+        self,
+        call: Call,
+        plan: Plan,
+        bucket: Bucket,
+        arena: np.ndarray,
+        weights: MappedWeights,
+        function: Callable[..., None],
+    ) -> None:
+        self._call, self._plan, self._bucket = call, plan, bucket
+        self._arena, self._weights, self._function = arena, weights, function
+
+    def run(self, step: StepArrays) -> None:
+        sizes = {"T": len(step.ids), "S": len(step.last)}
+        arrays = {name: self._array(operand, step, sizes) for name, operand in self._call.operands}
+        self._function(**arrays, **self._call.ints, **self._call.floats)
+
+    def _array(self, operand: Mapping[str, Any], step: StepArrays, sizes: Mapping[str, int]) -> np.ndarray | None:
+        if "ref" not in operand:
+            return None  # an argument that the operation leaves out
+        reference = operand["ref"]
+        name = reference[1:]
+        shape = [size if isinstance(size, int) else Extent(size).at(sizes) for size in operand["shape"]]
+        if reference[:1] == "@":
+            return self._weights.array(self._plan.weights[name]).reshape(shape)  # mapped read-only
+        if reference[:1] == "$":
+            array = getattr(step, name).reshape(shape).view()
+        else:
+            kind = np.dtype(_NUMPY[operand["dtype"]])
+            start = self._bucket.offsets[name]
+            array = self._arena[start : start + int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
+        array.flags.writeable = reference in self._call.results
+        return array
