@@ -109,17 +109,9 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
         )
     )
     command("passes", _passes, "list the passes of the compiler in order", "xllm passes")
-    show = command(
-        "show",
-        _show,
-        "print the program of an artifact",
-        "xllm show qwen.xllm",
-        "xllm show qwen.xllm --stage fuse-qkv --unfold",
-    )
-    show.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
-    show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
-    _inspection_flags(command)
+    from xllm.inspection import commands as inspection
+
+    inspection.add(command)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -142,32 +134,10 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     return parser
 
 
-def _inspection_flags(command: Callable[..., Any]) -> None:
-    explain = command(
-        "explain",
-        _explain,
-        "say what the compiler did, what it did not do and why, and where memory goes",
-        "xllm explain qwen.xllm",
-        "xllm explain qwen.xllm --json",
-    )
-    explain.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    explain.add_argument("--json", action="store_true", help="the same as JSON")
-    diff = command(
-        "diff",
-        _diff,
-        "compare two artifacts part by part; exit code 0 equal, 1 different, 2 error",
-        "xllm diff before.xllm after.xllm",
-        "xllm diff before.xllm after.xllm --stage fuse-qkv",
-    )
-    diff.add_argument("one", type=Path, metavar="A")
-    diff.add_argument("two", type=Path, metavar="B")
-    diff.add_argument("--stage", metavar="NAME", help="only the program after this pass")
-
-
 def _compile_flags(sub: argparse.ArgumentParser) -> None:
     dtypes = ("float32", "bfloat16")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and safetensors")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write")
+    sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
     sub.add_argument("--target", default="cpu", choices=("cpu",))
     sub.add_argument("--weights", choices=dtypes, help="storage of weights (default: as in the checkpoint)")
     sub.add_argument("--kv", choices=dtypes, help="storage of keys and values (default: as the weights)")
@@ -180,6 +150,8 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
     sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
     sub.add_argument("--share-weights", type=Path, metavar="FOLDER", help="keep one copy of equal weights there")
+    sub.add_argument("--bisect-passes", action="store_true", help="write nothing; find the first pass that goes wrong")
+    sub.add_argument("--check", choices=("numerics",), default="numerics", help="what --bisect-passes looks at")
     sub.add_argument("--pass-module", action="append", default=[], metavar="NAME", help="a file of passes; repeatable")
     sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="and one of kernels")
     sub.add_argument("--quiet", action="store_true", help="no progress, no report")
@@ -227,11 +199,14 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
     _engine_flags(sub)
 
 
-def _compile(arguments: argparse.Namespace) -> None:
+def _compile(arguments: argparse.Namespace) -> int:
     from xllm.commands import UsageError, needs_compiler
 
     if not (arguments.checkpoint / "config.json").is_file():  # known before seconds of imports
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
+    nowhere = arguments.out is None
+    if nowhere and not arguments.bisect_passes:
+        raise UsageError("say where to write the artifact: -o ARTIFACT")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.compiler import CompileOptions, compile_checkpoint
     from xllm.traffic import read_traffic
@@ -252,12 +227,17 @@ def _compile(arguments: argparse.Namespace) -> None:
     }
     places = {"reuse": arguments.reuse, "share_weights": arguments.share_weights}
     options = CompileOptions(**{name: value for name, value in chosen.items() if value is not None})
+    if arguments.bisect_passes:
+        from xllm.inspection.commands import bisect
+
+        return bisect(arguments.checkpoint, options)
     if arguments.quiet:
         compile_checkpoint(arguments.checkpoint, arguments.out, options, **places)
-        return
+        return 0
     with _progress() as show:
         report = compile_checkpoint(arguments.checkpoint, arguments.out, options, show, **places)
     print(report.text())
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -279,29 +259,6 @@ def _passes(arguments: argparse.Namespace) -> None:
     from xllm.compiler import describe_passes
 
     print(describe_passes())
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from xllm.compiler import show
-
-    print(show(arguments.artifact, stage=arguments.stage, unfold=arguments.unfold), end="")
-
-
-def _explain(arguments: argparse.Namespace) -> None:
-    from xllm.artifact import Artifact
-    from xllm.inspection import explain
-
-    facts = explain.explain(Artifact.open(arguments.artifact))
-    print(explain.sorted_facts(facts) if arguments.json else explain.text(facts), end="")
-
-
-def _diff(arguments: argparse.Namespace) -> int:
-    from xllm.artifact import Artifact
-    from xllm.inspection import diff
-
-    parts = diff.compare(Artifact.open(arguments.one), Artifact.open(arguments.two), arguments.stage)
-    print(diff.text(parts, str(arguments.one), str(arguments.two)), end="")
-    return int(any(part.lines for part in parts))
 
 
 def _pack(arguments: argparse.Namespace) -> None:

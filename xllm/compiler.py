@@ -6,7 +6,6 @@ Nothing is decided here but the order; choices are made by passes and targets, a
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import xllm
-from xllm.artifact import Artifact, ArtifactWriter, previous_weights, share, writing
+from xllm.artifact import ArtifactWriter, previous_weights, share, writing
 from xllm.errors import CompileError
 from xllm.plan import Plan
 
@@ -172,11 +171,11 @@ def compile_checkpoint(
         from xllm.passes.emit import emit_plan, emit_task, reach
         from xllm.targets import cpu
 
-        pipeline = _pipeline(options)
+        pipeline = pipeline_of(options)
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
-        options = _resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
+        options = resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
         target = cpu.host_target()
         context = Context(target, str(options.weights), str(options.kv), options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
@@ -293,7 +292,7 @@ class Pipeline:
     extensions: Mapping[str, list[dict[str, str]]]
 
 
-def _pipeline(options: CompileOptions) -> Pipeline:
+def pipeline_of(options: CompileOptions) -> Pipeline:
     """THE list, with the passes of modules in their places, less those disabled."""
     from xllm import extensions
     from xllm.passes import PLANS, REWRITES, without
@@ -311,22 +310,6 @@ def _pipeline(options: CompileOptions) -> Pipeline:
     )
 
 
-def show(path: str | Path, stage: str | None = None, unfold: bool = False) -> str:
-    """A program dump of an artifact: the last stage, or the one named. Raises CompileError listing the stages there
-    are.
-    """
-    artifact = Artifact.open(path)
-    stages = artifact.stages()
-    name = stage or PLANNED
-    if name not in stages:
-        known = ", ".join(stage for stage in stages if not stage.endswith(UNFOLDED))
-        raise CompileError(f"there is no stage {name!r}", code="unknown-stage", try_=f"one of {known}")
-    if unfold and name + UNFOLDED in stages:
-        return artifact.read(stages[name + UNFOLDED]).decode()
-    text = artifact.read(stages[name]).decode()
-    return _unfolded(text) if unfold else text
-
-
 def describe_passes() -> str:
     """Every pass in order: kind, name with options, and the first line of what it does."""
     from xllm.passes import PLANS, REQUIRED, REWRITES
@@ -339,20 +322,7 @@ def describe_passes() -> str:
     return "\n".join(lines)
 
 
-def _unfolded(text: str) -> str:
-    """A folded dump with every layer block written once per layer it stands for."""
-
-    def repeated(block: re.Match[str]) -> str:
-        numbers: list[int] = []
-        for part in block["layers"].split():
-            first, _, last = part.partition("..")
-            numbers += range(int(first), int(last or first) + 1)
-        return "".join(f"  layer {number} {{\n{block['body']}  }}\n" for number in numbers)
-
-    return re.sub(r"  layer (?P<layers>[\d. ]+) \{\n(?P<body>.*?)  \}\n", repeated, text, flags=re.DOTALL)
-
-
-def _resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> CompileOptions:
+def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> CompileOptions:
     """Options with every None replaced: storage follows the checkpoint, length the model, at most DEFAULT_MAX_LEN."""
     weights = options.weights or ("bfloat16" if "bfloat16" in dtypes else "float32")
     max_len = options.max_len or min(trained_len or DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)

@@ -1,0 +1,100 @@
+"""Decides the commands that look: show, explain, diff, and what `compile --bisect-passes` prints. Every one imports
+what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllm.compiler import CompileOptions
+
+
+def add(command: Callable[..., Any]) -> None:
+    """The flags of each; `command(name, run, help, *examples)` makes its parser."""
+    show = command(
+        "show",
+        _show,
+        "print the program of an artifact, or draw it",
+        "xllm show qwen.xllm",
+        "xllm show qwen.xllm --stage fuse-qkv --unfold",
+        "xllm show qwen.xllm --dot --layer 0 | dot -Tsvg > layer.svg",
+        "xllm show ./Qwen3-0.6B --dot --stage captured",
+    )
+    show.add_argument("artifact", type=Path, metavar="ARTIFACT", help="or, with --dot, a checkpoint folder")
+    show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
+    show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
+    show.add_argument("--dot", action="store_true", help="Graphviz text, of the plan or of a checkpoint's program")
+    show.add_argument("--layer", type=int, metavar="N", help="with --dot: this layer alone")
+    explain = command(
+        "explain",
+        _explain,
+        "say what the compiler did, what it did not do and why, and where memory goes",
+        "xllm explain qwen.xllm",
+        "xllm explain qwen.xllm --json",
+    )
+    explain.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    explain.add_argument("--json", action="store_true", help="the same as JSON")
+    diff = command(
+        "diff",
+        _diff,
+        "compare two artifacts part by part; exit code 0 equal, 1 different, 2 error",
+        "xllm diff before.xllm after.xllm",
+        "xllm diff before.xllm after.xllm --stage fuse-qkv",
+    )
+    diff.add_argument("one", type=Path, metavar="A")
+    diff.add_argument("two", type=Path, metavar="B")
+    diff.add_argument("--stage", metavar="NAME", help="only the program after this pass")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from xllm.commands import UsageError, needs_compiler
+
+    if not arguments.dot:
+        if arguments.layer is not None:
+            raise UsageError("--layer goes with --dot")
+        from xllm.inspection.show import show
+
+        print(show(arguments.artifact, arguments.stage, arguments.unfold), end="")
+        return
+    needs_compiler("drawing")
+    from xllm.inspection import dot
+
+    if (arguments.artifact / "config.json").is_file():
+        from xllm.diagnose import program_of
+
+        print(dot.of_program(program_of(arguments.artifact, arguments.stage), arguments.layer), end="")
+        return
+    from xllm.artifact import Artifact
+
+    if arguments.stage is not None:
+        raise UsageError("an artifact's plan can be drawn, its stages are text; give the checkpoint, or no --stage")
+    print(dot.of_artifact(Artifact.open(arguments.artifact), arguments.layer), end="")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from xllm.artifact import Artifact
+    from xllm.inspection import explain
+
+    facts = explain.explain(Artifact.open(arguments.artifact))
+    print(explain.sorted_facts(facts) if arguments.json else explain.text(facts), end="")
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from xllm.artifact import Artifact
+    from xllm.inspection import diff
+
+    parts = diff.compare(Artifact.open(arguments.one), Artifact.open(arguments.two), arguments.stage)
+    print(diff.text(parts, str(arguments.one), str(arguments.two)), end="")
+    return int(any(part.lines for part in parts))
+
+
+def bisect(checkpoint: Path, options: CompileOptions) -> int:
+    """Prints each rewrite with its relative difference, then the first that diverges; exit code 0 when none does."""
+    from xllm.diagnose import bisect_passes
+
+    found = bisect_passes(checkpoint, options, lambda name, error: print(f"  {name:<24}{error:.1e}", flush=True))
+    print(found.text() if found is not None else "every pass keeps what the program computes")
+    return int(found is not None)
