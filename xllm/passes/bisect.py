@@ -97,7 +97,7 @@ def _told(node: fx.Node, name: str, error: float, output_error: float, old: Mapp
 
 def _values(program: Program, sources: Mapping[str, np.ndarray]) -> dict[str, list[torch.Tensor]]:
     """Every tensor a program computes, by node name, one of each step."""
-    weights, kv = bind(program, sources), empty_state(program, slots=2, tokens=16)
+    weights, state = bind(program, sources), empty_state(program, slots=2, tokens=16)
     seen: dict[str, list[torch.Tensor]] = {}
 
     def keep(node: fx.Node, value: object) -> None:
@@ -105,5 +105,5 @@ def _values(program: Program, sources: Mapping[str, np.ndarray]) -> dict[str, li
             seen.setdefault(node.name, []).append(value)
 
     for step in random_steps(program, 0):
-        run(program, {**step, "kv": kv}, weights, keep)
+        run(program, {**step, **state}, weights, keep)
     return seen
