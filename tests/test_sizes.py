@@ -14,10 +14,10 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
 BUDGET = {
-    "xllm/ir": 2300,
-    "xllm/frontend": 3200,
+    "xllm/ir": 2400,
+    "xllm/frontend": 4700,
     "xllm/passes": 4000,
-    "xllm/targets": 2200,
+    "xllm/targets": 2500,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
     "xllm/artifact": 1300,

@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from xllm.llm import LLM, Completion
     from xllm.runtime.request import SamplingParams
+    from xllm.session import Session
 
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "Session", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from xllm import llm
 
         return getattr(llm, name)
+    if name == "Session":
+        from xllm.session import Session
+
+        return Session
     if name == "SamplingParams":
         from xllm.runtime.request import SamplingParams
 

@@ -84,9 +84,10 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
         command(
             "compile",
             _compile,
-            "compile a Hugging Face checkpoint folder into an artifact",
+            "compile a Hugging Face checkpoint folder, or an ONNX file, into an artifact",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --weights bfloat16 --kv float32 --max-len 8192",
+            "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
     _serve_flags(
@@ -136,7 +137,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
 
 def _compile_flags(sub: argparse.ArgumentParser) -> None:
     dtypes = ("float32", "bfloat16")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and safetensors")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with safetensors, or an .onnx file")
     sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
     sub.add_argument("--target", default="cpu", choices=("cpu",))
     sub.add_argument("--weights", choices=dtypes, help="storage of weights (default: as in the checkpoint)")
@@ -154,6 +155,7 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--check", choices=("numerics",), default="numerics", help="what --bisect-passes looks at")
     sub.add_argument("--pass-module", action="append", default=[], metavar="NAME", help="a file of passes; repeatable")
     sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="and one of kernels")
+    sub.add_argument("--dim", action="append", default=[], type=_dim, metavar="NAME=MAX", help="limit of an ONNX dim")
     sub.add_argument("--quiet", action="store_true", help="no progress, no report")
 
 
@@ -200,8 +202,13 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
-    from xllm.commands import UsageError, needs_compiler
+    from xllm.commands import UsageError, compile_function, needs_compiler
 
+    if arguments.checkpoint.suffix == ".onnx":
+        compile_function(arguments)
+        return 0
+    if arguments.dim:
+        raise UsageError("--dim is for ONNX files; a checkpoint takes --max-len, --max-seqs and --max-batch-tokens")
     if not (arguments.checkpoint / "config.json").is_file():  # known before seconds of imports
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
     nowhere = arguments.out is None
@@ -319,6 +326,13 @@ def _positive(text: str) -> int:
 
 def _count(text: str) -> int:
     return _number(text, 0, 1 << 31)
+
+
+def _dim(text: str) -> tuple[str, int]:
+    name, _, size = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MAX")
+    return name, _number(size, 1, 1 << 24)
 
 
 def _port(text: str) -> int:

@@ -25,6 +25,28 @@ class UsageError(ValueError):
     """What the user asked for can't be done as asked; the message says what to try."""
 
 
+def compile_function(arguments: argparse.Namespace) -> None:
+    """`xllm compile model.onnx`."""
+    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens")
+    if given := next((name for name in steps if getattr(arguments, name) is not None), None):
+        raise UsageError(f"--{given.replace('_', '-')} is for language models; an ONNX file takes --dim NAME=MAX")
+    if arguments.out is None:
+        raise UsageError("say where to write the artifact: -o ARTIFACT")
+    needs_compiler(f"compiling {arguments.checkpoint}")
+    from xllm.functions import compile_onnx
+
+    report = compile_onnx(
+        arguments.checkpoint,
+        arguments.out,
+        dict(arguments.dim),
+        weights=arguments.weights or "float32",
+        disable=tuple(arguments.disable_pass),
+        debug=config.environment().debug,
+    )
+    if not arguments.quiet:
+        print(report.text())
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """`xllm serve`: answers until a signal ends it."""
     gc.disable()  # a start makes nothing but objects that stay

@@ -35,6 +35,7 @@ _INSTEAD = {
     "generate": "generates text: call generate",
     "embed": "computes embeddings: call xllm.LLM(artifact).embed(texts)",
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
+    "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
 # How long a step may keep the sequences that decode in it waiting, as far as the artifact's costs can tell.
 STEP_SECONDS = 0.5

@@ -1,8 +1,9 @@
 """The plan: what the runtime executes, as plain data. Written by the compiler, read without torch.
 
 Calls are the same for every bucket; a bucket adds sizes and offsets into the one arena all buckets share. References
-are short strings: "%value" (arena), "@weight", "$input" (ids, positions, last), "" (absent). `check` did not make the
-plan; how far into them a kernel reaches is for the target to check (`targets/cpu/bounds.py`).
+are short strings: "%value" (arena; a function's inputs too), "@weight", "$input" (of a step: ids, positions, last), ""
+(absent). `check` did not make the plan; how far into them a kernel reaches is for the target to check
+(`targets/cpu/bounds.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import msgspec
 
 from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
 
-SCHEMA = 3
+SCHEMA = 4
 ALIGN_BYTES = 64
 INPUTS = ("ids", "positions", "last")
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
@@ -45,6 +46,11 @@ class Call:
     operands: tuple[Any, ...] = ()
     results: tuple[str, ...] = ()
     cost: Cost = field(default_factory=Cost)
+    extents: Mapping[str, Extent] = field(default_factory=dict)
+
+    def ints_at(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Every int of the kernel, when each dim has its size: `extents` are those that depend on one."""
+        return {**self.ints, **{name: size.at(sizes) for name, size in self.extents.items()}}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,14 @@ class Buffer:
 
     bytes: Extent
     dtype: str
+    shape: tuple[int | Extent, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or a result of a function: the buffer it lies in, and the shape it is seen in there."""
+
+    buffer: str
     shape: tuple[int | Extent, ...]
 
 
@@ -88,7 +102,9 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """One compiled step. `logits` names the buffer that holds [S, vocab] float32 after a run."""
+    """One compiled step: `logits` names the buffer that holds [S, vocab] float32 after a run. Or one function, which
+    has `outputs` in place of logits: its `inputs` are written to their buffers before the first call.
+    """
 
     calls: tuple[Call, ...]
     buffers: Mapping[str, Buffer]
@@ -97,6 +113,12 @@ class Plan:
     kv: KVLayout
     logits: str
     streams: tuple[str, ...] = ("compute",)
+    inputs: Mapping[str, Port] = field(default_factory=dict)
+    outputs: Mapping[str, Port] = field(default_factory=dict)
+
+    @property
+    def is_function(self) -> bool:
+        return bool(self.outputs)
 
     @property
     def arena_bytes(self) -> int:
@@ -191,7 +213,11 @@ def _require(holds: bool, why: str) -> None:
 def _check_sizes(plan: Plan) -> None:
     sizes = [dict(bucket.sizes) for bucket in plan.buckets]
     _require(bool(sizes) and all(size >= 1 for bucket in sizes for size in bucket.values()), f"buckets are {sizes}")
-    _require(all(set(bucket) == {"T", "S"} for bucket in sizes), f"buckets {sizes} are not of T and S")
+    if plan.is_function:
+        _require(len(sizes) == 1, "a function has one bucket")
+    else:
+        _require(all(set(bucket) == {"T", "S"} for bucket in sizes), f"buckets {sizes} are not of T and S")
+        _require(not plan.inputs, "a step has no named inputs")
     for one, other in pairwise(sizes):
         grows = all(one[dim] <= other[dim] for dim in one) and one["T"] < other["T"]
         _require(grows, f"buckets {sizes} do not grow")
@@ -205,9 +231,27 @@ def _check_sizes(plan: Plan) -> None:
                 total *= size.at(bucket.sizes) if isinstance(size, Extent) else size
             planned = buffer.bytes.at(bucket.sizes)
             _require(planned == total >= 0, f"buffer {name} takes {total} bytes, {planned} are planned")
+    for name, port in (*plan.inputs.items(), *plan.outputs.items()):
+        _check_port(plan, name, port)
+    if plan.is_function:
+        return _require(plan.logits == "", "a function has no logits")
     logits = plan.buffers.get(plan.logits)
     fits = logits is not None and logits.dtype == "float32" and len(logits.shape) == 2
     _require(fits and logits is not None and logits.shape[0] == LOGIT_ROWS, f"logits {plan.logits!r} are no [S, vocab]")
+
+
+def _check_port(plan: Plan, name: str, port: Port) -> None:
+    """A port lies in a buffer and is as large as it, whatever the dims are."""
+    buffer = plan.buffers.get(port.buffer)
+    _require(buffer is not None, f"{name!r} lies in buffer {port.buffer!r}, which does not exist")
+    assert buffer is not None
+    _check_dims(plan.buckets[-1], f"port {name}", *(size for size in port.shape if isinstance(size, Extent)))
+    total = Extent({"": ELEMENT_BYTES[buffer.dtype]})
+    for size in port.shape:
+        total = total.times(size)
+    _require(
+        total == buffer.bytes, f"{name!r} takes {dict(total.terms)} bytes of buffer {port.buffer}, which has others"
+    )
 
 
 def _check_dims(bucket: Bucket, what: str, *extents: Extent) -> None:
@@ -253,10 +297,15 @@ def _finished_before(plan: Plan) -> list[int]:
 def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
     """For each buffer, the calls that touch it, as a bit mask."""
     known = {"%": plan.buffers, "@": plan.weights, "$": INPUTS}
-    writer: dict[str, int] = {}
-    accesses: dict[str, int] = {}
+    writer: dict[str, int] = {port.buffer: -1 for port in plan.inputs.values()}
+    accesses: dict[str, int] = dict.fromkeys(writer, 0)
+    _require(len(writer) == len(plan.inputs), "two inputs lie in one buffer")
     for index, call in enumerate(plan.calls):
-        _require(set(call.rows.terms) <= {"", "T", "S"}, f"call {call.node} runs over {dict(call.rows.terms)}")
+        if plan.is_function:
+            _check_dims(plan.buckets[-1], f"call {call.node}", call.rows, *call.extents.values())
+        else:
+            _require(set(call.rows.terms) <= {"", "T", "S"}, f"call {call.node} runs over {dict(call.rows.terms)}")
+            _require(not call.extents, f"call {call.node} has ints that depend on dims")
         _require(all(factor >= 0 for factor in call.rows.terms.values()), f"call {call.node} has negative rows")
         for reference in references(call):
             kind, name = reference[:1], reference[1:]
@@ -269,7 +318,7 @@ def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
             _require(used == (1 if call.kernel == "torch" else 2), f"call {call.node} reads {name!r}, which it writes")
         for name in {reference[1:] for reference in references(call) if reference[:1] == "%"}:
             made = writer.get(name)
-            ready = made is not None and (made == index or before[index] >> made & 1)
+            ready = made is not None and (made in (-1, index) or before[index] >> made & 1)
             _require(bool(ready), f"call {call.node} reads {name!r} before it is written")
             accesses[name] = accesses.get(name, 0) | 1 << index
     missing = [name for name in plan.buffers if name not in writer]
@@ -285,15 +334,20 @@ def _check_bytes(plan: Plan, bucket: Bucket, before: list[int], accesses: Mappin
         inside = start % ALIGN_BYTES == 0 and 0 <= start <= stop <= bucket.arena_bytes
         _require(inside, f"{where}: buffer {name} lies at {start}..{stop} in an arena of {bucket.arena_bytes} bytes")
     in_order = len({call.stream for call in plan.calls}) == 1
-    held: list[str] = []
+    kept = {plan.logits, *(port.buffer for port in plan.outputs.values())}
+    given = [port.buffer for port in plan.inputs.values()]
+    for one, other in combinations(given, 2):
+        apart = spans[one][1] <= spans[other][0] or spans[other][1] <= spans[one][0]
+        _require(apart, f"{where}: inputs {one} and {other} share bytes")
+    held = given
     for index, call in enumerate(plan.calls):
         made = [reference[1:] for reference in call.results]
         for name in made:
             start, stop = spans[name]
             for other in (*held, *made[: made.index(name)]):
                 apart = stop <= spans[other][0] or spans[other][1] <= start
-                over = other != plan.logits and accesses[other] & ~before[index] == 0
+                over = other not in kept and accesses[other] & ~before[index] == 0
                 _require(apart or over, f"{where}: {name} overwrites {other} before its last use")
         if in_order:  # what is over stays over, so that long plans are checked in linear time
-            held = [name for name in held if name == plan.logits or accesses[name] >> index]
+            held = [name for name in held if name in kept or accesses[name] >> index]
         held += made

@@ -108,6 +108,11 @@ def keep_other_heads(program: Program) -> str:
     return node_of(program, xllm.kv_write.default).name
 
 
+def name_two_results(program: Program) -> str:
+    program.outputs = ("one", "two")
+    return "output"
+
+
 def split_layer(program: Program) -> str:
     node = node_of(program, xllm.rows.default)
     node.meta["custom"] = {"path": "", "layer": 0}
@@ -190,6 +195,7 @@ MUTATIONS: dict[Mutation, str] = {
     rename_input: "inputs_are_the_step",
     swap_lengths: "inputs_are_the_step",
     widen_ids: "inputs_are_the_step",
+    name_two_results: "function_is_whole",
     call_python: "calls_are_operators",
     forget_type: "values_are_typed",
     hide_plan: "nothing_hides_in_meta",

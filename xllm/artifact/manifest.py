@@ -60,6 +60,25 @@ class Manifest(msgspec.Struct):
     weight_origins: dict[str, _Digest] = {}
 
 
+class FunctionModel(msgspec.Struct):
+    name: str
+
+
+class FunctionManifest(msgspec.Struct):
+    """The same of a function, whose limits are the largest sizes of its dims."""
+
+    schema: int
+    digest: _Digest
+    files: dict[str, _Digest]
+    generation: dict[str, Any]
+    limits: dict[str, _Count]
+    model: FunctionModel
+    special_tokens: dict[str, str]
+    target: Target
+    weights_header: _Digest
+    weight_origins: dict[str, _Digest] = {}
+
+
 def read_manifest(store: Store) -> dict[str, Any]:
     """The verified manifest. Raises ArtifactError naming the field that is missing, wrong or changed."""
     manifest = unseal(read(store, "manifest.json"), "manifest.json")
@@ -70,7 +89,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"manifest.json has schema {schema}, this xllm reads {SCHEMA}; compile the checkpoint again",
         )
     try:
-        msgspec.convert(manifest, Manifest)
+        msgspec.convert(manifest, FunctionManifest if manifest.get("kind") == "function" else Manifest)
     except msgspec.ValidationError as error:
         raise ArtifactError("artifact-malformed", f"manifest.json: {error}") from error
     return manifest

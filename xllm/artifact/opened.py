@@ -64,8 +64,8 @@ class Artifact:
 
     @property
     def task(self) -> str:
-        """What a step gives: "generate", "embed" or "classify"."""
-        return self.manifest["task"]["kind"]
+        """What a step gives: "generate", "embed" or "classify"; "function" where there are no steps."""
+        return "function" if self.plan.is_function else self.manifest["task"]["kind"]
 
     @property
     def generation(self) -> Mapping[str, Any]:

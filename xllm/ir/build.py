@@ -68,7 +68,7 @@ def fake_value(node: fx.Node, mode: FakeTensorMode) -> Any:
         return node.target(*args, **kwargs)
 
 
-def emit_weight(program: Program, name: str, weight: Weight) -> fx.Node:
+def emit_weight(program: Program, name: str, weight: Weight, mode: FakeTensorMode | None = None) -> fx.Node:
     """The `get_attr` node of a weight, made at the top of the graph the first time it is asked for.
 
     A name that another weight holds gets a number behind its module: a.qkv_proj.weight, then a.qkv_proj_1.weight.
@@ -78,13 +78,13 @@ def emit_weight(program: Program, name: str, weight: Weight) -> fx.Node:
     while program.weights.setdefault(name, weight) != weight:
         count += 1
         name = f"{owner}_{count}.{leaf}".lstrip(".")
-    first = next(iter(program.graph.nodes))
+    first = next(iter(program.graph.nodes), None)
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target == name:
             return node
     with program.graph.inserting_before(first):
         node = program.graph.create_node("get_attr", name, name=name.replace(".", "_"))
-    with fake_mode(program):
+    with mode or fake_mode(program):
         node.meta["val"] = torch.empty(weight.shape, dtype=torch.float32, device="meta")
     node.meta["custom"] = {"path": name.rpartition(".")[0], "layer": None}
     return node

@@ -24,7 +24,24 @@ def run(
     `weights` by `get_attr` target (see `bind`). `observe` sees every call's value. Raises KeyError for a missing
     input or weight.
     """
-    device = inputs["ids"].device
+    return _values(program, inputs, weights, observe)[program.output().all_input_nodes[0]]
+
+
+def run_function(program: Program, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The results of a function by name. Raises KeyError for a missing input or weight."""
+    values, results = _values(program, inputs, weights), program.output().args[0]
+    assert isinstance(results, tuple | list)
+    return {name: values[node] for name, node in zip(program.outputs, results, strict=True)}  # pyright: ignore
+
+
+def _values(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    observe: Callable[[fx.Node, Any], None] | None = None,
+) -> dict[fx.Node, Any]:
+    """Every value of a run, by the node that makes it."""
+    device = next(iter(inputs.values())).device
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in program.graph.nodes:
@@ -38,7 +55,7 @@ def run(
                 values[node] = node.target(*args, **kwargs)  # pyright: ignore
                 if observe is not None:
                     observe(node, values[node])
-    return values[program.output().all_input_nodes[0]]
+    return values
 
 
 def bind(program: Program, read: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

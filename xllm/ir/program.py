@@ -1,9 +1,9 @@
 """What a program is: one FX graph, the weights it reads, the state it mutates, and how its layers repeat.
 
-The graph computes one step, `(ids[T], positions[T], slots[T], last[S], kv) -> rows[S, N]`, over the flattened tokens of
-all sequences: logits, embeddings or label scores (`Task`). Weights are `get_attr` nodes whose target is a key of
-`Program.weights`. State is the only mutable input: the KV cache, and behind it `fixed` where layers keep what does not
-grow. Plans are side tables keyed by node name and never live in the graph.
+A step computes `(ids[T], positions[T], slots[T], last[S], kv) -> rows[S, N]` over the flattened tokens of all
+sequences: logits, embeddings or label scores (`Task`). State is its only mutable input: the KV cache, and behind it
+`fixed` where layers keep what does not grow. A function computes named outputs from named inputs and keeps nothing.
+Weights are `get_attr` nodes; plans are side tables keyed by node name and never live in the graph.
 """
 
 from __future__ import annotations
@@ -158,14 +158,16 @@ class LayerSource:
 
 @dataclass
 class Program:
-    """One step of a model.
+    """One step of a model, or a function.
 
     graph: flat FX graph; every node carries `meta["val"]` (fake tensor) and `meta["custom"]` = {"path", "layer"}.
-    dims: T (tokens of the step) and S (rows whose logits are wanted).
+    dims: of a step T (tokens) and S (rows whose logits are wanted), of a function what its inputs name.
     weights: by `get_attr` target. constants: float32 arrays made at compile time.
     kv: what each layer of this program keeps; `layers`: how groups of nodes repeat (see `frontend/stamp.py`).
     layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats.
     task: what the rows of a step are.
+    outputs: names of a function's results, in order; a step has none. dim_symbols: of a function, the symbol in its
+    shapes -> the dim it is.
     """
 
     name: str
@@ -178,6 +180,21 @@ class Program:
     layers_path: str = ""
     task: Task = Task()
     plans: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    dim_symbols: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_function(self) -> bool:
+        return bool(self.outputs)
+
+    def symbols(self) -> dict[str, str]:
+        """The symbols that shapes of this program are written in, and the dim each is."""
+        if self.is_function:
+            return dict(self.dim_symbols)
+        return {str(self.input(source).meta["val"].shape[0]): name for source, name in (("ids", "T"), ("last", "S"))}
+
+    def inputs(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     def calls(self) -> Iterator[fx.Node]:
         """The computing nodes in program order."""
@@ -192,7 +209,8 @@ class Program:
 
     def states(self) -> frozenset[fx.Node]:
         """The mutable inputs."""
-        return frozenset(node for node in self.graph.nodes if node.op == "placeholder" and node.target in STATES)
+        held = () if self.is_function else STATES
+        return frozenset(node for node in self.inputs() if node.target in held)
 
     def output(self) -> fx.Node:
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
@@ -209,7 +227,8 @@ class Program:
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
         weights, constants = dict(self.weights), dict(self.constants)
         kept = (self.kv, self.layers, self.layers_path, self.task)
-        return Program(self.name, graph, self.dims, weights, constants, *kept)
+        made = Program(self.name, graph, self.dims, weights, constants, *kept)
+        return replace(made, outputs=self.outputs, dim_symbols=self.dim_symbols)
 
 
 def state_shapes(program: Program, slots: int, tokens: int) -> dict[str, tuple[int, ...]]:

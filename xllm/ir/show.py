@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,6 +29,7 @@ _NAMED_BY_MODULE = ("linear", "embedding", "rms_norm", "add_rms_norm")
 def digest(program: Program) -> str:
     """sha256 over all a plan could depend on: every node in full, dims, state, layers, weight rules, constants."""
     sha = hashlib.sha256(repr((program.dims, program.kv, program.layers, program.layers_path)).encode())
+    sha.update(repr(program.outputs).encode())
     names = Names(program)
     for node in program.graph.nodes:
         kind = names.type(node.meta["val"]) if "val" in node.meta else ""
@@ -50,11 +52,14 @@ def text(
     columns: Callable[[fx.Node], str] | None = None,
 ) -> str:
     """The program as text. `stage` and `target` go into the head line, `notes` under it, `columns` behind each call."""
-    names = Names(program)
+    names, kind = Names(program), "function" if program.is_function else "step"
     head = [part for part in (program.name, target and f"target {target}", stage and f"stage {stage}") if part]
-    lines = ["// xllm ir 1 · " + " · ".join(head), *(f"// {note}" for note in notes), "program step {"]
+    lines = ["// xllm ir 1 · " + " · ".join(head), *(f"// {note}" for note in notes), f"program {kind} {{"]
     lines += [f"  dim {dim.name} in [{dim.min}, {dim.max}]" for dim in program.dims]
-    lines.append(f"  state %kv : {_kv_text(program)}")
+    if program.is_function:
+        lines += [f"  input {names.value(node)} : {names.type(node.meta['val'])}" for node in program.inputs()]
+    else:
+        lines.append(f"  state %kv : {_kv_text(program)}")
     if fixed := _fixed_text(program):
         lines.append(f"  state %fixed : {fixed}")
     for group in _folded(_groups(program, names, columns), unfold):
@@ -70,9 +75,7 @@ class Names:
     """Printed names: from the module path and the operator, unique within a layer, the same in every equal layer."""
 
     def __init__(self, program: Program) -> None:
-        self.symbols = {
-            str(program.input(source).meta["val"].shape[0]): name for source, name in (("ids", "T"), ("last", "S"))
-        }
+        self.symbols = program.symbols()
         self.program = program
         self._names: dict[fx.Node, str] = {}
         self._order = {layer.index: place for place, layer in enumerate(program.layers)}
@@ -113,7 +116,7 @@ class Names:
         return "()" if value is None else str(value)
 
     def expression(self, size: Any) -> str:
-        return self.symbols.get(str(size), str(size))
+        return re.sub(r"\w+", lambda word: self.symbols.get(word[0], word[0]), str(size))
 
     def _weight(self, node: fx.Node) -> str:
         """Short weight name: without the prefix all share, without the layer's own path, without ".weight"."""

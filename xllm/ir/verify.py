@@ -48,6 +48,8 @@ def inputs_are_the_step(program: Program) -> None:
     """ids, positions and slots [T] int32, last [S] int32, kv [layers, slots, tokens, width] float32; and fixed [layers,
     slots, floats] float32 where a layer keeps what does not grow.
     """
+    if program.is_function:
+        return
     names = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
     takes = (*INPUTS, "fixed") if any(layer.fixed_floats for layer in program.kv) else INPUTS
     if names != takes:
@@ -115,7 +117,7 @@ def state_stays_in_the_dialect(program: Program) -> None:
 
 def state_is_written_before_it_is_read(program: Program) -> None:
     """Each layer's KV is written once, by a call of the shape the state table says, and read only after that."""
-    states = frozenset({program.input("kv")})
+    states = frozenset() if program.is_function else frozenset({program.input("kv")})
     written: set[int] = set()
     for node in program.calls():
         found = effects(node, states)
@@ -194,6 +196,8 @@ def types_match_operators(program: Program) -> None:
 
 def output_is_logits(program: Program) -> None:
     """One result, [S, V] float32."""
+    if program.is_function:
+        return
     results = program.output().args[0]
     (result,) = results if isinstance(results, tuple) and len(results) == 1 else (results,)
     value = result.meta.get("val") if isinstance(result, fx.Node) else None
@@ -201,6 +205,24 @@ def output_is_logits(program: Program) -> None:
     key = (value.dim(), value.dtype, str(value.shape[0])) if isinstance(value, torch.Tensor) and value.dim() else ()
     if key != (2, torch.float32, str(rows)):
         raise VerifyError(program.output(), f"the result is {type_key(value)}, a step gives float32 logits [S, V]")
+
+
+def function_is_whole(program: Program) -> None:
+    """A function names each of its results once, its inputs are tensors, and it keeps no state."""
+    if not program.is_function:
+        return
+    results = program.output().args[0]
+    names = program.outputs
+    if not isinstance(results, tuple | list) or len(results) != len(names) or len(set(names)) != len(names):
+        raise VerifyError(program.output(), f"the results are not one each for {names}")
+    for node in (*program.inputs(), *results):
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            raise VerifyError(program.output(), f"{node} of a function is no tensor")
+    if program.kv:
+        raise VerifyError(None, "a function keeps no state")
+    unknown = set(program.dim_symbols.values()) - {dim.name for dim in program.dims}
+    if unknown:
+        raise VerifyError(None, f"symbols stand for {sorted(unknown)}, which are no dims")
 
 
 def type_key(value: object) -> object:
@@ -262,6 +284,7 @@ def fixed_floats(node: fx.Node) -> int:
 RULES: tuple[Callable[[Program], None], ...] = (
     values_are_typed,
     inputs_are_the_step,
+    function_is_whole,
     calls_are_operators,
     nothing_hides_in_meta,
     weights_exist,

@@ -37,6 +37,11 @@ REWRITES: tuple[Pass, ...] = (
     FuseGateUp(),
     FuseGatedDelta(),
 )
+# What a function goes through: the rewrites that do not look for the state of a step.
+FUNCTION_REWRITES: tuple[Pass, ...] = (
+    Canonicalize(),
+    FuseRmsNorm(),
+)
 PLANS: tuple[Pass, ...] = (
     ChooseKernels(),
     ChooseBuckets(),
@@ -85,6 +90,7 @@ def parse_pipeline(text: str, added: Iterable[Pass] = ()) -> tuple[Pass, ...]:
 
 
 __all__ = [
+    "FUNCTION_REWRITES",
     "PLANS",
     "REQUIRED",
     "REWRITES",

@@ -52,7 +52,8 @@ class Canonicalize(Pass):
                 editor.hit(node)
         prune(program)
         _weights_first(program)
-        drop_batch(editor)
+        if not program.is_function:  # whose inputs have the batch they say
+            drop_batch(editor)
         for step in (
             _split_to_slices,
             _drop_identities,

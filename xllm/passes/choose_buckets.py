@@ -22,9 +22,11 @@ from xllm.targets.base import Cost, Extent
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes (tokens, logit rows) from small to large, and the expected share of work that is padding."""
+    """Sizes from small to large, each the dims of the program in their order (of a step: tokens, logit rows), and the
+    expected share of work that is padding.
+    """
 
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
     expected_padding: float
 
 
@@ -40,6 +42,9 @@ class ChooseBuckets(Pass):
             )
 
     def run(self, program: Program, context: Context) -> Outcome:
+        if program.is_function:  # its sizes are what a call brings: one bucket holds them all
+            program.plans["buckets"] = Buckets((tuple(dim.max for dim in program.dims),), 0.0)
+            return Outcome(program, tuple(f"{dim.name}={dim.max}" for dim in program.dims))
         tokens, rows = (dim.max for dim in program.dims)
         traffic = context.traffic or tuple((size, 1.0 / size) for size in _ladder(tokens))
         sizes = sorted({min(size, tokens) for size, _ in traffic} | {tokens})

@@ -14,7 +14,7 @@ from xllm.ir.dialect.encode import WHOLE_SEQUENCE
 from xllm.passes.choose_kernels import Choice
 from xllm.passes.operations import Reader, bytes_of
 from xllm.passes.schedule_streams import Schedule
-from xllm.plan import ELEMENT_BYTES, Bucket, Buffer, Call, Plan, StoredWeight
+from xllm.plan import ELEMENT_BYTES, Bucket, Buffer, Call, Plan, Port, StoredWeight
 from xllm.targets.base import Extent, Layout, Tensor
 
 _SIGILS = {"value": "%", "weight": "@", "input": "$"}
@@ -38,9 +38,21 @@ def emit_plan(program: Program) -> Plan:
         for result in (*choice.operation.results, *choice.lowering.scratch)
     }
     buckets = tuple(Bucket(arena.sizes, arena.bytes, dict(arena.offsets)) for arena in program.plans["memory"])
-    logits = Reader(program).owner(program.output().all_input_nodes[0])
-    used = tuple(dict.fromkeys(schedule.stream[name] for name in schedule.order))
-    return Plan(calls, buffers, buckets, stored, program.plans["kv"], logits, used)
+    used = tuple(dict.fromkeys(schedule.stream[name] for name in schedule.order)) or ("compute",)
+    reader = Reader(program)
+    if not program.is_function:
+        logits = reader.owner(program.output().all_input_nodes[0])
+        return Plan(calls, buffers, buckets, stored, program.plans["kv"], logits, used)
+    inputs = {str(node.target): _port(reader.tensor(node)) for node in program.inputs()}
+    given = [reader.tensor(node) for node in program.inputs()]
+    buffers |= {tensor.name: Buffer(bytes_of(tensor), tensor.dtype, tensor.shape) for tensor in given}
+    results: Any = program.output().args[0]
+    outputs = {name: _port(reader.tensor(node)) for name, node in zip(program.outputs, results, strict=True)}
+    return Plan(calls, buffers, buckets, stored, program.plans["kv"], "", used, inputs, outputs)
+
+
+def _port(tensor: Tensor) -> Port:
+    return Port(tensor.name, tensor.shape)
 
 
 def emit_task(program: Program) -> dict[str, Any]:
@@ -117,13 +129,14 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
     common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost, "results": results}
     if choice.provider == "torch":
         operands = tuple([name, operand(value)] for name, value in op.args.items())
-        return Call(kernel="torch", operands=operands, **common)
+        return Call(kernel="torch", operands=operands, rows=Extent(), **common)
     if ":" in low.kernel:  # of a module: arrays, so shapes and dtypes go along
         operands = tuple([name, operand(tensor)] for name, tensor in low.args.items())
         sizes = {"ints": dict(low.ints), "floats": dict(low.floats)}
         return Call(kernel=low.kernel, operands=operands, rows=low.rows, **sizes, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}
-    return Call(kernel=low.kernel, args=args, ints=dict(low.ints), floats=dict(low.floats), rows=low.rows, **common)
+    numbers = {"ints": dict(low.ints), "extents": dict(low.extents), "floats": dict(low.floats)}
+    return Call(kernel=low.kernel, args=args, rows=low.rows, **numbers, **common)
 
 
 def _size(size: int | Extent) -> Any:

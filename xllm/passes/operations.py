@@ -31,8 +31,7 @@ class Reader:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        symbol = {name: program.input(source).meta["val"].shape[0] for source, name in (("ids", "T"), ("last", "S"))}
-        self._symbols = {str(size): name for name, size in symbol.items()}
+        self._symbols = program.symbols()
         self._extents: dict[Any, Extent] = {}  # a step has few sizes and many values
 
     def owner(self, node: fx.Node) -> str:
@@ -50,6 +49,8 @@ class Reader:
         if base.op == "get_attr":
             return Tensor(str(base.target), "weight", shape, "float32")
         if base.op == "placeholder":
+            if self.program.is_function:  # its inputs lie in the arena like everything else
+                return Tensor(base.name, "value", shape, _dtype(value, node))
             return Tensor(str(base.target), "state" if base.target in STATES else "input", shape, _dtype(value, node))
         return Tensor(self.owner(node), "value", shape, _dtype(value, node))
 

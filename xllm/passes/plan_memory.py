@@ -25,7 +25,10 @@ ALIGN_BYTES = 64
 
 @dataclass(frozen=True)
 class Value:
-    """Something that needs bytes: made by one call, read by others, kept to the end if it is a result of the step."""
+    """Something that needs bytes: made by one call, read by others, kept to the end if it is a result of the program.
+
+    made_by is empty for the inputs of a function, which are there before the first call.
+    """
 
     name: str
     bytes: Extent
@@ -52,8 +55,9 @@ class PlanMemory(Pass):
         values = find_values(program)
         conflicts = find_conflicts(values, schedule)
         arenas: list[Arena] = []
-        for T, S in reversed(program.plans["buckets"].sizes):
-            arena = place(values, conflicts, {"T": T, "S": S})
+        names = [dim.name for dim in program.dims]
+        for sizes in reversed(program.plans["buckets"].sizes):
+            arena = place(values, conflicts, dict(zip(names, sizes, strict=True)))
             check_memory(values, schedule, arena)
             arenas.insert(0, arena)
         if any(arena.bytes > arenas[-1].bytes for arena in arenas):
@@ -68,13 +72,15 @@ def find_values(program: Program) -> list[Value]:
     kept = {reader.owner(node) for node in program.output().all_input_nodes}
     makers: dict[str, tuple[Extent, str]] = {}
     users: dict[str, list[str]] = {}
+    for node in program.inputs() if program.is_function else ():
+        makers[node.name] = (bytes_of(reader.tensor(node)), "")
     for node in program.calls():
         if is_alias(node) or node.name not in program.plans["kernels"]:
             continue
         for result in (*reader.results(node), *program.plans["kernels"][node.name].lowering.scratch):
             makers[result.name] = (bytes_of(result), node.name)
         for source in node.all_input_nodes:
-            if source.op == "call_function":
+            if source.op == "call_function" or reader.owner(source) in makers:
                 users.setdefault(reader.owner(source), []).append(node.name)
     return [
         Value(name, size, maker, tuple(users.get(name, ())), name in kept) for name, (size, maker) in makers.items()
@@ -83,18 +89,18 @@ def find_values(program: Program) -> list[Value]:
 
 def find_conflicts(values: list[Value], schedule: Schedule) -> list[list[int]]:
     """For each value, the indices of those it may not share bytes with."""
-    before = happens_before(schedule)
-    bit = {name: 1 << index for index, name in enumerate(schedule.order)}
+    before = {**happens_before(schedule), "": 0}
+    bit = {"": 0, **{name: 1 << index for index, name in enumerate(schedule.order)}}
     needs = [_mask(value, bit) for value in values]
 
     def over(one: int, other: int) -> bool:
         """All of `one` has finished when `other` is made."""
-        return not values[one].kept and needs[one] & ~before[values[other].made_by] == 0
+        return values[other].made_by != "" and not values[one].kept and needs[one] & ~before[values[other].made_by] == 0
 
     conflicts: list[list[int]] = [[] for _ in values]
     held: list[int] = []
     in_order = len(set(schedule.stream.values())) == 1
-    place_of = {name: index for index, name in enumerate(schedule.order)}
+    place_of = {"": -1, **{name: index for index, name in enumerate(schedule.order)}}
     for one in sorted(range(len(values)), key=lambda index: place_of[values[index].made_by]):
         alive = [other for other in held if not over(other, one)]
         for other in alive:
@@ -135,8 +141,8 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
     Independent of `find_conflicts` and of where `place` looked: of two values that overlap in memory, the one made
     first must be dead (all its users happened before) when the other is made.
     """
-    before = happens_before(schedule)
-    place_of = {name: index for index, name in enumerate(schedule.order)}
+    before = {**happens_before(schedule), "": 0}
+    place_of = {"": -1, **{name: index for index, name in enumerate(schedule.order)}}
     in_order = len(set(schedule.stream.values())) == 1
     inside: list[tuple[int, int, Value]] = []  # what earlier calls left in the arena
     for value in sorted(values, key=lambda item: place_of[item.made_by]):
@@ -147,7 +153,8 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
         finished, needed = before[value.made_by], []
         for span in inside:
             first = span[2]
-            dead = all(finished >> place_of[user] & 1 for user in (first.made_by, *first.used_by))
+            users = [user for user in (first.made_by, *first.used_by) if user]
+            dead = value.made_by != "" and all(finished >> place_of[user] & 1 for user in users)
             if first.kept or not dead:
                 if span[0] < stop and start < span[1]:
                     raise _broken(f"{value.name} overwrites {first.name} before its last use")

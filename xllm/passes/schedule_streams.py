@@ -42,8 +42,8 @@ class ScheduleStreams(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         choices = program.plans["kernels"]
-        tokens, rows = program.plans["buckets"].sizes[-1]
-        sizes = {"T": tokens, "S": rows}
+        largest = program.plans["buckets"].sizes[-1]
+        sizes = {dim.name: size for dim, size in zip(program.dims, largest, strict=True)}
         graph = dependences(program)
         seconds = {name: context.target.seconds(choice.lowering.cost, sizes) for name, choice in choices.items()}
         stream = {name: context.target.stream_of(choice.operation) for name, choice in choices.items()}
@@ -69,7 +69,7 @@ def dependences(program: Program) -> nx.DiGraph:
             continue
         graph.add_node(node.name)
         for source in node.all_input_nodes:
-            if (maker := _maker(source)) is not None:
+            if (maker := _maker(source)) is not None and maker.name in program.plans["kernels"]:
                 graph.add_edge(maker.name, node.name)
         found = effects(node, states)
         if found.reads or found.writes:

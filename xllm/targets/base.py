@@ -111,6 +111,7 @@ class Lowering:
     """A kernel bound to an operation, run over `rows` rows. `layouts` says how the kernel wants each weight stored.
 
     scratch: memory of the call alone, planned in the arena like a result; their names are among `args`.
+    extents: the ints of the kernel that depend on dims (functions only).
     """
 
     kernel: str
@@ -121,6 +122,7 @@ class Lowering:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     cost: Cost = Cost()
     scratch: tuple[Tensor, ...] = ()
+    extents: Mapping[str, Extent] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class TorchCall:
         self._operator = find_operator(call.op)
 
     def run(self, step: StepArrays) -> None:
-        sizes = {"T": len(step.ids), "S": len(step.last)}
+        self.run_at({"T": len(step.ids), "S": len(step.last)}, step)
+
+    def run_at(self, sizes: Mapping[str, int], step: StepArrays | None = None) -> None:
+        """The call when every dim has its size; a call of a step reads the step's arrays."""
         args = {name: self._value(operand, step, sizes) for name, operand in self._call.operands}
         schema = self._operator._schema.arguments
         given = [argument for argument in schema if argument.name in args]
@@ -59,7 +62,7 @@ class TorchCall:
             shape = [_at(size, sizes) for size in held.shape]
             np.copyto(self._array(self._bucket.offsets[name], shape, held.dtype), value.numpy())
 
-    def _value(self, operand: dict[str, Any], step: StepArrays, sizes: Mapping[str, int]) -> Any:
+    def _value(self, operand: dict[str, Any], step: StepArrays | None, sizes: Mapping[str, int]) -> Any:
         if "ref" in operand:
             shape = [_at(size, sizes) for size in operand["shape"]]
             return torch.from_numpy(self._tensor(operand["ref"], shape, operand["dtype"], step))
@@ -73,9 +76,9 @@ class TorchCall:
             return getattr(torch, operand["torch"])
         return operand["value"]
 
-    def _tensor(self, reference: str, shape: list[int], dtype: str, step: StepArrays) -> np.ndarray:
+    def _tensor(self, reference: str, shape: list[int], dtype: str, step: StepArrays | None) -> np.ndarray:
         kind, name = reference[:1], reference[1:]
-        if kind == "$":
+        if kind == "$" and step is not None:
             return getattr(step, name).reshape(shape)
         if kind == "@":
             return self._weights.array(self._plan.weights[name]).reshape(shape).copy()

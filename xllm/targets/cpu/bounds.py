@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xllm.plan import ELEMENT_BYTES as _BYTES_OF
-from xllm.plan import Bucket, Call, Plan
+from xllm.plan import Call, Plan
 from xllm.targets.base import Extent
 from xllm.targets.cpu import GROUP_TOKENS, REACH
 from xllm.targets.cpu.rules import ELEMENT_BYTES, SUFFIX
@@ -32,8 +32,20 @@ def check_bounds(plan: Plan, width: int, max_len: int) -> None:
     _require(
         plan.kv.group_tokens == GROUP_TOKENS, f"kv has groups of {plan.kv.group_tokens}, not {GROUP_TOKENS} tokens"
     )
+    _require(not plan.is_function, "it is a function, not a step")
     planned = plan.buffers[plan.logits].shape[1]
     _require(planned == width, f"rows are {planned} wide, {width} are read of each")
+    for bucket in plan.buckets:
+        _check_calls(plan, bucket.sizes, max_len)
+
+
+def check_function(plan: Plan, sizes: Mapping[str, int]) -> None:
+    """The same of a function whose dims have these sizes; checked for all sizes it is run at."""
+    _require(plan.is_function, "it is a step, not a function")
+    _check_calls(plan, sizes, 0)
+
+
+def _check_calls(plan: Plan, sizes: Mapping[str, int], max_len: int) -> None:
     for call in plan.calls:
         if call.kernel == "torch":
             continue
@@ -41,7 +53,7 @@ def check_bounds(plan: Plan, width: int, max_len: int) -> None:
             _check_arrays(plan, call)
             continue
         try:
-            _check_call(plan, call, max_len)
+            _check_call(plan, call, sizes, max_len)
         except KeyError as error:
             raise ValueError(f"call {call.node}: {call.kernel} has no {error}") from error
     _check_state_order(plan)
@@ -62,28 +74,28 @@ def is_output(name: str) -> bool:
     return name in ("out", "sum") or name.endswith("_out") or name.startswith("scratch")
 
 
-def _check_call(plan: Plan, call: Call, max_len: int) -> None:
-    where = f"call {call.node}"
-    _require(all(value >= 0 for value in call.ints.values()), f"{where}: a size is negative")
+def _check_call(plan: Plan, call: Call, sizes: Mapping[str, int], max_len: int) -> None:
+    where, ints = f"call {call.node}", call.ints_at(sizes)
+    _require(all(value >= 0 for value in ints.values()), f"{where}: a size is negative")
     written = [call.args[name] for name in call.args if is_output(name)]
     _require(sorted(written) == sorted(call.results), f"{where} writes {written}, its results are {call.results}")
-    rows, once = reach(call.kernel, call.ints)
+    rows, once = reach(call.kernel, ints)
     index, allowed = INDICES.get(call.kernel.partition(".")[0], ("", ()))
-    for bucket in plan.buckets:
-        count = call.rows.at(bucket.sizes)
-        needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in {**rows, **once}}
-        if "table" in call.args:
-            last = bucket.T if call.args["index"] == "$last" else max_len
-            needs["table"] = last * rows["out"]
-        for name, reference in call.args.items():
-            if name == index:
-                _require(reference in allowed, f"{where}: {name} is {reference!r}, not one of {', '.join(allowed)}")
-            elif reference:
-                held = _held(plan, reference, bucket)
-                if needs[name] > held:
-                    raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
+    count = call.rows.at(sizes)
+    _require(count >= 0, f"{where}: it has {count} rows")
+    needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in {**rows, **once}}
+    if "table" in call.args:
+        last = sizes["T"] if call.args["index"] == "$last" else max_len
+        needs["table"] = last * rows["out"]
+    for name, reference in call.args.items():
+        if name == index:
+            _require(reference in allowed, f"{where}: {name} is {reference!r}, not one of {', '.join(allowed)}")
+        elif reference:
+            held = _held(plan, reference, sizes)
+            if needs[name] > held:
+                raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
     if "state" in once:
-        _check_state(plan, call, once["state"], where)
+        _check_state(plan, call, ints, once["state"], where)
     if "fixed" in once:
         _check_fixed(plan, call, once["fixed"], where)
 
@@ -98,12 +110,12 @@ def _check_arrays(plan: Plan, call: Call) -> None:
             needed = _BYTES_OF[operand["dtype"]]
             for size in operand["shape"]:
                 needed *= size if isinstance(size, int) else Extent(size).at(bucket.sizes)
-            held = _held(plan, reference, bucket)
+            held = _held(plan, reference, bucket.sizes)
             _require(needed <= held, f"call {call.node}: {name} needs {needed} bytes, {reference!r} has {held}")
 
 
-def _check_state(plan: Plan, call: Call, size: int, where: str) -> None:
-    kv, ints = plan.kv, call.ints
+def _check_state(plan: Plan, call: Call, ints: Mapping[str, int], size: int, where: str) -> None:
+    kv = plan.kv
     _require(call.kernel.endswith(f".{SUFFIX[kv.dtype]}"), f"{where}: {call.kernel} does not work on {kv.dtype} state")
     _require(ints["group_bytes"] == kv.group_bytes, f"{where}: groups have {kv.group_bytes} bytes, not group_bytes")
     end = ints["layer_offset"] + size
@@ -117,11 +129,11 @@ def _check_fixed(plan: Plan, call: Call, end: int, where: str) -> None:
     _require(end <= back, f"{where}: its state ends at {end}, {back} bytes lie before the groups")
 
 
-def _held(plan: Plan, reference: str, bucket: Bucket) -> int:
+def _held(plan: Plan, reference: str, sizes: Mapping[str, int]) -> int:
     """Bytes behind a reference that are there to be read; an input of the step is nothing but an index."""
     kind, name = reference[:1], reference[1:]
     if kind == "%":
-        return plan.buffers[name].bytes.at(bucket.sizes)
+        return plan.buffers[name].bytes.at(sizes)
     return plan.weights[name].bytes if kind == "@" else 0
 
 

@@ -46,6 +46,8 @@ class CpuExecutor:
         kernel_modules: Sequence[str] = (),
     ) -> None:
         manifest, plan = artifact.manifest, artifact.plan
+        if plan.is_function:
+            raise ArtifactError("not-a-step", "the artifact is a function, not a language model: xllm.Session runs it")
         samples = manifest["task"]["kind"] == "generate"
         level = usable_level(manifest["target"])
         self._plan = plan
@@ -177,7 +179,7 @@ class CpuExecutor:
                 pieces.append(ModuleCall(call, self._plan, bucket, self._arena, self.weights, run).run)
                 continue
             args = {name: address(reference) for name, reference in call.args.items()}
-            native.append(cpu.Call(call.kernel, args, call.ints, call.floats, rows_of(call)))
+            native.append(cpu.Call(call.kernel, args, call.ints_at(bucket.sizes), call.floats, rows_of(call)))
         flush()
         return BoundPlan(bucket, tuple(pieces))
 
