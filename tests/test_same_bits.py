@@ -115,6 +115,8 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
     config = EngineConfig(
         kv_bytes=schedule.kv_groups * executor.kv.group_bytes + 4 * executor.kv.fixed_bytes,
         page_bytes=4096,
+        # With much state that does not grow, the usual reserve would spare every sequence.
+        admit_below=1.0 if executor.kv.fixed_bytes else EngineConfig.admit_below,
         max_tokens_per_step=schedule.budget,
         max_beside_decodes=schedule.beside,
         max_chunk=schedule.chunk,
