@@ -11,8 +11,9 @@ import pytest
 
 from tests.encoders import MODELS, VOCAB, reference, write_model
 from xllm.artifact import Artifact, ArtifactError
-from xllm.compiler import CompileOptions, compile_checkpoint, show
+from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.errors import CompileError
+from xllm.inspection.show import show
 from xllm.llm import LLM, open_engine
 from xllm.runtime.errors import RequestRefused
 
