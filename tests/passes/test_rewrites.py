@@ -26,8 +26,10 @@ ONLY = {
     "fuse-gated-delta": ("qwen3_next",),
     "tabulate-positions": ("glm4",),
     "fuse-layer-norm": ("cohere",),
+    "fuse-moe": ("qwen3_moe",),
 }  # what few families need
 NOTHING: dict[str, dict[str, str]] = {
+    "qwen3_moe": {"fuse-gate-up": ""},
     "olmo2": {"fuse-qk-norm-rope": "the norm at %layers_0_self_attn_q_norm_rms_norm spans all heads, not one"},
     "stablelm": {"fuse-rms-norm": "", "fuse-add-rms-norm": ""},
     "qwen3_next": {

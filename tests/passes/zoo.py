@@ -25,7 +25,7 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 # What each adds: head norms; biases; plain; a window; a norm over all heads after attention; partial rotation and
 # layer norms; one projection for q, k, v; the same in another order, and a parallel block; 1 + weight, soft caps;
-# neighbours rotated in pairs, a packed gate; layer norms spelled out.
+# neighbours rotated in pairs, a packed gate; layer norms spelled out; experts.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "num_hidden_layers": 3},
     "qwen2": {},
@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
     "glm4": {"head_dim": 8},
     "cohere": {"use_qk_norm": True},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_gated_delta import FuseGatedDelta
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
+from xllm.passes.fuse_moe import FuseMoe
 from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
 from xllm.passes.fuse_qkv import FuseQkv
 from xllm.passes.fuse_rms_norm import FuseRmsNorm
@@ -36,6 +37,7 @@ REWRITES: tuple[Pass, ...] = (
     FuseQkNormRope(),
     FuseGateUp(),
     FuseGatedDelta(),
+    FuseMoe(),
 )
 # What a function goes through: the rewrites that do not look for the state of a step.
 FUNCTION_REWRITES: tuple[Pass, ...] = (

@@ -1,0 +1,213 @@
+"""Router, choice and experts of a mixture as one operator.
+
+before:  %l = xllm.linear(%x, @router, None)              after:  %y = xllm.moe(%x, @router, None, None, @gate, …,
+         %p = aten.softmax(%l, -1)                                     top_k=8, scoring="softmax", renormalise=True, …)
+         %w, %i = aten.topk(%p, 8)
+         %n = aten.div(%w, aten.sum(%w, [-1], True))
+         %y = xllm.experts(%x, %i, %n, @gate, …)
+
+The choice may be by softmax or sigmoid of the logits, or by the logits with a softmax over the chosen; with a bias that
+counts for the choice only; among the best groups of experts; weights may be divided by their sum and scaled. Does not
+fire when the router reads another value than the experts, when a value between has another user, or when the choice is
+computed in any other way.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx as fx
+
+from xllm.ir import Program
+from xllm.ir.effects import named_arguments
+from xllm.ir.program import arguments
+from xllm.passes.base import Context, Outcome, Pass
+from xllm.passes.rewrite import Editor, is_call, is_weight, sizes
+
+aten = torch.ops.aten
+xllm = torch.ops.xllm
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.reshape.default, aten.view.default)
+_SPREAD = (aten.expand.default, aten.unsqueeze.default, aten.clone.default, *_CASTS)
+_NOTS = (aten.bitwise_not.default, aten.logical_not.default)
+
+
+class _Miss(Exception):
+    """What stood in the way."""
+
+
+@dataclass
+class _Choice:
+    """What is known so far of how experts are chosen, read from the weights backwards."""
+
+    logits: fx.Node | None = None
+    scoring: str = ""
+    correction: fx.Node | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    renormalise: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class FuseMoe(Pass):
+    kind: ClassVar[Literal["rewrite", "plan"]] = "rewrite"
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        editor = Editor(program)
+        for node in list(program.calls()):
+            if is_call(node, xllm.experts.default):
+                try:
+                    self._fuse(editor, node)
+                except _Miss as miss:
+                    editor.miss(node, str(miss))
+        editor.finish()
+        return Outcome(program, tuple(editor.hits), tuple(editor.misses))
+
+    def _fuse(self, editor: Editor, node: fx.Node) -> None:
+        x, index, weights, *rest = arguments(node)
+        choice = _Choice()
+        topk = _element(index, 1, aten.topk.default, "the chosen experts")
+        _read_weights(choice, weights, topk)
+        router = choice.logits
+        if not is_call(router, xllm.linear.default):
+            raise _Miss(f"the logits %{getattr(router, 'name', router)} are not a product with the router's weight")
+        rows, weight, bias = arguments(router)
+        if rows is not x or not is_weight(weight) or (bias is not None and not is_weight(bias)):
+            raise _Miss("the router does not multiply what the experts read by a weight")
+        how = (_top_k(topk), choice.scoring, choice.groups, choice.top_groups, choice.group_score)
+        how = (*how, choice.renormalise, choice.epsilon, choice.scale)
+        with editor.before(node):
+            args = (x, weight, bias, choice.correction, *rest[:6], *how, *rest[6:])
+            fused = editor.emit(xllm.moe.default, *args, like=node)
+        node.replace_all_uses_with(fused)
+        editor.hit(fused)
+
+
+def _top_k(topk: fx.Node) -> int:
+    named = named_arguments(topk)
+    last = len(sizes(topk.all_input_nodes[0])) - 1
+    if named.get("dim", -1) not in (-1, last) or named.get("largest", True) is not True:
+        raise _Miss(f"%{topk.name} does not take the largest of a row")
+    return int(named["k"])
+
+
+def _element(node: Any, index: int, target: Any, what: str) -> fx.Node:
+    """The call of `target` whose result number `index` a value is."""
+    if is_call(node, operator.getitem) and arguments(node)[1] == index and is_call(arguments(node)[0], target):
+        return arguments(node)[0]
+    raise _Miss(f"{what} are not result {index} of {target}: found {getattr(node, 'target', node)}")
+
+
+def _read_weights(choice: _Choice, weights: Any, topk: fx.Node) -> None:
+    """Scaling, then renormalisation, then the scores themselves."""
+    weights = _uncast(weights)
+    while is_call(weights, aten.mul.Tensor, aten.mul.Scalar) and isinstance(arguments(weights)[1], int | float):
+        choice.scale *= float(arguments(weights)[1])
+        weights = _uncast(arguments(weights)[0])
+    if is_call(weights, aten.div.Tensor):
+        top, total = arguments(weights)
+        choice.epsilon = _total_of(_uncast(total), _uncast(top))
+        choice.renormalise, weights = True, _uncast(top)
+    if is_call(weights, *_SOFTMAX):
+        choice.scoring, choice.logits = "logits", _uncast(arguments(topk)[0])
+        _element(arguments(weights)[0], 0, aten.topk.default, "the values under the softmax")
+        if arguments(arguments(weights)[0])[0] is not topk:
+            raise _Miss("weights and numbers of the chosen experts come from two choices")
+        return
+    chosen = _uncast(arguments(topk)[0])
+    if is_call(weights, aten.gather.default):
+        scores, dim, index = arguments(weights)[:3]
+        if dim not in (1, -1) or not is_call(index, operator.getitem) or arguments(index)[0] is not topk:
+            raise _Miss(f"%{weights.name} does not gather the scores of the chosen experts")
+        scores = _uncast(scores)
+    else:
+        if _element(weights, 0, aten.topk.default, "the weights") is not topk:
+            raise _Miss("weights and numbers of the chosen experts come from two choices")
+        scores = None  # the values that were chosen by
+    _read_choice(choice, chosen, scores)
+
+
+def _total_of(total: Any, top: Any) -> float:
+    """The epsilon in sum(top) + epsilon, 0 without one. A lower bound of the sum is none."""
+    epsilon = 0.0
+    if is_call(total, aten.add.Tensor, aten.add.Scalar) and isinstance(arguments(total)[1], int | float):
+        epsilon, total = float(arguments(total)[1]), _uncast(arguments(total)[0])
+    if is_call(total, aten.sum.dim_IntList):
+        named = named_arguments(total)
+        if named["self"] is top and list(named["dim"]) in ([-1], [1]) and named.get("keepdim"):
+            return epsilon
+    raise _Miss(f"the weights are divided by {getattr(total, 'target', total)}, not by their sum")
+
+
+def _read_choice(choice: _Choice, chosen: fx.Node, scores: fx.Node | None) -> None:
+    """Groups, then the bias, then the scores: `scores` where weights are gathered from them, else found here."""
+    if is_call(chosen, aten.masked_fill.Scalar):
+        value, mask, fill = arguments(chosen)
+        # Weights that are chosen values are scores, none below 0: 0 is chosen only where all that count are 0.
+        if fill not in (0, 0.0, float("-inf")) or (fill == 0 and scores is not None):
+            raise _Miss(f"experts outside the chosen groups are given {fill}")
+        chosen = _uncast(value)
+        _read_groups(choice, mask, chosen)
+    if scores is None:
+        scores = chosen
+    elif chosen is not scores:
+        if not is_call(chosen, aten.add.Tensor) or scores not in map(_uncast, arguments(chosen)):
+            raise _Miss(f"the choice is by {chosen.target} of the scores, not by their sum with a bias")
+        bias = next(_uncast(part) for part in arguments(chosen) if _uncast(part) is not scores)
+        if not is_weight(bias) or sizes(bias)[-1] != sizes(scores)[-1] or len(sizes(bias)) > 2:
+            raise _Miss("what is added to the scores for the choice is not a weight, one number for each expert")
+        if len(sizes(bias)) != 1:
+            raise _Miss(f"the bias of the choice is {list(sizes(bias))}, not one number for each expert")
+        choice.correction = bias
+    if is_call(scores, *_SOFTMAX) and arguments(scores)[1] in (1, -1):
+        choice.scoring = "softmax"
+    elif is_call(scores, aten.sigmoid.default):
+        choice.scoring = "sigmoid"
+    else:
+        raise _Miss(f"scores are {scores.target} of the logits, neither softmax nor sigmoid")
+    choice.logits = _uncast(arguments(scores)[0])
+
+
+def _read_groups(choice: _Choice, mask: Any, chosen: fx.Node) -> None:
+    """The chain from a mask over experts back to the scores of their groups."""
+    kept = _walk(mask, _SPREAD)
+    if not is_call(kept, *_NOTS):
+        raise _Miss("the mask is not the opposite of the chosen groups")
+    seen = _walk(arguments(kept)[0], _SPREAD)
+    if not is_call(seen, aten.scatter.value, aten.scatter_.value):
+        raise _Miss(f"the groups are kept by {getattr(seen, 'target', seen)}, not by a scatter of the chosen")
+    _, _, index, value = arguments(seen)
+    if value != 1:
+        raise _Miss(f"the chosen groups are marked with {value}")
+    topk = _element(index, 1, aten.topk.default, "the chosen groups")
+    choice.top_groups = _top_k(topk)
+    best = _uncast(arguments(topk)[0])
+    choice.groups = int(sizes(best)[-1])
+    if is_call(best, aten.sum.dim_IntList):
+        two = _element(arguments(best)[0], 0, aten.topk.default, "the best of a group")
+        if _top_k(two) != 2:
+            raise _Miss("a group is scored by more than its two best experts")
+        choice.group_score, under = "sum2", arguments(two)[0]
+    elif is_call(best, operator.getitem) and is_call(arguments(best)[0], aten.max.dim):
+        under = arguments(arguments(best)[0])[0]
+    elif is_call(best, aten.amax.default):
+        under = arguments(best)[0]
+    else:
+        raise _Miss(f"groups are scored by {best.target}, neither their best expert nor their two best")
+    if _uncast(under) is not chosen:
+        raise _Miss("groups are scored by other numbers than the experts in them")
+
+
+def _uncast(node: Any) -> Any:
+    """What stands behind casts to float32 (everything is) and views."""
+    return _walk(node, _CASTS)
+
+
+def _walk(node: Any, through: tuple[Any, ...]) -> Any:
+    while is_call(node, *through):
+        node = arguments(node)[0]
+    return node
