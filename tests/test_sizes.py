@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
-LONG_FILES: dict[str, str] = {}  # path: why it is one file all the same
+LONG_FILES = {"xllm/ir/program.py": "the one data structure, and the rules of the weights it reads"}  # path: why
 BUDGET = {
     "xllm/ir": 2400,
     "xllm/frontend": 4700,
@@ -23,7 +23,7 @@ BUDGET = {
     "xllm/artifact": 1300,
     "xllm/embedded": 1800,
     "xllm/inspection": 900,
-    "xllm": 2500,  # modules at the top
+    "xllm": 2700,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
     "tests": 14000,
