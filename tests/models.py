@@ -93,6 +93,25 @@ DENSE: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_MLA: Mapping[str, Any] = {
+    "num_key_value_heads": 6, "num_hidden_layers": 3, "first_k_dense_replace": 3, "kv_lora_rank": 32, "q_lora_rank":
+    40, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 20, "n_routed_experts": 4,
+}  # fmt: skip
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "mscale": 1.0,
+    "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+
+# Attention on a latent: rotations of neighbours as complex numbers and as strided halves, with and without a latent of
+# the queries.
+MLA: Mapping[str, dict[str, Any]] = {
+    "deepseek-v2": family("deepseek_v2", "DeepseekV2ForCausalLM", **{**_MLA, "q_lora_rank": None}),
+    "deepseek-v2-yarn": family("deepseek_v2", "DeepseekV2ForCausalLM", **_MLA, rope_scaling=_YARN),
+    "deepseek-v3": family("deepseek_v3", "DeepseekV3ForCausalLM", **_MLA, rope_scaling=_YARN, rope_interleave=True),
+    "deepseek-v3-halves": family("deepseek_v3", "DeepseekV3ForCausalLM", **_MLA, rope_interleave=False),
+}  # fmt: skip
+
+
 def build(
     folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None
 ) -> tuple[Path, Path]:

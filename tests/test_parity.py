@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.models import DENSE, FAMILIES, HYBRIDS, ODD, VOCAB, WatchedExecutor, build
+from tests.models import DENSE, FAMILIES, HYBRIDS, MLA, ODD, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.executor import Batch, Row
@@ -36,7 +36,18 @@ def test_bfloat16_weights(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "bfloat16", CompileOptions(kv="float32")) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@pytest.mark.parametrize("name", MLA)
+def test_latent_attention(name: str, tmp_path: Path) -> None:
+    assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+def test_latent_attention_expanded(name: str, tmp_path: Path) -> None:
+    """Without the pass: full keys, and values of another width, kept for every head."""
+    assert worst_difference(tmp_path, name, "float32", CompileOptions(disable=("absorb-mla",))) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "deepseek-v3"])
 def test_bfloat16_state(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions(kv="bfloat16")) <= 2e-2
 
@@ -52,7 +63,7 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
 
     Asserts that greedy tokens are equal as long as both saw the same history (always, with float32 state).
     """
-    checkpoint, path = build(folder, {**FAMILIES, **ODD, **DENSE, **HYBRIDS}[name], dtype=dtype, options=options)
+    checkpoint, path = build(folder, {**FAMILIES, **ODD, **DENSE, **HYBRIDS, **MLA}[name], dtype=dtype, options=options)
     in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
     assert not in_torch
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()

@@ -25,6 +25,7 @@ POSITIONS, SLOTS = ints(0, 1, 2, 0, 1), ints(0, 0, 0, 1, 1)
 STATE = (2, 3, 8, HKV * 2 * D)
 GOOD: dict[str, tuple[Any, ...]] = {
     "linear": (floats(T, 8), floats(3, 8), floats(3)),
+    "heads_linear": (floats(T, HQ, 8), floats(HQ, 3, 8)),
     "embedding": (ints(1, 0, 2), floats(4, 8)),
     "rows": (floats(6, 8), ints(5, 0)),
     "rms_norm": (floats(T, HQ, 8), floats(8), 1e-6),
@@ -71,6 +72,8 @@ BAD: list[tuple[str, int, Any]] = [
     ("gated_delta_mixed", 10, 3),
     ("linear", 1, floats(3, 7)),
     ("linear", 2, floats(4)),
+    ("heads_linear", 1, floats(HQ, 3, 7)),
+    ("heads_linear", 1, floats(HKV, 3, 8)),
     ("rms_norm", 1, floats(1)),
     ("rms_norm", 1, floats(HQ, 8)),
     ("add_rms_norm", 1, floats(1, 8)),

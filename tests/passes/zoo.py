@@ -23,9 +23,15 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
     "pad_token_id": 0,
 }  # fmt: skip
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 8, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+    "v_head_dim": 16, "first_k_dense_replace": 2,
+}  # fmt: skip
 # What each adds: head norms; biases; plain; a window; a norm over all heads after attention; partial rotation and
 # layer norms; one projection for q, k, v; the same in another order, and a parallel block; 1 + weight, soft caps;
 # neighbours rotated in pairs, a packed gate; layer norms spelled out; experts.
+# neighbours rotated in pairs, a packed gate; layer norms spelled out; a latent for keys and values, with neighbours
+# rotated as complex numbers and as strided halves.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "num_hidden_layers": 3},
     "qwen2": {},
@@ -43,13 +49,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "cohere": {"use_qk_norm": True},
     "qwen3_moe": {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 24},
 }  # fmt: skip
 
 
 @cache
 def captured(family: str) -> Program:
     """The captured program; treat it as read-only."""
-    sizes = {key: value for key, value in {**_SIZES, **FAMILIES[family]}.items() if value is not None}
+    sizes = {**_SIZES, **FAMILIES[family]}
+    sizes = {key: value for key, value in sizes.items() if value is not None or key == "q_lora_rank"}
     config = AutoConfig.for_model(family, **sizes)
     return capture_config(config, name=family, max_len=64, max_tokens=64, max_seqs=4)
 

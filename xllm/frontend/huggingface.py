@@ -27,6 +27,7 @@ from xllm.frontend.experts import lift_experts
 from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config
 from xllm.frontend.failures import explain
+from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
@@ -117,6 +118,7 @@ def capture_config(
         layers_path=stack.path,
         task=task,
     )
+    join_fills(program)
     prune(program)
     refuse_foreign(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}

@@ -22,10 +22,12 @@ _SAMPLES = 24  # positions at which a vectorised table is compared with the modu
 
 @dataclass(frozen=True)
 class Tables:
-    """cos and sin, float32 [positions, rotary_dim]."""
+    """cos and sin, float32 [positions, rotary_dim]. paired: the module gives complex numbers, which rotate pairs of
+    neighbours, so that each cosine and sine stands twice."""
 
     cos: np.ndarray
     sin: np.ndarray
+    paired: bool = False
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -43,7 +45,8 @@ def make_tables(module: nn.Module, max_len: int) -> dict[str, Tables] | None:
         made = _make(module, variant, max_len)
         if made is None:
             return None
-        tables[variant] = Tables(made[0].numpy(), made[1].numpy())
+        paired = isinstance(_ask(module, variant, torch.zeros(1, dtype=torch.long)), Tensor)
+        tables[variant] = Tables(made[0].numpy(), made[1].numpy(), paired)
     return tables
 
 
@@ -55,17 +58,21 @@ class RotaryRows(nn.Module):
     def __init__(self, tables: Mapping[str, Tables], index: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._index = index
+        self._paired = {variant for variant, pair in tables.items() if pair.paired}
         for variant, pair in tables.items():
             for part, table in (("cos", pair.cos), ("sin", pair.sin)):
                 self.register_buffer(
                     f"{variant}_{part}".lstrip("_"), torch.empty(table.shape, device="meta"), persistent=False
                 )
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor] | Tensor:
         variant = layer_type or ""
         index = self._index(position_ids)
         cos, sin = (getattr(self, f"{variant}_{part}".lstrip("_")) for part in ("cos", "sin"))
-        return torch.ops.xllm.rows(cos, index).unsqueeze(0), torch.ops.xllm.rows(sin, index).unsqueeze(0)
+        rows = torch.ops.xllm.rows(cos, index), torch.ops.xllm.rows(sin, index)
+        if variant in self._paired:
+            return torch.complex(rows[0][:, ::2], rows[1][:, ::2]).unsqueeze(0)
+        return rows[0].unsqueeze(0), rows[1].unsqueeze(0)
 
 
 def _variants(module: nn.Module) -> list[str]:
@@ -88,18 +95,24 @@ def _call(module: nn.Module, variant: str, positions: Tensor) -> tuple[Tensor, T
     """(cos, sin) [P, rotary_dim] of a fresh copy of the module for these positions; the length is the largest plus
     one.
     """
-    fresh = _fresh(module)
-    extra: dict[str, Any] = {"layer_type": variant} if variant else {}
-    try:
-        result = fresh(torch.empty(1, dtype=torch.float32), positions[None], **extra)
-    except TypeError:  # another signature: not the module this file knows how to replace
-        return None
+    result = _ask(module, variant, positions)
+    if isinstance(result, Tensor) and result.is_complex():
+        result = tuple(part.repeat_interleave(2, dim=-1) for part in (result.real, result.imag))
     if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
         return None
     cos, sin = (part.reshape(-1, part.shape[-1]) for part in result)
     if cos.is_complex() or cos.shape != sin.shape or cos.shape[0] != positions.numel():
         return None
     return cos.float().contiguous(), sin.float().contiguous()
+
+
+def _ask(module: nn.Module, variant: str, positions: Tensor) -> Any:
+    """What a fresh copy of the module gives; None for one of another signature, which this file cannot replace."""
+    extra: dict[str, Any] = {"layer_type": variant} if variant else {}
+    try:
+        return _fresh(module)(torch.empty(1, dtype=torch.float32), positions[None], **extra)
+    except TypeError:
+        return None
 
 
 def _fresh(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from xllm.errors import CompileError
+from xllm.passes.absorb_mla import AbsorbMla
 from xllm.passes.base import Context, Outcome, Pass, Record, run_pipeline, with_options
 from xllm.passes.canonicalize import Canonicalize
 from xllm.passes.choose_buckets import ChooseBuckets
@@ -18,6 +19,7 @@ from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_gated_delta import FuseGatedDelta
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_moe import FuseMoe
+from xllm.passes.fuse_neighbour_rope import FuseNeighbourRope
 from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
 from xllm.passes.fuse_qkv import FuseQkv
 from xllm.passes.fuse_rms_norm import FuseRmsNorm
@@ -28,11 +30,13 @@ from xllm.passes.tabulate_positions import TabulatePositions
 
 REWRITES: tuple[Pass, ...] = (
     Canonicalize(),
+    FuseNeighbourRope(),
     TabulatePositions(),
     FuseLayerNorm(),
     FuseRmsNorm(),
     FuseAddRmsNorm(),
     FuseRope(),
+    AbsorbMla(),
     FuseQkv(),
     FuseQkNormRope(),
     FuseGateUp(),

@@ -172,7 +172,8 @@ _ELEMENTWISE = (
     aten.clone.default, aten.contiguous.default, aten.linear.default, aten.alias.default, aten.detach.default,
     aten.square.default, aten.mul.Scalar, aten.add.Scalar, aten.div.Scalar, aten.clamp.default, aten.layer_norm.default,
     aten.type_as.default, aten.embedding.default, aten.dropout.default, aten.to.dtype_layout,
-    aten.softplus.default, xllm.rms_norm.default, xllm.linear.default,
+    aten.softplus.default, aten.view_as_complex.default, aten.view_as_real.default,
+    xllm.rms_norm.default, xllm.linear.default,
 )  # fmt: skip
 _RULES: dict[Any, Rule] = {
     **{target: _same for target in _ELEMENTWISE},

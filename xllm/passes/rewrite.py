@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -218,6 +219,56 @@ def undo_transposes(node: fx.Node) -> bool:
         return False
     node.replace_all_uses_with(before)
     return True
+
+
+def transposed(node: fx.Node) -> tuple[fx.Node, bool]:
+    """What stands before a transpose of the first two axes, tokens and heads, and whether there was one."""
+    if is_call(node, torch.ops.aten.transpose.int):
+        source, *axes = arguments(node)
+        if {axis % len(sizes(node)) for axis in axes} == {0, 1}:
+            return source, True
+    return node, False
+
+
+def cut_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """Where a cut along the last axis is taken from, and at which column it starts."""
+    if is_call(node, torch.ops.aten.slice.Tensor) and len(node.args) == 4 and node.args[1] == -1:
+        return arguments(node)[0], arguments(node)[2]
+    split = node.args[0] if is_call(node, operator.getitem) else None
+    if is_call(split, torch.ops.aten.split_with_sizes.default):
+        source, widths, *axis = arguments(split)
+        if (axis or [0])[0] % len(sizes(source)) == len(sizes(source)) - 1:
+            return source, sum(widths[: arguments(node)[1]])
+    return None
+
+
+def view(editor: Editor, value: fx.Node, shape: list[int], like: fx.Node) -> fx.Node:
+    """The numbers of a value, in order, under another shape: of what stood before reshapes and moves of an axis of
+    one.
+    """
+    source = value
+    while is_call(source, torch.ops.aten.reshape.default) or (transposed(source)[1] and 1 in sizes(source)[:2]):
+        source = arguments(source)[0]
+    if [size if isinstance(size, int) else -1 for size in sizes(source)] == shape:
+        return source
+    return editor.emit(torch.ops.aten.reshape.default, source, shape, like=like)
+
+
+def tokens_first(editor: Editor, value: fx.Node, like: fx.Node) -> fx.Node:
+    """[H, T, D] as [T, H, D]: what stood before a transpose, the same cut of that, or a transpose; a view for one
+    head.
+    """
+    if sizes(value)[0] == 1:
+        return view(editor, value, [-1, 1, sizes(value)[-1]], like)
+    source, moved = transposed(value)
+    if moved:
+        return source
+    if (cut := cut_of(value)) is not None:
+        source, moved = transposed(cut[0])
+        if moved:
+            bounds = (cut[1], cut[1] + sizes(value)[-1])
+            return editor.emit(torch.ops.aten.slice.Tensor, source, -1, *bounds, like=like)
+    return editor.emit(torch.ops.aten.transpose.int, value, 0, 1, like=like)
 
 
 def attention_pairs(program: Program) -> list[tuple[fx.Node, fx.Node]]:

@@ -19,6 +19,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _heads_linear_shape(x: Tensor, weight: Tensor) -> Tensor:
+    require("heads and width of the weight", (weight.shape[0], weight.shape[2]), tuple(x.shape[-2:]))
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@operator("heads_linear(Tensor x, Tensor weight) -> Tensor", shape=_heads_linear_shape)
+def heads_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., H, K] with a weight of its own for each head, [H, N, K]: [..., H, N]."""
+    return torch.einsum("...hk,hnk->...hn", x, weight).contiguous()
+
+
 @operator(
     "embedding(Tensor ids, Tensor weight) -> Tensor",
     shape=lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal
+from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
     ELEMENT_BYTES,
     PANELS,
@@ -36,10 +36,32 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refus
     )
 
 
+def _heads_linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+    x, weight = op.args["x"], op.args["weight"]
+    if weight.kind != "weight" or not isinstance(x, Tensor) or x.kind != "value" or x.dtype != "float32":
+        return Refusal("it does not multiply heads of float32 with a weight of the program")
+    heads, n, k = ints(weight.shape)
+    rows = x.rows_of(-2)
+    moved = rows.times(4 * heads * (n + k)).plus(heads * n * k * ELEMENT_BYTES[weights_dtype])
+    return Lowering(
+        f"heads_linear.{SUFFIX[weights_dtype]}",
+        {"x": x, "weight": weight, "out": op.results[0]},
+        {"k": k, "n": n, "heads": heads},
+        rows=rows,
+        layouts={weight.name: Layout(PANELS, weights_dtype)},
+        cost=Cost(rows.times(2 * heads * n * k), moved),
+    )
+
+
 def _linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     n, k = sizes["n"], sizes["k"]
     return {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element), "bias": 4 * n}
 
 
-RULES: Mapping[str, Rule] = {"xllm.linear": _linear}
-REACH: Mapping[str, Reach] = {"linear": _linear_reach}
+def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+    heads, n, k = sizes["heads"], sizes["n"], sizes["k"]
+    return {"x": 4 * heads * k, "out": 4 * heads * n}, {"weight": heads * panel_bytes(n, k, element)}
+
+
+RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads_linear}
+REACH: Mapping[str, Reach] = {"linear": _linear_reach, "heads_linear": _heads_linear_reach}
