@@ -38,10 +38,10 @@ _LATENT: Mapping[str, Any] = {
     "v_head_dim": 16, "head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
-_LINEAR: Mapping[str, Any] = {
-    **_EXPERTS, "shared_expert_intermediate_size": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+_DELTA: Mapping[str, Any] = {
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+_LINEAR: Mapping[str, Any] = {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32}
 _HEADS: Mapping[str, Any] = {"num_key_value_heads": None, "head_dim": None}
 # Shown name -> model_type, the class that transformers builds, sizes beside the common ones (None leaves one out).
 FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -65,6 +65,8 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "DeepSeek-V2": ("deepseek_v2", "AutoModelForCausalLM", _LATENT),
     "DeepSeek-V3": ("deepseek_v3", "AutoModelForCausalLM", _LATENT),
     "Qwen3-Next": ("qwen3_next", "AutoModelForCausalLM", _LINEAR),
+    "Qwen3.5": ("qwen3_5_text", "AutoModelForCausalLM", _DELTA),
+    "Qwen3.5-MoE": ("qwen3_5_moe_text", "AutoModelForCausalLM", _LINEAR),
     "BERT": ("bert", "AutoModel", _HEADS),
     "RoBERTa": ("roberta", "AutoModel", {**_HEADS, "pad_token_id": 1}),
     "ModernBERT": ("modernbert", "AutoModel", {**_HEADS, "local_attention": 16, "global_attn_every_n_layers": 2,

@@ -58,6 +58,7 @@ HYBRIDS: Mapping[str, dict[str, Any]] = {
     "qwen3-next": family("qwen3_next", "Qwen3NextForCausalLM", **_DELTA, num_experts=0),
     "olmo-hybrid": family("olmo_hybrid", "OlmoHybridForCausalLM", **_DELTA, linear_allow_neg_eigval=True,
                           hidden_size=96, pad_token_id=0),
+    "qwen3.5": family("qwen3_5_text", "Qwen3_5ForCausalLM", **_DELTA, pad_token_id=0),
 }  # fmt: skip
 
 # Configurations as they are found: biases, odd heads, windows from some layer on, keys of older transformers.

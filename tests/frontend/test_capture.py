@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
+from xllm.frontend.hooks import Session, StepInputs
 from xllm.frontend.huggingface import capture, capture_config, refuse_foreign
 from xllm.ir.program import Constant, Dim, KVLayer, LayerSource, Source
 from xllm.ir.verify import verify
@@ -140,6 +141,16 @@ def test_a_branch_on_token_values_names_module_and_statement(monkeypatch: pytest
         capture_config(zoo.CONFIGS["llama"](), name="llama")
     assert refused.value.code == "data-dependent"
     assert refused.value.where == "model.layers.0.mlp (LlamaMLP)"
+
+
+def test_coordinates_are_taken_where_all_of_them_are_the_position() -> None:
+    step = torch.arange(5)
+    session = Session()
+    session.inputs = StepInputs(step, step[None], step, step, step, step)
+    assert session.index(step[None, None].expand(4, 1, -1)[1:]).tolist() == step.tolist()
+    with pytest.raises(CompileError, match="several coordinates") as refused:
+        session.index(step[None, None].repeat(3, 1, 1))
+    assert refused.value.code == "unsupported-positions"
 
 
 def test_a_folder_without_config_is_refused(tmp_path) -> None:

@@ -23,6 +23,9 @@ def ints(*values: int) -> torch.Tensor:
 
 POSITIONS, SLOTS = ints(0, 1, 2, 0, 1), ints(0, 0, 0, 1, 1)
 STATE = (2, 3, 8, HKV * 2 * D)
+# Of 4 experts of inner width 7: gate, up and down, each with its bias; what stands between the products.
+EXPERTS = (floats(4, 7, 8), floats(4, 7), floats(4, 7, 8), floats(4, 7), floats(4, 8, 7), floats(4, 8))
+BETWEEN = ("silu", 1.7, 7.0, 1.0)
 GOOD: dict[str, tuple[Any, ...]] = {
     "linear": (floats(T, 8), floats(3, 8), floats(3)),
     "heads_linear": (floats(T, HQ, 8), floats(HQ, 3, 8)),
@@ -50,6 +53,11 @@ GOOD: dict[str, tuple[Any, ...]] = {
         floats(2, 3, 100), floats(T, 2 * HKV * 3 + HQ * D), floats(T, HQ), floats(T, HQ), floats(HQ), floats(HQ),
         POSITIONS, SLOTS, 1, 16, HKV, 3, 0.5, 1e-6, 2.0,
     ),
+    "experts": (floats(T, 8), torch.randint(0, 4, (T, 2)), floats(T, 2), *EXPERTS, *BETWEEN),
+    "moe": (
+        floats(T, 8), floats(4, 8), floats(4), floats(4), *EXPERTS, 2, "sigmoid", 2, 1, "sum2", True, 1e-20, 2.5,
+        *BETWEEN,
+    ),
     "encode_attention": (floats(T, HQ, D), floats(T, HKV, D), floats(T, HKV, 3), POSITIONS, SLOTS, 0.4, 2, 30.0),
     "first_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
     "mean_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
@@ -70,6 +78,23 @@ BAD: list[tuple[str, int, Any]] = [
     ("gated_delta_mixed", 4, floats(1)),
     ("gated_delta_mixed", 9, 29),
     ("gated_delta_mixed", 10, 3),
+    ("experts", 0, floats(T, HQ, 2)),
+    ("experts", 2, floats(T, 1)),
+    ("experts", 3, floats(4, 8, 7)),
+    ("experts", 3, None),
+    ("experts", 5, floats(4, 7, 9)),
+    ("experts", 7, floats(4, 7, 8)),
+    ("experts", 8, floats(8)),
+    ("experts", 9, "tanh"),
+    ("experts", 10, 0.0),
+    ("moe", 1, floats(3, 8)),
+    ("moe", 2, floats(3)),
+    ("moe", 3, floats(1)),
+    ("moe", 10, 3),
+    ("moe", 11, "softplus"),
+    ("moe", 12, 3),
+    ("moe", 13, 3),
+    ("moe", 14, "mean"),
     ("linear", 1, floats(3, 7)),
     ("linear", 2, floats(4)),
     ("heads_linear", 1, floats(HQ, 3, 7)),

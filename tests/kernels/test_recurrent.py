@@ -21,7 +21,8 @@ def conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, act: str) -
     """x [T, C], weight [C, K] of one sequence, in float64."""
     taps = weight.shape[1]
     padded = np.concatenate([np.zeros((taps - 1, x.shape[1])), x.astype(np.float64)])
-    out = sum(padded[j : j + len(x)] * weight[:, j] for j in range(taps)) + (0.0 if bias is None else bias)
+    out = np.sum([padded[j : j + len(x)] * weight[:, j] for j in range(taps)], axis=0)
+    out = out if bias is None else out + bias
     return ACTIVATIONS[act](out) if act else out
 
 
@@ -39,6 +40,12 @@ def delta(q, k, v, decay, beta, scale, eps) -> np.ndarray:
         state += k[t][:, :, None] * update[:, None]
         out[t] = np.einsum("hkv,hk->hv", state, q[t])
     return out
+
+
+def delta_of_each(q, k, v, decay, beta, scale, eps) -> np.ndarray:
+    """The same of sequences that stand one after the other."""
+    cut = zip(split(q), split(k), split(v), split(decay), split(beta), strict=True)
+    return np.concatenate([delta(*parts, scale, eps) for parts in cut])
 
 
 def in_steps(run: KernelRun, kernel: str, inputs, weights, out_width: int, ints, floats, cuts) -> np.ndarray:
@@ -90,9 +97,8 @@ def test_gated_delta(run, rng, k_heads, v_heads, key_dim, value_dim, eps):
     }  # fmt: skip
     floats = {"scale": key_dim**-0.5, "eps": eps, "beta_scale": 1.0}
     results = [in_steps(run, "gated_delta.f32", inputs, {}, values, ints, floats, cuts) for cuts in CUTS.values()]
-    shaped = [q.reshape(-1, k_heads, key_dim), k.reshape(-1, k_heads, key_dim), v.reshape(-1, v_heads, value_dim)]
-    parts = zip(*(split(part) for part in (*shaped, decay, beta)), strict=True)
-    want = np.concatenate([delta(*part, floats["scale"], eps) for part in parts]).reshape(-1, values)
+    shaped = (q.reshape(-1, k_heads, key_dim), k.reshape(-1, k_heads, key_dim), v.reshape(-1, v_heads, value_dim))
+    want = delta_of_each(*shaped, decay, beta, floats["scale"], eps).reshape(-1, values)
     assert relative_error(results[0], want) < 2e-6
     assert all(np.array_equal(results[0], other) for other in results[1:]), "the cut changes nothing"
 
@@ -118,9 +124,8 @@ def test_gated_delta_of_raw_factors_inside_one_row(run, rng):
     results = [in_steps(run, "gated_delta.f32", given, weights, values, ints, floats, cuts) for cuts in CUTS.values()]
     decay = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0.0, raw_decay.astype(np.float64) + dt_bias)
     beta = 2.0 / (1.0 + np.exp(-raw_beta.astype(np.float64)))
-    shaped = [q.reshape(-1, k_heads, key_dim), k.reshape(-1, k_heads, key_dim), v.reshape(-1, v_heads, value_dim)]
-    parts = zip(*(split(part) for part in (*shaped, decay, beta)), strict=True)
-    want = np.concatenate([delta(*part, floats["scale"], EPS) for part in parts]).reshape(-1, values)
+    shaped = (q.reshape(-1, k_heads, key_dim), k.reshape(-1, k_heads, key_dim), v.reshape(-1, v_heads, value_dim))
+    want = delta_of_each(*shaped, decay, beta, floats["scale"], EPS).reshape(-1, values)
     assert relative_error(results[0], want) < 2e-6
     assert all(np.array_equal(results[0], other) for other in results[1:])
 

@@ -83,3 +83,29 @@ def test_joining_with_nothing_goes() -> None:
 
     after, _ = run(Canonicalize(), body)
     assert not [node for node in after.calls() if node.target is aten.cat.default]
+
+
+@pytest.mark.parametrize("lead", [[3, -1, -1], [3, 1, -1, -1]])
+def test_one_of_equal_parts_is_what_was_expanded(lead: list[int]) -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        wide = (
+            b.call(aten.unsqueeze.default, x, 0) if len(lead) == 3 else b.call(aten.reshape.default, x, [1, -1, HIDDEN])
+        )
+        several = b.call(aten.slice.Tensor, b.call(aten.expand.default, wide, lead), 0, 1, 3)
+        part = b.call(aten.select.int, several, 0, 1)
+        return b.call(aten.neg.default, b.call(aten.reshape.default, part, [-1, HIDDEN]))
+
+    after, _ = run(Canonicalize(), body)
+    assert not [node for node in after.calls() if node.target in (aten.expand.default, aten.select.int)]
+
+
+def test_a_part_of_another_axis_stays() -> None:
+    """The first of equal columns is no row: [T, 1, H] seen as [T, 3, H], of which token 0 is read."""
+
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        wide = b.call(aten.expand.default, b.call(aten.unsqueeze.default, x, 1), [-1, 3, -1])
+        row = b.call(aten.sum.dim_IntList, b.call(aten.select.int, wide, 0, 0), [0], True)
+        return b.call(aten.add.Tensor, x, row)
+
+    after, _ = run(Canonicalize(), body)
+    assert [node for node in after.calls() if node.target is aten.select.int]

@@ -90,6 +90,8 @@ class Session:
         assert self.inputs is not None
         if position_ids is self.inputs.position_ids:
             return self.inputs.positions
+        while position_ids.dim() > 2 and (position_ids.stride(0) == 0 or position_ids.shape[0] == 1):
+            position_ids = position_ids.select(0, 0)  # several coordinates, all of them the position: text
         if position_ids.dim() > 2 or (position_ids.dim() == 2 and position_ids.shape[0] != 1):
             raise CompileError(
                 "positions have several coordinates per token",

@@ -21,6 +21,7 @@ import torch.fx as fx
 
 from xllm.ir import Permute, Program, Slice, Weight
 from xllm.ir.build import prune
+from xllm.ir.effects import named_arguments
 from xllm.ir.program import arguments
 from xllm.ir.verify import same_type
 from xllm.passes.base import Context, Outcome, Pass
@@ -52,6 +53,9 @@ class Canonicalize(Pass):
                 editor.hit(node)
         prune(program)
         _weights_first(program)
+        for node in list(program.calls()):
+            _read_behind_expansion(editor, node)
+        prune(program)
         if not program.is_function:  # whose inputs have the batch they say
             drop_batch(editor)
         for step in (
@@ -94,6 +98,37 @@ def _drop_identities(editor: Editor, node: fx.Node) -> None:
     if isinstance(source, fx.Node) and same_type(node.meta["val"], source.meta["val"]):
         node.replace_all_uses_with(source)
         editor.hit(node)
+
+
+def _read_behind_expansion(editor: Editor, node: fx.Node) -> None:
+    """One of the equal parts that an expansion makes is what was expanded: positions that have one coordinate each,
+    given to a model of several.
+    """
+    if not is_call(node, aten.select.int):
+        return
+    source, dim, _ = arguments(node)
+    axis = dim % len(sizes(source))
+    while is_call(source, aten.slice.Tensor) and _axis(source) == axis:
+        source = arguments(source)[0]
+    if not is_call(source, aten.expand.default):
+        return
+    inner = arguments(source)[0]
+    own = axis - (len(sizes(source)) - len(sizes(inner)))  # below 0: the expansion made the axis
+    if own >= 0 and sizes(inner)[own] != 1:
+        return
+    if [size for size in sizes(inner) if size != 1] != [size for size in sizes(node) if size != 1]:
+        return  # another axis is expanded too
+    wanted = [size if isinstance(size, int) else -1 for size in sizes(node)]
+    if wanted.count(-1) <= 1:
+        with editor.before(node):
+            node.replace_all_uses_with(editor.emit(aten.reshape.default, inner, wanted, like=node))
+        editor.hit(node)
+
+
+def _axis(cut: fx.Node) -> int:
+    """The axis of a slice, from the front."""
+    named = named_arguments(cut)
+    return named.get("dim", 0) % len(sizes(named["self"]))
 
 
 def _join_dialect(editor: Editor, node: fx.Node) -> None:
