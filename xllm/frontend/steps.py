@@ -91,8 +91,9 @@ def _bodies(model: nn.Module, stack: Stack) -> list[nn.Module]:
     past the body.
     """
     base, decoder = _base(model), getattr(model, "get_decoder", lambda: None)()
-    inner = isinstance(decoder, nn.Module) and decoder is not base and decoder is not model
-    holds = inner and any(layer in set(decoder.modules()) for layer in stack.layers[:1])
+    if not isinstance(decoder, nn.Module) or decoder is base or decoder is model:
+        return [base]
+    holds = any(layer in set(decoder.modules()) for layer in stack.layers[:1])
     return [decoder, base] if holds else [base]
 
 
