@@ -1,9 +1,9 @@
-"""linear: right to float32 rounding, and the same bits whatever the rows, their order and the threads."""
+"""linear and heads_linear: right to float32 rounding; the same bits whatever the rows, their order and the threads."""
 
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import KernelRun, batch, pack, relative_error, rounded
+from tests.kernels.oracle import KernelRun, aligned, batch, pack, relative_error, rounded
 from xllm.kernels import cpu
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
@@ -63,6 +63,55 @@ def test_rows_s(run, rng):
     run("linear.f32", args, {"k": 24, "n": 16}, step=step, which=cpu.LOGIT_ROWS)
     assert np.array_equal(out[:2], linear(run, x, packed, None, 16, "f32"))
     assert (out[2] == 7).all()
+
+
+class Heads:
+    """Random weights [heads, n, k] as heads_linear wants them."""
+
+    def __init__(self, rng, heads, n, k, suffix):
+        self.suffix, self.ints = suffix, {"k": k, "n": n, "heads": heads}
+        weight = rng.standard_normal((heads, n, k), np.float32)
+        self.exact = rounded(weight, suffix).astype(np.float64)
+        parts = [pack(part, DTYPES[suffix]) for part in weight]
+        self.packed = aligned(sum(part.size for part in parts))
+        self.packed[:] = np.concatenate(parts)
+
+    def __call__(self, run, x):
+        out = np.full((*x.shape[:2], self.ints["n"]), np.nan, np.float32)
+        run(f"heads_linear.{self.suffix}", {"x": x, "weight": self.packed, "out": out}, self.ints, rows=len(x))
+        return out
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+@pytest.mark.parametrize(("heads", "k", "n"), [(1, 1, 1), (3, 37, 23), (5, 64, 64), (2, 1030, 100), (4, 515, 17)])
+def test_heads_match_float64(run, rng, suffix, heads, k, n):
+    product = Heads(rng, heads, n, k, suffix)
+    for rows in (1, 2, 7, 25, 97):
+        x = rng.standard_normal((rows, heads, k), np.float32)
+        want = np.einsum("thk,hnk->thn", x.astype(np.float64), product.exact)
+        assert relative_error(product(run, x), want) < 2e-6
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_bits_of_heads_do_not_depend_on_rows_or_threads(run, rng, suffix):
+    product = Heads(rng, 3, 70, 1103, suffix)
+    x = rng.standard_normal((97, 3, 1103), np.float32)
+    whole = product(run, x)
+    for rows in (1, 2, 7, 25):
+        assert np.array_equal(product(run, np.ascontiguousarray(x[-rows:])), whole[-rows:])
+    with cpu.Runner(1, run.runner.level) as alone:
+        assert np.array_equal(product(KernelRun(alone), x), whole)
+
+
+def test_a_poisoned_head_stays_alone(run, rng):
+    product = Heads(rng, 3, 33, 40, "f32")
+    x = rng.standard_normal((9, 3, 40), np.float32)
+    clean = product(run, x)
+    x[4, 1] = np.nan
+    spoiled = product(run, x)
+    assert np.isnan(spoiled[4, 1]).all()
+    spoiled[4, 1] = clean[4, 1]
+    assert np.array_equal(spoiled, clean)
 
 
 @pytest.mark.skipif(len(cpu.levels()) < 3, reason="needs two levels with FMA")
