@@ -112,6 +112,25 @@ MLA: Mapping[str, dict[str, Any]] = {
     "deepseek-v3-halves": family("deepseek_v3", "DeepseekV3ForCausalLM", **_MLA, rope_interleave=False),
 }  # fmt: skip
 
+_EXPERTS: Mapping[str, Any] = {
+    "num_hidden_layers": 2, "intermediate_size": 40, "moe_intermediate_size": 40, "num_experts_per_tok": 3,
+}  # fmt: skip
+
+# Experts: weights that add up to 1; no more than two of a few; a window in every other layer, sinks, biases everywhere,
+# clamped gates; groups, a correction of the choice, a dense layer and an expert that all share; a shared expert behind
+# a gate of its own.
+EXPERTS: Mapping[str, dict[str, Any]] = {
+    "qwen3-moe": family("qwen3_moe", "Qwen3MoeForCausalLM", **_EXPERTS, num_experts=8, norm_topk_prob=True),
+    "mixtral": family("mixtral", "MixtralForCausalLM", **{**_EXPERTS, "num_experts_per_tok": 2}, num_local_experts=4),
+    "gpt-oss": family("gpt_oss", "GptOssForCausalLM", **_EXPERTS, num_local_experts=6, sliding_window=24,
+                      rope_scaling={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False,
+                                    "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128}),
+    "glm4-moe": family("glm4_moe", "Glm4MoeForCausalLM", **_EXPERTS, n_routed_experts=8, n_group=4, topk_group=2,
+                       first_k_dense_replace=1, n_shared_experts=1, norm_topk_prob=True, routed_scaling_factor=1.8),
+    "qwen2-moe": family("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, num_experts=8, hidden_size=96,
+                        shared_expert_intermediate_size=40),
+}  # fmt: skip
+
 
 def build(
     folder: Path, config: Mapping[str, Any], *, dtype: str = "float32", options: CompileOptions | None = None

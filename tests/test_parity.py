@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.models import DENSE, FAMILIES, HYBRIDS, MLA, ODD, VOCAB, WatchedExecutor, build
+from tests.models import DENSE, EXPERTS, FAMILIES, HYBRIDS, MLA, ODD, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.executor import Batch, Row
@@ -30,10 +30,17 @@ def test_float32(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "qwen3-moe"])
 def test_bfloat16_weights(name: str, tmp_path: Path) -> None:
     """transformers runs in float32 on the same rounded weights."""
     assert worst_difference(tmp_path, name, "bfloat16", CompileOptions(kv="float32")) <= 1e-5
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name: str, tmp_path: Path) -> None:
+    assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
+    layers = [call.kernel for call in Artifact.open(tmp_path / "tiny.xllm").plan.calls if call.kernel == "moe.f32"]
+    assert len(layers) == (1 if name == "glm4-moe" else 2)  # its first layer is dense
 
 
 @pytest.mark.parametrize("name", MLA)
@@ -63,7 +70,8 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
 
     Asserts that greedy tokens are equal as long as both saw the same history (always, with float32 state).
     """
-    checkpoint, path = build(folder, {**FAMILIES, **ODD, **DENSE, **HYBRIDS, **MLA}[name], dtype=dtype, options=options)
+    config = {**FAMILIES, **ODD, **DENSE, **HYBRIDS, **EXPERTS, **MLA}[name]
+    checkpoint, path = build(folder, config, dtype=dtype, options=options)
     in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
     assert not in_torch
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()
