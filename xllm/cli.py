@@ -209,11 +209,10 @@ def _compile(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dim:
         raise UsageError("--dim is for ONNX files; a checkpoint takes --max-len, --max-seqs and --max-batch-tokens")
+    if arguments.out is None and not arguments.bisect_passes:
+        raise UsageError("say where to write the artifact: -o/--out ARTIFACT")
     if not (arguments.checkpoint / "config.json").is_file():  # known before seconds of imports
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
-    nowhere = arguments.out is None
-    if nowhere and not arguments.bisect_passes:
-        raise UsageError("say where to write the artifact: -o ARTIFACT")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.compiler import CompileOptions, compile_checkpoint
     from xllm.traffic import read_traffic

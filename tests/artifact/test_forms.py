@@ -298,7 +298,7 @@ def build(path: Path, made: list[str], *, previous: Path | None = None, shared: 
         if shared is not None:
             share(writer.root, written, shared)
         rest = json.loads((write_small(path.parent / "model.xllm") / "manifest.json").read_text())
-        kept = {key: rest[key] for key in ("generation", "limits", "model", "special_tokens", "target")}
+        kept = {key: rest[key] for key in ("generation", "limits", "model", "special_tokens", "target", "task")}
         writer.finish({**kept, "weights_header": written.header, "weight_origins": dict(written.origins)})
     return written.reused
 

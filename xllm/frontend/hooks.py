@@ -54,6 +54,7 @@ class Session:
         self._traced: int | None = None  # the captured layer whose forward is running
         self._recurrent = RecurrentCalls(self._tokens, self._running)
         self.experts: dict[nn.Module, Form] = {}
+        self.segmented = False  # whether the model has a table of segments
 
     @contextmanager
     def registered(self) -> Iterator[None]:

@@ -278,6 +278,7 @@ def _lift_lookups(
     found = find_lookups(model, stack.layers[0], getattr(config, "pad_token_id", None))
     length = min(length, rows_of(model, found.positions, length + found.offset) - found.offset)
     lift_lookups(model, found, tensors, length, positions)
+    session.segmented = found.segments is not None
     return length, rows_of(model, found.segments, 1)
 
 

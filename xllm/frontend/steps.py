@@ -27,9 +27,12 @@ class Step(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, last: Tensor, kv: Tensor, fixed: Tensor) -> Tensor:
         position_ids = positions.unsqueeze(0)
         inputs = StepInputs(positions, position_ids, slots, last, kv, fixed)
-        self.__dict__["_session"].inputs = inputs
+        session = self.__dict__["_session"]
+        session.inputs = inputs
         ids = ids.unsqueeze(0)
-        offered = {"position_ids": position_ids, "token_type_ids": torch.zeros_like(ids), "use_cache": False}
+        offered: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+        if session.segmented:  # others may read what they are offered by another table: GPT-2 by that of its words
+            offered["token_type_ids"] = torch.zeros_like(ids)
         given = {name: value for name, value in offered.items() if accepts(self.model, name)}
         return _ROWS[self.__dict__["_task"].kind](
             self.model, self.__dict__["_task"], inputs, {"input_ids": ids, **given}
