@@ -36,7 +36,7 @@ def drop_batch(editor: Editor) -> None:
             if is_call(node, aten.unsqueeze.default) and node.args[1] == 0 and node.args[0] not in bare:
                 bare[node] = arguments(node)[0]
             elif is_call(node, aten.view.default, aten.reshape.default) and _adds_lead(node, bare):
-                bare[node] = emit(program, aten.reshape.default, (node.args[0], list(sizes(node)[1:])), like=node)
+                bare[node] = emit(program, aten.reshape.default, (node.args[0], _wanted(node)[1:]), like=node)
             elif any(arg in bare for arg in node.all_input_nodes):
                 _rebuild_bare(editor, node, bare)
 
@@ -87,6 +87,11 @@ def _adds_lead(node: fx.Node, bare: Bare) -> bool:
     """Whether a view puts a leading one on a value that has none: [T, N] as [1, T, N]."""
     source = arguments(node)[0]
     return source not in bare and not _is_one(sizes(source)[:1]) and _leads_with_one(node)
+
+
+def _wanted(node: fx.Node) -> list[Any]:
+    """The sizes a view was asked for, as values of the graph."""
+    return list(arguments(node)[1])
 
 
 def _is_one(shape: tuple[Any, ...]) -> bool:
