@@ -125,19 +125,23 @@ def test_empty_messages_and_no_answer_for_get(server: Server) -> None:
     assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
 
 
-def test_a_template_that_loops_is_refused_and_the_server_lives(tmp_path: Path) -> None:
+def test_a_template_that_loops_is_refused_and_the_server_of_a_packed_file_lives(tmp_path: Path) -> None:
     from bench.checkpoints import write_checkpoint
+    from xllm.artifact import pack
     from xllm.compiler import compile_checkpoint
 
     folder = write_checkpoint(tmp_path / "tiny", FAMILIES["qwen3"], dtype="float32")
     looping = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(looping)
     compile_checkpoint(folder, tmp_path / "artifact")
-    with serving(tmp_path / "artifact", "--memory", "512MiB") as running:
+    pack(tmp_path / "artifact", tmp_path / "tiny.pack")
+    with serving(tmp_path / "tiny.pack", "--memory", "512MiB") as running:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "template_error"
-        assert httpx.get(f"{running.url}/health").status_code == 200
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 2, "ignore_eos": True}
+        answer = httpx.post(f"{running.url}/v1/completions", json=ask, timeout=30)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2
 
 
 def test_a_thousand_clients_that_leave_mid_stream(server: Server) -> None:

@@ -88,6 +88,7 @@ class Report:
     modules: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     weights: int = 0
+    comparison: Mapping[str, Any] = field(default_factory=dict)  # of the buckets, as `account` makes it
     reused: int = field(default=0, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     peak_bytes: int = field(default=0, compare=False)
@@ -102,6 +103,7 @@ class Report:
             f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
             f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
         )
+        lines += self._padding_lines()
         if self.reused:
             lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
         lines += [
@@ -114,6 +116,17 @@ class Report:
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
         return "\n".join(lines)
+
+    def _padding_lines(self) -> list[str]:
+        """What the buckets waste under the traffic they were chosen for, beside powers of two."""
+        held = self.comparison
+        if held.get("traffic") != "given":
+            return []
+        unless = "" if held["pads"] else "; if shapes were fixed: kernels of this target take any size and pad none"
+        return [
+            f"  expected padding under this traffic {held['padding']:.1%} in {len(self.buckets)} shapes, with powers of"
+            f" two {held['ladder_padding']:.1%} in {len(held['ladder'])}{unless}"
+        ]
 
     def _fallback_lines(self) -> list[str]:
         """Operators left to torch, alike ones together, and what they cost."""
@@ -213,7 +226,8 @@ def compile_checkpoint(
             share(writer.root, written, share_weights)
         clock.lap("weights")
         writer.write("plan.json", plan.to_json())
-        writer.write("report.json", json.dumps(account(program, context), separators=(",", ":"), sort_keys=True))
+        accounted = account(program, context)
+        writer.write("report.json", json.dumps(accounted, separators=(",", ":"), sort_keys=True))
         _copy_tokenizer(writer, facts)
         records = (*rewrites, *plans)
         writer.finish(
@@ -275,6 +289,7 @@ def compile_checkpoint(
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
         modules=tuple(dict.fromkeys(call.kernel.partition(":")[0] for call in plan.calls if ":" in call.kernel)),
         unused=unused,
+        comparison=accounted["buckets"],
         seconds=clock.laps,
         reused=len(written.reused),
         weights=len(plan.weights),

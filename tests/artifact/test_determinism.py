@@ -66,13 +66,18 @@ def test_folder_home_user_locale_seed_threads_clock_and_umask_leave_no_trace(bui
     assert [name for name in one if one[name] != two[name]] == []
 
 
-def test_reusing_weights_changes_no_byte_and_is_told(builds: list[Path], tmp_path: Path) -> None:
+def test_reuse_changes_no_byte_and_the_report_weighs_traffic(builds: list[Path], tmp_path: Path) -> None:
     from xllm.compiler import CompileOptions, compile_checkpoint
 
-    checkpoint, options = builds[0].parent / "tiny", CompileOptions(max_seqs=8)
+    checkpoint, options = builds[0].parent / "tiny", CompileOptions(traffic=((1, 90.0), (24, 9.0), (512, 1.0)))
     report = compile_checkpoint(checkpoint, tmp_path / "reused.xllm", options, reuse=builds[0])
     assert report.reused == report.weights > 0
     assert f"reused {report.weights} of {report.weights} weights" in report.text()
+    # Of 90 + 216 + 512 rows powers of two pad 24 to 32, nine times; the sizes themselves pad none.
+    padding = (
+        "expected padding under this traffic 0.0% in 3 shapes, with powers of two 8.1% in 10; if shapes were fixed"
+    )
+    assert padding in report.text()
     fresh = compile_checkpoint(checkpoint, tmp_path / "fresh.xllm", options)
     assert fresh.reused == 0 and "reused" not in fresh.text()
     assert entries(tmp_path / "reused.xllm") == entries(tmp_path / "fresh.xllm")

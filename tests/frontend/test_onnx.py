@@ -98,6 +98,13 @@ def cycle() -> onnx.ModelProto:
     return model
 
 
+def with_results(*names: str) -> onnx.ModelProto:
+    model = small(helper.make_node("Relu", ["x"], ["y"]))
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in names)
+    return model
+
+
 def huge(dims: list[int]) -> onnx.ModelProto:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims, raw_data=b"\0" * 16)
     return small(helper.make_node("Add", ["x", "w"], ["y"]), tensors=(tensor,))
@@ -109,6 +116,10 @@ HOSTILE = {
     "a link": (outside("link.bin"), "onnx-external"),
     "a file that is not there": (outside("none.bin"), "onnx-external"),
     "no location": (outside(""), "onnx-external"),
+    "a location that is no text": (
+        onnx.ModelProto.FromString(outside("w.bin").SerializeToString().replace(b"w.bin", b"w.b\xff\xff")),
+        "onnx-external",
+    ),
     "bytes beyond the file": (outside("w.bin", "64"), "onnx-tensor"),
     "an offset below zero": (outside("w.bin", "-4"), "onnx-tensor"),
     "another length than the shape's": (outside("w.bin", "0", "12"), "onnx-tensor"),
@@ -121,6 +132,8 @@ HOSTILE = {
     "a cycle": (cycle(), "onnx-order"),
     "a value nobody makes": (small(helper.make_node("Relu", ["q"], ["y"])), "onnx-order"),
     "a value made twice": (small(helper.make_node("Relu", ["x"], ["x"])), "onnx-order"),
+    "no result": (with_results(), "onnx-results"),
+    "a result named twice": (with_results("y", "y"), "onnx-results"),
     "an unknown operator": (small(helper.make_node("NoSuch", ["x"], ["y"])), "onnx-operator"),
     "an unknown domain": (small(helper.make_node("Relu", ["x"], ["y"], domain="evil")), "onnx-domain"),
     "an old opset": (small(helper.make_node("Relu", ["x"], ["y"]), 13), "onnx-opset"),

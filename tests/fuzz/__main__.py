@@ -50,7 +50,7 @@ def _guided(name: str, seconds: int) -> None:
     corpus = Path(tempfile.mkdtemp(prefix=f"xllm-corpus-{name}-"))
     for number, seed in enumerate(SEEDS[name]):
         (corpus / str(number)).write_bytes(seed)
-    for module in ("xllm.artifact", "xllm.frontend.weights", "xllm.frontend.facts", "xllm.service", "xllm.plan"):
+    for module in ("xllm.artifact", "xllm.frontend", "xllm.service", "xllm.plan"):
         for loaded in [known for known in sys.modules if known == module or known.startswith(f"{module}.")]:
             _instrument(atheris, sys.modules[loaded])
     run = TARGETS[name]

@@ -13,11 +13,17 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import onnx
+from onnx import TensorProto, helper
+
 from tests.artifacts import write_small
 from xllm.artifact import Artifact, ArtifactError, pack
 from xllm.errors import CompileError
 from xllm.frontend.facts import facts, read_config
+from xllm.frontend.onnx import import_onnx
 from xllm.frontend.weights import Checkpoint
+from xllm.ir import Program
+from xllm.ir.verify import verify
 from xllm.service.errors import ApiError
 from xllm.service.template import ChatTemplate
 from xllm.service.tokenizer import TextCodec
@@ -90,7 +96,26 @@ def template(data: bytes) -> None:
         made.render([{"role": "user", "content": "hi"}], {}).encode()
 
 
-TARGETS: Mapping[str, Target] = {each.__name__: each for each in (safetensors, artifact, tokenizer, config, template)}
+def onnx_model(data: bytes) -> None:
+    """A model file: read, checked, and every node told in operators of the program."""
+    with suppress(CompileError):
+        imported(data)
+
+
+def imported(data: bytes) -> Program:
+    root = _folder() / "onnx"
+    root.mkdir(exist_ok=True)
+    (root / "model.onnx").write_bytes(data)
+    (root / "w.bin").write_bytes(bytes(64))
+    program, tensors = import_onnx(root / "model.onnx", {"n": 5})
+    verify(program)
+    assert all(tensors[name].shape == tensors.shape(name) for name in tensors)
+    return program
+
+
+TARGETS: Mapping[str, Target] = {
+    each.__name__: each for each in (safetensors, artifact, tokenizer, config, template, onnx_model)
+}
 
 
 def _safetensors_seed() -> bytes:
@@ -115,6 +140,49 @@ def _tokenizer_seed() -> bytes:
     return made.to_str().encode()
 
 
+def _onnx_seed(opset: int, *nodes: onnx.NodeProto, **tensors: onnx.TensorProto) -> bytes:
+    """A model from x [n, 4] to y, with a tensor w [4, 4] outside of the file."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
+    for name, tensor in tensors.items():
+        tensor.name = name
+    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "w.bin"), ("offset", "0"), ("length", "64")):
+        outside.external_data.add(key=key, value=value)
+    graph = helper.make_graph(nodes, "g", [x], [y], initializer=[outside, *tensors.values()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    return model.SerializeToString()
+
+
+def _numbers(*values: int) -> onnx.TensorProto:
+    return helper.make_tensor("", TensorProto.INT64, [len(values)], values)
+
+
+def _ones() -> onnx.TensorProto:
+    return helper.make_tensor("", TensorProto.FLOAT, [4], [1.0] * 4)
+
+
+def _onnx_seeds() -> tuple[bytes, ...]:
+    node = helper.make_node
+    return (
+        _onnx_seed(
+            18, node("MatMul", ["x", "w"], ["a"]), node("LayerNormalization", ["a", "s", "s"], ["b"], epsilon=1e-5),
+            node("Shape", ["b"], ["c"]), node("Reshape", ["b", "d"], ["e"]), node("Softmax", ["e"], ["f"], axis=-1),
+            node("Reshape", ["f", "c"], ["y"]), s=_ones(), d=_numbers(0, 2, -1),
+        ),
+        _onnx_seed(
+            23, node("Gemm", ["x", "w", "s"], ["a"], transB=1), node("RMSNormalization", ["a", "s"], ["b"]),
+            node("Unsqueeze", ["b", "d"], ["q"]), node("Attention", ["q", "q", "q"], ["e"], q_num_heads=2,
+            kv_num_heads=2), node("Squeeze", ["e", "d"], ["y"]), s=_ones(), d=_numbers(0),
+        ),
+        _onnx_seed(
+            20, node("Slice", ["x", "i", "j", "j"], ["a"]), node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            node("Gather", ["t", "i"], ["g"]), node("Transpose", ["g"], ["h"]), node("Concat", ["a", "h"], ["k"],
+            axis=1),
+            node("ReduceMean", ["k", "j"], ["m"]), node("Mul", ["x", "m"], ["y"]), i=_numbers(0), j=_numbers(1),
+        ),
+    )  # fmt: skip
+
+
 _CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "vocab_size": 20, "intermediate_size": 48, "eos_token_id": 1,
@@ -125,6 +193,7 @@ SEEDS: Mapping[str, tuple[bytes, ...]] = {
     "artifact": (_artifact_seed(),),
     "tokenizer": (_tokenizer_seed(),),
     "config": (json.dumps(_CONFIG).encode(),),
+    "onnx_model": _onnx_seeds(),
     "template": (
         b"{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{% endfor %}{{ eos_token }}",
         b"{%- set ns = namespace(x=1) %}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ '%5d' % ns.x }}",

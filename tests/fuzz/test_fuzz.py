@@ -11,7 +11,8 @@ from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
 from xllm.service.tokenizer import TextCodec
 
-COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500}
+COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500,
+          "onnx_model": 600}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -50,3 +51,4 @@ def test_the_seeds_of_what_must_be_refused_are_accepted() -> None:
         finally:
             targets.SEEDS = original
     assert len(accepted) == 4
+    assert all(targets.imported(seed).outputs == ("y",) for seed in SEEDS["onnx_model"])

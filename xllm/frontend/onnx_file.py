@@ -154,6 +154,9 @@ def _check_graph(graph: onnx.GraphProto, entries: Mapping[str, Entry]) -> None:
             made.add(name)
     if missing := [value.name for value in graph.output if value.name not in made]:
         raise refuse(f"the result {missing[0]!r} is never made", code="onnx-order")
+    results = [value.name for value in graph.output]
+    if not results or len(set(results)) < len(results):
+        raise refuse(f"its results are {results[:4]}: at least one is needed, each once", code="onnx-results")
 
 
 def _shape_of(tensor: onnx.TensorProto) -> tuple[int, ...]:
@@ -223,6 +226,8 @@ class _Files:
     def _file(self, tensor: str, location: str) -> memoryview:
         if location in self._mapped:
             return self._mapped[location]
+        if not isinstance(location, str):  # protobuf gives the bytes of what is no UTF-8
+            raise self._elsewhere(tensor, repr(location))
         parts = Path(location).parts
         if not parts or Path(location).is_absolute() or ".." in parts or "\0" in location or "\\" in location:
             raise self._elsewhere(tensor, location)
