@@ -62,7 +62,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "first_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
     "mean_rows": (floats(T, 8), POSITIONS, ints(2, 4)),
     "l2_normalize": (floats(T, 8), 1e-12),
-    "sdpa": (floats(2, HQ, 3, D), floats(2, HKV, T, D), floats(2, HKV, T, 4), floats(3, T), 0.4, 30.0, True),
+    "sdpa": (floats(2, HQ, 3, D), floats(2, HKV, T, D), floats(2, HKV, T, 4), floats(3, T), 0.4, 30.0, True, False),
 }  # fmt: skip
 BAD: list[tuple[str, int, Any]] = [
     ("causal_conv", 2, floats(7, 4)),

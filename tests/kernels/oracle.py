@@ -81,6 +81,7 @@ FUNCTIONS = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "tanh": np.tanh,
     "exp": np.exp,
+    "erf": _erf,
     "neg": np.negative,
     "abs": np.abs,
     "cube": lambda x: x**3,

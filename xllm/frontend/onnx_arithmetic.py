@@ -155,7 +155,14 @@ def _where(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> li
     condition, yes, no = (given(value) for value in inputs)
     if (array := folded(b, np.where, condition, yes, no)) is not None:
         return [Value(yes.dtype, array.shape, known=array)]
-    return [b.emit(aten.where.self, condition, yes, no)]
+    return [b.emit(aten.where.self, condition, *(_readable(b, value) for value in (yes, no)))]
+
+
+def _readable(b: Builder, value: Value) -> Value:
+    """A stored number as a constant: rewrites see what it is."""
+    if value.stored and value.dtype == torch.float32 and number(b, value) is not None:
+        return Value(value.dtype, value.shape, node=b.constant(np.asarray(b.known(value))))
+    return value
 
 
 def _several(target: Any, fold: Callable[..., Any]) -> Rule:

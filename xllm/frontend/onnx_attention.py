@@ -28,7 +28,7 @@ def _attention(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -
         raise refuse("attention in another precision, or whose scores are wanted")
     scale = attributes.get("scale") or q.shape[-1] ** -0.5
     causal = bool(attributes.get("is_causal", 0))
-    made = b.emit(xllm.sdpa.default, q, k, v, mask, scale, attributes.get("softcap", 0.0), causal)
+    made = b.emit(xllm.sdpa.default, q, k, v, mask, scale, attributes.get("softcap", 0.0), causal, False)
     if flat:
         batch, heads, length, width = made.shape
         made = b.reshape(permute(b, made, [0, 2, 1, 3]), [batch, length, heads * width])

@@ -79,10 +79,13 @@ def _patches(b: Builder, x: Value, weight: Value, bias: Value | None, kernel: li
     for axis, (held, cut) in enumerate(zip(size, kernel, strict=True)):
         if held % cut:
             x = b.emit(aten.slice.Tensor, x, axis + 2, 0, held // cut * cut)
-    cut = [part for pair in zip(count, kernel, strict=True) for part in pair]
-    whole = b.reshape(x, [batch, channels, *cut])
-    first = [2 + 2 * axis for axis in range(rank)]
-    ordered = permute(b, whole, [0, *first, 1, *(axis + 1 for axis in first)])
+    for axis in range(rank - 2, -1, -1):  # one axis after the other: each move is along few, which kernels can do
+        above = (
+            batch * channels * math.prod(map(math.prod, zip(count[:axis], kernel[:axis], strict=True))) * count[axis]
+        )
+        inside = [above, kernel[axis], math.prod(count[axis + 1 :]), math.prod(kernel[axis + 1 :])]
+        x = permute(b, b.reshape(x, inside), [0, 2, 1, 3])
+    ordered = permute(b, b.reshape(x, [batch, channels, math.prod(count), math.prod(kernel)]), [0, 2, 1, 3])
     width, outputs = channels * math.prod(kernel), weight.shape[0]
     rows = b.reshape(ordered, [batch, math.prod(count), width])
     matrix = b.weight(weight.stored, (outputs, width), Reshape(Source((weight.stored,)), (outputs, width)))

@@ -24,6 +24,7 @@ from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
 from xllm.passes.fuse_qkv import FuseQkv
 from xllm.passes.fuse_rms_norm import FuseRmsNorm
 from xllm.passes.fuse_rope import FuseRope
+from xllm.passes.fuse_sdpa import FuseSdpa
 from xllm.passes.plan_memory import PlanMemory
 from xllm.passes.schedule_streams import ScheduleStreams
 from xllm.passes.tabulate_positions import TabulatePositions
@@ -46,7 +47,9 @@ REWRITES: tuple[Pass, ...] = (
 # What a function goes through: the rewrites that do not look for the state of a step.
 FUNCTION_REWRITES: tuple[Pass, ...] = (
     Canonicalize(),
+    FuseLayerNorm(),
     FuseRmsNorm(),
+    FuseSdpa(),
 )
 PLANS: tuple[Pass, ...] = (
     ChooseKernels(),
@@ -59,7 +62,7 @@ REQUIRED = frozenset({"canonicalize", *(step.name() for step in PLANS)})
 
 def without(passes: Iterable[Pass], disabled: Iterable[str]) -> tuple[Pass, ...]:
     """The passes less those named. Raises CompileError for an unknown name or one the pipeline cannot do without."""
-    known = {step.name() for step in (*REWRITES, *PLANS)}
+    known = {step.name() for step in (*REWRITES, *FUNCTION_REWRITES, *PLANS)}
     off = set(disabled)
     if unknown := sorted(off - known):
         raise CompileError(
@@ -83,7 +86,7 @@ def parse_pipeline(text: str, added: Iterable[Pass] = ()) -> tuple[Pass, ...]:
     """The passes a pipeline string names, with their options; `added` are passes of modules it may name. Raises
     CompileError for an unknown name or option.
     """
-    known = {step.spelled().partition("{")[0]: type(step) for step in (*REWRITES, *PLANS, *added)}
+    known = {step.spelled().partition("{")[0]: type(step) for step in (*REWRITES, *FUNCTION_REWRITES, *PLANS, *added)}
     passes = []
     for word in text.split():
         name = word.partition("{")[0]

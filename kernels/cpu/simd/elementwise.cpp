@@ -19,6 +19,9 @@ struct Sigmoid {
 struct Tanh {
   XK_INLINE f32x16 of(f32x16 x) { return tanh(x); }
 };
+struct Erf {
+  XK_INLINE f32x16 of(f32x16 x) { return erf(x); }
+};
 struct Exp {
   XK_INLINE f32x16 of(f32x16 x) { return exp(x); }
 };
@@ -120,6 +123,7 @@ const Kernel elementwise_kernels[] = {
     {"relu2.f32", "x out", "width", "", check, no_scratch, units, run_unary<Relu2>},
     {"sigmoid.f32", "x out", "width", "", check, no_scratch, units, run_unary<Sigmoid>},
     {"tanh.f32", "x out", "width", "", check, no_scratch, units, run_unary<Tanh>},
+    {"erf.f32", "x out", "width", "", check, no_scratch, units, run_unary<Erf>},
     {"exp.f32", "x out", "width", "", check, no_scratch, units, run_unary<Exp>},
     {"neg.f32", "x out", "width", "", check, no_scratch, units, run_unary<Neg>},
     {"abs.f32", "x out", "width", "", check, no_scratch, units, run_unary<Abs>},

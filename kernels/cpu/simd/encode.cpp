@@ -3,8 +3,8 @@
 // row's running state in block order, so that a row depends on its own sequence alone.
 #include <math.h>
 
+#include "attend.h"
 #include "common.h"
-#include "panel.h"
 #include "vmath.h"
 
 namespace XK_LEVEL {
@@ -17,10 +17,6 @@ enum { kQ, kK, kV, kOut, kState };
 enum { kQHeads, kKvHeads, kHeadDim, kValueDim, kWindow };
 enum { kScale, kSoftcap };
 
-constexpr int kBlockGroups = kKeyBlock / 16;
-
-int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
-
 const char *check_attention(const Call &c) {
   if (!c.every_token()) return "attends for every token of the step: rows must be T";
   if (c.ints[kKvHeads] < 1 || c.ints[kHeadDim] < 1 || c.ints[kValueDim] < 1) return "kv_heads, head_dim and value_dim must be positive";
@@ -32,16 +28,13 @@ const char *check_attention(const Call &c) {
 
 // Scratch of a thread: a block's keys and values in panels, and of a tile of rows the queries, the scores and the block's sums.
 int64_t scratch_attention(const Call &c) {
-  const int64_t keys = padded(c.ints[kHeadDim]), values = padded(c.ints[kValueDim]);
-  return (int64_t)sizeof(float) * (kKeyBlock * (keys + values) + kTileRows * (keys + kKeyBlock + values));
+  return KeyTile::scratch_bytes(c.ints[kHeadDim], c.ints[kValueDim]);
 }
 
 int64_t units_attention(const Call &c, const Step &s) { return s.batch.N * c.ints[kKvHeads]; }
 
-struct Tile {  // query rows of one head against one block of keys
-  const float *keys, *values;
-  float *query, *score, *partial;
-  int64_t dim, value_dim, tokens, first, window;  // tokens and first: of the block, first counted from the sequence's start
+struct Tile : KeyTile {
+  int64_t window;
   float softcap;
 };
 
@@ -70,50 +63,13 @@ void soften(const Tile &t, float *score, int64_t position, float *maximum, float
   *sum = reduce_add(total);
 }
 
-// The rows of one query head, all of which see a token of the block: out and state go from before the block to after it.
-void attend(const Tile &t, int rows, int64_t position, const float *const *query, float *const *out, float *const *state) {
-  const int64_t dim = padded(t.dim), width = padded(t.value_dim);
-  for (int r = 0; r < rows; r++)
-    for (int64_t d = 0; d < t.dim; d += 16) store(t.query + r * dim + d, load_some(query[r] + d, t.dim - d));
-  product_few<PanelF32>({t.query, dim, (const uint8_t *)t.keys, t.dim * 64, t.dim, t.score, kKeyBlock, 16, false, 0}, rows, kBlockGroups);
-  float maximum[kTileRows], sum[kTileRows];
-  for (int r = 0; r < rows; r++) soften(t, t.score + r * kKeyBlock, position + r, maximum + r, sum + r);
-  product_few<PanelF32>({t.score, kKeyBlock, (const uint8_t *)t.values, kKeyBlock * 64, kKeyBlock, t.partial, width, 16, false, 0}, rows,
-                        width / 16);
-  for (int r = 0; r < rows; r++) {
-    const bool grows = state[r][0] < maximum[r];
-    const float factor = exp(grows ? state[r][0] - maximum[r] : maximum[r] - state[r][0]);
-    const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
-    if (grows) state[r][0] = maximum[r];
-    state[r][1] = state[r][1] * keep + sum[r] * take;
-    for (int64_t d = 0; d < t.value_dim; d += 16)
-      store_some(out[r] + d, fma(load(t.partial + r * width + d), set1(take), load_some(out[r] + d, t.value_dim - d) * set1(keep)),
-                 t.value_dim - d);
-  }
-}
-
-// Keys as [D][16] per sixteen tokens and values as [tokens][16] per sixteen dims, zero where there is nothing.
-void pack(const Tile &t, float *keys, float *values, const float *k, int64_t k_stride, const float *v, int64_t v_stride, float scale) {
-  for (int64_t token = 0; token < kKeyBlock; token++) {
-    const bool held = token < t.tokens;
-    float *lane = keys + token / 16 * 16 * t.dim + token % 16;
-    for (int64_t d = 0; d < t.dim; d++) lane[d * 16] = held ? k[token * k_stride + d] * scale : 0.0f;
-    for (int64_t d = 0; d < t.value_dim; d += 16)
-      store(values + (d * kKeyBlock + token * 16), held ? load_some(v + token * v_stride + d, t.value_dim - d) : zero());
-  }
-}
-
 void run_attention(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
   const int64_t kv_heads = c.ints[kKvHeads], q_heads = c.ints[kQHeads], share = q_heads / kv_heads, head = unit % kv_heads;
   const int64_t begin = s.batch.seq_start[unit / kv_heads], length = s.batch.seq_start[unit / kv_heads + 1] - begin;
   const int64_t k_stride = kv_heads * c.ints[kHeadDim], v_stride = kv_heads * c.ints[kValueDim];
   Tile t;
-  t.dim = c.ints[kHeadDim], t.value_dim = c.ints[kValueDim], t.window = c.ints[kWindow], t.softcap = c.floats[kSoftcap];
-  float *keys = (float *)scratch, *values = keys + kKeyBlock * padded(t.dim);
-  t.keys = keys, t.values = values;
-  t.query = values + kKeyBlock * padded(t.value_dim);
-  t.score = t.query + kTileRows * padded(t.dim);
-  t.partial = t.score + kTileRows * kKeyBlock;
+  t.window = c.ints[kWindow], t.softcap = c.floats[kSoftcap];
+  t.place(scratch, c.ints[kHeadDim], c.ints[kValueDim]);
   const float *q = c.arg<const float>(kQ, s), *k = c.arg<const float>(kK, s), *v = c.arg<const float>(kV, s);
   float *out = c.arg<float>(kOut, s), *state = c.arg<float>(kState, s);
   const auto at = [&](int64_t row, int64_t sharing) { return (begin + row) * q_heads + head * share + sharing; };  // in q, out, state
@@ -125,7 +81,7 @@ void run_attention(const Call &c, const Step &s, int64_t unit, uint8_t *scratch)
   for (t.first = 0; t.first < length; t.first += kKeyBlock) {
     t.tokens = min(kKeyBlock, length - t.first);
     const int64_t token = begin + t.first;
-    pack(t, keys, values, k + token * k_stride + head * t.dim, k_stride, v + token * v_stride + head * t.value_dim, v_stride,
+    pack_block(t, k + token * k_stride + head * t.dim, k_stride, v + token * v_stride + head * t.value_dim, v_stride,
          c.floats[kScale]);
     // Rows that see a token of this block are consecutive.
     const int64_t from = t.window > 0 ? max(0, t.first - t.window + 1) : 0;
@@ -139,7 +95,8 @@ void run_attention(const Call &c, const Step &s, int64_t unit, uint8_t *scratch)
           const int64_t place = at(row + r, sharing);
           query[r] = q + place * t.dim, target[r] = out + place * t.value_dim, kept[r] = state + place * 2;
         }
-        attend(t, rows, row, query, target, kept);
+        attend(t, rows, query, target, kept,
+               [&](float *score, int r, float *maximum, float *sum) { soften(t, score, row + r, maximum, sum); });
       }
   }
   for (int64_t row = 0; row < length; row++)

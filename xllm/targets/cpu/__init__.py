@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xllm.targets.base import Cost, KVLayout, LayerState, Lowering, Operation, Refusal
-from xllm.targets.cpu import attention, elementwise, encode, experts, gather, linear, norm, recurrent, strided
+from xllm.targets.cpu import attention, elementwise, encode, experts, gather, linear, norm, recurrent, sdpa, strided
 from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule
 
-FAMILIES = (linear, gather, norm, attention, elementwise, encode, strided, recurrent, experts)
+FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
 LINE_BYTES = 64

@@ -9,7 +9,7 @@ from xllm.targets.base import Cost, KVLayout, Lowering, Operation, Refusal, Tens
 from xllm.targets.cpu.rules import Reach, Rule, last_dim, step_rows
 from xllm.targets.cpu.strided import arithmetic
 
-_UNARY = ("relu", "sigmoid", "tanh", "exp", "neg", "abs", "sqrt", "rsqrt")
+_UNARY = ("relu", "sigmoid", "tanh", "erf", "exp", "neg", "abs", "sqrt", "rsqrt")
 _GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _ARITHMETIC = ("add", "sub", "mul", "div")
 
