@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.models import FAMILIES, HYBRIDS, VOCAB, WatchedExecutor, build
+from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.runtime.config import EngineConfig
@@ -18,6 +18,10 @@ from xllm.runtime.executor import Batch, StepResult
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 
 PROMPTS, NEW_TOKENS = 64, 12
+CONFIGS = {**FAMILIES, **HYBRIDS, **EXPERTS, **MLA}
+# Grouped heads, a window, a state of fixed size, experts, keys on a latent, and all of windows, sinks and experts.
+MODELS = ("qwen3 float32", "mistral bfloat16", "qwen3-next float32", "qwen3-moe bfloat16", "deepseek-v3 float32",
+          "gpt-oss float32")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,11 @@ SCHEDULES = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3 float32", "mistral bfloat16", "qwen3-next float32"])
+@pytest.fixture(scope="module", params=MODELS)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     name, dtype = request.param.split()
     options = CompileOptions(weights=dtype, kv=dtype, max_len=256)
-    return Artifact.open(
-        build(tmp_path_factory.mktemp("bits"), {**FAMILIES, **HYBRIDS}[name], dtype=dtype, options=options)[1]
-    )
+    return Artifact.open(build(tmp_path_factory.mktemp("bits"), CONFIGS[name], dtype=dtype, options=options)[1])
 
 
 @pytest.fixture(scope="module")
