@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.models import FAMILIES, build
+from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, build
 from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
 from xllm.kernels import cpu
@@ -19,6 +19,15 @@ from xllm.targets.cpu.executor import CpuExecutor
 
 VOCAB, MAX_LEN = FAMILIES["qwen3"]["vocab_size"], 128
 Change = Callable[[dict[str, Any]], None]
+# What says how, not how much: with any value nothing further is read. Kernels refuse, when a plan is bound, CHOICES
+# beyond those they have.
+CHOICES = ("act", "scoring", "groups", "top_groups", "group_top")
+NO_SIZES = {"window", "interleaved", "renormalise", *CHOICES}
+# Plans with kernels that qwen3 has not.
+OTHERS = {
+    "latent": (MLA["deepseek-v3"], ()), "moe": (EXPERTS["gpt-oss"], ()), "experts": (EXPERTS["mixtral"], ("fuse-moe",)),
+    "recurrent": (HYBRIDS["qwen3-next"], ()),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +65,11 @@ def of(kernel: str, field: str, **values: Any) -> Change:
 
 def grown(kernel: str) -> list[tuple[Change, str]]:
     """Every size of a kernel, far too large."""
-    info = next(info for name, info in cpu.kernels().items() if name.startswith(kernel))
-    harmless = {"window", "interleaved"}
-    return [(of(kernel, "ints", **{size: 1 << 40}), "call ") for size in info.ints if size not in harmless]
+    return [(of(kernel, "ints", **{size: 1 << 40}), "call ") for size in ints_of(kernel) if size not in NO_SIZES]
+
+
+def ints_of(kernel: str) -> tuple[str, ...]:
+    return next(info.ints for name, info in cpu.kernels().items() if name.startswith(kernel))
 
 
 def state(raw: dict[str, Any]) -> None:
@@ -88,6 +99,69 @@ def test_a_plan_that_reaches_further_is_refused(plan: Plan, change: Change, why:
     change(raw)
     with pytest.raises(ValueError, match=why):
         check_bounds(Plan.from_json(json.dumps(raw)), VOCAB, MAX_LEN)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    made = {}
+    for name, (config, disable) in OTHERS.items():
+        options = CompileOptions(max_len=MAX_LEN, disable=disable)
+        made[name] = Artifact.open(build(tmp_path_factory.mktemp(name), config, options=options)[1])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        *(("latent", *case) for case in grown("heads_linear.")),
+        *(("latent", *case) for case in grown("latent_write.")),
+        *(("latent", *case) for case in grown("latent_attention.")),
+        *(("moe", *case) for case in grown("moe.")),
+        *(("moe", *case) for case in grown("attention.")),
+        *(("experts", *case) for case in grown("experts.")),
+        *(("recurrent", *case) for case in grown("causal_conv_silu.")),
+        *(("recurrent", *case) for case in grown("gated_delta.")),
+        ("latent", of("heads_linear.", "args", weight="@model.norm.weight"), "weight needs .* bytes"),
+        ("latent", of("latent_attention.", "ints", layer_offset=1 << 13), "its layer ends at"),
+        ("moe", of("moe.", "args", router="@model.norm.weight"), "router needs .* bytes"),
+        ("moe", of("moe.", "args", down="@model.norm.weight"), "down needs .* bytes"),
+        ("moe", of("moe.", "args", up_bias="@model.norm.weight"), "up_bias needs .* bytes"),
+        ("moe", of("moe.", "args", scratch_pairs="@model.norm.weight"), "writes"),
+        ("moe", of("attention.", "args", sinks="$ids"), "sinks needs .* has 0"),
+        ("experts", of("experts.", "args", index="$ids"), "index needs .* has 0"),
+    ],
+)  # fmt: skip
+def test_other_plans_that_reach_further_are_refused(
+    others: dict[str, Artifact], name: str, change: Change, why: str
+) -> None:
+    plan = others[name].plan
+    check_bounds(plan, VOCAB, MAX_LEN)
+    raw = json.loads(plan.to_json())
+    change(raw)
+    with pytest.raises(ValueError, match=why):
+        check_bounds(Plan.from_json(json.dumps(raw)), VOCAB, MAX_LEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        *(("moe", of("moe.", "ints", **{choice: 1 << 40}), choice) for choice in CHOICES),
+        ("experts", of("experts.", "ints", act=4), "act"),
+        ("experts", of("experts.", "ints", top_k=0), "top_k"),
+        ("latent", of("latent_attention.", "ints", key_dim=32), "shorter than their keys"),
+        ("latent", of("heads_linear.", "ints", heads=0), "heads"),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_do_when_a_plan_is_bound(
+    others: dict[str, Artifact], name: str, change: Change, why: str
+) -> None:
+    opened = others[name]
+    raw = json.loads(opened.plan.to_json())
+    change(raw)
+    hostile = Artifact(opened.store, opened.manifest, Plan.from_json(json.dumps(raw)))
+    with pytest.raises(ArtifactError, match=why) as refused:
+        CpuExecutor(hostile, 1)
+    assert refused.value.code == "artifact-malformed"
 
 
 def test_limits_beyond_the_tables_are_refused(plan: Plan) -> None:

@@ -150,7 +150,7 @@ def _attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, 
 def _latent_attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
     rows = {"q_latent": 4 * heads * value, "q_rope": 4 * heads * (key - value), "out": 4 * heads * value}
-    return rows, {"state": key * GROUP_TOKENS * element}
+    return rows, {"state": sizes["kv_heads"] * key * GROUP_TOKENS * element}
 
 
 RULES: Mapping[str, Rule] = {
