@@ -115,10 +115,19 @@ MLA: Mapping[str, dict[str, Any]] = {
 _EXPERTS: Mapping[str, Any] = {
     "num_hidden_layers": 2, "intermediate_size": 40, "moe_intermediate_size": 40, "num_experts_per_tok": 3,
 }  # fmt: skip
+_ROUTED: Mapping[str, Any] = {
+    **_MLA, **_EXPERTS, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2, "n_group": 4,
+    "topk_group": 2, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+_SHARED: Mapping[str, Any] = {
+    **_DELTA, **_EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 24, "pad_token_id": 0,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 
 # Experts: weights that add up to 1; no more than two of a few; a window in every other layer, sinks, biases everywhere,
 # clamped gates; groups, a correction of the choice, a dense layer and an expert that all share; a shared expert behind
-# a gate of its own.
+# a gate of its own; groups on top of a latent, scored by their best expert or the best two; experts in layers that
+# carry a state.
 EXPERTS: Mapping[str, dict[str, Any]] = {
     "qwen3-moe": family("qwen3_moe", "Qwen3MoeForCausalLM", **_EXPERTS, num_experts=8, norm_topk_prob=True),
     "mixtral": family("mixtral", "MixtralForCausalLM", **{**_EXPERTS, "num_experts_per_tok": 2}, num_local_experts=4),
@@ -129,6 +138,10 @@ EXPERTS: Mapping[str, dict[str, Any]] = {
                        first_k_dense_replace=1, n_shared_experts=1, norm_topk_prob=True, routed_scaling_factor=1.8),
     "qwen2-moe": family("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, num_experts=8, hidden_size=96,
                         shared_expert_intermediate_size=40),
+    "deepseek-v2-moe": family("deepseek_v2", "DeepseekV2ForCausalLM", **_ROUTED, topk_method="group_limited_greedy"),
+    "deepseek-v3-moe": family("deepseek_v3", "DeepseekV3ForCausalLM", **_ROUTED),
+    "qwen3-next-moe": family("qwen3_next", "Qwen3NextForCausalLM", **_SHARED),
+    "qwen3.5-moe": family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **_SHARED),
 }  # fmt: skip
 
 

@@ -32,12 +32,13 @@ def run(pool: KvPool, pages: int) -> int:
     return slot
 
 
+@pytest.mark.parametrize("fixed_bytes", [0, 64, 4096, 9984])
 @pytest.mark.parametrize(("group_bytes", "page_bytes"), [(1000, 4096), (4096, 4096), (10_000, 4096), (300, 8192)])
-def test_pages_and_tokens_are_inverse(group_bytes, page_bytes):
-    plan = PoolPlan(KVSpec(group_bytes), page_bytes, 100, 100, 1)
+def test_pages_and_tokens_are_inverse(group_bytes, page_bytes, fixed_bytes):
+    plan = PoolPlan(KVSpec(group_bytes, fixed_bytes=fixed_bytes), page_bytes, 100, 100, 1)
     for tokens in range(1, 600):
         pages = plan.pages_for(tokens)
-        assert pages == -(-(-(-tokens // 16) * group_bytes) // page_bytes)
+        assert pages == -(-(fixed_bytes + -(-tokens // 16) * group_bytes) // page_bytes)
         assert plan.tokens_for(pages) >= tokens > plan.tokens_for(pages - 1)
         assert 0 <= plan.waste_bytes(tokens) < page_bytes
     assert plan.pages_for(0) == 0
@@ -49,6 +50,20 @@ def test_plan_divides_memory_and_refuses_too_little():
     assert plan_pool(KVSpec(1 << 20), 64, 2, 100 << 20).pages == 4, "no more pages than the spans hold"
     with pytest.raises(MemoryFault, match="pool_too_small"):
         plan_pool(KVSpec(1 << 20), 4096, 4, 1 << 20)
+
+
+def test_what_does_not_grow_is_paid_by_every_sequence():
+    kv = KVSpec(group_bytes=1024, fixed_bytes=3 * PAGE)
+    plan = plan_pool(kv, max_len=64, max_seqs=3, kv_bytes=1 << 20, page_bytes=PAGE)
+    assert (plan.span_pages, plan.pages) == (4, 12)
+    assert kv.tokens_in(3 * PAGE) == plan.tokens_for(3) == 0, "nothing but what does not grow"
+    pool = KvPool(plan, FakeMemory(PAGE))
+    slots = [pool.start(1) for _ in range(3)]
+    for slot in slots:
+        pool.grow(slot, 1)
+        pool.grow(slot, 64)
+        pool.check()
+    assert pool.free_pages == 0 and pool.figures().critical_maps == 12, "the first token maps all of it"
 
 
 def test_page_size_grows_with_the_pool_and_shrinks_with_the_span():
@@ -196,10 +211,12 @@ def test_check_notices_a_lost_page():
 class PoolMachine(RuleBasedStateMachine):
     """Any order of start, grow, finish and premap, within what a scheduler may promise."""
 
+    kv = KVSpec(1500)
+
     def __init__(self):
         super().__init__()
         self.memory = FakeMemory(PAGE)
-        self.pool = KvPool(PoolPlan(KVSpec(1500), PAGE, pages=12, span_pages=6, spans=5), self.memory)
+        self.pool = KvPool(PoolPlan(self.kv, PAGE, pages=12, span_pages=6, spans=5), self.memory)
         self.live: dict[int, int] = {}
 
     @precondition(lambda self: len(self.live) < 5)
@@ -241,8 +258,17 @@ class PoolMachine(RuleBasedStateMachine):
                 assert self.pool.base(slot) + page * PAGE in self.memory.mapped
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+class FixedPoolMachine(PoolMachine):
+    """Of sequences with more state than fits one page before their first token."""
+
+    kv = KVSpec(1500, fixed_bytes=5056)
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
+PoolMachine.TestCase.settings = SETTINGS
+FixedPoolMachine.TestCase.settings = SETTINGS
 TestPoolMachine = PoolMachine.TestCase
+TestFixedPoolMachine = FixedPoolMachine.TestCase
 
 
 def test_ten_thousand_operations_leak_nothing():

@@ -76,6 +76,11 @@ def state(raw: dict[str, Any]) -> None:
     raw["kv"]["group_tokens"] = 8
 
 
+def shrunk(raw: dict[str, Any]) -> None:
+    """What does not grow ends before the groups its calls count back from."""
+    raw["kv"]["fixed_bytes"] = 24128
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -121,6 +126,12 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         *(("experts", *case) for case in grown("experts.")),
         *(("recurrent", *case) for case in grown("causal_conv_silu.")),
         *(("recurrent", *case) for case in grown("gated_delta.")),
+        ("recurrent", of("causal_conv_silu.", "ints", back=0), "its state ends at 1920, 0 bytes lie before the groups"),
+        ("recurrent", of("gated_delta.", "ints", back=8000), "its state ends at 8064, 8000 bytes lie before"),
+        ("recurrent", of("gated_delta.", "ints", back=1 << 16), "it goes back 65536 bytes, 24192 do not grow"),
+        ("recurrent", of("gated_delta.", "ints", back=8066), "it goes back 8066 bytes, 24192 do not grow"),
+        ("recurrent", of("gated_delta.", "ints", v_stride=0, v_start=161), "v needs"),
+        ("recurrent", shrunk, "it goes back 24192 bytes, 24128 do not grow"),
         ("latent", of("heads_linear.", "args", weight="@model.norm.weight"), "weight needs .* bytes"),
         ("latent", of("latent_attention.", "ints", layer_offset=1 << 13), "its layer ends at"),
         ("moe", of("moe.", "args", router="@model.norm.weight"), "router needs .* bytes"),
