@@ -56,6 +56,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "extensions": (set(), set()),
     "inspection": ({"artifact", "plan", "targets.base"}, set()),
     "inspection.dot": ({"artifact", "inspection", "ir", "plan", "targets.base"}, {"networkx"}),
+    "inspection.onnx_graph": ({"artifact", "inspection", "ir", "plan", "targets.base"}, {"onnx", "torch"}),
     "inspection.commands": ({"artifact", "commands", "diagnose", "inspection"}, set()),
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
     "cli": ({"", "artifact", "commands", "compiler", "config", "doctor", "inspection", "traffic"}, {"rich"}),

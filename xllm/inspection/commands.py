@@ -22,11 +22,14 @@ def add(command: Callable[..., Any]) -> None:
         "xllm show qwen.xllm --stage fuse-qkv --unfold",
         "xllm show qwen.xllm --dot --layer 0 | dot -Tsvg > layer.svg",
         "xllm show ./Qwen3-0.6B --dot --stage captured",
+        "xllm show qwen.xllm --onnx -o qwen.onnx",
     )
-    show.add_argument("artifact", type=Path, metavar="ARTIFACT", help="or, with --dot, a checkpoint folder")
+    show.add_argument("artifact", type=Path, metavar="ARTIFACT", help="or, with --dot and --onnx, a checkpoint folder")
     show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
     show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
     show.add_argument("--dot", action="store_true", help="Graphviz text, of the plan or of a checkpoint's program")
+    show.add_argument("--onnx", action="store_true", help="an ONNX file for viewers, without weights; with -o")
+    show.add_argument("-o", "--output", type=Path, metavar="FILE", help="with --onnx: the file to write")
     show.add_argument("--layer", type=int, metavar="N", help="with --dot: this layer alone")
     explain = command(
         "explain",
@@ -52,26 +55,38 @@ def add(command: Callable[..., Any]) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     from xllm.commands import UsageError, needs_compiler
 
-    if not arguments.dot:
-        if arguments.layer is not None:
-            raise UsageError("--layer goes with --dot")
+    if arguments.onnx != (arguments.output is not None) or (arguments.onnx and arguments.dot):
+        raise UsageError("--onnx goes with -o FILE, and not with --dot")
+    if arguments.layer is not None and not arguments.dot:
+        raise UsageError("--layer goes with --dot")
+    if not arguments.dot and not arguments.onnx:
         from xllm.inspection.show import show
 
         print(show(arguments.artifact, arguments.stage, arguments.unfold), end="")
         return
     needs_compiler("drawing")
-    from xllm.inspection import dot
+    from xllm.artifact import Artifact
 
+    found: Any
     if (arguments.artifact / "config.json").is_file():
         from xllm.diagnose import program_of
 
-        print(dot.of_program(program_of(arguments.artifact, arguments.stage), arguments.layer), end="")
-        return
-    from xllm.artifact import Artifact
-
-    if arguments.stage is not None:
+        found = program_of(arguments.artifact, arguments.stage)
+    elif arguments.stage is not None:
         raise UsageError("an artifact's plan can be drawn, its stages are text; give the checkpoint, or no --stage")
-    print(dot.of_artifact(Artifact.open(arguments.artifact), arguments.layer), end="")
+    else:
+        found = Artifact.open(arguments.artifact)
+    planned = isinstance(found, Artifact)
+    if arguments.onnx:
+        from xllm.inspection import onnx_graph
+
+        model = onnx_graph.of_artifact(found) if planned else onnx_graph.of_program(found)
+        arguments.output.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    from xllm.inspection import dot
+
+    text = dot.of_artifact(found, arguments.layer) if planned else dot.of_program(found, arguments.layer)
+    print(text, end="")
 
 
 def _explain(arguments: argparse.Namespace) -> None:
