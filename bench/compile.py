@@ -1,15 +1,17 @@
-"""What a compile costs: seconds by stage, peak memory, sizes, and what the depth of a model adds to its capture.
+"""What a compile costs: seconds by stage, peak memory, sizes, and what depth adds to everything but weights.
 
-    python -m bench.compile [--shape qwen3-0.6b] [--checkpoint DIR] [--repeats 3]
+    python -m bench.compile [--shape qwen3-0.6b] [--checkpoint DIR] [--large] [--repeats 3] [--depths 4 28 64]
 
-Each compile and each capture runs in a process of its own. Beside each compile the machine's own time for its data is
-taken: read the checkpoint, write as many bytes as the artifact has.
+Each compile runs in a process of its own. Beside those of whole checkpoints the machine's own time for the data is
+taken: read the checkpoint, write as many bytes as the artifact has. Depths are compiled from sparse files of zeros.
+`--large` adds the shape of Qwen3-8B, once, from sparse shards: 17 GB are written and removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from bench import report
+from bench.checkpoints import SHAPES, write_checkpoint
 from bench.report import RESULTS, Spread, footer, save, table
 from bench.subject import add_flags, checkpoint
 from xllm.artifact import Artifact
@@ -28,6 +32,7 @@ from xllm.artifact import Artifact
 POLL_SECONDS = 0.02
 COPY_BYTES = 8 << 20
 DEPTHS = (4, 28, 64)
+LARGE, SHARD_BYTES = "qwen3-8b", 4 << 30
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,22 @@ class Compile:
     artifact_bytes: int
     weight_bytes: int
 
+    @property
+    def beside_weights(self) -> float:
+        """Seconds of everything but weights: the start of the process, imports, capture, passes, dumps, records."""
+        return self.wall - self.seconds["weights"]
+
+    @property
+    def rest(self) -> float:
+        """Seconds outside of the stages: the interpreter's start and end, plan, records and manifest."""
+        return self.wall - sum(self.seconds.values())
+
 
 def compile_once(source: Path, out: Path) -> Compile:
-    """A compile in a fresh process, with the plain copy before it."""
+    """A compile in a fresh process, then the plain copy."""
     files = [file for file in source.iterdir() if file.suffix == ".safetensors"]
     begin = time.perf_counter()
-    done, peak = _watched([sys.executable, "-m", "bench.compile", "--child", "compile", str(source), str(out)])
+    done, peak = _watched([sys.executable, "-m", "bench.compile", "--child", str(source), str(out)])
     wall = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     copied = copy_seconds(files, out.parent / "copy", size)
@@ -96,61 +111,90 @@ def program_size(artifact: Path) -> dict[str, int]:
     }
 
 
-def capture_seconds(source: Path, layers: int) -> float:
-    """Capture of the same shape with so many layers, in a fresh process, imports not counted."""
-    return _watched([sys.executable, "-m", "bench.compile", "--child", "capture", str(source), str(layers)])[0][
-        "seconds"
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers of the captures")
+    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS), help="layers of the same shape")
+    parser.add_argument("--large", action="store_true", help=f"compile {LARGE} as well")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile.json")
-    parser.add_argument("--child", nargs=3, metavar=("WHAT", "CHECKPOINT", "ARGUMENT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("CHECKPOINT", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(_child(*options.child)))
         return
     console = report.console()
     with checkpoint(options, console) as (source, scratch):
+        name = options.shape if options.checkpoint is None else source.name
         out, runs = scratch / "bench.xllm", []
         for repeat in range(options.repeats):
-            with console.status(f"compile {repeat + 1} of {options.repeats}"):
-                runs.append(compile_once(source, out))
+            runs.append(_told(console, f"{name}, {repeat + 1} of {options.repeats}", source, out))
         program = program_size(out)
         digest = Artifact.open(out).manifest["digest"]
-        captures: dict[int, list[float]] = {depth: [] for depth in options.depths}
-        for repeat in range(options.repeats):  # depths in turn, so that a busy minute hits all of them
-            for depth in options.depths:
-                with console.status(f"capture {repeat + 1} of {options.repeats}, {depth} layers"):
-                    captures[depth].append(capture_seconds(source, depth))
-    figures = _figures(runs)
-    depths = {str(depth): Spread.of(times) for depth, times in captures.items()}
-    console.print(_table(options.shape if options.checkpoint is None else source.name, figures, depths))
+        shutil.rmtree(out)
+        depths = _depths(console, json.loads((source / "config.json").read_text()), options, scratch)
+        sizes = {name: _figures(runs)}
+        if options.large:
+            large = write_checkpoint(scratch / LARGE, SHAPES[LARGE], shard_bytes=SHARD_BYTES)
+            sizes[LARGE] = _figures([_told(console, LARGE, large, out)])
+    console.print(_size_table(sizes))
+    if depths:
+        console.print(_depth_table(depths))
     console.print(
-        f"artifact {runs[-1].artifact_bytes / 1e6:,.1f} MB, of it weights {runs[-1].weight_bytes / 1e6:,.1f} MB\n"
-        f"program: {program['captured_lines']} lines captured, {program['planned_lines']} planned "
+        f"program of {name}: {program['captured_lines']} lines captured, {program['planned_lines']} planned "
         f"({program['planned_unfolded_lines']} with every layer written out), {program['plan_calls']} calls\n"
         "copy: read the checkpoint and write as many bytes as the artifact has. Memory: all is the kernel's VmHWM and "
-        "counts the mapped checkpoint,\nwhich the system can drop; anonymous is what the compile needs",
+        "counts the mapped checkpoint,\nwhich the system can drop; anonymous is what the compile needs. Rest: start "
+        "and end of the process, plan, records, manifest",
         highlight=False,
     )
     footer(console)
     settings = {"shape": options.shape, "artifact": digest, "repeats": options.repeats}
     results = {
-        "figures": figures, "capture_seconds_by_layers": depths, "artifact_bytes": runs[-1].artifact_bytes,
-        "weight_bytes": runs[-1].weight_bytes, "program": program,
+        "sizes": sizes, "seconds_by_layers": depths, "beside_weights_deepest_over_shallowest": _growth(depths),
+        "artifact_bytes": runs[-1].artifact_bytes, "weight_bytes": runs[-1].weight_bytes, "program": program,
     }  # fmt: skip
     save(options.out, "compile", settings, results)
+
+
+def _told(console: Console, what: str, source: Path, out: Path) -> Compile:
+    """One compile, and a line about it: a long run shows that it lives."""
+    done = compile_once(source, out)
+    console.print(f"{what}: {done.wall:.1f} s, of it weights {done.seconds['weights']:.1f} s", highlight=False)
+    return done
+
+
+def _depths(
+    console: Console, config: dict[str, Any], options: argparse.Namespace, scratch: Path
+) -> dict[str, dict[str, Spread]]:
+    """Figures of the same shape at each depth, taken in turn, so that a busy minute hits all of them."""
+    for per_layer in ("layer_types", "max_window_layers"):
+        config.pop(per_layer, None)
+    runs: dict[int, list[Compile]] = {depth: [] for depth in options.depths}
+    for depth in runs:
+        write_checkpoint(scratch / f"{depth}", {**config, "num_hidden_layers": depth}, shard_bytes=SHARD_BYTES)
+    for repeat in range(options.repeats):
+        for depth, held in runs.items():
+            out = scratch / f"{depth}.xllm"
+            held.append(_told(console, f"{depth} layers, {repeat + 1} of {options.repeats}", scratch / f"{depth}", out))
+            shutil.rmtree(out)
+    return {str(depth): _figures(held) for depth, held in runs.items()}
+
+
+def _growth(depths: dict[str, dict[str, Spread]]) -> float | None:
+    """Seconds of everything but weights at the greatest depth over those at the least, of medians."""
+    if len(depths) < 2:
+        return None
+    shallowest, deepest = (depths[str(end(map(int, depths)))]["seconds.beside_weights"] for end in (min, max))
+    return deepest.median / shallowest.median
 
 
 def _figures(runs: Sequence[Compile]) -> dict[str, Spread]:
     stages = {f"seconds.{name}": Spread.of(run.seconds[name] for run in runs) for name in runs[0].seconds}
     return {
         **stages,
+        "seconds.rest": Spread.of(run.rest for run in runs),
+        "seconds.beside_weights": Spread.of(run.beside_weights for run in runs),
         "seconds.wall": Spread.of(run.wall for run in runs),
         "seconds.copy": Spread.of(run.copy_seconds for run in runs),
         "weights_over_copy": Spread.of(run.seconds["weights"] / run.copy_seconds for run in runs),
@@ -159,21 +203,34 @@ def _figures(runs: Sequence[Compile]) -> dict[str, Spread]:
             f"peak_bytes.{kind}": Spread.of(asdict(run.peak)[kind] for run in runs)
             for kind in ("all", "anonymous", "file")
         },
+        "artifact_bytes": Spread.of(run.artifact_bytes for run in runs),
     }
 
 
-def _table(name: str, figures: dict[str, Spread], depths: dict[str, Spread]) -> Table:
-    made = table(f"xllm compile {name}", "what", "median (least-greatest)", "unit")
-    for key, spread in figures.items():
-        kind, _, what = key.partition(".")
-        if kind == "seconds":
-            made.add_row(f"stage {what}" if what not in ("wall", "copy") else what, spread.text(1, 2), "s")
-        elif kind == "peak_bytes":
-            made.add_row(f"peak memory, {what}", spread.text(1e-6, 0), "MB")
-        else:
-            made.add_row(key.replace("_", " "), spread.text(1, 1), "x")
-    for depth, spread in depths.items():
-        made.add_row(f"capture alone, {depth} layers", spread.text(1, 2), "s")
+_ROWS = (
+    ("seconds.imports", "stage imports", "s"), ("seconds.capture", "stage capture", "s"),
+    ("seconds.passes", "stage passes, plans and dumps", "s"), ("seconds.rest", "rest", "s"),
+    ("seconds.beside_weights", "everything but weights", "s"), ("seconds.weights", "stage weights", "s"),
+    ("seconds.wall", "wall", "s"), ("seconds.copy", "copy", "s"), ("weights_over_copy", "weights over copy", "x"),
+    ("peak_bytes.all", "peak memory, all", "MB"), ("peak_bytes.anonymous", "peak memory, anonymous", "MB"),
+    ("artifact_bytes", "artifact", "MB"),
+)  # fmt: skip
+_SCALES = {"s": (1.0, 2), "x": (1.0, 1), "MB": (1e-6, 0)}
+
+
+def _size_table(sizes: dict[str, dict[str, Spread]]) -> Table:
+    made = table("xllm compile by size", "what", *sizes, "unit")
+    for key, what, unit in _ROWS:
+        made.add_row(what, *(figures[key].text(*_SCALES[unit]) for figures in sizes.values()), unit)
+    return made
+
+
+def _depth_table(depths: dict[str, dict[str, Spread]]) -> Table:
+    growth = _growth(depths)
+    said = "" if growth is None else f": everything but weights grows {growth:.2f} times from {min(map(int, depths))}"
+    made = table(f"xllm compile by depth{said}", "what", *(f"{depth} layers" for depth in depths), "unit")
+    for key, what, unit in _ROWS[:7]:
+        made.add_row(what, *(figures[key].text(*_SCALES[unit]) for figures in depths.values()), unit)
     return made
 
 
@@ -201,25 +258,12 @@ def _status(pid: int) -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile") if name in fields}
 
 
-def _child(what: str, source: str, argument: str) -> dict[str, Any]:
+def _child(source: str, out: str) -> dict[str, Any]:
     """The process that is watched."""
-    if what == "compile":
-        from xllm.compiler import compile_checkpoint
+    from xllm.compiler import compile_checkpoint
 
-        done = compile_checkpoint(source, argument)
-        return {"seconds": dict(done.seconds), "weight_bytes": done.weight_bytes}
-    from transformers import AutoConfig
-
-    from xllm.frontend.huggingface import capture_config
-
-    changes = json.loads((Path(source) / "config.json").read_text())
-    changes |= {"num_hidden_layers": int(argument)}
-    changes.pop("layer_types", None)
-    changes.pop("max_window_layers", None)
-    config = AutoConfig.for_model(changes.pop("model_type"), **changes)
-    begin = time.perf_counter()
-    capture_config(config, name="bench")
-    return {"seconds": time.perf_counter() - begin}
+    done = compile_checkpoint(source, out)
+    return {"seconds": dict(done.seconds), "weight_bytes": done.weight_bytes}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -139,7 +139,9 @@ class Plan:
 
     def to_json(self) -> str:
         """One line, keys sorted: equal plans give equal text. Raises ValueError for a number JSON has no word for."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":"), sort_keys=True, allow_nan=False)
+        return json.dumps(
+            {"schema": SCHEMA, **msgspec.to_builtins(self)}, separators=(",", ":"), sort_keys=True, allow_nan=False
+        )
 
     @staticmethod
     def from_json(text: str | bytes) -> Plan:

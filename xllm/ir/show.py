@@ -78,6 +78,7 @@ class Names:
         self.symbols = program.symbols()
         self.program = program
         self._names: dict[fx.Node, str] = {}
+        self._expressions: dict[Any, str] = {}  # sympy takes long to print, and a deep model repeats few sizes
         self._order = {layer.index: place for place, layer in enumerate(program.layers)}
         taken: dict[int | None, set[str]] = {}
         for node in program.graph.nodes:
@@ -116,7 +117,12 @@ class Names:
         return "()" if value is None else str(value)
 
     def expression(self, size: Any) -> str:
-        return re.sub(r"\w+", lambda word: self.symbols.get(word[0], word[0]), str(size))
+        if isinstance(size, int):
+            return str(size)
+        key = size.node.expr if isinstance(size, torch.SymInt) else size
+        if key not in self._expressions:
+            self._expressions[key] = re.sub(r"\w+", lambda word: self.symbols.get(word[0], word[0]), str(size))
+        return self._expressions[key]
 
     def _weight(self, node: fx.Node) -> str:
         """Short weight name: without the prefix all share, without the layer's own path, without ".weight"."""

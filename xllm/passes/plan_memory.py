@@ -144,7 +144,7 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
     before = {**happens_before(schedule), "": 0}
     place_of = {"": -1, **{name: index for index, name in enumerate(schedule.order)}}
     in_order = len(set(schedule.stream.values())) == 1
-    inside: list[tuple[int, int, Value]] = []  # what earlier calls left in the arena
+    inside: list[tuple[int, int, Value, int]] = []  # what earlier calls left in the arena, and the calls it is for
     for value in sorted(values, key=lambda item: place_of[item.made_by]):
         start = arena.offsets[value.name]
         stop = start + value.bytes.at(arena.sizes)
@@ -153,14 +153,14 @@ def check_memory(values: list[Value], schedule: Schedule, arena: Arena) -> None:
         finished, needed = before[value.made_by], []
         for span in inside:
             first = span[2]
-            users = [user for user in (first.made_by, *first.used_by) if user]
-            dead = value.made_by != "" and all(finished >> place_of[user] & 1 for user in users)
+            dead = value.made_by != "" and finished & span[3] == span[3]
             if first.kept or not dead:
                 if span[0] < stop and start < span[1]:
                     raise _broken(f"{value.name} overwrites {first.name} before its last use")
                 needed.append(span)
         # What is dead for one call of a stream is dead for those behind it; another stream may still come to it.
-        inside = [*(needed if in_order else inside), (start, stop, value)]
+        users = sum(1 << place_of[user] for user in {value.made_by, *value.used_by} - {""})
+        inside = [*(needed if in_order else inside), (start, stop, value, users)]
 
 
 def _broken(why: str) -> CompileError:
