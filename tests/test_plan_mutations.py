@@ -152,9 +152,19 @@ def shrink_buffer(raw: dict[str, Any], rng: random.Random) -> bool:
     return True
 
 
+def is_size(name: str, ints: dict[str, int]) -> bool:
+    """Whether a kernel reaches further when this int grows. A stride of an axis of one index is never stepped, an axis
+    without strides stays where it is, and a view that begins later may still end inside."""
+    axis = name[-1]
+    if "scaled" in ints and axis.isdigit():
+        moves = any(ints.get(f"{view}_{axis}") for view in ("x", "a", "b", "out"))
+        return moves if name == f"n{axis}" else ints[f"n{axis}"] > 1
+    return name not in ("interleaved", "window", "layer_offset", "group_bytes", "scaled", "offset")
+
+
 def grow_size(raw: dict[str, Any], rng: random.Random) -> bool:
     call = rng.choice([call for call in raw["calls"] if call["ints"]])
-    names = [name for name in call["ints"] if name not in ("interleaved", "window", "layer_offset", "group_bytes")]
+    names = [name for name in call["ints"] if is_size(name, call["ints"])]
     call["ints"][rng.choice(names)] += rng.choice((16, 64, 1 << 20))
     return True
 

@@ -15,6 +15,17 @@ def test_embedding(run, rng, suffix, dtype):
     assert np.array_equal(out, rounded(weight, suffix)[ids])
 
 
+@pytest.mark.parametrize(("suffix", "dtype"), [("f32", "float32"), ("bf16", "bfloat16")])
+def test_lookup(run, rng, suffix, dtype):
+    """By int64 of a function; a number that is no row gives NaN and reads nothing."""
+    weight, ids = rng.standard_normal((37, 50), np.float32), np.array([0, 36, 15, 37, -1, 1 << 40, 16])
+    out = np.zeros((len(ids), 50), np.float32)
+    args = {"ids": ids, "weight": pack(weight, dtype), "out": out}
+    run(f"lookup.{suffix}", args, {"vocab": 37, "width": 50}, which=(0, 0, len(ids)))
+    good = [0, 1, 2, 6]
+    assert np.array_equal(out[good], rounded(weight, suffix)[ids[good]]) and np.isnan(out[3:6]).all()
+
+
 def test_rows(run, rng):
     table = rng.standard_normal((20, 13), np.float32)
     out, step = np.empty((4, 13), np.float32), batch([4], starts=[7])

@@ -1,4 +1,4 @@
-// embedding (rows of a packed weight) and rows (rows of a plain array).
+// embedding and lookup (rows of a packed weight, by int32 and int64) and rows (rows of a plain array).
 #include <string.h>
 
 #include "common.h"
@@ -13,12 +13,12 @@ const char *check_embedding(const Call &c) {
 }
 int64_t embedding_units(const Call &c, const Step &s) { return row_units(c.rows(s), c.ints[1] * 4); }
 
-template <bool kBf16>
+template <bool kBf16, class Id = int32_t>
 void run_embedding(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t vocab = c.ints[0], width = c.ints[1];
   const Rows rows = rows_of(unit, c.rows(s), width * 4);
   for (int64_t r = rows.begin; r < rows.end; r++) {
-    const int64_t id = c.arg<const int32_t>(0, s)[r], lane = id % 16;
+    const int64_t id = c.arg<const Id>(0, s)[r], lane = id % 16;
     float *out = c.arg<float>(2, s) + r * width;
     if (id < 0 || id >= vocab) {  // the runner refuses such ids before the step; this is for indices it does not know
       memset(out, 0xff, (size_t)width * sizeof(float));
@@ -50,6 +50,8 @@ void run_rows(const Call &c, const Step &s, int64_t unit, uint8_t *) {
 const Kernel gather_kernels[] = {
     {"embedding.f32", "ids weight out", "vocab width", "", check_embedding, no_scratch, embedding_units, run_embedding<false>},
     {"embedding.bf16", "ids weight out", "vocab width", "", check_embedding, no_scratch, embedding_units, run_embedding<true>},
+    {"lookup.f32", "ids weight out", "vocab width", "", check_embedding, no_scratch, embedding_units, run_embedding<false, int64_t>},
+    {"lookup.bf16", "ids weight out", "vocab width", "", check_embedding, no_scratch, embedding_units, run_embedding<true, int64_t>},
     {"rows.f32", "index table out", "width", "", check_rows, no_scratch, rows_units, run_rows},
     {},
 };

@@ -10,15 +10,18 @@ from xllm.targets.cpu.rules import PANELS, PLAIN, SUFFIX, Reach, Rule, ints, pan
 
 def _embedding(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     ids, weight = op.args["ids"], op.args["weight"]
-    if ids.kind != "input" or ids.name != "ids" or weight.kind != "weight":
-        return Refusal("it gathers by something other than the step's ids")
+    computed = ids.kind == "value" and ids.dtype == "int64"
+    if weight.kind != "weight" or not (computed or (ids.kind == "input" and ids.name == "ids")):
+        return Refusal("it gathers by something other than the step's ids, or int64 values")
     vocab, width = ints(weight.shape)
+    rows = ids.rows_of(len(ids.shape))
     return Lowering(
-        f"embedding.{SUFFIX[weights_dtype]}",
+        f"{'lookup' if computed else 'embedding'}.{SUFFIX[weights_dtype]}",
         {"ids": ids, "weight": weight, "out": op.results[0]},
         {"vocab": vocab, "width": width},
+        rows=rows,
         layouts={weight.name: Layout(PANELS, weights_dtype)},
-        cost=Cost(bytes=TOKENS.times(width * (4 + 64))),
+        cost=Cost(bytes=rows.times(width * (4 + 64))),
     )
 
 
@@ -46,9 +49,14 @@ def _embedding_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, 
     return {"out": 4 * sizes["width"]}, {"weight": panel_bytes(sizes["vocab"], sizes["width"], element)}
 
 
+def _lookup_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+    rows, once = _embedding_reach(sizes, element)
+    return {**rows, "ids": 8}, once
+
+
 def _rows_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     return {"out": 4 * sizes["width"]}, {}
 
 
 RULES: Mapping[str, Rule] = {"xllm.embedding": _embedding, "xllm.rows": _rows}
-REACH: Mapping[str, Reach] = {"embedding": _embedding_reach, "rows": _rows_reach}
+REACH: Mapping[str, Reach] = {"embedding": _embedding_reach, "lookup": _lookup_reach, "rows": _rows_reach}

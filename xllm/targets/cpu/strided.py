@@ -222,20 +222,24 @@ def arithmetic(kernel: str) -> Rule:
         a, b, out = op.args["self"], op.args["other"], op.results[0]
         if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
             return Refusal("it scales or rounds what it computes")
-        operands, views, numbers, outside = {"a": a, "b": b}, [], {}, strides_of(out.shape)
+        operands = {"a": a, "b": b}
+        shapes = _joined(
+            {name: value.shape for name, value in operands.items() if isinstance(value, Tensor)}, out.shape
+        )
+        views, numbers, outside = [], {}, strides_of(shapes["out"])
         for name, value in operands.items():
-            inside = strides_of(value.shape) if plain(value) else None
+            inside = strides_of(shapes[name]) if plain(value) else None
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                views.append(tuple(NONE for _ in out.shape))
+                views.append(tuple(NONE for _ in shapes["out"]))
                 numbers[f"{name}_number"] = float(value)
             elif isinstance(value, Tensor) and inside is not None:
-                views.append(broadcast(value.shape, inside, out.shape))
+                views.append(broadcast(shapes[name], inside, shapes["out"]))
                 numbers[f"{name}_number"] = 0.0
             else:
                 return Refusal("its operands are not float32 values, weights or finite numbers")
         if outside is None:
             return Refusal("two of its dimensions are symbolic")
-        found = shared_axes(out.shape, (*views, outside))
+        found = shared_axes(shapes["out"], (*views, outside))
         if isinstance(found, Refusal):
             return found
         rows, along, axes = found
@@ -253,6 +257,23 @@ def arithmetic(kernel: str) -> Rule:
         )
 
     return rule
+
+
+def _joined(
+    operands: Mapping[str, Sequence[int | Extent]], out: Sequence[int | Extent]
+) -> dict[str, tuple[int | Extent, ...]]:
+    """Shapes where neighbouring symbolic dimensions that every operand has in full, or not at all, are one."""
+    shapes = {name: [*[1] * (len(out) - len(shape)), *shape] for name, shape in (*operands.items(), ("out", out))}
+    whole = shapes["out"]
+    for at in range(len(whole) - 2, -1, -1):
+        one, other = whole[at : at + 2]
+        if not isinstance(one, Extent) or not isinstance(other, Extent):
+            continue
+        if all(shape[at : at + 2] in ([one, other], [1, 1]) for shape in shapes.values()):
+            both = one.times(other)
+            for shape in shapes.values():
+                shape[at : at + 2] = [both if shape[at] == one else 1]
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 # --- reach -----------------------------------------------------------------------------------------------------------
