@@ -126,8 +126,8 @@ _SHARED: Mapping[str, Any] = {
 
 # Experts: weights that add up to 1; no more than two of a few; a window in every other layer, sinks, biases everywhere,
 # clamped gates; groups, a correction of the choice, a dense layer and an expert that all share; a shared expert behind
-# a gate of its own; groups on top of a latent, scored by their best expert or the best two; experts in layers that
-# carry a state.
+# a gate of its own; scales of everything, under a head that hands no switch of the cache on; groups on top of a latent,
+# scored by their best expert or the best two; experts in layers that carry a state.
 EXPERTS: Mapping[str, dict[str, Any]] = {
     "qwen3-moe": family("qwen3_moe", "Qwen3MoeForCausalLM", **_EXPERTS, num_experts=8, norm_topk_prob=True),
     "mixtral": family("mixtral", "MixtralForCausalLM", **{**_EXPERTS, "num_experts_per_tok": 2}, num_local_experts=4),
@@ -138,6 +138,9 @@ EXPERTS: Mapping[str, dict[str, Any]] = {
                        first_k_dense_replace=1, n_shared_experts=1, norm_topk_prob=True, routed_scaling_factor=1.8),
     "qwen2-moe": family("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, num_experts=8, hidden_size=96,
                         shared_expert_intermediate_size=40),
+    "granite-moe": family("granitemoe", "GraniteMoeForCausalLM", **_EXPERTS, num_local_experts=6, hidden_size=96,
+                          embedding_multiplier=3.0, logits_scaling=7.0, residual_multiplier=0.3,
+                          attention_multiplier=0.2),
     "deepseek-v2-moe": family("deepseek_v2", "DeepseekV2ForCausalLM", **_ROUTED, topk_method="group_limited_greedy"),
     "deepseek-v3-moe": family("deepseek_v3", "DeepseekV3ForCausalLM", **_ROUTED),
     "qwen3-next-moe": family("qwen3_next", "Qwen3NextForCausalLM", **_SHARED),

@@ -140,6 +140,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     kind, called, ending = named[task.kind]
     config._attn_implementation = HOOK
     config._experts_implementation = HOOK
+    config.use_cache = False  # not every model above a body hands on what it is called with: GraniteMoe
     if task.kind == "classify" and hasattr(config, "classifier_pooling"):
         config.classifier_pooling = "cls"  # its head is given the one row that `task.pooling` makes
     try:
