@@ -159,8 +159,9 @@ def main() -> None:
 
 def _told(console: Console, what: str, source: Path, out: Path) -> Compile:
     """One compile, and a line about it: a long run shows that it lives."""
+    console.print(f"{what}: ", end="", highlight=False)
     done = compile_once(source, out)
-    console.print(f"{what}: {done.wall:.1f} s, of it weights {done.seconds['weights']:.1f} s", highlight=False)
+    console.print(f"{done.wall:.1f} s, of it weights {done.seconds['weights']:.1f} s", highlight=False)
     return done
 
 
