@@ -52,12 +52,14 @@ def module(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return transformers.ViTModel(config, add_pooling_layer=False), IMAGE
     if name == "siglip":
         return transformers.SiglipVisionModel(
-            transformers.SiglipVisionConfig(**SMALL, image_size=16, patch_size=4)
+            transformers.SiglipVisionConfig(**{**SMALL, "num_hidden_layers": 1}, image_size=16, patch_size=4)
         ), IMAGE
     if name == "bert":
         return transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=99, max_position_embeddings=40)), TEXT
     if name == "qwen3":
-        return Logits(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER))), TEXT
+        return Logits(
+            transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**DECODER, "num_hidden_layers": 1}))
+        ), TEXT
     free = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "total"}}
     held = {key: {0: "batch", 2: "past"} for key in PAST}
     return WithPast(transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))), {**free, **held}
