@@ -28,7 +28,7 @@ TYPES = {
     "bfloat16": TensorProto.BFLOAT16, "bf16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32, "i32": TensorProto.INT32, "int64": TensorProto.INT64, "i64": TensorProto.INT64,
 }  # fmt: skip
-STEP_INPUTS = {"ids": "T", "positions": "T", "last": "S"}
+STEP_INPUTS = {"ids": "T", "positions": "T", "slots": "T", "last": "S"}
 
 
 def of_artifact(artifact: Artifact) -> onnx.ModelProto:
@@ -51,7 +51,8 @@ def of_artifact(artifact: Artifact) -> onnx.ModelProto:
         inputs = [told[port.buffer] for port in plan.inputs.values()]
         results = [told[port.buffer] for port in plan.outputs.values()]
     else:
-        inputs = [_told(f"${name}", "int32", (dim,)) for name, dim in STEP_INPUTS.items()]
+        used = {name for node in nodes for name in node.input}
+        inputs = [_told(f"${name}", "int32", (dim,)) for name, dim in STEP_INPUTS.items() if f"${name}" in used]
         results = [told[plan.logits]]
     outside = {value.name for value in (*inputs, *results)}
     inner = [value for name, value in told.items() if name in made - outside]
