@@ -232,7 +232,10 @@ def _bind(bound: CCall, call: Call, where: str) -> None:
                 raise KernelError(f"{where}: argument {arg.name}: {value} is no address")
             bound.args[i].kind, bound.args[i].address = 1, int(value)
     for i, name in enumerate(info.ints):
-        bound.ints[i] = int(call.ints[name])
+        value = int(call.ints[name])
+        if not -(1 << 63) <= value < 1 << 63:
+            raise KernelError(f"{where}: int {name} is {value}, which 64 bits do not hold")
+        bound.ints[i] = value
     for i, name in enumerate(info.floats):
         bound.floats[i] = float(call.floats[name])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, build
@@ -189,3 +190,24 @@ def test_the_executor_refuses_it_before_it_runs_anything(artifact: Path) -> None
     with pytest.raises(ArtifactError, match="table needs") as refused:
         CpuExecutor(hostile, 1)
     assert refused.value.code == "artifact-malformed"
+
+
+def test_sizes_that_overflow_or_never_end_are_refused() -> None:
+    ints = dict.fromkeys(cpu.kernels()["copy.f32"].ints, 0) | {"n0": 1 << 32, "n1": 1 << 32, "n2": 1}
+    rows, _ = reach("copy.f32", ints)
+    assert rows["out"] >= 4 << 64
+    memory = np.zeros(16, np.float32)
+    args = {"x": memory.ctypes.data, "out": memory.ctypes.data}
+    with cpu.Runner(1) as runner, pytest.raises(cpu.KernelError, match="more than a row can have"):
+        runner.add_plan([cpu.Call("copy.f32", args, ints)])
+    with cpu.Runner(1) as runner, pytest.raises(cpu.KernelError, match="64 bits do not hold"):
+        runner.add_plan([cpu.Call("copy.f32", args, ints | {"n0": (1 << 64) + 5})])
+
+
+def test_factors_of_the_decay_come_together() -> None:
+    memory = np.zeros(64, np.float32)
+    info = cpu.kernels()["gated_delta.f32"]
+    args = {arg.name: memory.ctypes.data for arg in info.args if arg.name != "dt_bias"}
+    ints = dict.fromkeys(info.ints, 1) | {"back": 64, "offset": 0, "q_start": 0, "k_start": 0, "v_start": 0}
+    with cpu.Runner(1) as runner, pytest.raises(cpu.KernelError, match="come together"):
+        runner.add_plan([cpu.Call("gated_delta.f32", args, ints, dict.fromkeys(info.floats, 1.0))])

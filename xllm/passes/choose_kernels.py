@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from xllm.errors import CompileError
 from xllm.ir import Program
-from xllm.ir.effects import effects, is_symbolic
+from xllm.ir.effects import effects, is_symbolic, operator_of, runs_alone
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
 from xllm.targets.base import Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Tensor
@@ -60,6 +60,16 @@ class ChooseKernels(Pass):
                     node=node.name,
                     where=operation.path,
                     try_="another --kv dtype or target",
+                )
+            found = operator_of(node)
+            if found is None or not runs_alone(found):
+                raise CompileError(
+                    f"{operation.op} has no kernel ({choice.why}), and its torch body may not be called by an artifact",
+                    code="no-kernel",
+                    pass_name=self.name(),
+                    node=node.name,
+                    where=operation.path,
+                    try_="a kernel module for it (--kernel-module)",
                 )
             misses.append((node.name, f"{operation.op} runs its torch body: {choice.why}"))
         program.plans["kernels"] = choices

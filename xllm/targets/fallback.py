@@ -15,13 +15,13 @@ import torch
 
 import xllm.ir.dialect  # noqa: F401  # registers the xllm operators
 from xllm.artifact import ArtifactError, MappedWeights
+from xllm.ir.effects import runs_alone
 from xllm.plan import Bucket, Call, Plan
 from xllm.targets.base import Extent
 
 # One thread: torch shares its sums by their number, and the same bits are promised for any.
 torch.set_num_threads(1)
 _NAMESPACES = ("aten", "xllm")
-_FORBIDDEN = ("from_file", "_unsafe_index", "_unsafe_masked_index")  # open any path, read at any index
 _NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
 
 
@@ -73,7 +73,10 @@ class TorchCall:
         if "float" in operand:
             return float(operand["float"])
         if "torch" in operand:
-            return getattr(torch, operand["torch"])
+            named = getattr(torch, operand["torch"], None)
+            if not isinstance(named, torch.dtype | torch.layout | torch.memory_format):
+                raise ArtifactError("unknown-operator", f"{operand['torch']!r} is no dtype, layout or memory format")
+            return named
         return operand["value"]
 
     def _tensor(self, reference: str, shape: list[int], dtype: str, step: StepArrays | None) -> np.ndarray:
@@ -99,7 +102,7 @@ def find_operator(name: str) -> Callable[..., Any] | Any:
     if namespace in _NAMESPACES and operator.isidentifier() and (overload or "default").isidentifier():
         packet = getattr(getattr(torch.ops, namespace), operator, None)
         found = getattr(packet, overload or "default", None)
-        if isinstance(found, torch._ops.OpOverload) and not found._schema.is_mutable and operator not in _FORBIDDEN:
+        if isinstance(found, torch._ops.OpOverload) and runs_alone(found):
             return found
     raise ArtifactError("unknown-operator", f"the plan calls {name}, which is no operator here; compile again")
 

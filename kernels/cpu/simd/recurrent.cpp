@@ -106,6 +106,7 @@ const char *check(const Call &c) {
   if (n[kKeyHeads] < 1 || n[kKeyDim] < 1 || n[kValueDim] < 1) return "k_heads, key_dim and value_dim must be positive";
   if (n[kHeads] < 1 || n[kHeads] % n[kKeyHeads]) return "v_heads must be a positive multiple of k_heads";
   if (n[kQStart] < 0 || n[kKStart] < 0 || n[kVStart] < 0) return "starts must not be negative";
+  if ((c.args[kALog].kind == XK_NONE) != (c.args[kDtBias].kind == XK_NONE)) return "a_log and dt_bias come together";
   if (n[kQStart] + keys > n[kQStride] || n[kKStart] + keys > n[kKStride] || n[kVStart] + n[kHeads] * n[kValueDim] > n[kVStride])
     return "queries, keys and values must fit in their strides";
   return check_state(c, n[kBack], n[kOffset], n[kHeads] * n[kKeyDim] * n[kValueDim]);

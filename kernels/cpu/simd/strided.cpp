@@ -22,6 +22,9 @@ int64_t inner(const Call &c) { return c.ints[0] * c.ints[1] * c.ints[2]; }
 int64_t units(const Call &c, const Step &s) { return row_units(c.rows(s), inner(c)); }
 const char *check(const Call &c) {
   if (c.ints[0] < 1 || c.ints[1] < 1 || c.ints[2] < 1) return "n0, n1 and n2 must be positive";
+  int64_t all = 0;
+  if (__builtin_mul_overflow(c.ints[0], c.ints[1], &all) || __builtin_mul_overflow(all, c.ints[2], &all) || all >> 40)
+    return "n0, n1 and n2 are more than a row can have";
   for (int i = 3; i < XK_MAX_INTS; i++)
     if (c.ints[i] < 0) return "strides must not be negative";
   return nullptr;

@@ -20,6 +20,7 @@ INDICES = {
     "first_rows": ("index", ("$last",)),
     "mean_rows": ("index", ("$last",)),
 }
+LARGEST = 1 << 47  # of an int: products of a few stay far from where 64 bits end only in Python
 _BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()}
 
 
@@ -77,6 +78,7 @@ def is_output(name: str) -> bool:
 def _check_call(plan: Plan, call: Call, sizes: Mapping[str, int], max_len: int) -> None:
     where, ints = f"call {call.node}", call.ints_at(sizes)
     _require(all(value >= 0 for value in ints.values()), f"{where}: a size is negative")
+    _require(all(value < LARGEST for value in ints.values()), f"{where}: a size is beyond any memory")
     written = [call.args[name] for name in call.args if is_output(name)]
     _require(sorted(written) == sorted(call.results), f"{where} writes {written}, its results are {call.results}")
     rows, once = reach(call.kernel, ints)

@@ -303,6 +303,9 @@ def _reach(*views: tuple[str, int]) -> Reach:
                 once[name] = fixed
             else:
                 rows[name] = per_row
+        # Every element is written to a place of its own: sizes beyond that would only take time.
+        rows["out"] = max(rows.get("out", 0), 4 * sizes["n0"] * sizes["n1"] * sizes["n2"])
+        once.pop("out", None)
         return rows, once
 
     return touched
