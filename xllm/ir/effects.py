@@ -55,6 +55,16 @@ def is_mutating(node: fx.Node) -> bool:
     return found is not None and found._schema.is_mutable
 
 
+# Sound operators that torch neither calls core or pointwise nor takes apart, and parts of names that are not sound.
+_PLAIN = (
+    "arange", "baddbmm", "complex", "eye", "floor_divide", "glu", "hardsigmoid", "hardswish", "lift_fresh_copy",
+    "linspace", "logsumexp", "new_full", "new_ones", "new_zeros", "norm", "ones", "ones_like", "polar", "roll", "split",
+    "split_with_sizes", "stack", "t", "tril", "triu", "unbind", "unfold", "view_as_complex", "view_as_real", "zeros",
+    "zeros_like",
+)  # fmt: skip
+_UNSOUND = ("empty", "from_file", "_unsafe", "unsafe_", "batch_norm", "sparse", "resize", "set_data")
+
+
 def runs_alone(found: torch._ops.OpOverload) -> bool:
     """Whether an operator only makes values from values, the same each time, so that any plan may call it.
 
@@ -71,29 +81,6 @@ def runs_alone(found: torch._ops.OpOverload) -> bool:
     if found.namespace == "xllm" or torch.Tag.core in found.tags or torch.Tag.pointwise in found.tags:
         return True
     return name in _PLAIN or (not name.startswith("_") and found._can_decompose())
-
-
-# Sound operators that torch neither calls core or pointwise nor takes apart.
-_PLAIN = (
-    "arange", "baddbmm", "complex", "eye", "floor_divide", "glu", "hardsigmoid", "hardswish", "lift_fresh_copy",
-    "linspace", "logsumexp", "new_full", "new_ones", "new_zeros", "norm", "ones", "ones_like", "polar", "roll", "split",
-    "split_with_sizes", "stack", "t", "tril", "triu", "unbind", "unfold", "view_as_complex", "view_as_real", "zeros",
-    "zeros_like",
-)  # fmt: skip
-_UNSOUND):
-        return False
-    if found.namespace == "xllm" or torch.Tag.core in found.tags or torch.Tag.pointwise in found.tags:
-        return True
-    return name in _PLAIN or (not name.startswith("_") and found._can_decompose())
-
-
-# Sound operators that torch neither calls core or pointwise nor takes apart.
-_PLAIN = frozenset(
-    "arange baddbmm complex eye floor_divide glu hardsigmoid hardswish lift_fresh_copy linspace logsumexp new_full"
-    " new_ones new_zeros norm ones ones_like polar roll split split_with_sizes stack t tril triu unbind unfold"
-    " view_as_complex view_as_real zeros zeros_like".split()
-)
-_UNSOUND = ("empty", "from_file", "_unsafe", "unsafe_", "batch_norm", "sparse", "resize", "set_data")
 
 
 def is_symbolic(node: fx.Node) -> bool:
