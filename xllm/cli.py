@@ -209,7 +209,8 @@ def _compile(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dim:
         raise UsageError("--dim is for ONNX files; a checkpoint takes --max-len, --max-seqs and --max-batch-tokens")
-    if arguments.out is None and not arguments.bisect_passes:
+    out: Path = arguments.out
+    if out is None and not arguments.bisect_passes:
         raise UsageError("say where to write the artifact: -o/--out ARTIFACT")
     if not (arguments.checkpoint / "config.json").is_file():  # known before seconds of imports
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
@@ -238,10 +239,10 @@ def _compile(arguments: argparse.Namespace) -> int:
 
         return bisect(arguments.checkpoint, options)
     if arguments.quiet:
-        compile_checkpoint(arguments.checkpoint, arguments.out, options, **places)
+        compile_checkpoint(arguments.checkpoint, out, options, **places)
         return 0
     with _progress() as show:
-        report = compile_checkpoint(arguments.checkpoint, arguments.out, options, show, **places)
+        report = compile_checkpoint(arguments.checkpoint, out, options, show, **places)
     print(report.text())
     return 0
 
