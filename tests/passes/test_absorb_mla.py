@@ -24,10 +24,11 @@ H, N, R, V, C = 2, 2, 2, 4, 6
 def latent_attention(
     b: Builder, x: fx.Node, *, bias: bool = False, other: bool = False, by_head: bool = False, sinks: bool = False,
     latent: int = C, share: int = 1, tokens_first: bool = False, whole: bool = False,
+    swapped: bool = False,
 ) -> fx.Node:  # fmt: skip
     """The forms transformers has: heads first or tokens first, the query joined from parts or (whole) one value."""
     kv_heads, layer = H // share, b.layer or 0
-    b.program.kv = (KVLayer(kv_heads, N + R, V),)
+    b.program.kv = (KVLayer(kv_heads, N + R, V, fixed_floats=b.program.kv[0].fixed_floats),)
     axis = 1 if tokens_first else 0
 
     def per_head(value: fx.Node, heads: int, width: int) -> fx.Node:
@@ -45,6 +46,8 @@ def latent_attention(
         turned = b.call(aten.expand.default, turned, [-1, kv_heads, -1] if axis else [kv_heads, -1, -1])
     k = b.call(aten.cat.default, [cut(made, 0, N), turned], -1)
     v = cut(second, N, N + V)
+    if swapped:  # other axes than tokens and heads, there and back
+        v = b.call(aten.transpose.int, b.call(aten.transpose.int, v, 1, 2), 1, 2)
     q = per_head(b.linear(x, "query", H * (N + R)), H, N + R)
     if not whole:
         q = b.call(aten.cat.default, [cut(q, 0, N), cut(q, N, N + R)], -1)
@@ -58,8 +61,8 @@ def latent_attention(
     return b.linear(b.call(aten.reshape.default, seen, [-1, H * V]), "o_proj", HIDDEN)
 
 
-def run(**options: Any) -> tuple[Program, Program, int, list[str]]:
-    program = small(lambda b, x: latent_attention(b, x, **options))
+def run(fixed_floats: int = 0, **options: Any) -> tuple[Program, Program, int, list[str]]:
+    program = small(lambda b, x: latent_attention(b, x, **options), fixed_floats=fixed_floats)
     after, (record,) = run_pipeline(program, [AbsorbMla()], CONTEXT)
     check_same(program, after, record.name, random_sources(program))
     return program, after, record.hits, [why for _, why in record.misses]
@@ -80,6 +83,7 @@ def test_fires_and_keeps_the_latent(options: dict[str, Any]) -> None:
         ({"bias": True}, "the product of the latent has a bias"),
         ({"other": True}, "keys and values come from different products"),
         ({"by_head": True}, "the rotated part differs by head"),
+        ({"swapped": True}, "is not a product cut into heads"),
         ({"sinks": True}, "sinks join its softmax"),
         ({"share": 2}, "query heads share keys"),
         ({"latent": 16}, "the latent takes 18 numbers a token, keys and values 16"),
@@ -104,6 +108,11 @@ def test_bytes_of_a_token_are_those_of_the_latent(family: str) -> None:
         sizes.append(target.kv_layout(layers, "bfloat16").token_bytes)
     layers = len(rewritten(family)[0][0].kv)
     assert sizes == [layers * 4 * (12 + 8 + 16) * 2, layers * (16 + 8) * 2]
+
+
+def test_state_that_does_not_grow_stays() -> None:
+    _, after, hits, _ = run(fixed_floats=8)
+    assert hits == 1 and after.kv == (KVLayer(1, C + R, C, latent=True, fixed_floats=8),)
 
 
 def test_weights_are_the_parts_of_the_product() -> None:

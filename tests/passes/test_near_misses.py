@@ -336,16 +336,16 @@ def test_rope_leaves_another_negation_alone() -> None:
 
 def fused_attention(
     b: Builder, x: fx.Node, *, normed: str = "qk", turned: str = "qk", eps: float = 1e-6, order: str = "qkv",
-    whole: bool = False, apart: bool = False, scaled: bool = False,
+    whole: bool = False, apart: bool = False, scaled: bool = False, step: int = 1,
 ) -> fx.Node:  # fmt: skip
     counts = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
-    source = b.linear(x, "qkv_proj", (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    source = b.linear(x, "qkv_proj", (HEADS + 2 * KV_HEADS) * HEAD_DIM * step)
     cos, sin = (b.call(xllm.rows.default, b.weight(f"table.{n}", 32, HEAD_DIM), b.positions) for n in ("cos", "sin"))
     parts, start = {}, 0
     for name in order:
         base = b.call(aten.neg.default, source) if apart and name == "v" else source
-        stop = start + counts[name] * HEAD_DIM
-        part = b.call(aten.slice.Tensor, base, -1, start, stop)
+        stop = start + counts[name] * HEAD_DIM * step
+        part = b.call(aten.slice.Tensor, base, -1, start, stop, *([step] if step != 1 else []))
         start = stop
         if whole and name in normed:
             part = b.call(xllm.rms_norm.default, part, b.weight(f"{name}_norm.weight", counts[name] * HEAD_DIM), eps)
@@ -379,6 +379,7 @@ def test_qk_norm_rope_fires(normed: str, turned: str) -> None:
         ({"order": "qvk"}, "do not lie in this order"),
         ({"apart": True}, "parts of different values"),
         ({"scaled": True}, "the weight of a norm is computed"),
+        ({"step": 2}, "is not cut along the width"),
     ],
 )
 def test_qk_norm_rope_misses(options: dict[str, Any], why: str) -> None:

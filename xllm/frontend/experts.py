@@ -6,6 +6,7 @@ become weight rules. What the gate computes is found by probing it with numbers:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -68,7 +69,10 @@ def _form(module: Any, path: str) -> Form:
     """The form whose numbers are the module's. Raises CompileError where none is."""
     if getattr(module, "has_post_expert_norm", False):
         raise _unsupported(module, path, "a norm behind each expert")
-    probe = torch.randn(32, 2 * _PROBES, generator=torch.Generator().manual_seed(0), device="cpu") * 6
+    held = [value for value in vars(module).values() if type(value) in (int, float) and math.isfinite(value)]
+    noise = torch.randn(32 + len(held), 2 * _PROBES, generator=torch.Generator().manual_seed(0), device="cpu")
+    beyond = noise[32:].sign() * 2 * torch.tensor(held, dtype=torch.float32, device="cpu")[:, None]
+    probe = torch.cat([noise[:32] * 6, beyond])  # both sides of every number that could be a clamp's
     with torch.device("cpu"):
         try:
             got = module._apply_gate(probe) if module.has_gate else module.act_fn(probe)

@@ -13,13 +13,13 @@ part differs by head, with sinks, when query heads share keys, or when the laten
 gives.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 import torch.fx as fx
 
-from xllm.ir import KVLayer, Program, Weight
+from xllm.ir import Program, Weight
 from xllm.ir.program import Permute, Reshape, Slice, arguments
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.rewrite import (
@@ -83,7 +83,7 @@ class AbsorbMla(Pass):
         for node in (attention, write):
             editor.program.graph.erase_node(node)
         layers = list(editor.program.kv)
-        layers[layer] = KVLayer(1, kept, latent_dim, latent=True)
+        layers[layer] = replace(layers[layer], kv_heads=1, key_dim=kept, value_dim=latent_dim, latent=True)
         editor.program.kv = tuple(layers)
         editor.hit(seen)
 
@@ -136,8 +136,9 @@ def _range(value: fx.Node, heads_first: bool) -> _Range | str:
     """A value traced back through cuts and transposes to the product it is a range of, per head."""
     start, stop, node = 0, sizes(value)[-1], value
     while True:
-        if is_call(node, aten.transpose.int):
-            heads_first, node = not heads_first, transposed(node)[0]
+        before, moved = transposed(node)
+        if moved:
+            heads_first, node = not heads_first, before
         elif (cut := cut_of(node)) is not None:
             node, offset = cut
             start, stop = start + offset, stop + offset

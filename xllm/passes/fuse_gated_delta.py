@@ -19,7 +19,7 @@ from xllm.ir import Program
 from xllm.ir.effects import named_arguments
 from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, is_call, match, sizes
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Param, Var, cut_of, is_call, match, sizes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -83,12 +83,13 @@ def _whole(parts: list[Any]) -> tuple[fx.Node | None, str]:
         cut = arguments(part)[0] if is_call(part, aten.reshape.default) else None
         if not is_call(cut, aten.slice.Tensor):
             return None, f"%{part.name} is not a part of one value"
-        held, axis, start, stop = arguments(cut)
-        if axis != -1 or len(sizes(held)) != 2 or sizes(part)[1] * sizes(part)[2] != stop - start:
+        found = cut_of(cut)
+        if found is None or len(sizes(found[0])) != 2 or sizes(part)[1] * sizes(part)[2] != sizes(cut)[1]:
             return None, f"%{cut.name} is not cut along the width of its tokens"
+        held, start = found
         if start != end or (source is not None and held is not source):
             return None, "query, key and value do not lie in this order in one value"
-        source, end = held, stop
+        source, end = held, start + sizes(cut)[1]
     if source is None or end != sizes(source)[1]:
         return None, "query, key and value are not all of the value they are parts of"
     return source, ""

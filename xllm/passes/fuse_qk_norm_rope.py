@@ -19,7 +19,7 @@ import torch.fx as fx
 from xllm.ir import Program
 from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, attention_pairs, is_call, is_weight, sizes
+from xllm.passes.rewrite import Editor, attention_pairs, cut_of, is_call, is_weight, sizes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -88,10 +88,11 @@ def _peel(value: fx.Node) -> _Branch:
         return _Branch(shape, why=f"the norm at %{part.name} spans all heads, not one")
     if not is_call(part, aten.slice.Tensor):
         return _Branch(shape, why=f"%{value.name} is not a part of one fused projection")
-    source, axis, start, stop = arguments(part)
-    if axis != -1 or len(sizes(source)) != 2 or shape[1:] != sizes(value)[1:]:
+    cut = cut_of(part)
+    if cut is None or len(sizes(cut[0])) != 2 or shape[1:] != sizes(value)[1:]:
         return _Branch(shape, why=f"%{part.name} is not cut along the width of a projection")
-    return _Branch(shape, source, start, stop, norm, eps, rope)
+    source, start = cut
+    return _Branch(shape, source, start, start + sizes(part)[1], norm, eps, rope)
 
 
 def _mismatch(q: _Branch, k: _Branch, v: _Branch) -> str:

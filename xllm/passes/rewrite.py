@@ -232,7 +232,7 @@ def transposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def cut_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     """Where a cut along the last axis is taken from, and at which column it starts."""
-    if is_call(node, torch.ops.aten.slice.Tensor) and len(node.args) == 4 and node.args[1] == -1:
+    if is_call(node, torch.ops.aten.slice.Tensor) and len(node.args) == 4 and node.args[1] == -1 and not node.kwargs:
         return arguments(node)[0], arguments(node)[2]
     split = node.args[0] if is_call(node, operator.getitem) else None
     if is_call(split, torch.ops.aten.split_with_sizes.default):
