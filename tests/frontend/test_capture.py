@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -12,6 +13,7 @@ from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.hooks import Session, StepInputs
 from xllm.frontend.huggingface import capture, capture_config, refuse_foreign
+from xllm.frontend.masks import Mask, read_mask
 from xllm.ir.program import Constant, Dim, KVLayer, LayerSource, Source
 from xllm.ir.verify import verify
 
@@ -157,3 +159,29 @@ def test_a_folder_without_config_is_refused(tmp_path) -> None:
     with pytest.raises(CompileError) as refused:
         capture(tmp_path)
     assert refused.value.code == "no-config"
+
+
+@pytest.mark.parametrize("kind", ["Qwen2MoeConfig", "PhimoeConfig"])
+def test_a_window_that_only_the_mask_names_reaches_attention(kind: str) -> None:
+    sizes = {**_SMALL, **_HEADS, "head_dim": 8, "num_experts_per_tok": 1, "sliding_window": 8}
+    if kind == "Qwen2MoeConfig":
+        sizes |= {"num_experts": 2, "moe_intermediate_size": 16, "use_sliding_window": True, "max_window_layers": 1}
+    config = getattr(transformers, kind)(**sizes)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 2
+    assert "sliding_attention" in kinds
+    program = capture_config(config, name=kind)
+    calls = [node for node in program.calls() if node.target is torch.ops.xllm.attention.default]
+    assert [node.args[9] for node in calls] == [8 * (kind == "sliding_attention") for kind in kinds]
+
+
+def test_masks_say_what_they_are_made_of() -> None:
+    seen = torch.zeros(1, 4, dtype=torch.long)
+    packed = masking_utils.packed_sequence_compatibility_function(
+        masking_utils.sliding_window_causal_mask_function(8), seen, seen
+    )
+    assert read_mask(mask_function=packed) == Mask(8, causal=True)
+    both = masking_utils.sliding_window_bidirectional_mask_function(8)
+    assert read_mask(mask_function=both) == Mask(9, causal=False)
+    assert read_mask(mask_function=masking_utils.causal_mask_function) is None
+    chunked = read_mask(mask_function=masking_utils.chunked_causal_mask_function(8, seen[0]))
+    assert chunked is not None and chunked.unknown == "chunked_overlay"

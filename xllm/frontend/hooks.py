@@ -1,5 +1,5 @@
-"""What the model's code meets while it is traced: our attention, our experts, a mask that is none, and the cut to the
-wanted rows.
+"""What the model's code meets while it is traced: our attention, our experts, masks that say what they are, and the cut
+to the wanted rows.
 
 The functions are registered on the instances transformers' modules read, for the time of one capture.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xllm.errors import CompileError
 from xllm.frontend.experts import Form, experts
 from xllm.frontend.layers import Stack, Walk
+from xllm.frontend.masks import Mask, read_mask
 from xllm.frontend.recurrent import RecurrentCalls, Tokens
 from xllm.ir.program import KVLayer
 
@@ -64,13 +65,16 @@ class Session:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS[HOOK] = self.attention
-        ALL_MASK_ATTENTION_FUNCTIONS[HOOK] = _no_mask
+        masks = (
+            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+        )  # masks are made for what stands there, not for the instance
+        masks[HOOK] = read_mask
         ALL_EXPERTS_FUNCTIONS[HOOK] = experts(self.experts)
         try:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[HOOK]
-            del ALL_MASK_ATTENTION_FUNCTIONS[HOOK]
+            del masks[HOOK]
             del ALL_EXPERTS_FUNCTIONS[HOOK]
 
     def follow(self, stack: Stack, walk: Walk) -> None:
@@ -130,20 +134,22 @@ class Session:
         """query, key, value [1, heads, T, width] as transformers passes them; the result is [1, T, heads, width]."""
         inputs = self.inputs
         assert inputs is not None
-        layer = self._place(module, attention_mask, rest)
+        layer = self._place(module, attention_mask, sliding_window, rest)
+        window = attention_mask.window if isinstance(attention_mask, Mask) else 0
+        window = window or int(sliding_window or 0)
         heads, width = int(key.shape[1]), int(key.shape[3])
         q, k, v = (part.transpose(1, 2).squeeze(0) for part in (query, key, value))
         if not is_causal(module, rest):
             self._kv[layer] = KVLayer(0, 0, 0)
             if s_aux is not None:
                 raise self._refusal("attention sinks beside attention that is not causal", module, layer)
-            options = (float(scaling or width**-0.5), int(sliding_window or 0), float(softcap or 0.0))
+            options = (float(scaling or width**-0.5), window, float(softcap or 0.0))
             out = torch.ops.xllm.encode_attention(q, k, v, inputs.positions, inputs.slots, *options)
             return out.unsqueeze(0), None
         self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
         torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
         scale = float(scaling) if scaling is not None else width**-0.5
-        options = (layer, heads, int(value.shape[3]), scale, int(sliding_window or 0), float(softcap or 0.0))
+        options = (layer, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
         out = torch.ops.xllm.attention(inputs.kv, q, inputs.positions, inputs.slots, s_aux, *options)
         return out.unsqueeze(0), None
 
@@ -181,7 +187,7 @@ class Session:
             try_="a model whose every layer attends, or recurs, through these (other recurrent layers do not)",
         )
 
-    def _place(self, module: nn.Module, mask: Any, rest: dict[str, Any]) -> int:
+    def _place(self, module: nn.Module, mask: Any, window: int | None, rest: dict[str, Any]) -> int:
         """The captured layer of an attention call, after refusing what our operator does not compute."""
         layer = self._layer_of.get(module)
         refused = ""
@@ -189,8 +195,12 @@ class Session:
             refused = "attention outside the decoder layers"
         elif layer in self._kv:
             refused = "a second attention in one layer"
-        elif mask is not None:
+        elif mask is not None and not isinstance(mask, Mask):
             refused = "an attention mask the model made itself"
+        elif mask is not None and mask.unknown:
+            refused = f"an attention mask that {mask.unknown} is part of"
+        elif mask is not None and (mask.causal != is_causal(module, rest) or (window or mask.window) != mask.window):
+            refused = "an attention mask that is at odds with its call"
         elif not self._whole and not is_causal(module, rest):
             refused = "attention that is not causal"
         else:
@@ -225,7 +235,3 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output["last_hidden_state"] = hidden
     return output
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows are part of `xllm::attention`."""
