@@ -83,3 +83,16 @@ def test_layers_that_use_their_index_are_found() -> None:
     with pytest.raises(CompileError) as refused:
         check_equal_layers(program, ["same"] * 3)
     assert (refused.value.code, refused.value.node) == ("layers-differ", "layers_1_input_layernorm_add")
+
+
+def test_a_layer_whose_tensors_are_elsewhere_in_checkpoints_is_refused() -> None:
+    program = zoo.captured("qwen3").copy()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    elsewhere = Source((name, name.replace("model.layers", "encoder.layer")))
+    program.weights[name] = Weight(program.weights[name].shape, elsewhere)
+    with pytest.raises(CompileError, match="in checkpoints, which is not below") as refused:
+        stamp(program)
+    assert (refused.value.code, refused.value.where) == ("renamed-layers", name)
+    whole = zoo.captured("qwen3", full=True).copy()
+    whole.weights[name] = Weight(whole.weights[name].shape, elsewhere)
+    assert stamp(whole).weights[name].rule == elsewhere

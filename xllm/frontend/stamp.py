@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from xllm.errors import CompileError
-from xllm.ir.program import LayerSource, Program, Source, Weight, layer_of, move_layer
+from xllm.ir.program import LayerSource, Program, Source, Weight, layer_of, move_layer, rule_sources
 
 
 def stamp(program: Program) -> Program:
@@ -153,6 +153,8 @@ class _Stamper:
         name, custom = node.name, dict(node.meta["custom"])
         if owner is not None:
             assert captured is not None
+            if captured != real:
+                _check_moves(target, weight, self.program.layers_path)
             weight = Weight(weight.shape, move_layer(weight.rule, self.program.layers_path, real))
             target = self._moved(target, real)
             name = self._moved_name(name, captured, real)
@@ -276,6 +278,22 @@ def _layer_in(name: str, layers_path: str) -> int | None:
 def _type(node: fx.Node) -> str:
     value = node.meta.get("val")
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else str(type(value))
+
+
+def _check_moves(target: str, weight: Weight, layers_path: str) -> None:
+    """Raises CompileError where a layer's weight has a name in the checkpoint that does not say which layer it is of:
+    other layers would read the same tensor.
+    """
+    for source in rule_sources(weight.rule):
+        for name in source.names:
+            if _layer_in(name, layers_path) is None:
+                raise CompileError(
+                    f"the weight {target} of a layer is {name!r} in checkpoints, which is not below {layers_path!r}",
+                    code="renamed-layers",
+                    pass_name="stamp",
+                    where=target,
+                    try_="capture with full=True, or a checkpoint in the model's own names",
+                )
 
 
 def _unsound(why: str, node: fx.Node) -> CompileError:
