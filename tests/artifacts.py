@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from xllm.artifact import Artifact, ArtifactWriter, writing
+from xllm.artifact import Artifact, ArtifactError, ArtifactWriter, writing
 from xllm.plan import Bucket, Buffer, Call, Plan, StoredWeight
 from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
 
@@ -28,8 +29,8 @@ def small_plan() -> Plan:
         Call("rows", "xllm.rows", "rows.f32", {"index": "$last", "table": "%n", "out": "%r"}, {"width": WIDTH},
              rows=LOGIT_ROWS, stream="compute", results=("%r",)),
         Call("head", "aten.mm.default", "torch", rows=LOGIT_ROWS, stream="compute", results=("%logits",), operands=(
-            ["self", {"ref": "%r", "shape": [{"S": 1}, WIDTH], "dtype": "float32"}],
-            ["mat2", {"ref": "@head", "shape": [WIDTH, VOCAB], "dtype": "float32"}],
+            ("self", {"ref": "%r", "shape": [{"S": 1}, WIDTH], "dtype": "float32"}),
+            ("mat2", {"ref": "@head", "shape": [WIDTH, VOCAB], "dtype": "float32"}),
         )),
     )  # fmt: skip
     sizes = {
@@ -46,7 +47,7 @@ def small_plan() -> Plan:
         "norm": StoredWeight("norm", (WIDTH,), PLAIN, bytes=WIDTH * 4),
         "table": StoredWeight("table", (100, 16), PLAIN, bytes=6400),
     }
-    buckets = (Bucket({"T": 4, "S": 2}, 1024, offsets), Bucket({"T": 16, "S": 2}, 1024, offsets))
+    buckets = (Bucket({"T": 4, "S": 2}, 640, offsets), Bucket({"T": 16, "S": 2}, 1024, offsets))
     return Plan(calls, buffers, buckets, weights, KVLayout("float32", 16, 4096, (0, 2048)), "logits")
 
 
@@ -98,3 +99,13 @@ def replan(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     writer._files = dict(manifest["files"])
     writer.write("plan.json", json.dumps(raw))
     writer.finish({key: value for key, value in manifest.items() if key not in ("schema", "files", "digest")})
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def refusal(path: Path, key: Path | None = None) -> ArtifactError:
+    with pytest.raises(ArtifactError) as caught:
+        Artifact.open(path, key).map_weights()
+    return caught.value

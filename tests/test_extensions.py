@@ -15,7 +15,7 @@ from bench.checkpoints import write_checkpoint
 from tests.models import family
 from xllm.artifact import Artifact, ArtifactError
 from xllm.errors import CompileError
-from xllm.extensions import ExtensionError, load
+from xllm.extensions import ExtensionError, load, read
 from xllm.passes import PLANS, REWRITES, parse_pipeline, pipeline_text
 from xllm.passes.extend import check_places, passes_of, placed
 from xllm.targets.modules import kernels_of
@@ -101,6 +101,17 @@ class Extra(Pass):
     def run(self, program, context):
         return Outcome(program)
 """
+
+
+def test_finding_a_module_runs_no_package(tmp_path, monkeypatch) -> None:
+    package = tmp_path / "site" / "loud_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('the package ran')")
+    (package / "kernels.py").write_text("KERNELS = {}")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(ExtensionError, match="of a module in a package, give the path"):
+        read(["loud_package.kernels"])
+    assert set(read([str(package / "kernels.py")])) == {"kernels"}
 
 
 def test_a_pass_takes_its_place_and_its_spelling_round_trips(tmp_path) -> None:

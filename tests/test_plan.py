@@ -91,6 +91,14 @@ def test_a_wrong_type_is_named(plan: Plan, path: str, wrong: object) -> None:
         Plan.from_json(json.dumps(raw))
 
 
+@pytest.mark.parametrize("wrong", [[5], [["x", 7]], [["x"]], [[1, {}]], 7])
+def test_what_is_no_operand_is_named(plan: Plan, wrong: object) -> None:
+    raw = json.loads(plan.to_json())
+    raw["calls"][3]["operands"] = wrong
+    with pytest.raises(ValueError, match=r"plan is malformed: .*operands"):
+        Plan.from_json(json.dumps(raw))
+
+
 @pytest.mark.parametrize("path", ["novelty", "calls.1.novelty", "buffers.x.bytes.u", "kv.novelty"])
 def test_a_field_of_the_future_is_refused(plan: Plan, path: str) -> None:
     raw = json.loads(plan.to_json())
@@ -152,7 +160,15 @@ UNSOUND: list[tuple[Change, str]] = [
     (put("calls.1.args.x", "%lost"), "call norm refers to '%lost'"),
     (put("calls.1.args.x", "x"), "call norm refers to 'x'"),
     (put("calls.3.operands.0.1.ref", "%lost"), "call head refers to '%lost'"),
-    (put("calls.3.operands.0.1", {"list": [{"ref": "@lost"}]}), "call head refers to '@lost'"),
+    (
+        put("calls.3.operands.0.1", {"list": [{"ref": "@lost", "shape": [], "dtype": "float32"}]}),
+        "call head refers to '@lost'",
+    ),
+    (put("calls.3.operands.0.1", {}), "call head: self is no operand"),
+    (put("calls.3.operands.0.1", {"ref": []}), "call head: self is no operand"),
+    (put("calls.3.operands.0.1", {"list": [7]}), "call head: self is no operand: 7"),
+    (put("calls.3.operands.0.1.shape", [[2]]), "call head: self is no operand"),
+    (put("calls.3.operands.0.1.shape", [{"S": "2"}]), "call head: self is no operand"),
     (put("calls.1.results.0", "@norm"), "call norm writes '@norm'"),
     (put("calls.1.args.x", "%n"), "call norm reads 'n', which it writes"),
     (put("calls.1.args.out", "%x"), "call norm reads 'n', which it writes"),
@@ -174,6 +190,10 @@ UNSOUND: list[tuple[Change, str]] = [
     (put("buckets.0.offsets.x", -64), "bucket S=2, T=4: buffer x lies at -64"),
     (put("buckets.1.offsets.x", 960), "bucket S=2, T=16: buffer x lies at 960..1472 in an arena of 1024 bytes"),
     (put("buckets.1.arena_bytes", 1000), "bucket S=2, T=16: buffer n lies at"),
+    (
+        put("buckets.1.arena_bytes", 1 << 70),
+        "bucket S=2, T=16: an arena of 1180591620717411303424 bytes, its buffers end",
+    ),
     (put("buckets.1.offsets.n", 448), "bucket S=2, T=16: n overwrites x before its last use"),
     (put("buckets.0.offsets.logits", 0), "bucket S=2, T=4: logits overwrites r before its last use"),
     (put("buffers.x.bytes.terms.T", 31), "buffer x takes 128 bytes, 124 are planned"),

@@ -158,7 +158,7 @@ def sign(arguments: argparse.Namespace) -> None:
     if arguments.artifact is not None:
         if is_packed(arguments.artifact):
             raise UsageError(f"{arguments.artifact} is packed: unpack it, sign the folder, pack it again")
-        artifact = Artifact.open(arguments.artifact)
+        artifact = Artifact.open(arguments.artifact, ignore_signature=True)
         artifact.map_weights()
         write_signature(artifact.path, artifact.manifest["digest"], key)
         print(f"signed {arguments.artifact}, digest {artifact.manifest['digest']}")

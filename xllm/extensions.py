@@ -56,8 +56,8 @@ class _Held(importlib.abc.InspectLoader):
 
 
 def read(names: Iterable[str]) -> dict[str, Source]:
-    """Each module by its name: `names` are paths to .py files, or names found from the current folder, then among what
-    is installed. Raises ExtensionError when there is no such file, or when two have one name.
+    """Each module by its name: `names` are paths to .py files, or names found from the current folder, then, without a
+    dot, among what is installed. Raises ExtensionError when there is no such file, or when two have one name.
     """
     found: dict[str, Source] = {}
     for name in names:
@@ -113,6 +113,8 @@ def _find(name: str) -> Path:
     else:
         file = Path(*name.split(".")).with_suffix(".py")
         if not file.is_file():
+            if "." in name:  # to look for it would run the packages it lies in, before any digest is compared
+                raise ExtensionError(f"there is no file {file} here; of a module in a package, give the path")
             try:
                 spec = importlib.util.find_spec(name)
             except (ImportError, ValueError):

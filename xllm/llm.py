@@ -168,20 +168,21 @@ def tokens_beside_decodes(artifact: Artifact) -> int:
 
 def open_encoder(artifact: Artifact, memory_bytes: int | None = None, threads: int | None = None) -> Encoder:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
-    from xllm.targets.cpu.executor import CpuExecutor
+    from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
 
-    executor = CpuExecutor(artifact, threads or host_threads())
+    if artifact.task == "function":
+        raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
+
     needed = artifact.weight_bytes + artifact.plan.arena_bytes + PROCESS_BYTES
-    needed += state_bytes(executor.limits, executor.kv)
+    needed += state_bytes(limits_of(artifact), kv_of(artifact.plan))
     room = _available_bytes() + artifact.weight_bytes if memory_bytes is None else memory_bytes
     if needed > room:
-        executor.close()
         raise ArtifactError(
             "memory-too-small",
             f"{_mib(needed)} are needed, {_mib(room)} are there: give more, or compile with a smaller"
             " --max-batch-tokens or --max-len",
         )
-    return Encoder(executor)
+    return Encoder(CpuExecutor(artifact, threads or host_threads()))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Call:
     rows: Extent = TOKENS
     stream: str = ""
     after: tuple[int, ...] = ()
-    operands: tuple[Any, ...] = ()
+    operands: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     results: tuple[str, ...] = ()
     cost: Cost = field(default_factory=Cost)
     extents: Mapping[str, Extent] = field(default_factory=dict)
@@ -152,12 +152,12 @@ class Plan:
             if schema != SCHEMA:
                 raise ValueError(f"plan schema {schema!r} is not {SCHEMA}")
             plan = msgspec.convert(raw, Plan)
+            for place in _differences(msgspec.to_builtins(plan), raw, "$"):
+                raise ValueError(f"plan is malformed: what {place} says is unknown here, or left out")
         except msgspec.ValidationError as error:
             raise ValueError(f"plan is malformed: {error}") from error
         except RecursionError as error:
             raise ValueError("plan is malformed: it nests too deeply") from error
-        for place in _differences(msgspec.to_builtins(plan), raw, "$"):
-            raise ValueError(f"plan is malformed: what {place} says is unknown here, or left out")
         return plan
 
     def check(self) -> None:
@@ -168,6 +168,9 @@ class Plan:
         """
         _check_sizes(self)
         _check_weights(self)
+        for call in self.calls:
+            for name, operand in call.operands:
+                _check_operand(f"call {call.node}: {name}", operand)
         before = self.finished_before()
         accesses = _check_references(self, before)
         for bucket in self.buckets:
@@ -182,7 +185,7 @@ def references(call: Call) -> Iterator[str]:
         yield from _operand_references(operand)
 
 
-def _operand_references(operand: Any) -> Iterator[str]:
+def _operand_references(operand: Mapping[str, Any]) -> Iterator[str]:
     if "ref" in operand:
         yield operand["ref"]
     for item in operand.get("list", ()):
@@ -260,6 +263,32 @@ def _check_dims(bucket: Bucket, what: str, *extents: Extent) -> None:
     known = {"", *bucket.sizes}
     unknown = {dim for extent in extents for name in extent.terms for dim in name.split("*")} - known
     _require(not unknown, f"{what} depends on {sorted(unknown)}, which is no dim of the plan")
+
+
+def _check_operand(where: str, operand: Any) -> None:
+    """One of the forms an argument is written in, and its fields of the types readers expect."""
+    match operand:
+        case {"ref": str(), "shape": list() | tuple() as shape, "dtype": str(), **rest}:
+            known = not rest and all(_is_size(size) for size in shape)
+        case {"size": size, **rest}:
+            known = not rest and _is_size(size)
+        case {"list": list() as items, **rest}:
+            known = not rest
+            for item in items:
+                _check_operand(where, item)
+        case {"float": str(), **rest} | {"torch": str(), **rest}:
+            known = not rest
+        case {"value": None | bool() | int() | float() | str(), **rest}:
+            known = not rest
+        case _:
+            known = False
+    _require(known, f"{where} is no operand: {str(operand)[:80]}")
+
+
+def _is_size(size: Any) -> bool:
+    if isinstance(size, dict):
+        return all(isinstance(dim, str) and type(factor) is int for dim, factor in size.items())
+    return type(size) is int
 
 
 def _check_state(kv: KVLayout) -> None:
@@ -353,3 +382,5 @@ def _check_bytes(plan: Plan, bucket: Bucket, before: list[int], accesses: Mappin
         if in_order:  # what is over stays over, so that long plans are checked in linear time
             held = [name for name in held if name in kept or accesses[name] >> index]
         held += made
+    end = -(-max((stop for _, stop in spans.values()), default=0) // ALIGN_BYTES) * ALIGN_BYTES
+    _require(bucket.arena_bytes <= end, f"{where}: an arena of {bucket.arena_bytes} bytes, its buffers end at {end}")

@@ -16,14 +16,22 @@ class Session:
     """An artifact that `xllm compile model.onnx` wrote.
 
     threads: compute threads (default: the cores this process may use). verify: check every byte of the weights first.
+    require_signature: public key file of who must have signed it.
     Raises ArtifactError for an artifact that is none, is changed, or cannot run here.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        require_signature: str | os.PathLike[str] | None = None,
+    ) -> None:
         from xllm.targets.cpu import host_threads
         from xllm.targets.cpu.function import CpuFunction
 
-        artifact = Artifact.open(path)
+        artifact = Artifact.open(path, require_signature)
         if not artifact.plan.is_function:
             raise ArtifactError("not-a-function", f"{path} is a language model: xllm.LLM or `xllm serve` run it")
         self._function = CpuFunction(artifact, threads or host_threads(), verify=verify)

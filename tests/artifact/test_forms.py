@@ -13,27 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.artifacts import fill, reseal, small_plan, weight_bytes, write_small
+from tests.artifacts import contents, fill, refusal, reseal, write_small
+from xllm import Session, cli
 from xllm.artifact import (
     SIGNATURE,
     WEIGHTS,
     Artifact,
     ArtifactError,
-    digest,
-    is_packed,
     new_key,
     pack,
-    previous_weights,
-    share,
     sign,
     unpack,
     writing,
 )
 from xllm.artifact.store import MAGIC, packed_header
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+from xllm.targets.cpu.executor import allocate
 
 
 @pytest.fixture
@@ -45,12 +39,6 @@ def path(tmp_path: Path) -> Path:
 def packed(path: Path, tmp_path: Path) -> Path:
     pack(path, tmp_path / "small.pack")
     return tmp_path / "small.pack"
-
-
-def refusal(path: Path, key: Path | None = None) -> ArtifactError:
-    with pytest.raises(ArtifactError) as caught:
-        Artifact.open(path, key).map_weights()
-    return caught.value
 
 
 # --- packed -----------------------------------------------------------------------------------------------------------
@@ -76,6 +64,18 @@ def test_a_packed_artifact_reads_as_the_folder_does(path: Path, packed: Path, tm
         mapped = one.map_weights()
         assert mapped.bytes.tobytes() == folder.map_weights().bytes.tobytes()
         assert mapped.address % 4096 == 0
+
+
+@pytest.mark.parametrize("pages", [1 << 14, 1 << 16])
+def test_a_packed_artifact_is_mapped_where_pages_are_larger(
+    path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    artifact = Artifact.open(packed)
+    assert artifact.store.place(WEIGHTS).offset % pages, "it lies inside such a page"
+    monkeypatch.setattr("mmap.ALLOCATIONGRANULARITY", pages)
+    mapped = artifact.map_weights()
+    assert mapped.bytes.tobytes() == (path / WEIGHTS).read_bytes()
+    mapped.release(0, len(mapped.bytes))
 
 
 def test_only_artifacts_are_written_over(path: Path, tmp_path: Path) -> None:
@@ -207,7 +207,8 @@ def test_two_files_swapped_are_refused(path: Path) -> None:
         ("model.max_len", -1), ("model.eos_ids", [-1]), ("model.eos_ids", 1), ("model.name", None),
         ("limits.max_seqs", 2.5), ("limits.max_len", None), ("target.level", 3), ("target.architecture", []),
         ("special_tokens.eos_token", {"content": "x"}), ("generation", []), ("files.plan.json", "0"),
-        ("weights_header", "../x"), ("weight_origins", {"embed": 1}),
+        ("weights_header", "../x"), ("weight_origins", {"embed": 1}), ("kind", "spell"), ("kind", 1),
+        ("extensions", []), ("extensions", {"kernels": [1]}), ("extensions", {"kernels": [{"module": "x"}]}),
     ],
 )  # fmt: skip
 def test_a_sealed_manifest_of_wrong_types_is_refused(path: Path, field: str, wrong: Any) -> None:
@@ -221,6 +222,37 @@ def test_a_sealed_manifest_of_wrong_types_is_refused(path: Path, field: str, wro
     reseal(path, change)
     error = refusal(path)
     assert error.code == "artifact-malformed" and str(error).startswith("manifest.json: ")
+
+
+def test_a_function_around_the_plan_of_a_step_is_refused(path: Path) -> None:
+    reseal(path, lambda manifest: manifest.update(kind="function", limits={"T": 4}))
+    with pytest.raises(ArtifactError, match=r"manifest.json and plan.json are not of one kind") as caught:
+        Artifact.open(path)
+    assert caught.value.code == "artifact-malformed"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_what_is_parsed_has_a_limit(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    size = (path / name).stat().st_size
+    opened = "xllm.artifact.opened" if name == "plan.json" else "xllm.artifact.manifest"
+    monkeypatch.setattr(f"{opened}.MAX_TABLE_BYTES", size)
+    Artifact.open(path)
+    monkeypatch.setattr(f"{opened}.MAX_TABLE_BYTES", size - 1)
+    assert f"{name} has {size} bytes, at most {size - 1} are read" in str(refusal(path))
+
+
+def test_files_are_hashed_in_blocks(path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xllm.artifact.store._BLOCK_BYTES", 7)
+    for form in (path, packed):
+        Artifact.open(form)
+    (path / "ir/00-captured.ir").write_text("Program\n")
+    assert "ir/00-captured.ir is not what the compiler wrote" in str(refusal(path))
+
+
+def test_an_arena_that_cannot_be_had_is_refused() -> None:
+    for size in (1 << 70, 1 << 62):
+        with pytest.raises(ArtifactError, match=f"an arena of {size} bytes cannot be had"):
+            allocate(size)
 
 
 def test_a_template_that_is_not_text_is_refused(path: Path) -> None:
@@ -279,87 +311,22 @@ def test_a_signature_serves_no_other_artifact(path: Path, tmp_path: Path) -> Non
         sign(other, "0" * 64, public)
 
 
-# --- shared and reused ------------------------------------------------------------------------------------------------
-
-
-def build(path: Path, made: list[str], *, previous: Path | None = None, shared: Path | None = None) -> tuple[str, ...]:
-    """A small artifact; `made` gets the weights that were made for it. Returns those that were reused."""
-
-    def make(weight: Any) -> list[np.ndarray]:
-        made.append(weight.name)
-        return [weight_bytes(weight)]
-
-    def origin(weight: Any) -> str:
-        return digest(weight.name.encode())
-
-    with writing(path) as writer:
-        written = writer.write_weights(small_plan(), make, None, origin, previous_weights(previous))
-        writer.write("plan.json", written.plan.to_json())
-        if shared is not None:
-            share(writer.root, written, shared)
-        rest = json.loads((write_small(path.parent / "model.xllm") / "manifest.json").read_text())
-        kept = {key: rest[key] for key in ("generation", "limits", "model", "special_tokens", "target", "task")}
-        writer.finish({**kept, "weights_header": written.header, "weight_origins": dict(written.origins)})
-    return written.reused
-
-
-def test_weights_of_the_same_origin_are_taken(tmp_path: Path) -> None:
-    made: list[str] = []
-    assert build(tmp_path / "one.xllm", made) == () and len(made) == 4
-    made.clear()
-    assert len(build(tmp_path / "two.xllm", made, previous=tmp_path / "one.xllm")) == 4 and made == []
-    assert contents(tmp_path / "one.xllm") == contents(tmp_path / "two.xllm")
-
-
-def test_a_changed_weight_of_an_earlier_artifact_is_made_again(tmp_path: Path) -> None:
-    made: list[str] = []
-    build(tmp_path / "one.xllm", made)
-    before = contents(tmp_path / "one.xllm")
-    weight = Artifact.open(tmp_path / "one.xllm").plan.weights["table"]
-    with (tmp_path / "one.xllm" / WEIGHTS).open("r+b") as file:
-        file.seek(weight.offset + 5)
-        file.write(b"\x5a\xa5")
-    made.clear()
-    assert len(build(tmp_path / "two.xllm", made, previous=tmp_path / "one.xllm")) == 3 and made == ["table"]
-    assert contents(tmp_path / "two.xllm") == before
-
-
-def test_equal_weights_are_one_file(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        build(tmp_path / f"{name}.xllm", [], shared=tmp_path / "shared")
-    (shared,) = (tmp_path / "shared").iterdir()
-    assert {(tmp_path / f"{name}.xllm" / WEIGHTS).stat().st_ino for name in ("one", "two")} == {shared.stat().st_ino}
-    Artifact.open(tmp_path / "two.xllm").map_weights()
-    with shared.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x5a")
-    assert refusal(tmp_path / "one.xllm").code == refusal(tmp_path / "two.xllm").code == "artifact-changed"
-    with pytest.raises(ArtifactError, match=rf"shared file .*{shared.name} is not what was put there"):
-        build(tmp_path / "three.xllm", [], shared=tmp_path / "shared")
-    assert not (tmp_path / "three.xllm").exists()
-
-
-def test_a_link_at_the_output_stays(path: Path, tmp_path: Path) -> None:
-    link = tmp_path / "link.xllm"
+def test_a_stale_signature_is_replaced_through_a_link_too(path: Path, tmp_path: Path) -> None:
+    public = sign_with(path)
+    reseal(path, lambda manifest: manifest["model"].update(name="other"))
+    assert refusal(path).code == "signature-wrong"
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.xllm"
     link.symlink_to(path)
-    write_small(link)
-    assert link.is_symlink() and link.resolve() == path.resolve()
-    Artifact.open(link).map_weights()
-    (tmp_path / "ahead.xllm").symlink_to(tmp_path / "later.xllm")
-    write_small(tmp_path / "ahead.xllm")
-    Artifact.open(tmp_path / "later.xllm").map_weights()
-
-
-def test_modes_do_not_depend_on_the_umask(tmp_path: Path) -> None:
-    def modes(root: Path) -> set[int]:
-        return {stat.S_IMODE(entry.stat().st_mode) for entry in (root, *root.rglob("*"))}
-
-    before = os.umask(0o077)
+    link.parent.chmod(0o555)
     try:
-        path = write_small(tmp_path / "private.xllm")
-        pack(path, tmp_path / "private.pack")
+        assert cli.main(["sign", str(link), "--key", str(tmp_path / "key.pem")]) == 0
     finally:
-        os.umask(before)
-    assert modes(path) == {0o755, 0o644}
-    assert stat.S_IMODE((tmp_path / "private.pack").stat().st_mode) == 0o644
-    assert is_packed(tmp_path / "private.pack")
+        link.parent.chmod(0o755)
+    Artifact.open(path, public)
+
+
+def test_a_session_asks_for_a_signature(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        Session(path, require_signature=new_key(tmp_path / "other.pem"))
+    assert caught.value.code == "signature-missing"

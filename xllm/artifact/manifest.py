@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from xllm.artifact.seal import DIGEST, ArtifactError, unseal
-from xllm.artifact.store import Store, read
+from xllm.artifact.store import MAX_TABLE_BYTES, Store, read
 
 SCHEMA = 3
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -44,6 +44,13 @@ class Limits(msgspec.Struct):
     max_batch_tokens: _Count
 
 
+class Extension(msgspec.Struct):
+    """A module of others that the artifact was compiled with."""
+
+    module: str
+    digest: str
+
+
 class Manifest(msgspec.Struct):
     """Fields that readers rely on; what a later compiler adds beside them is covered by the digest alone."""
 
@@ -58,6 +65,8 @@ class Manifest(msgspec.Struct):
     task: Task
     weights_header: _Digest
     weight_origins: dict[str, _Digest] = {}
+    extensions: dict[str, list[Extension]] = {}
+    kind: Literal["step"] = "step"
 
 
 class FunctionModel(msgspec.Struct):
@@ -69,6 +78,7 @@ class FunctionManifest(msgspec.Struct):
 
     schema: int
     digest: _Digest
+    kind: Literal["function"]
     files: dict[str, _Digest]
     generation: dict[str, Any]
     limits: dict[str, _Count]
@@ -77,11 +87,12 @@ class FunctionManifest(msgspec.Struct):
     target: Target
     weights_header: _Digest
     weight_origins: dict[str, _Digest] = {}
+    extensions: dict[str, list[Extension]] = {}
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
     """The verified manifest. Raises ArtifactError naming the field that is missing, wrong or changed."""
-    manifest = unseal(read(store, "manifest.json"), "manifest.json")
+    manifest = unseal(read(store, "manifest.json", MAX_TABLE_BYTES), "manifest.json")
     schema = manifest.get("schema")
     if schema != SCHEMA:
         raise ArtifactError(

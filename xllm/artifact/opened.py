@@ -11,7 +11,7 @@ from typing import Any
 from xllm.artifact.manifest import read_manifest
 from xllm.artifact.seal import ArtifactError, changed, digest
 from xllm.artifact.signature import SIGNATURE, check_signature
-from xllm.artifact.store import Store, open_store, read
+from xllm.artifact.store import MAX_READ_BYTES, MAX_TABLE_BYTES, Store, digest_of, open_store, read
 from xllm.artifact.weights import WEIGHTS, MappedWeights, regions
 from xllm.plan import Plan
 
@@ -28,26 +28,36 @@ class Artifact:
     plan: Plan
 
     @staticmethod
-    def open(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
+    def open(
+        path: str | os.PathLike[str],
+        require_signature: str | os.PathLike[str] | None = None,
+        *,
+        ignore_signature: bool = False,
+    ) -> Artifact:
         """Reads and checks everything but the weights, of a folder or a packed file.
 
-        require_signature: the public key file of who must have signed it. Raises ArtifactError naming what is missing,
-        changed or too much.
+        require_signature: the public key file of who must have signed it. ignore_signature: one that is there may be of
+        another manifest, for who signs anew. Raises ArtifactError naming what is missing, changed or too much.
         """
         store = open_store(path)
         manifest = read_manifest(store)
-        check_signature(store, manifest["digest"], require_signature)
+        if not ignore_signature:
+            check_signature(store, manifest["digest"], require_signature)
         known = {"manifest.json", WEIGHTS, SIGNATURE, *manifest["files"]}
         if extra := sorted(store.names() - known):
             raise ArtifactError("artifact-changed", f"{extra[0]} is no part of the artifact; remove it")
-        held = {name: _verified(store, name, claimed) for name, claimed in manifest["files"].items()}
-        if "plan.json" not in held:
+        if "plan.json" not in manifest["files"]:
             raise ArtifactError("artifact-incomplete", "manifest.json names no plan.json; compile the checkpoint again")
+        for name, claimed in manifest["files"].items():
+            if digest_of(store, name) != claimed:
+                raise changed(name)
         try:
-            plan = Plan.from_json(held["plan.json"])
+            plan = Plan.from_json(_verified(store, "plan.json", manifest["files"]["plan.json"], MAX_TABLE_BYTES))
             plan.check()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}") from error
+        if plan.is_function != (manifest.get("kind") == "function"):
+            raise ArtifactError("artifact-malformed", "manifest.json and plan.json are not of one kind")
         artifact = Artifact(store, manifest, plan)
         end = max((weight.offset + weight.bytes for weight in plan.weights.values()), default=0)
         if artifact.weight_bytes < max(end, 1):
@@ -120,8 +130,8 @@ class Artifact:
         return mapped
 
 
-def _verified(store: Store, name: str, claimed: str) -> bytes:
-    raw = read(store, name)
+def _verified(store: Store, name: str, claimed: str, limit: int = MAX_READ_BYTES) -> bytes:
+    raw = read(store, name, limit)
     if digest(raw) != claimed:
         raise changed(name)
     return raw

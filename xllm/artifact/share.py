@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from xllm.artifact.seal import ArtifactError, digest
@@ -27,8 +28,8 @@ def share(root: Path, written: Written, folder: str | os.PathLike[str]) -> Path:
     parts = "".join(claimed for *_, claimed in regions(written.plan, written.header, size))
     shared = held / f"{digest(parts.encode())}.safetensors"
     try:
-        if not shared.exists():
-            own.chmod(0o644)
+        own.chmod(0o644)
+        with suppress(FileExistsError):  # another compile may put the equal one there at this moment
             os.link(own, shared)
             return shared
         _verify(shared, written, size)

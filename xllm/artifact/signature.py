@@ -52,6 +52,7 @@ def sign_digest(manifest_digest: str, key_file: str | os.PathLike[str]) -> bytes
 def sign(folder: Path, manifest_digest: str, key_file: str | os.PathLike[str]) -> None:
     """Writes the signature into an artifact folder, in the place of one that was there."""
     data = sign_digest(manifest_digest, key_file)
+    folder = folder.resolve()  # behind a link, what lies beside the link may be another file system
     aside = folder.parent / f".{folder.name}.{SIGNATURE}-{secrets.token_hex(4)}"
     try:
         aside.write_bytes(data)

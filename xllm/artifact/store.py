@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from blake3 import blake3
+
 from xllm.artifact.seal import ArtifactError, changed
 
 PAGE_BYTES = 4096
 MAGIC = b"XLLMPACK"
 MAX_READ_BYTES = 1 << 30  # of a file that is read, not mapped
+MAX_TABLE_BYTES = 64 << 20  # of manifest.json and plan.json, which become many small objects; real ones have a few MiB
+_BLOCK_BYTES = 4 << 20
 _MAX_INDEX_BYTES = 16 << 20
 _HEAD = struct.Struct("<8sQ")
 
@@ -71,14 +75,26 @@ def is_packed(path: Path) -> bool:
         return False
 
 
-def read(store: Store, name: str) -> bytes:
-    """A whole file. Raises ArtifactError when it is missing or larger than anything that is read."""
+def read(store: Store, name: str, limit: int = MAX_READ_BYTES) -> bytes:
+    """A whole file. Raises ArtifactError when it is missing or larger than `limit` bytes."""
     place = store.place(name)
-    if place.size > MAX_READ_BYTES:
-        raise ArtifactError("artifact-malformed", f"{name} has {place.size} bytes, at most {MAX_READ_BYTES} are read")
+    if place.size > limit:
+        raise ArtifactError("artifact-malformed", f"{name} has {place.size} bytes, at most {limit} are read")
     with place.file.open("rb") as file:
         file.seek(place.offset)
         return file.read(place.size)
+
+
+def digest_of(store: Store, name: str) -> str:
+    """Digest of a file of any size, a block of it in memory at a time. Raises ArtifactError when it is missing."""
+    place, hasher = store.place(name), blake3()
+    with place.file.open("rb") as file:
+        file.seek(place.offset)
+        left = place.size
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            hasher.update(block)
+            left -= len(block)
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)

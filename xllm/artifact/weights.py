@@ -23,11 +23,17 @@ class MappedWeights:
     """A read-only mapping of the weight file. Addresses stay valid as long as the object lives."""
 
     def __init__(self, place: Place) -> None:
+        self._skip = place.offset % mmap.ALLOCATIONGRANULARITY  # a packed file is aligned to 4 KiB, pages may be larger
         with place.file.open("rb") as handle:
-            self._map = mmap.mmap(handle.fileno(), place.size, access=mmap.ACCESS_READ, offset=place.offset)
+            self._map = mmap.mmap(
+                handle.fileno(),
+                self._skip + place.size,
+                access=mmap.ACCESS_READ,
+                offset=place.offset - self._skip,
+            )
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._advise(mmap.MADV_HUGEPAGE)
-        self.bytes = np.frombuffer(self._map, np.uint8)
+        self.bytes = np.frombuffer(self._map, np.uint8, offset=self._skip)
         self.address = self.bytes.ctypes.data
 
     def _advise(self, advice: int) -> None:
@@ -38,7 +44,7 @@ class MappedWeights:
 
     def release(self, start: int, stop: int) -> None:
         """Says that bytes are not needed soon: they leave the resident set and are read again if touched."""
-        release(self._map, start, stop)
+        release(self._map, self._skip + start, self._skip + stop)
 
     def array(self, weight: StoredWeight) -> np.ndarray:
         """A plain weight as float32 [shape], without a copy."""

@@ -7,6 +7,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -163,10 +164,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[ArtifactWriter]:
 
 
 def _open_modes(root: Path) -> None:
-    """Modes that do not depend on who builds: everyone reads, the owner writes."""
-    root.chmod(0o755)
-    for entry in root.rglob("*"):
-        entry.chmod(0o755 if entry.is_dir() else 0o644)
+    """Modes that do not depend on who builds: everyone reads, the owner writes. A shared file may be another's, who has
+    set its mode."""
+    for entry in (root, *root.rglob("*")):
+        wanted = 0o755 if entry.is_dir() else 0o644
+        if stat.S_IMODE(entry.stat().st_mode) != wanted:
+            entry.chmod(wanted)
 
 
 @contextmanager

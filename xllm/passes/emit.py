@@ -128,10 +128,10 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
     results = tuple("%" + result.name for result in (*op.results, *low.scratch))
     common = {"node": op.node, "op": op.op, "stream": stream, "after": after, "cost": low.cost, "results": results}
     if choice.provider == "torch":
-        operands = tuple([name, operand(value)] for name, value in op.args.items())
+        operands = tuple((name, operand(value)) for name, value in op.args.items())
         return Call(kernel="torch", operands=operands, rows=Extent(), **common)
     if ":" in low.kernel:  # of a module: arrays, so shapes and dtypes go along
-        operands = tuple([name, operand(tensor)] for name, tensor in low.args.items())
+        operands = tuple((name, operand(tensor)) for name, tensor in low.args.items())
         sizes = {"ints": dict(low.ints), "floats": dict(low.floats)}
         return Call(kernel=low.kernel, operands=operands, rows=low.rows, **sizes, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}

@@ -62,7 +62,7 @@ class TorchCall:
             shape = [_at(size, sizes) for size in held.shape]
             np.copyto(self._array(self._bucket.offsets[name], shape, held.dtype), value.numpy())
 
-    def _value(self, operand: dict[str, Any], step: StepArrays | None, sizes: Mapping[str, int]) -> Any:
+    def _value(self, operand: Mapping[str, Any], step: StepArrays | None, sizes: Mapping[str, int]) -> Any:
         if "ref" in operand:
             shape = [_at(size, sizes) for size in operand["shape"]]
             return torch.from_numpy(self._tensor(operand["ref"], shape, operand["dtype"], step))

@@ -66,9 +66,7 @@ def kernels_of(artifact: Artifact, named: Sequence[str]) -> dict[str, Callable[.
 
 def _recorded(artifact: Artifact) -> dict[str, str]:
     """Digests by module, as the manifest has them."""
-    held = artifact.manifest.get("extensions", {})
-    modules = held.get("kernels", ()) if isinstance(held, Mapping) else ()
-    return {entry["module"]: entry["digest"] for entry in modules if {"module", "digest"} <= set(entry)}
+    return {entry["module"]: entry["digest"] for entry in artifact.manifest.get("extensions", {}).get("kernels", ())}
 
 
 class ModuleCall:

@@ -50,11 +50,11 @@ def _check_calls(plan: Plan, sizes: Mapping[str, int], max_len: int) -> None:
     for call in plan.calls:
         if call.kernel == "torch":
             continue
-        if ":" in call.kernel:
-            _check_arrays(plan, call)
-            continue
         try:
-            _check_call(plan, call, sizes, max_len)
+            if ":" in call.kernel:
+                _check_arrays(plan, call)
+            else:
+                _check_call(plan, call, sizes, max_len)
         except KeyError as error:
             raise ValueError(f"call {call.node}: {call.kernel} has no {error}") from error
     _check_state_order(plan)

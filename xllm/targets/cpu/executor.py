@@ -21,7 +21,7 @@ import numpy as np
 from xllm.artifact import Artifact, ArtifactError, Progress
 from xllm.kernels import cpu
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
-from xllm.plan import Bucket
+from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
@@ -53,18 +53,12 @@ class CpuExecutor:
         self._plan = plan
         self._modules = kernels_of(artifact, kernel_modules)
         self.weights = artifact.map_weights(verify, progress)
-        self.limits = Limits(
-            max_tokens_per_step=plan.buckets[-1].T,
-            max_seqs=manifest["limits"]["max_seqs"],
-            max_len=manifest["limits"]["max_len"],
-            vocab=manifest["model"]["vocab"],
-            width=manifest["model"]["vocab"] if samples else manifest["task"]["width"],
-        )
+        self.limits = limits_of(artifact)
         try:
             check_bounds(plan, self.limits.width, self.limits.max_len)
         except ValueError as error:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
-        self.kv = KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
+        self.kv = kv_of(plan)
         self._runner = cpu.Runner(threads, level)
         self._sampler = None
         if samples:
@@ -267,6 +261,22 @@ def rows_of(call: PlannedCall) -> tuple[int, int, int]:
     return terms.get("T", 0), terms.get("S", 0), terms.get("", 0)
 
 
+def limits_of(artifact: Artifact) -> Limits:
+    """What a step of the artifact may have, as its manifest and plan say."""
+    manifest = artifact.manifest
+    return Limits(
+        max_tokens_per_step=artifact.plan.buckets[-1].T,
+        max_seqs=manifest["limits"]["max_seqs"],
+        max_len=manifest["limits"]["max_len"],
+        vocab=manifest["model"]["vocab"],
+        width=manifest["model"]["vocab"] if artifact.task == "generate" else manifest["task"]["width"],
+    )
+
+
+def kv_of(plan: Plan) -> KVSpec:
+    return KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
+
+
 def usable_level(target: dict[str, str]) -> str:
     """The level the artifact was compiled for, if this machine has it. Raises ArtifactError naming both."""
     if target["name"] != "cpu":
@@ -281,9 +291,13 @@ def usable_level(target: dict[str, str]) -> str:
 
 
 def allocate(size: int) -> tuple[np.ndarray, int]:
-    """Anonymous memory of at least `size` bytes at a page border, huge pages where the system grants them."""
+    """Anonymous memory of at least `size` bytes at a page border, huge pages where the system grants them. Raises
+    ArtifactError when there is no such memory."""
     length = max(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
-    block = mmap.mmap(-1, length)
+    try:
+        block = mmap.mmap(-1, length)
+    except (OverflowError, OSError) as error:
+        raise ArtifactError("memory-too-small", f"an arena of {size} bytes cannot be had: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # advice only
             block.madvise(mmap.MADV_HUGEPAGE)
