@@ -1,12 +1,13 @@
 """Stamping gives, node by node, what capturing every layer gives; also after a rewrite; and refuses what is unsound."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.stamp import check_equal_layers, stamp
-from xllm.ir.program import Concat, Program, Source, Weight, layer_of, rule_sources
+from xllm.ir.program import Concat, Constant, Program, Source, Weight, layer_of, rule_sources
 from xllm.ir.verify import verify
 
 
@@ -96,3 +97,16 @@ def test_a_layer_whose_tensors_are_elsewhere_in_checkpoints_is_refused() -> None
     whole = zoo.captured("qwen3", full=True).copy()
     whole.weights[name] = Weight(whole.weights[name].shape, elsewhere)
     assert stamp(whole).weights[name].rule == elsewhere
+
+
+def test_layers_with_other_constants_are_found() -> None:
+    program = zoo.captured("qwen3").copy()
+    for layer in range(3):
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        program.weights[name] = Weight((32,), Constant(name))
+        program.constants[name] = np.ones(32, np.float32)
+    check_equal_layers(program, ["same"] * 3)
+    program.constants["model.layers.1.input_layernorm.weight"][5] = 2.0
+    with pytest.raises(CompileError, match="layers 0 and 1") as refused:
+        check_equal_layers(program, ["same"] * 3)
+    assert refused.value.code == "layers-differ"

@@ -12,11 +12,12 @@ import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx as fx
 
 from xllm.errors import CompileError
-from xllm.ir.program import LayerSource, Program, Source, Weight, layer_of, move_layer, rule_sources
+from xllm.ir.program import Constant, LayerSource, Program, Source, Weight, layer_of, move_layer, rule_sources
 
 
 def stamp(program: Program) -> Program:
@@ -252,7 +253,8 @@ def _difference(program: Program, one: Sequence[fx.Node], other: Sequence[fx.Nod
             if a in partner:
                 return partner[a] is b
             if a.op == "get_attr":
-                return _without_layer(a, program) == _without_layer(b, program) and _type(a) == _type(b)
+                alike = _without_layer(a, program) == _without_layer(b, program) and _type(a) == _type(b)
+                return alike and _same_constant(a, b, program)
             both_shared = layer_of(a) is None and layer_of(b) is None
             return a is b or (not both_shared and _type(a) == _type(b))
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -264,6 +266,13 @@ def _difference(program: Program, one: Sequence[fx.Node], other: Sequence[fx.Nod
         if a.target != b.target or not same((*moved[0], *moved[1].items()), (*b.args, *b.kwargs.items())):
             return b
     return None
+
+
+def _same_constant(one: fx.Node, other: fx.Node, program: Program) -> bool:
+    """Whether two weights are equal as far as capture knows their values."""
+    rules = [program.weights[str(node.target)].rule for node in (one, other)]
+    arrays = [program.constants[rule.name] for rule in rules if isinstance(rule, Constant)]
+    return not arrays or (len(arrays) == 2 and np.array_equal(*arrays))
 
 
 def _without_layer(node: fx.Node, program: Program) -> str:
