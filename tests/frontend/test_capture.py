@@ -185,3 +185,10 @@ def test_masks_say_what_they_are_made_of() -> None:
     assert read_mask(mask_function=masking_utils.causal_mask_function) is None
     chunked = read_mask(mask_function=masking_utils.chunked_causal_mask_function(8, seen[0]))
     assert chunked is not None and chunked.unknown == "chunked_overlay"
+
+
+def test_learned_positions_of_a_decoder_begin_at_its_offset() -> None:
+    config = transformers.RobertaConfig(**_SMALL, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+    program = capture_config(config, name="roberta")
+    rules = {name: str(weight.rule) for name, weight in program.weights.items() if "position_embeddings" in name}
+    assert len(rules) == 1 and "start=2" in next(iter(rules.values()))

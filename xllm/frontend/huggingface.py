@@ -31,7 +31,7 @@ from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
-from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
+from xllm.frontend.lookups import find_lookups, has_offset, lift_lookups, rows_of
 from xllm.frontend.names import Spellings
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
@@ -93,7 +93,7 @@ def capture_config(
         walk = every_layer(len(stack.layers)) if full else choose_walk(kinds)
         place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)})
         tensors = _checkpoint_tensors(model, place)
-        if task.kind != "generate":
+        if task.kind != "generate" or has_offset(model, stack.layers[0], getattr(config, "pad_token_id", None)):
             length, segments = _lift_lookups(model, session, stack, config, tensors, length)
             task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)

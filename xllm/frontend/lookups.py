@@ -66,6 +66,14 @@ def find_lookups(model: nn.Module, first_layer: nn.Module, pad: int | None) -> L
     return _told_apart(seen, words)
 
 
+def has_offset(model: nn.Module, first_layer: nn.Module, pad: int | None) -> bool:
+    """Whether the model, left to itself, reads the positions of its tokens from a row behind the first on."""
+    try:
+        return find_lookups(model, first_layer, pad).offset > 0
+    except CompileError:  # embeddings of another use, which stay as they are
+        return False
+
+
 def _told_apart(seen: Mapping[str, Tensor], words: Tensor) -> Lookups:
     positions, offset, segments = None, 0, None
     for path, index in seen.items():
