@@ -30,6 +30,7 @@ xllm = torch.ops.xllm
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.reshape.default, aten.view.default)
 _SPREAD = (aten.expand.default, aten.unsqueeze.default, aten.clone.default, *_CASTS)
+_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 _NOTS = (aten.bitwise_not.default, aten.logical_not.default)
 
 
@@ -78,6 +79,8 @@ class FuseMoe(Pass):
         rows, weight, bias = arguments(router)
         if rows is not x or not is_weight(weight) or (bias is not None and not is_weight(bias)):
             raise _Miss("the router does not multiply what the experts read by a weight")
+        if _row(arguments(topk)[0]) != _row(router):
+            raise _Miss(f"%{topk.name} does not choose among all experts")
         how = (_top_k(topk), choice.scoring, choice.groups, choice.top_groups, choice.group_score)
         how = (*how, choice.renormalise, choice.epsilon, choice.scale)
         with editor.before(node):
@@ -106,13 +109,17 @@ def _read_weights(choice: _Choice, weights: Any, topk: fx.Node) -> None:
     """Scaling, then renormalisation, then the scores themselves."""
     weights = _uncast(weights)
     while is_call(weights, aten.mul.Tensor, aten.mul.Scalar) and isinstance(arguments(weights)[1], int | float):
+        _plain(weights)
         choice.scale *= float(arguments(weights)[1])
         weights = _uncast(arguments(weights)[0])
     if is_call(weights, aten.div.Tensor):
-        top, total = arguments(weights)
+        top, total = arguments(_plain(weights))
+        if _row(weights) != _row(_uncast(top)):
+            raise _Miss(f"%{weights.name} divides the weights under another shape")
         choice.epsilon = _total_of(_uncast(total), _uncast(top))
         choice.renormalise, weights = True, _uncast(top)
     if is_call(weights, *_SOFTMAX):
+        _over_rows(weights)
         choice.scoring, choice.logits = "logits", _uncast(arguments(topk)[0])
         _element(arguments(weights)[0], 0, aten.topk.default, "the values under the softmax")
         if arguments(arguments(weights)[0])[0] is not topk:
@@ -121,7 +128,8 @@ def _read_weights(choice: _Choice, weights: Any, topk: fx.Node) -> None:
     chosen = _uncast(arguments(topk)[0])
     if is_call(weights, aten.gather.default):
         scores, dim, index = arguments(weights)[:3]
-        if dim not in (1, -1) or not is_call(index, operator.getitem) or arguments(index)[0] is not topk:
+        _element(index, 1, aten.topk.default, "the gathered experts")
+        if dim not in (1, -1) or _row(scores) != _row(arguments(topk)[0]) or arguments(index)[0] is not topk:
             raise _Miss(f"%{weights.name} does not gather the scores of the chosen experts")
         scores = _uncast(scores)
     else:
@@ -135,7 +143,7 @@ def _total_of(total: Any, top: Any) -> float:
     """The epsilon in sum(top) + epsilon, 0 without one. A lower bound of the sum is none."""
     epsilon = 0.0
     if is_call(total, aten.add.Tensor, aten.add.Scalar) and isinstance(arguments(total)[1], int | float):
-        epsilon, total = float(arguments(total)[1]), _uncast(arguments(total)[0])
+        epsilon, total = float(arguments(_plain(total))[1]), _uncast(arguments(total)[0])
     if is_call(total, aten.sum.dim_IntList):
         named = named_arguments(total)
         if named["self"] is top and list(named["dim"]) in ([-1], [1]) and named.get("keepdim"):
@@ -151,25 +159,32 @@ def _read_choice(choice: _Choice, chosen: fx.Node, scores: fx.Node | None) -> No
         if fill not in (0, 0.0, float("-inf")) or (fill == 0 and scores is not None):
             raise _Miss(f"experts outside the chosen groups are given {fill}")
         chosen = _uncast(value)
+        if _row(mask) != _row(value):
+            raise _Miss("the mask is spread over more than its experts")
         _read_groups(choice, mask, chosen)
     if scores is None:
         scores = chosen
     elif chosen is not scores:
         if not is_call(chosen, aten.add.Tensor) or scores not in map(_uncast, arguments(chosen)):
             raise _Miss(f"the choice is by {chosen.target} of the scores, not by their sum with a bias")
+        if _row(_plain(chosen)) != _row(scores):
+            raise _Miss(f"%{chosen.name} is not one number for each expert")
         bias = next(_uncast(part) for part in arguments(chosen) if _uncast(part) is not scores)
         if not is_weight(bias) or sizes(bias)[-1] != sizes(scores)[-1] or len(sizes(bias)) > 2:
             raise _Miss("what is added to the scores for the choice is not a weight, one number for each expert")
         if len(sizes(bias)) != 1:
             raise _Miss(f"the bias of the choice is {list(sizes(bias))}, not one number for each expert")
         choice.correction = bias
-    if is_call(scores, *_SOFTMAX) and arguments(scores)[1] in (1, -1):
+    choice.logits = _uncast(arguments(scores)[0])
+    if is_call(scores, *_SOFTMAX):
+        _over_rows(scores)
+        if _row(scores) != _row(choice.logits):
+            raise _Miss(f"%{scores.name} is over parts of the logits, not all experts")
         choice.scoring = "softmax"
     elif is_call(scores, aten.sigmoid.default):
         choice.scoring = "sigmoid"
     else:
         raise _Miss(f"scores are {scores.target} of the logits, neither softmax nor sigmoid")
-    choice.logits = _uncast(arguments(scores)[0])
 
 
 def _read_groups(choice: _Choice, mask: Any, chosen: fx.Node) -> None:
@@ -180,26 +195,63 @@ def _read_groups(choice: _Choice, mask: Any, chosen: fx.Node) -> None:
     seen = _walk(arguments(kept)[0], _SPREAD)
     if not is_call(seen, aten.scatter.value, aten.scatter_.value):
         raise _Miss(f"the groups are kept by {getattr(seen, 'target', seen)}, not by a scatter of the chosen")
-    _, _, index, value = arguments(seen)
-    if value != 1:
-        raise _Miss(f"the chosen groups are marked with {value}")
+    base, dim, index, value = arguments(seen)
+    if value != 1 or dim not in (1, -1) or not is_call(base, *_ZEROS):
+        raise _Miss(f"%{seen.name} does not mark the chosen groups with 1 among 0")
     topk = _element(index, 1, aten.topk.default, "the chosen groups")
     choice.top_groups = _top_k(topk)
     best = _uncast(arguments(topk)[0])
-    choice.groups = int(sizes(best)[-1])
+    groups = choice.groups = int(sizes(best)[-1])
+    each = int(sizes(chosen)[-1]) // groups
     if is_call(best, aten.sum.dim_IntList):
         two = _element(arguments(best)[0], 0, aten.topk.default, "the best of a group")
         if _top_k(two) != 2:
             raise _Miss("a group is scored by more than its two best experts")
-        choice.group_score, under = "sum2", arguments(two)[0]
-    elif is_call(best, operator.getitem) and is_call(arguments(best)[0], aten.max.dim):
-        under = arguments(arguments(best)[0])[0]
+        choice.group_score, under, reduced = "sum2", arguments(two)[0], best
+    elif is_call(best, operator.getitem) and arguments(best)[1] == 0 and is_call(arguments(best)[0], aten.max.dim):
+        reduced = arguments(best)[0]
+        under = arguments(reduced)[0]
     elif is_call(best, aten.amax.default):
-        under = arguments(best)[0]
+        under, reduced = arguments(best)[0], best
     else:
         raise _Miss(f"groups are scored by {best.target}, neither their best expert nor their two best")
     if _uncast(under) is not chosen:
         raise _Miss("groups are scored by other numbers than the experts in them")
+    if _row(under) != (groups, each) or named_arguments(reduced).get("dim") not in (-1, 2, [-1], [2]):
+        raise _Miss("groups are not scored by the experts that lie next to each other")
+    if {_row(best), _row(arguments(topk)[0]), _row(base), _row(seen)} != {(groups,)}:
+        raise _Miss("groups are not chosen by one number for each")
+    _check_spread(mask, seen, groups, each)
+
+
+def _check_spread(mask: Any, seen: fx.Node, groups: int, each: int) -> None:
+    """Every value between the marks of groups and the mask holds a group's mark at the group's experts."""
+    node = mask
+    while node is not seen:
+        source = arguments(node)[0]
+        if _row(node) not in ((groups,), (groups, 1), (groups, each), (groups * each,)):
+            raise _Miss(f"%{node.name} does not give each expert the mark of its group")
+        if is_call(node, aten.expand.default) and _row(source) not in ((groups, 1), _row(node)):
+            raise _Miss(f"%{node.name} does not give each expert the mark of its group")
+        if is_call(node, aten.bitwise_not.default) and source.meta["val"].dtype is not torch.bool:
+            raise _Miss(f"%{node.name} inverts the bits of numbers")
+        node = source
+
+
+def _row(node: fx.Node) -> tuple[Any, ...]:
+    """What a value holds for each token: its shape without the first axis."""
+    return sizes(node)[1:]
+
+
+def _over_rows(node: fx.Node) -> None:
+    if arguments(node)[1] % len(sizes(node)) != len(sizes(node)) - 1:
+        raise _Miss(f"%{node.name} is not over the last axis")
+
+
+def _plain(node: fx.Node) -> fx.Node:
+    if node.kwargs:
+        raise _Miss(f"%{node.name} is given {', '.join(sorted(node.kwargs))}, which changes what it means")
+    return node
 
 
 def _uncast(node: Any) -> Any:
