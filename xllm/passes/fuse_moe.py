@@ -175,10 +175,10 @@ def _read_choice(choice: _Choice, chosen: fx.Node, scores: fx.Node | None) -> No
         if len(sizes(bias)) != 1:
             raise _Miss(f"the bias of the choice is {list(sizes(bias))}, not one number for each expert")
         choice.correction = bias
-    choice.logits = _uncast(arguments(scores)[0])
+    logits = choice.logits = _uncast(arguments(scores)[0])
     if is_call(scores, *_SOFTMAX):
         _over_rows(scores)
-        if _row(scores) != _row(choice.logits):
+        if _row(scores) != _row(logits):
             raise _Miss(f"%{scores.name} is over parts of the logits, not all experts")
         choice.scoring = "softmax"
     elif is_call(scores, aten.sigmoid.default):
