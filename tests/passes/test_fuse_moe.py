@@ -72,7 +72,7 @@ def routed(
     if parts:
         logits = b.call(aten.reshape.default, logits, [-1, *shape])
     scores = b.call(aten.reshape.default, b.call(aten.softmax.int, logits, -1), [-1, EXPERTS])
-    options = {"alpha": alpha} if alpha != 1 else {}
+    options: dict[str, Any] = {"alpha": alpha} if alpha != 1 else {}
     chosen = b.call(aten.add.Tensor, scores, b.weight("correction", EXPERTS), **options)
     best = b.call(aten.max.dim, b.call(aten.reshape.default, chosen, [-1, *shape]), axis)
     best = b.call(operator.getitem, best, 0)

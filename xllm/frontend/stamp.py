@@ -272,7 +272,7 @@ def _same_constant(one: fx.Node, other: fx.Node, program: Program) -> bool:
     """Whether two weights are equal as far as capture knows their values."""
     rules = [program.weights[str(node.target)].rule for node in (one, other)]
     arrays = [program.constants[rule.name] for rule in rules if isinstance(rule, Constant)]
-    return not arrays or (len(arrays) == 2 and np.array_equal(*arrays))
+    return not arrays or (len(arrays) == 2 and np.array_equal(arrays[0], arrays[1]))
 
 
 def _without_layer(node: fx.Node, program: Program) -> str:
