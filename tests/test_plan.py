@@ -68,7 +68,7 @@ def at(raw: Any, path: str) -> tuple[Any, Any]:
 FIELDS = (
     "calls", "calls.0.kernel", "calls.0.node", "calls.1.cost.flops.terms.T", "buffers.x.bytes", "buffers.x.dtype",
     "buckets.0.sizes", "buckets.1.arena_bytes", "buckets.1.offsets", "weights.norm.layout.form", "weights.norm.shape",
-    "kv.group_bytes", "kv.layer_offsets", "logits",
+    "kv.group_bytes", "kv.layer_offsets", "result",
 )  # fmt: skip
 
 
@@ -198,8 +198,8 @@ UNSOUND: list[tuple[Change, str]] = [
     (put("buckets.0.offsets.logits", 0), "bucket S=2, T=4: logits overwrites r before its last use"),
     (put("buffers.x.bytes.terms.T", 31), "buffer x takes 128 bytes, 124 are planned"),
     (put("buffers.x.dtype", "float8"), "buffer x is of float8"),
-    (put("logits", "lost"), "logits 'lost' are no \\[S, vocab\\]"),
-    (put("logits", "x"), "logits 'x' are no \\[S, vocab\\]"),
+    (put("result", "lost"), "result 'lost' is no \\[S, N\\]"),
+    (put("result", "x"), "result 'x' is no \\[S, N\\]"),
     (put("kv.group_bytes", 0), "kv has groups of 0 bytes"),
     (put("kv.group_bytes", 2047), "layer_offsets leave their 2047 bytes"),
     (put("kv.layer_offsets", [2048, 0]), "layer_offsets do not grow"),
@@ -263,8 +263,8 @@ def keeps_values_apart(plan: Plan, bucket: Bucket) -> bool:
             owner[start:stop] = [reference[1:]] * (stop - start)
         if len({r[1:] for r in call.results} - set(owner)) > 0:
             return False
-    start, stop = span(plan, bucket, plan.logits)
-    return set(owner[start:stop]) == {plan.logits}
+    start, stop = span(plan, bucket, plan.result)
+    return set(owner[start:stop]) == {plan.result}
 
 
 def span(plan: Plan, bucket: Bucket, name: str) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def is_safe(plan: Plan) -> bool:
     if any(after in late[before] for before, after in pairs):
         return False
     values = [
-        Value(name, buffer.bytes, writer["%" + name], tuple(readers.get("%" + name, ())), kept=name == plan.logits)
+        Value(name, buffer.bytes, writer["%" + name], tuple(readers.get("%" + name, ())), kept=name == plan.result)
         for name, buffer in plan.buffers.items()
     ]
     return all(

@@ -113,7 +113,7 @@ def _fallbacks(program: Any) -> tuple[tuple[str, str], ...]:
 
 def _packed(program: Any, stored: StoredWeight, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """A weight's bytes as the target wants them, from its rule and the mapped initializers."""
-    from xllm.ir.program import evaluate, widen
+    from xllm.ir.weight_rules import evaluate, widen
     from xllm.kernels.cpu import pack_panels
 
     weight = program.weights[stored.name]

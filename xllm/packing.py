@@ -10,10 +10,10 @@ import numpy as np
 from blake3 import blake3
 
 from xllm.errors import CompileError
-from xllm.ir.program import (
+from xllm.ir.program import Program
+from xllm.ir.weight_rules import (
     Concat,
     Constant,
-    Program,
     Shift,
     Stack,
     WeightRule,

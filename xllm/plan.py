@@ -18,7 +18,7 @@ import msgspec
 
 from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
 
-SCHEMA = 4
+SCHEMA = 5
 ALIGN_BYTES = 64
 INPUTS = ("ids", "positions", "last")
 ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bool": 1, "bfloat16": 2}
@@ -102,8 +102,8 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """One compiled step: `logits` names the buffer that holds [S, vocab] float32 after a run. Or one function, which
-    has `outputs` in place of logits: its `inputs` are written to their buffers before the first call.
+    """One compiled step: `result` names the buffer of its rows [S, N], float32: logits, embeddings or
+    scores. Or one function, which has `outputs` in its place: its `inputs` are written before the first call.
     """
 
     calls: tuple[Call, ...]
@@ -111,7 +111,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     weights: Mapping[str, StoredWeight]
     kv: KVLayout
-    logits: str
+    result: str
     streams: tuple[str, ...] = ("compute",)
     inputs: Mapping[str, Port] = field(default_factory=dict)
     outputs: Mapping[str, Port] = field(default_factory=dict)
@@ -239,10 +239,10 @@ def _check_sizes(plan: Plan) -> None:
     for name, port in (*plan.inputs.items(), *plan.outputs.items()):
         _check_port(plan, name, port)
     if plan.is_function:
-        return _require(plan.logits == "", "a function has no logits")
-    logits = plan.buffers.get(plan.logits)
-    fits = logits is not None and logits.dtype == "float32" and len(logits.shape) == 2
-    _require(fits and logits is not None and logits.shape[0] == LOGIT_ROWS, f"logits {plan.logits!r} are no [S, vocab]")
+        return _require(plan.result == "", "a function has outputs, not a result")
+    result = plan.buffers.get(plan.result)
+    fits = result is not None and result.dtype == "float32" and len(result.shape) == 2
+    _require(fits and result is not None and result.shape[0] == LOGIT_ROWS, f"result {plan.result!r} is no [S, N]")
 
 
 def _check_port(plan: Plan, name: str, port: Port) -> None:
@@ -365,7 +365,7 @@ def _check_bytes(plan: Plan, bucket: Bucket, before: list[int], accesses: Mappin
         inside = start % ALIGN_BYTES == 0 and 0 <= start <= stop <= bucket.arena_bytes
         _require(inside, f"{where}: buffer {name} lies at {start}..{stop} in an arena of {bucket.arena_bytes} bytes")
     in_order = len({call.stream for call in plan.calls}) == 1
-    kept = {plan.logits, *(port.buffer for port in plan.outputs.values())}
+    kept = {plan.result, *(port.buffer for port in plan.outputs.values())}
     given = [port.buffer for port in plan.inputs.values()]
     for one, other in combinations(given, 2):
         apart = spans[one][1] <= spans[other][0] or spans[other][1] <= spans[one][0]

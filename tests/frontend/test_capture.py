@@ -14,8 +14,9 @@ from xllm.errors import CompileError
 from xllm.frontend.hooks import Session, StepInputs
 from xllm.frontend.huggingface import capture, capture_config, refuse_foreign
 from xllm.frontend.masks import Mask, read_mask
-from xllm.ir.program import Constant, Dim, KVLayer, LayerSource, Source
+from xllm.ir.program import Dim, KVLayer, LayerSource
 from xllm.ir.verify import verify
+from xllm.ir.weight_rules import Constant, Source
 
 
 @pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.ROPES])

@@ -7,8 +7,9 @@ import torch
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.stamp import check_equal_layers, stamp
-from xllm.ir.program import Concat, Constant, Program, Source, Weight, layer_of, rule_sources
+from xllm.ir.program import Program, Weight, layer_of
 from xllm.ir.verify import verify
+from xllm.ir.weight_rules import Concat, Constant, Source, rule_sources
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.weights import Checkpoint
-from xllm.ir.program import Concat, Source, Weight
+from xllm.ir.program import Weight
+from xllm.ir.weight_rules import Concat, Source
 
 _VALUES = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -11,7 +11,7 @@ import torch.fx as fx
 from tests.ir.small import HIDDEN, Builder, aten, small, xllm
 from tests.passes.zoo import CONTEXT, rewritten
 from xllm.ir import KVLayer, Program
-from xllm.ir.program import evaluate
+from xllm.ir.weight_rules import evaluate
 from xllm.passes import run_pipeline
 from xllm.passes.absorb_mla import AbsorbMla
 from xllm.passes.numerics import check_same, random_sources

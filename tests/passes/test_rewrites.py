@@ -12,8 +12,8 @@ from tests.passes.zoo import CONTEXT, FAMILIES, captured, planned, rewritten
 from xllm.errors import CompileError
 from xllm.frontend.stamp import stamp
 from xllm.ir import Program, Weight
-from xllm.ir.program import rule_text
 from xllm.ir.show import text
+from xllm.ir.weight_rules import rule_text
 from xllm.passes import PLANS, REQUIRED, REWRITES, run_pipeline, without
 from xllm.passes.base import Record
 from xllm.passes.debug import dump_planned

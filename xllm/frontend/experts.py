@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from xllm.errors import CompileError
 from xllm.frontend.exported import Place
 from xllm.ir.dialect.experts import expert_act
-from xllm.ir.program import Concat, Either, Permute, Slice, Weight, WeightRule
+from xllm.ir.program import Weight
+from xllm.ir.weight_rules import Concat, Either, Permute, Slice, WeightRule
 
 _PROBES = 64  # columns of the gate's test input
 

@@ -38,7 +38,8 @@ from xllm.frontend.stamp import check_equal_layers
 from xllm.frontend.steps import Step, is_scored, prepare
 from xllm.frontend.tasks import read_task
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, Dim, Program, Source, Task, Weight, path_of, renamed, state_shapes
+from xllm.ir.program import Dim, Program, Task, Weight, path_of, state_shapes
+from xllm.ir.weight_rules import Constant, Source, renamed
 
 DEFAULT_MAX_LEN = 32768
 GENERATE = Task()

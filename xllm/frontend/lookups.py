@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from xllm.errors import CompileError
-from xllm.ir.program import Reshape, Slice, Sum, Weight
+from xllm.ir.program import Weight
+from xllm.ir.weight_rules import Reshape, Slice, Sum
 
 _TOKENS = 8
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xllm.errors import CompileError
-from xllm.ir.program import Concat, Either, Permute, Slice, Source, Stack, WeightRule
+from xllm.ir.weight_rules import Concat, Either, Permute, Slice, Source, Stack, WeightRule
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from xllm.frontend.onnx_file import OnnxCheckpoint, refuse
 from xllm.ir.build import emit_weight, fake_value
-from xllm.ir.program import Constant, Dim, Program, Source, Weight, WeightRule
+from xllm.ir.program import Dim, Program, Weight
+from xllm.ir.weight_rules import Constant, Source, WeightRule
 
 aten = torch.ops.aten
 MAX_KNOWN = 1 << 14  # elements of a tensor that is computed with here

@@ -11,7 +11,7 @@ import torch
 from xllm.frontend.onnx_build import Builder, Value
 from xllm.frontend.onnx_file import refuse
 from xllm.frontend.onnx_shapes import Attributes, Inputs, axis_of, given, permute
-from xllm.ir.program import Permute, Reshape, Source
+from xllm.ir.weight_rules import Permute, Reshape, Source
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm

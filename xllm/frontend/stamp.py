@@ -17,7 +17,8 @@ import torch
 import torch.fx as fx
 
 from xllm.errors import CompileError
-from xllm.ir.program import Constant, LayerSource, Program, Source, Weight, layer_of, move_layer, rule_sources
+from xllm.ir.program import LayerSource, Program, Weight, layer_of
+from xllm.ir.weight_rules import Constant, Source, move_layer, rule_sources
 
 
 def stamp(program: Program) -> Program:

@@ -19,12 +19,12 @@ from blake3 import blake3
 
 from xllm.errors import CompileError
 from xllm.frontend.facts import read_json, refuse_quantised
-from xllm.ir.program import (
+from xllm.ir.program import Program
+from xllm.ir.weight_rules import (
     Concat,
     Constant,
     Either,
     Permute,
-    Program,
     Reshape,
     Shift,
     Slice,

@@ -53,7 +53,7 @@ def of_artifact(artifact: Artifact) -> onnx.ModelProto:
     else:
         used = {name for node in nodes for name in node.input}
         inputs = [_told(f"${name}", "int32", (dim,)) for name, dim in STEP_INPUTS.items() if f"${name}" in used]
-        results = [told[plan.logits]]
+        results = [told[plan.result]]
     outside = {value.name for value in (*inputs, *results)}
     inner = [value for name, value in told.items() if name in made - outside]
     return _model(artifact.name, nodes, [*inputs, *weights], results, inner)

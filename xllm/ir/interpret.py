@@ -11,7 +11,8 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-from xllm.ir.program import Constant, Program, evaluate, state_shapes
+from xllm.ir.program import Program, state_shapes
+from xllm.ir.weight_rules import Constant, evaluate
 
 
 def run(

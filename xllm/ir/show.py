@@ -18,7 +18,8 @@ import torch
 import torch.fx as fx
 
 from xllm.ir.effects import is_symbolic
-from xllm.ir.program import Program, arguments, layer_of, path_of, rule_text
+from xllm.ir.program import Program, arguments, layer_of, path_of
+from xllm.ir.weight_rules import rule_text
 
 _DTYPES = {torch.float32: "f32", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool", torch.bfloat16: "bf16"}
 

@@ -20,7 +20,8 @@ import torch
 import torch.fx as fx
 
 from xllm.ir import Program, Weight
-from xllm.ir.program import Permute, Reshape, Slice, arguments
+from xllm.ir.program import arguments
+from xllm.ir.weight_rules import Permute, Reshape, Slice
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.rewrite import (
     Editor,

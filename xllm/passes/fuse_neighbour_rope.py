@@ -20,8 +20,9 @@ import torch.fx as fx
 
 from xllm.ir import Program
 from xllm.ir.build import prune
-from xllm.ir.program import Constant, arguments
+from xllm.ir.program import arguments
 from xllm.ir.verify import same_type
+from xllm.ir.weight_rules import Constant
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.rewrite import (
     Editor,

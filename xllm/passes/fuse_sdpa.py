@@ -23,7 +23,8 @@ import torch
 import torch.fx as fx
 
 from xllm.ir import Program
-from xllm.ir.program import Constant, arguments
+from xllm.ir.program import arguments
+from xllm.ir.weight_rules import Constant
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.rewrite import Editor, is_call, is_weight, sizes
 

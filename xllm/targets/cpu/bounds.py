@@ -34,7 +34,7 @@ def check_bounds(plan: Plan, width: int, max_len: int) -> None:
         plan.kv.group_tokens == GROUP_TOKENS, f"kv has groups of {plan.kv.group_tokens}, not {GROUP_TOKENS} tokens"
     )
     _require(not plan.is_function, "it is a function, not a step")
-    planned = plan.buffers[plan.logits].shape[1]
+    planned = plan.buffers[plan.result].shape[1]
     _require(planned == width, f"rows are {planned} wide, {width} are read of each")
     for bucket in plan.buckets:
         _check_calls(plan, bucket.sizes, max_len)

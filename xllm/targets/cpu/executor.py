@@ -105,7 +105,7 @@ class CpuExecutor:
 
     def rows(self, count: int) -> np.ndarray:
         """Copy of the latest step's rows (logits, embeddings, scores), float32 [count, width], after its result."""
-        start = self._last_bucket.offsets[self._plan.logits]
+        start = self._last_bucket.offsets[self._plan.result]
         raw = self._arena[start : start + count * self.limits.width * 4]
         return raw.view(np.float32).reshape(count, self.limits.width).copy()
 
@@ -131,7 +131,7 @@ class CpuExecutor:
             empty = np.zeros((0, 0), np.float32)
             rows = self.rows(len(slots)) if self._sampler is None else None
             return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty, rows)
-        address = self.arena_address + bound.bucket.offsets[self._plan.logits]
+        address = self.arena_address + bound.bucket.offsets[self._plan.result]
         sampled = self._sampler.sample(address, slots)
         # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
         self._previous = np.maximum(sampled.tokens, 0)
