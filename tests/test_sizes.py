@@ -15,8 +15,8 @@ SUFFIXES = (".py", ".cpp", ".h")
 BUDGET = {
     "xllm/ir": 2400,
     "xllm/frontend": 4700,
-    "xllm/passes": 4300,
-    "xllm/targets": 2500,
+    "xllm/passes": 4650,
+    "xllm/targets": 2750,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
     "xllm/artifact": 1300,
@@ -25,7 +25,7 @@ BUDGET = {
     "xllm": 2700,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
-    "tests": 14300,
+    "tests": 14700,
 }
 
 

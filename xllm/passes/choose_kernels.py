@@ -15,7 +15,7 @@ from xllm.ir import Program
 from xllm.ir.effects import effects, is_symbolic, operator_of, runs_alone
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
-from xllm.targets.base import Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Tensor
+from xllm.targets.base import Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Refusal, Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ChooseKernels(Pass):
             if is_alias(node) or is_symbolic(node):
                 continue
             operation = reader.operation(node)
-            choice = self._asked(operation, kv, context)
+            choice = self._asked(operation, kv, context, program.is_function)
             choices[node.name] = choice
             if choice.provider != "torch":
                 continue
@@ -78,12 +78,14 @@ class ChooseKernels(Pass):
         return Outcome(program, hits, tuple(misses))
 
     @staticmethod
-    def _asked(operation: Operation, kv: KVLayout, context: Context) -> Choice:
+    def _asked(operation: Operation, kv: KVLayout, context: Context, function: bool) -> Choice:
         """Kernel modules in the order named, then the target, then torch. What a kernel leaves out of its cost is
         counted as the bytes in and out."""
         refused: list[tuple[str, str]] = []
         for provider in (*context.providers, context.target):
             answer = provider.lower(operation, kv, context.weights_dtype)
+            if isinstance(answer, Lowering) and answer.extents and not function:
+                answer = Refusal("its sizes or strides depend on more than one dim, as they may in functions only")
             if isinstance(answer, Lowering):
                 if answer.cost == Cost():
                     answer = replace(answer, cost=fallback(operation).cost)

@@ -31,7 +31,7 @@ static inline Rows rows_of(int64_t unit, int64_t rows, int64_t width) {
 
 // The kernel files, in the order their tables are listed. A table is called <file>_kernels and ends with an entry without a name.
 #define XK_KERNEL_FILES(X) \
-  X(gather) X(linear) X(norm) X(rope) X(attention) X(elementwise) X(encode) X(sdpa) X(strided) X(recurrent) X(experts)
+  X(gather) X(linear) X(norm) X(rope) X(attention) X(elementwise) X(encode) X(sdpa) X(strided) X(typed) X(recurrent) X(experts)
 #define XK_DECLARE(file) extern const Kernel file##_kernels[];
 XK_KERNEL_FILES(XK_DECLARE)
 #undef XK_DECLARE

@@ -45,6 +45,16 @@ struct Sqrt {
 struct Rsqrt {
   XK_INLINE f32x16 of(f32x16 x) { return set1(1.0f) / Sqrt::of(x); }
 };
+// Of libm, in double: arguments are positions times frequencies, which a reduction in single precision would blur.
+template <double (*f)(double)>
+struct Each {
+  XK_INLINE f32x16 of(f32x16 x) {
+    float lane[16];
+    store(lane, x);
+    for (float &l : lane) l = (float)f((double)l);
+    return load(lane);
+  }
+};
 struct Add {
   XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a + b; }
 };
@@ -130,6 +140,8 @@ const Kernel elementwise_kernels[] = {
     {"cube.f32", "x out", "width", "", check, no_scratch, units, run_unary<Cube>},
     {"sqrt.f32", "x out", "width", "", check, no_scratch, units, run_unary<Sqrt>},
     {"rsqrt.f32", "x out", "width", "", check, no_scratch, units, run_unary<Rsqrt>},
+    {"cos.f32", "x out", "width", "", check, no_scratch, units, run_unary<Each<cos>>},
+    {"sin.f32", "x out", "width", "", check, no_scratch, units, run_unary<Each<sin>>},
     {"clamp.f32", "x out", "width has_low has_high", "low high", check, no_scratch, units, run_clamp},
     {"add.f32", "a b out", "width", "", check, no_scratch, units, run_binary<Add>},
     {"sub.f32", "a b out", "width", "", check, no_scratch, units, run_binary<Sub>},

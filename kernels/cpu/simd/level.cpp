@@ -10,7 +10,7 @@ namespace {
 
 #define XK_TABLE(file) file##_kernels,
 const Kernel *const kTables[] = {XK_KERNEL_FILES(XK_TABLE)};
-constexpr int kMaxKernels = 128;
+constexpr int kMaxKernels = 256;
 
 }  // namespace
 

@@ -14,12 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xllm.targets.base import Cost, KVLayout, LayerState, Lowering, Operation, Refusal
-from xllm.targets.cpu import attention, elementwise, encode, experts, gather, linear, norm, recurrent, sdpa, strided
+from xllm.targets.cpu import (
+    attention,
+    elementwise,
+    encode,
+    experts,
+    gather,
+    linear,
+    norm,
+    recurrent,
+    sdpa,
+    strided,
+    typed,
+)
 from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule
 
-FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, recurrent, experts)
+FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
+ANY_TYPE = frozenset({*strided.RULES, *typed.RULES, *elementwise.ANY_TYPE})  # operators whose rules look at types
 LINE_BYTES = 64
 
 
@@ -40,7 +53,8 @@ class CpuTarget:
         rule = RULES.get(operation.op)
         if rule is None:
             return Refusal(f"no {self.name} kernel computes {operation.op}")
-        if bad := [r.name for r in operation.results if r.dtype != "float32"]:
+        bad = [result.name for result in operation.results if result.dtype != "float32"]
+        if bad and operation.op not in ANY_TYPE:
             return Refusal(f"result {bad[0]} is not float32")
         return rule(operation, kv, weights_dtype)
 

@@ -13,6 +13,7 @@ from xllm.plan import Call, Plan
 from xllm.targets.base import Extent
 from xllm.targets.cpu import GROUP_TOKENS, REACH
 from xllm.targets.cpu.rules import ELEMENT_BYTES, SUFFIX
+from xllm.targets.cpu.views import ELEMENT_SIZE
 
 INDICES = {
     "embedding": ("ids", ("$ids",)),
@@ -21,7 +22,7 @@ INDICES = {
     "mean_rows": ("index", ("$last",)),
 }
 LARGEST = 1 << 47  # of an int: products of a few stay far from where 64 bits end only in Python
-_BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()}
+_BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()} | ELEMENT_SIZE
 
 
 def check_bounds(plan: Plan, width: int, max_len: int) -> None:

@@ -9,9 +9,10 @@ from xllm.targets.base import Cost, KVLayout, Lowering, Operation, Refusal, Tens
 from xllm.targets.cpu.rules import Reach, Rule, last_dim, step_rows
 from xllm.targets.cpu.strided import arithmetic
 
-_UNARY = ("relu", "sigmoid", "tanh", "erf", "exp", "neg", "abs", "sqrt", "rsqrt")
+_UNARY = ("relu", "sigmoid", "tanh", "erf", "exp", "neg", "abs", "sqrt", "rsqrt", "cos", "sin")
 _GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _ARITHMETIC = ("add", "sub", "mul", "div")
+_TYPES = {**dict.fromkeys(_ARITHMETIC, ("float32", "int64", "int32")), "div": ("float32",)}
 
 
 def _gated_act(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
@@ -29,9 +30,13 @@ def _unary(kernel: str) -> Rule:
         spelled = kernel
         if op.op.startswith("aten.gelu") and op.args.get("approximate", "none") == "tanh":
             spelled = "gelu_tanh"
-        if (rows := step_rows(op, x)) is None:
-            return Refusal("it does not work on rows of float32")
-        width = last_dim(x)
+        rows, width = step_rows(op, x), 1
+        if rows is not None:
+            width = last_dim(x)
+        elif isinstance(x, Tensor) and x.kind == "value" and x.dtype == "float32":
+            rows = x.rows_of(len(x.shape))  # one number each, where the last dimension is a symbol
+        else:
+            return Refusal("it does not work on values of float32")
         cost = Cost(rows.times(10 * width), rows.times(8 * width))
         return Lowering(f"{spelled}.f32", {"x": x, "out": op.results[0]}, {"width": width}, rows=rows, cost=cost)
 
@@ -76,7 +81,7 @@ def _binary(kernel: str) -> Rule:
         values = all(isinstance(one, Tensor) and one.kind == "value" and one.dtype == "float32" for one in (a, b))
         plain = values and a.shape == b.shape and op.args.get("alpha", 1) == 1 and not op.args.get("rounding_mode")
         if not plain or (rows := step_rows(op, a)) is None:
-            return arithmetic(kernel)(op, kv, weights_dtype)
+            return arithmetic(kernel, *_TYPES[kernel])(op, kv, weights_dtype)
         width = last_dim(a)
         cost = Cost(rows.times(width), rows.times(12 * width))
         args = {"a": a, "b": b, "out": op.results[0]}
@@ -103,6 +108,7 @@ RULES: Mapping[str, Rule] = {
     "aten.clamp.default": _clamp,
     **{f"aten.{name}.{kind}": _binary(name) for name in _ARITHMETIC for kind in ("Tensor", "Scalar")},
 }
+ANY_TYPE = frozenset(f"aten.{name}.{kind}" for name in _ARITHMETIC for kind in ("Tensor", "Scalar"))
 REACH: Mapping[str, Reach] = {
     **dict.fromkeys((f"gated_{name}" for name in _GATED), _gated_reach),
     **dict.fromkeys((*_GATED, *_UNARY, *_ARITHMETIC, "cube", "clamp"), _pointwise_reach),
