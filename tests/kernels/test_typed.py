@@ -66,19 +66,11 @@ def test_where_copies_joins_and_picks(run, rng, suffix):
     widths = {"w0": 45, "w1": 0, "w2": 9, **{f"w{index}": 0 for index in range(3, 8)}}  # a part may be empty
     run(f"concat.{suffix}", {"x0": a, "x1": b, "x2": seen.astype(a.dtype), "out": joined}, widths, which=(0, 0, 4))
     assert np.array_equal(joined, np.concatenate([a.reshape(4, 45), seen.reshape(4, 9).astype(a.dtype)], 1))
-    ints = {"count": 5, "picks": 4, "width": 9}
     index, picked = np.array([4, 0, -1, 2]), np.zeros((4, 4, 9), TYPES[suffix])
-    run(
-        f"take.{suffix}", {"x": a, "index": index, "out": picked}, {"count": 5, "picks": 4, "width": 9}, which=(0, 0, 4)
-    )
+    ints, args = {"count": 5, "picks": 4, "width": 9}, {"x": a, "out": picked}
+    run(f"take.{suffix}", {**args, "index": index}, ints, which=(0, 0, 4))
     assert np.array_equal(picked, a[:, index])
-    beyond = np.array([0, 5, -6, 1 << 40])
-    run(
-        f"take.{suffix}",
-        {"x": a, "index": beyond, "out": picked},
-        {"count": 5, "picks": 4, "width": 9},
-        which=(0, 0, 4),
-    )
+    run(f"take.{suffix}", {**args, "index": np.array([0, 5, -6, 1 << 40])}, ints, which=(0, 0, 4))
     assert np.array_equal(picked[:, 0], a[:, 0])
     assert np.isnan(picked[:, 1:]).all() if suffix == "f32" else not picked[:, 1:].any(), "nothing is read there"
 
