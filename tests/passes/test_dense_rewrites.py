@@ -11,10 +11,13 @@ import torch.fx as fx
 from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, heads, xllm
 from tests.passes.test_near_misses import run
 from xllm.ir import Constant, Weight
+from xllm.ir.program import rule_text
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_rms_norm import FuseRmsNorm
 from xllm.passes.fuse_rope import FuseRope
+from xllm.passes.rewrite import sizes
+from xllm.passes.split_projections import SplitProjections
 from xllm.passes.tabulate_positions import TabulatePositions
 
 
@@ -137,3 +140,77 @@ def test_what_follows_from_positions_is_a_table() -> None:
 
 def test_a_tensor_of_the_checkpoint_is_no_table_of_positions() -> None:
     assert run(TabulatePositions(), lambda b, x: position_scale(b, x, from_checkpoint=True))[1] == (0, [])
+
+
+def by_heads(b: Builder, x: fx.Node, *, bias: bool = False, spare: bool = False, overlap: int = 0, flat: bool = False):
+    """A product whose heads hold two parts each, of which the second is read first."""
+    width = 2 * HEAD_DIM
+    both = b.linear(x, "packed", HEADS * width, bias)
+    split = both if flat else b.call(aten.reshape.default, both, [-1, HEADS, width])
+    split = split if flat else b.call(aten.transpose.int, split, 0, 1)
+    middle = HEADS * HEAD_DIM if flat else HEAD_DIM
+    parts = [
+        b.call(aten.slice.Tensor, split, -1, middle - overlap, 2 * middle - overlap),
+        b.call(aten.slice.Tensor, split, -1, 0, middle),
+    ]
+    total = b.call(aten.mul.Tensor, b.call(aten.neg.default, parts[0]), parts[1])
+    total = total if flat else b.call(aten.transpose.int, total, 0, 1)
+    out = b.call(aten.reshape.default, total, [-1, HIDDEN])
+    return b.call(aten.add.Tensor, out, b.call(aten.mean.dim, both, [-1], True)) if spare else out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_of_heads_are_products_of_their_own(bias: bool) -> None:
+    after, outcome = run(SplitProjections(), lambda b, x: by_heads(b, x, bias=bias))
+    assert outcome == (1, [])
+    products = {str(node.args[1]): node for node in after.calls() if node.target is xllm.linear.default}
+    assert {len(node.meta["val"].shape) for node in products.values()} == {2} and len(products) == 3
+    rules = {name.removeprefix("model.layers.0."): rule_text(weight.rule) for name, weight in after.weights.items()}
+    assert rules["packed_0.weight"] != rules["packed_1.weight"] and not any("slice" in str(n) for n in after.calls())
+
+
+@pytest.mark.parametrize(
+    ("options", "misses"),
+    [
+        ({"flat": True}, []),
+        ({"overlap": 1}, ["parts that are read of it overlap"]),
+        ({"spare": True}, ["parts that are read of it overlap"]),
+    ],
+    ids=["ranges", "overlapping parts", "all columns are read"],
+)
+def test_parts_that_stay_cut(options: dict[str, Any], misses: list[str]) -> None:
+    assert run(SplitProjections(), lambda b, x: by_heads(b, x, **options))[1] == (0, misses)
+
+
+def turned_by_halves(b: Builder, x: fx.Node, *, swapped: bool = False, wide: bool = False) -> fx.Node:
+    """Both halves of each head turned one by one, by tables of one number for each pair."""
+    half = HEAD_DIM // 2
+    tables = []
+    for name in ("cos", "sin"):
+        table = b.weight(f"{name}.table", 64, HEAD_DIM if wide else half)
+        b.program.weights[str(table.target)] = Weight((64, HEAD_DIM if wide else half), Constant(name))
+        b.program.constants[name] = np.random.default_rng(1).random((64, HEAD_DIM if wide else half), np.float32)
+        tables.append(b.call(xllm.rows.default, table, b.positions))
+    cos, sin = (b.call(aten.reshape.default, rows, [1, -1, sizes(rows)[1]]) for rows in tables)
+    t = b.call(aten.transpose.int, heads(b, x, HEADS), 0, 1)
+    low, high = (b.call(aten.slice.Tensor, t, -1, at, at + half) for at in (0, half))
+    if wide:
+        low = high = t
+    first, second = ((high, low) if swapped else (low, high))[:2]
+    left = b.call(aten.sub.Tensor, b.call(aten.mul.Tensor, first, cos), b.call(aten.mul.Tensor, second, sin))
+    right = b.call(aten.add.Tensor, b.call(aten.mul.Tensor, high, cos), b.call(aten.mul.Tensor, low, sin))
+    joined = b.call(aten.transpose.int, b.call(aten.cat.default, [left, right], -1), 0, 1)
+    joined = b.call(aten.slice.Tensor, joined, -1, 0, HEAD_DIM) if wide else joined
+    return b.call(aten.reshape.default, joined, [-1, HIDDEN])
+
+
+def test_halves_that_turn_one_by_one_are_a_rotation() -> None:
+    after, outcome = run(FuseRope(), turned_by_halves)
+    assert outcome == (1, [])
+    assert after.weights["model.layers.0.cos.table_twice"].shape == (64, HEAD_DIM)
+
+
+@pytest.mark.parametrize("option", ["swapped", "wide"])
+def test_other_halves_are_none(option: str) -> None:
+    _, (hits, misses) = run(FuseRope(), lambda b, x: turned_by_halves(b, x, **{option: True}))
+    assert hits == 0 and len(misses) == (option == "swapped")

@@ -25,8 +25,9 @@ OPTIONAL = [step.name() for step in REWRITES if step.name() not in REQUIRED]
 ONLY = {
     "tabulate-positions": ("glm4",),
     "fuse-layer-norm": ("cohere",),
-    "fuse-moe": ("qwen3_moe",),
+    "fuse-moe": ("qwen3_moe", "gpt_oss"),
     "fuse-gated-delta": ("qwen3_next",),
+    "split-projections": ("qwen3_next", "gpt_neox", "deepseek_v2", "deepseek_v3"),
     **{name: ("deepseek_v3", "deepseek_v2") for name in ("fuse-neighbour-rope", "absorb-mla")},
 }
 # Passes that find nothing in a family, and why. Every other pass must hit.
@@ -34,10 +35,7 @@ NOTHING: dict[str, dict[str, str]] = {
     "qwen3_moe": {"fuse-gate-up": ""},
     "olmo2": {"fuse-qk-norm-rope": "the norm at %layers_0_self_attn_q_norm_rms_norm spans all heads, not one"},
     "stablelm": {"fuse-rms-norm": "", "fuse-add-rms-norm": ""},
-    "qwen3_next": {
-        "fuse-qkv": "query, key and value do not come from three projections",
-        "fuse-qk-norm-rope": "%layers_1_self_attn_slice_16 is not a part of one fused projection",
-    },
+    "gpt_oss": {"fuse-gate-up": ""},
     "phi3": {
         "fuse-qkv": "query, key and value do not come from three projections",
     },
@@ -49,8 +47,6 @@ NOTHING: dict[str, dict[str, str]] = {
     "gpt_neox": {
         "fuse-rms-norm": "",
         "fuse-add-rms-norm": "",
-        "fuse-qkv": "query, key and value do not come from three projections",
-        "fuse-qk-norm-rope": "%layers_0_attention_transpose_11 is not a part of one fused projection",
         "fuse-gate-up": "expected aten.mul.Tensor, found %layers_0_mlp_dense_4h_to_h_linear_2 (xllm.linear.default)",
     },
     **{name: {"fuse-rope": "", "fuse-qkv": "", "fuse-qk-norm-rope": ""} for name in ("deepseek_v2", "deepseek_v3")},

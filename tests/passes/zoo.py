@@ -48,6 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
     "glm4": {"head_dim": 8},
     "cohere": {"use_qk_norm": True},
+    "gpt_oss": {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen3_moe": {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
     "deepseek_v2": {**_LATENT, "q_lora_rank": None},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 24},

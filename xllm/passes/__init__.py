@@ -27,6 +27,7 @@ from xllm.passes.fuse_rope import FuseRope
 from xllm.passes.fuse_sdpa import FuseSdpa
 from xllm.passes.plan_memory import PlanMemory
 from xllm.passes.schedule_streams import ScheduleStreams
+from xllm.passes.split_projections import SplitProjections
 from xllm.passes.tabulate_positions import TabulatePositions
 
 REWRITES: tuple[Pass, ...] = (
@@ -38,6 +39,7 @@ REWRITES: tuple[Pass, ...] = (
     FuseAddRmsNorm(),
     FuseRope(),
     AbsorbMla(),
+    SplitProjections(),
     FuseQkv(),
     FuseQkNormRope(),
     FuseGateUp(),

@@ -7,22 +7,24 @@ before:  %a = aten.mul(%t, %cos1)                     after:  %r = xllm.rope(%x,
 `%t` is `transpose(%x [T, H, D], 0, 1)` and `%cos1` is `unsqueeze(%cos [T, D], 0)`, as transformers lays heads out; the
 transpose that follows cancels with the one made here. A rotation of the first part of a head, joined with the rest,
 becomes a partial rotation. Neighbours in place of halves (`stack([-%t[1::2], %t[::2]], -1)`) give the interleaved form.
+Halves turned one by one, `cat([%a * %c - %b * %s, %b * %c + %a * %s], -1)`, read tables that hold each number once:
+these are doubled.
 Does not fire on other pairings of dimensions (they stay as they are and are reported), on halves or tables of another
 width, or when a half has another user.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx as fx
 
-from xllm.ir import Program
+from xllm.ir import Concat, Program, Weight
 from xllm.ir.build import prune
 from xllm.ir.program import arguments
 from xllm.ir.verify import same_type
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Var, is_call, match, sizes, undo_transposes
+from xllm.passes.rewrite import Editor, Miss, Num, Op, Var, is_call, is_weight, match, sizes, undo_transposes
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -42,7 +44,22 @@ def _rotation(partner: Op) -> Op:
     return Op((aten.add.Tensor,), (Op((aten.mul.Tensor,), (t, cos), commutes=True), turned), commutes=True)
 
 
+def _times(half: Op, table: Var) -> Op:
+    return Op((aten.mul.Tensor,), (half, table), commutes=True)
+
+
 ROPE, INTERLEAVED = _rotation(_HALVES), _rotation(_NEIGHBOURS)
+_A, _B = replace(_LOW, shared=True), replace(_HIGH, shared=True)
+BY_HALVES = Op(
+    (aten.cat.default,),
+    (
+        [
+            Op((aten.sub.Tensor,), (_times(_A, cos), _times(_B, sin))),
+            Op((aten.add.Tensor,), (_times(_B, cos), _times(_A, sin)), commutes=True),
+        ],
+        -1,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,12 @@ class FuseRope(Pass):
     kind: ClassVar[Literal["rewrite", "plan"]] = "rewrite"
 
     def run(self, program: Program, context: Context) -> Outcome:
-        editor = Editor(program)
+        editor, doubled = Editor(program), {}
         for node in list(program.calls()):
             if node.target is aten.neg.default:
                 self._fuse(editor, node)
+            elif node.target is aten.sub.Tensor:
+                self._fuse_halves(editor, node, doubled)
         prune(program)
         for node in list(program.calls()):
             if node.target is aten.cat.default:
@@ -75,6 +94,22 @@ class FuseRope(Pass):
                 if binds is not None:
                     return self._replace(editor, root, binds)
         editor.miss(anchor, miss.why or "a negated half that no rotation uses")
+
+    def _fuse_halves(self, editor: Editor, difference: fx.Node, doubled: dict[fx.Node, fx.Node]) -> None:
+        """`difference` is the first half of what a rotation gives; the root is the join above it. doubled: the tables
+        made so far, by those they were made of.
+        """
+        miss = Miss()
+        for root in difference.users:
+            if is_call(root, aten.cat.default) and (binds := match(BY_HALVES, root, miss)) is not None:
+                for name in ("cos", "sin"):
+                    half = _row_table(binds[name])
+                    if half is None or sizes(half)[-1] != binds["half"]:
+                        return editor.miss(root, "its tables do not hold one number for each pair")
+                    binds[name] = doubled[half] = doubled.get(half) or _doubled(editor, half)
+                return self._replace(editor, root, binds)
+        if miss.depth > 3:  # differences of other things are no near misses
+            editor.miss(difference, miss.why)
 
     def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
         heads_first: fx.Node = binds["t"]
@@ -101,8 +136,22 @@ def _seen(join: fx.Node) -> list[fx.Node]:
     return list(join.users) if is_call(join, aten.stack.default) else [join]
 
 
+def _doubled(editor: Editor, half: fx.Node) -> fx.Node:
+    """Rows [T, D / 2] twice side by side: rows of a wider table, or a join made where the rows are."""
+    table = arguments(half)[0] if is_call(half, xllm.rows.default) else None
+    with editor.program.graph.inserting_after(half):
+        if not is_weight(table):
+            return editor.emit(aten.cat.default, [half, half], -1, like=half)
+        held = editor.program.weights[str(table.target)]
+        weight = Weight((held.shape[0], 2 * held.shape[1]), Concat((held.rule, held.rule), axis=1))
+        wide = editor.weight(f"{table.target}_twice", weight)
+        return editor.emit(xllm.rows.default, wide, arguments(half)[1], like=half)
+
+
 def _row_table(value: fx.Node) -> fx.Node | None:
-    """[T, D] behind unsqueeze(·, 0) or reshape(·, [1, T, D])."""
+    """[T, D] as it is, or behind unsqueeze(·, 0) or reshape(·, [1, T, D])."""
+    if len(sizes(value)) == 2:
+        return value
     if is_call(value, aten.unsqueeze.default, aten.reshape.default):
         source = arguments(value)[0]
         if sizes(value) == (1, *sizes(source)):
