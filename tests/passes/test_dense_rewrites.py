@@ -11,7 +11,7 @@ import torch.fx as fx
 from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, heads, xllm
 from tests.passes.test_near_misses import run
 from xllm.ir import Constant, Weight
-from xllm.ir.program import rule_text
+from xllm.ir.weight_rules import rule_text
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_rms_norm import FuseRmsNorm

@@ -23,7 +23,8 @@ import torch
 import torch.fx as fx
 
 from xllm.ir import Concat, Constant, Permute, Program, Reshape, Slice, Weight, WeightRule
-from xllm.ir.program import arguments, evaluate
+from xllm.ir.program import arguments
+from xllm.ir.weight_rules import evaluate
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.rewrite import Editor, is_call, is_weight, sizes, undo_transposes
 
