@@ -8,7 +8,7 @@ given; nothing else in an artifact can be called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,12 @@ import xllm.ir.dialect  # noqa: F401  # registers the xllm operators
 from xllm.artifact import ArtifactError, MappedWeights
 from xllm.ir.effects import runs_alone
 from xllm.plan import Bucket, Call, Plan
+from xllm.targets.arrays import StepArrays, array_at
 from xllm.targets.base import Extent
 
 # One thread: torch shares its sums by their number, and the same bits are promised for any.
 torch.set_num_threads(1)
 _NAMESPACES = ("aten", "xllm")
-_NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
-
-
-class StepArrays(Protocol):
-    """What a call needs of a step."""
-
-    @property
-    def ids(self) -> np.ndarray: ...
-    @property
-    def positions(self) -> np.ndarray: ...
-    @property
-    def last(self) -> np.ndarray: ...
 
 
 class TorchCall:
@@ -60,7 +49,7 @@ class TorchCall:
             name = reference[1:]
             held = self._plan.buffers[name]
             shape = [_at(size, sizes) for size in held.shape]
-            np.copyto(self._array(self._bucket.offsets[name], shape, held.dtype), value.numpy())
+            np.copyto(array_at(self._arena, self._bucket.offsets[name], shape, held.dtype), value.numpy())
 
     def _value(self, operand: Mapping[str, Any], step: StepArrays | None, sizes: Mapping[str, int]) -> Any:
         if "ref" in operand:
@@ -85,12 +74,7 @@ class TorchCall:
             return getattr(step, name).reshape(shape)
         if kind == "@":
             return self._weights.array(self._plan.weights[name]).reshape(shape).copy()
-        return self._array(self._bucket.offsets[name], shape, dtype)
-
-    def _array(self, offset: int, shape: list[int], dtype: str) -> np.ndarray:
-        kind = np.dtype(_NUMPY[dtype])
-        size = int(np.prod(shape)) * kind.itemsize
-        return self._arena[offset : offset + size].view(kind).reshape(shape)
+        return array_at(self._arena, self._bucket.offsets[name], shape, dtype)
 
 
 def find_operator(name: str) -> Callable[..., Any] | Any:

@@ -7,27 +7,15 @@ numpy arrays over the arena and the mapped weights; only its results can be writ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from xllm import extensions
 from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.plan import Bucket, Call, Plan
+from xllm.targets.arrays import StepArrays, array_at
 from xllm.targets.base import Extent
-
-_NUMPY = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
-
-
-class StepArrays(Protocol):
-    """What a call needs of a step."""
-
-    @property
-    def ids(self) -> np.ndarray: ...
-    @property
-    def positions(self) -> np.ndarray: ...
-    @property
-    def last(self) -> np.ndarray: ...
 
 
 def kernels_of(artifact: Artifact, named: Sequence[str]) -> dict[str, Callable[..., None]]:
@@ -100,8 +88,6 @@ class ModuleCall:
         if reference[:1] == "$":
             array = getattr(step, name).reshape(shape).view()
         else:
-            kind = np.dtype(_NUMPY[operand["dtype"]])
-            start = self._bucket.offsets[name]
-            array = self._arena[start : start + int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape)
+            array = array_at(self._arena, self._bucket.offsets[name], shape, operand["dtype"])
         array.flags.writeable = reference in self._call.results
         return array

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "activation.h"
+#include "arithmetic.h"
 #include "common.h"
 
 namespace XK_LEVEL {
@@ -54,18 +55,6 @@ struct Each {
     for (float &l : lane) l = (float)f((double)l);
     return load(lane);
   }
-};
-struct Add {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a + b; }
-};
-struct Sub {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a - b; }
-};
-struct Mul {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a * b; }
-};
-struct Div {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a / b; }
 };
 
 const char *check(const Call &c) { return c.ints[0] < 1 ? "width must be positive" : nullptr; }

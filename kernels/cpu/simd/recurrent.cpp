@@ -4,8 +4,8 @@
 // a prompt was cut. At position 0 the state is zero, whatever the memory holds.
 #include <math.h>
 
+#include "activation.h"
 #include "common.h"
-#include "vmath.h"
 
 namespace XK_LEVEL {
 namespace {
@@ -34,18 +34,6 @@ constexpr int64_t kBlock = 256;  // channels of a unit
 
 struct Same {
   XK_INLINE f32x16 of(f32x16 x) { return x; }
-};
-struct Silu {
-  XK_INLINE f32x16 of(f32x16 x) { return x / (set1(1.0f) + exp(zero() - x)); }
-};
-struct Gelu {
-  XK_INLINE f32x16 of(f32x16 x) { return set1(0.5f) * x * (set1(1.0f) + erf(x * set1(0.707106781f))); }
-};
-struct GeluTanh {
-  XK_INLINE f32x16 of(f32x16 x) {
-    const f32x16 inner = fma(x * x * x, set1(0.044715f), x) * set1(0.797884561f);
-    return set1(0.5f) * x * (set1(1.0f) + tanh(inner));
-  }
 };
 
 const char *check(const Call &c) {
@@ -217,10 +205,10 @@ constexpr const char *kInts =
 
 const Kernel recurrent_kernels[] = {
     {"causal_conv.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units, conv::run<conv::Same>},
-    {"causal_conv_silu.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units, conv::run<conv::Silu>},
-    {"causal_conv_gelu.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units, conv::run<conv::Gelu>},
+    {"causal_conv_silu.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units, conv::run<Silu>},
+    {"causal_conv_gelu.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units, conv::run<Gelu>},
     {"causal_conv_gelu_tanh.f32", conv::kArgs, conv::kInts, "", conv::check, conv::scratch, conv::units,
-     conv::run<conv::GeluTanh>},
+     conv::run<GeluTanh>},
     {"gated_delta.f32", "q k v decay beta a_log? dt_bias? out", delta::kInts, "scale eps beta_scale", delta::check,
      delta::scratch, delta::units, delta::run},
     {},

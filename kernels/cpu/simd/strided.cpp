@@ -2,6 +2,8 @@
 // broadcast.
 #include "strided.h"
 
+#include "arithmetic.h"
+
 #include <string.h>
 
 namespace XK_LEVEL {
@@ -67,19 +69,6 @@ void run_concat(const Call &c, const Step &s, int64_t unit, uint8_t *) {
 }
 
 // --- arithmetic: a, b, out; n0 n1 n2, the views of a, b and out, scaled. An operand that is none is the number beside it. ---
-
-struct Add {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a + b; }
-};
-struct Sub {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a - b; }
-};
-struct Mul {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a * b; }
-};
-struct Div {
-  XK_INLINE f32x16 of(f32x16 a, f32x16 b) { return a / b; }
-};
 
 template <class F>
 void run_strided(const Call &c, const Step &s, int64_t unit, uint8_t *) {

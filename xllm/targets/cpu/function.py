@@ -14,11 +14,11 @@ import numpy as np
 from xllm.artifact import Artifact, ArtifactError, Progress
 from xllm.kernels import cpu
 from xllm.plan import Plan, Port
+from xllm.targets.arrays import KINDS, array_at
 from xllm.targets.base import Extent
 from xllm.targets.cpu.bounds import check_function
 from xllm.targets.cpu.executor import allocate, usable_level
 
-DTYPES = {"float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
 MAX_BOUND = 64  # sets of sizes kept bound
 Piece = Callable[[], None]
 
@@ -66,9 +66,8 @@ class CpuFunction:
             self._runner.close()
 
     def _view(self, port: Port, sizes: Mapping[str, int]) -> np.ndarray:
-        dtype, shape = np.dtype(DTYPES[self._plan.buffers[port.buffer].dtype]), _shape(port, sizes)
-        start = self._bucket.offsets[port.buffer]
-        return self._arena[start : start + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+        dtype = self._plan.buffers[port.buffer].dtype
+        return array_at(self._arena, self._bucket.offsets[port.buffer], _shape(port, sizes), dtype)
 
     def _pieces(self, sizes: dict[str, int]) -> tuple[Piece, ...]:
         key = tuple(sizes.values())
@@ -134,7 +133,7 @@ def sizes_of(plan: Plan, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, port in plan.inputs.items():
         array, dtype = inputs[name], plan.buffers[port.buffer].dtype
-        if not isinstance(array, np.ndarray) or array.dtype != np.dtype(DTYPES[dtype]):
+        if not isinstance(array, np.ndarray) or array.dtype != np.dtype(KINDS[dtype]):
             raise InputError(f"input {name!r} is {getattr(array, 'dtype', type(array).__name__)}, not {dtype}")
         if array.ndim != len(port.shape):
             raise InputError(f"input {name!r} has {array.ndim} dimensions, not {len(port.shape)}")
