@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 DECODER: dict[str, Any] = {**SMALL, "vocab_size": 99, "num_key_value_heads": 2, "head_dim": 8}
 TEXT = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "seq"}}
 IMAGE = {"pixel_values": {0: "batch"}}
+# Opset, and the dims.
+MODELS = {
+    "vit": (18, ("batch",)),
+    "siglip": (18, ("batch",)),
+    "bert": (23, ("batch", "seq")),
+    "qwen3": (18, ("batch", "seq")),
+    "llama-past": (20, ("batch", "seq", "total", "past")),
+}
 PAST = ("k0", "v0", "k1", "v1")
 
 
@@ -77,6 +87,19 @@ def feeds(name: str, batch: int, seq: int, past: int = 3) -> dict[str, np.ndarra
     elif batch > 1:
         made["attention_mask"][1, -2:] = 0
     return made
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="xllm-onnx-")
+
+
+@cache
+def exported(name: str) -> Path:
+    """The model as torch writes it for its opset, once per test run; treat the file as read-only."""
+    folder = Path(_folder().name) / name
+    folder.mkdir()
+    return export(name, MODELS[name][0], folder)
 
 
 def export(name: str, opset: int, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -36,7 +37,11 @@ def mutated(program: Program, rng: random.Random, changes: int) -> Program | Non
 
 
 def escape(program: Program, rng: random.Random) -> bool:
-    """A value gets one more user: its mean over everything but the tokens joins the step's last rows."""
+    """A value gets one more user: its mean over everything but the tokens joins the step's last rows; or it is one more
+    result of a function.
+    """
+    if program.is_function:
+        return _further_result(program, rng)
     rows = _last_rows(program)
     tokens = program.input("ids").meta["val"].shape[0]
     choices = [node for node in _values(program) if node.meta["val"].dim() and node.meta["val"].shape[0] == tokens]
@@ -49,6 +54,18 @@ def escape(program: Program, rng: random.Random) -> bool:
         mean = emit(program, aten.mean.dim, (flat, [-1], True), like=rows)
         total = emit(program, aten.add.Tensor, (target, mean), like=rows)
     rows.args = (total, index)
+    return True
+
+
+def _further_result(program: Program, rng: random.Random) -> bool:
+    output, value = program.output(), rng.choice(_values(program))
+    held: Any = output.args[0]
+    if value in held:
+        return False
+    results = (*held, value)
+    output.args = (results,)
+    output.meta["val"] = tuple(node.meta["val"] for node in results)
+    program.outputs = (*program.outputs, f"further_{len(results)}")
     return True
 
 

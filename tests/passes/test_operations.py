@@ -45,7 +45,7 @@ def test_a_view_of_a_weight_or_an_input_is_that_weight_or_input() -> None:
 def test_literals_that_json_cannot_spell() -> None:
     def body(b: Builder, x: fx.Node) -> fx.Node:
         floor = b.call(aten.clamp.default, x, float("-inf"), float("inf"))  # no kernel: its bounds are no numbers
-        made = b.call(aten.full.default, [HIDDEN], 2.0, dtype=torch.float32, device=torch.device("meta"))
+        made = b.call(aten.full.default, [HIDDEN], float("inf"), dtype=torch.float32, device=torch.device("meta"))
         return b.call(aten.mul.Tensor, floor, made)
 
     plan = compiled(body)

@@ -14,6 +14,9 @@ from xllm.passes.base import Context, Outcome, Pass, Record, run_pipeline, with_
 from xllm.passes.canonicalize import Canonicalize
 from xllm.passes.choose_buckets import ChooseBuckets
 from xllm.passes.choose_kernels import ChooseKernels
+from xllm.passes.fold_indices import FoldIndices
+from xllm.passes.fold_weights import FoldWeights
+from xllm.passes.fuse_activation import FuseActivation
 from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_gated_delta import FuseGatedDelta
@@ -49,9 +52,15 @@ REWRITES: tuple[Pass, ...] = (
 # What a function goes through: the rewrites that do not look for the state of a step.
 FUNCTION_REWRITES: tuple[Pass, ...] = (
     Canonicalize(),
+    FoldWeights(),
+    FoldIndices(),
+    FuseActivation(),
     FuseLayerNorm(),
     FuseRmsNorm(),
+    FuseAddRmsNorm(),
+    FuseRope(),
     FuseSdpa(),
+    FuseGateUp(),
 )
 PLANS: tuple[Pass, ...] = (
     ChooseKernels(),

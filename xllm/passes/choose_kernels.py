@@ -84,7 +84,7 @@ class ChooseKernels(Pass):
         refused: list[tuple[str, str]] = []
         for provider in (*context.providers, context.target):
             answer = provider.lower(operation, kv, context.weights_dtype)
-            if isinstance(answer, Lowering) and answer.extents and not function:
+            if isinstance(answer, Lowering) and not function and (answer.extents or not _linear(answer.rows)):
                 answer = Refusal("its sizes or strides depend on more than one dim, as they may in functions only")
             if isinstance(answer, Lowering):
                 if answer.cost == Cost():
@@ -93,6 +93,10 @@ class ChooseKernels(Pass):
             if answer is not None:
                 refused.append((provider.name, answer.why))
         return Choice("torch", operation, fallback(operation), tuple(refused))
+
+
+def _linear(rows: Extent) -> bool:
+    return not any("*" in name for name in rows.terms)
 
 
 def fallback(operation: Operation) -> Lowering:

@@ -3,8 +3,8 @@
 before:  %s = aten.add(%h, %x)                     after:  %n, %s = xllm.add_rms_norm(%x, %h, @weight, eps=1e-06)
          %n = xllm.rms_norm(%s, @weight, eps=1e-06)
 
-The sum stays available to its other users. Does not fire when the two sides differ in shape, when one of them is scaled
-or a number, or when the norm is over heads.
+The sum stays available to its other users. Does not fire when the two sides differ in shape, or when one of them is
+scaled or a number.
 """
 
 import operator
@@ -18,7 +18,7 @@ from xllm.ir import Program
 from xllm.ir.program import arguments
 from xllm.ir.verify import type_key
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, is_call, sizes
+from xllm.passes.rewrite import Editor, is_call
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -44,8 +44,6 @@ class FuseAddRmsNorm(Pass):
             return editor.miss(norm, f"the sum scales {other.name}")
         if type_key(one.meta["val"]) != type_key(other.meta["val"]):
             return editor.miss(norm, f"the sum broadcasts {one.name} and {other.name}")
-        if len(sizes(total)) != 2:
-            return editor.miss(norm, "the norm is over heads, not over rows of the step")
         branch, residual = (one, other) if is_call(one, xllm.linear.default) else (other, one)
         # At the first use of the sum, which lies in the layer of the norm even where the sum closes the layer before.
         users = set(total.users)

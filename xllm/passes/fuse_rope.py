@@ -5,10 +5,11 @@ before:  %a = aten.mul(%t, %cos1)                     after:  %r = xllm.rope(%x,
          %r = aten.add(%a, %h * %sin1)
 
 `%t` is `transpose(%x [T, H, D], 0, 1)` and `%cos1` is `unsqueeze(%cos [T, D], 0)`, as transformers lays heads out; the
-transpose that follows cancels with the one made here. A rotation of the first part of a head, joined with the rest,
-becomes a partial rotation. Neighbours in place of halves (`stack([-%t[1::2], %t[::2]], -1)`) give the interleaved form.
-Halves turned one by one, `cat([%a * %c - %b * %s, %b * %c + %a * %s], -1)`, read tables that hold each number once:
-these are doubled.
+transpose that follows cancels with the one made here. In functions `%t` is [B, H, L, D] or [B, L, H, D] and the tables
+are [1 or B, 1, L, D] or [1 or B, L, 1, D]: rows are B L tokens, and a table for all of them is made once. A rotation of
+the first part of a head, joined with the rest, becomes a partial rotation. In a step, neighbours in place of halves
+(`stack([-%t[1::2], %t[::2]], -1)`) give the interleaved form, and halves turned one by one,
+`cat([%a * %c - %b * %s, %b * %c + %a * %s], -1)`, read tables that hold each number once: these are doubled.
 Does not fire on other pairings of dimensions (they stay as they are and are reported), on halves or tables of another
 width, or when a half has another user.
 """
@@ -24,10 +25,23 @@ from xllm.ir.build import prune
 from xllm.ir.program import arguments
 from xllm.ir.verify import same_type
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, Miss, Num, Op, Var, is_call, is_weight, match, sizes, undo_transposes
+from xllm.passes.rewrite import (
+    Editor,
+    Miss,
+    Num,
+    Op,
+    Var,
+    is_call,
+    is_weight,
+    match,
+    shape_arguments,
+    sizes,
+    undo_transposes,
+)  # fmt: skip
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
+_SWAP = [0, 2, 1, 3]  # heads and tokens change places
 t, cos, sin = Var("t"), Var("cos"), Var("sin")
 
 _LOW = Op((aten.slice.Tensor,), (t, -1, Num(equals=0), Num("half")))
@@ -113,6 +127,8 @@ class FuseRope(Pass):
 
     def _replace(self, editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
         heads_first: fx.Node = binds["t"]
+        if len(sizes(heads_first)) == 4:
+            return _in_batches(editor, root, binds)
         cos_row, sin_row = _row_table(binds["cos"]), _row_table(binds["sin"])
         shape, interleaved = sizes(heads_first), "half" not in binds
         paired = len(shape) == 3 and binds["end"] >= shape[2]
@@ -129,6 +145,70 @@ class FuseRope(Pass):
             back = editor.emit(aten.transpose.int, turned, 0, 1, like=root)
         root.replace_all_uses_with(back)
         editor.hit(turned)
+
+
+def _in_batches(editor: Editor, root: fx.Node, binds: dict[str, Any]) -> None:
+    """The rotation of a function: tokens of all batches as rows."""
+    t, cos, sin = (binds[name] for name in ("t", "cos", "sin"))
+    width, tables = sizes(t)[3], sizes(cos)
+    if "half" not in binds or (2 * binds["half"], binds["end"]) != (width, width) or len(tables) != 4:
+        return editor.miss(root, "the halves or the tables are not those of a plain rotation")
+    axis = 2 if tables[1] == 1 else 1  # of the tokens
+    batch, length = sizes(t)[0], sizes(t)[axis]
+    fits = sizes(sin) == tables and tables[3 - axis] == 1 and tables[3] == width
+    if not fits or str(tables[axis]) != str(length) or (tables[0] != 1 and str(tables[0]) != str(batch)):
+        return editor.miss(root, f"tables of {list(tables)} do not rotate {list(sizes(t))}")
+    if (whole := _rest(root, t)) is not None:
+        root, t = next(iter(root.users)), whole
+    shape = [batch, length, sizes(t)[3 - axis], sizes(t)[3]]
+    rows = [_rows(editor, table, batch, axis) for table in (cos, sin)]
+    wanted = shape_arguments(editor, shape)
+    if wanted is None or None in rows:
+        return editor.miss(root, "its sizes cannot be read off the inputs")
+    with editor.before(root):
+        if axis == 2:
+            turned = is_call(t, aten.permute.default) and t.args[1] == _SWAP
+            t = arguments(t)[0] if turned else editor.emit(aten.permute.default, t, _SWAP, like=root)
+        flat = editor.emit(aten.reshape.default, t, [-1, *shape[2:]], like=root)
+        rotated = editor.emit(xllm.rope.default, flat, *rows, width, False, like=root)
+        made = editor.emit(aten.reshape.default, rotated, wanted, like=root)
+        if axis == 2:
+            made = editor.emit(aten.permute.default, made, _SWAP, like=root)
+    root.replace_all_uses_with(made)
+    editor.hit(rotated)
+
+
+def _rest(root: fx.Node, t: fx.Node) -> fx.Node | None:
+    """The value of whose first numbers `t` are, where the rotated ones are joined with its others, and only that."""
+    cat = next(iter(root.users), None)
+    if len(root.users) != 1 or not is_call(cat, aten.cat.default) or not is_call(t, aten.slice.Tensor):
+        return None
+    whole, *ends = arguments(t)
+    rest = arguments(cat)[0][-1]
+    kept = is_call(rest, aten.slice.Tensor) and arguments(rest) == (whole, -1, ends[2], sizes(whole)[-1])
+    joined = len(arguments(cat)[0]) == 2 and arguments(cat)[0][0] is root and kept and ends[:2] == [-1, 0]
+    return whole if joined and same_type(cat.meta["val"], whole.meta["val"]) else None
+
+
+def _rows(editor: Editor, table: fx.Node, batch: Any, axis: int) -> fx.Node | None:
+    """[B L, R] of a table, made where the table is, once for all that read it."""
+    count, width = sizes(table)[0], sizes(table)[3]
+    many, length = shape_arguments(editor, [batch, sizes(table)[axis], width]), sizes(table)[axis]
+    short = shape_arguments(editor, [count, length, width])
+    for user in table.users:
+        held = next((one for one in user.users if is_call(one, aten.expand.default)), user)
+        done = next(
+            (one for one in held.users if is_call(one, aten.reshape.default) and one.args[1] == [-1, width]), None
+        )
+        if is_call(user, aten.reshape.default) and done is not None:
+            return done
+    if many is None or short is None:
+        return None
+    with editor.before(table.next):
+        row = editor.emit(aten.reshape.default, table, short, like=table)
+        if str(count) != str(batch):
+            row = editor.emit(aten.expand.default, row, [many[0], -1, -1], like=table)
+        return editor.emit(aten.reshape.default, row, [-1, width], like=table)
 
 
 def _seen(join: fx.Node) -> list[fx.Node]:

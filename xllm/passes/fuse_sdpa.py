@@ -26,10 +26,12 @@ from xllm.ir import Program
 from xllm.ir.program import arguments
 from xllm.ir.weight_rules import Constant
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.passes.rewrite import Editor, is_call, is_weight, sizes
+from xllm.passes.fold_indices import counted
+from xllm.passes.rewrite import Editor, is_call, is_weight, sizes, unscaled
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
+_LOWEST = float(np.finfo(np.float32).min)
 _SWAP = [0, 2, 1, 3]  # heads and tokens change places
 
 
@@ -62,19 +64,19 @@ class FuseSdpa(Pass):
         mask, product, scale = None, scores, 1.0
         if is_call(scores, aten.add.Tensor) and not scores.kwargs:
             product, mask = _product_first(*arguments(scores))
-        product, scale = _unscaled(product)
+        product, scale = unscaled(product)
         if not is_call(product, aten.matmul.default):
             return editor.miss(softmax, f"its scores are not a product of queries and keys, but %{product}")
         if len(product.users) != 1 or len(scores.users) != 1:
             return editor.miss(softmax, "its scores are read by others too")
-        (q, by_query), (turned, by_key) = (_unscaled(part) for part in arguments(product))
+        (q, by_query), (turned, by_key) = (unscaled(part) for part in arguments(product))
         keys = _turned(turned)
         if keys is None:
             return editor.miss(softmax, "its keys are not turned round by a permute")
-        (k, tokens_first), v = keys, arguments(root)[1]
+        (k, order), v = keys, arguments(root)[1]
         with editor.before(root):
-            if tokens_first:
-                k = editor.emit(aten.permute.default, k, _SWAP, like=root)
+            if order:
+                k = editor.emit(aten.permute.default, k, order, like=root)
             self._replace(editor, root, (q, k, v), mask, scale * by_query * by_key)
 
     def _replace(self, editor: Editor, root: fx.Node, given: tuple[fx.Node, ...], mask: Any, scale: float) -> None:
@@ -121,21 +123,11 @@ def _constant(program: Program, node: Any) -> float | None:
 
 
 def _product_first(one: Any, other: Any) -> tuple[Any, Any]:
-    return (one, other) if is_call(_unscaled(one)[0], aten.matmul.default) else (other, one)
+    return (one, other) if is_call(unscaled(one)[0], aten.matmul.default) else (other, one)
 
 
-def _unscaled(node: Any) -> tuple[Any, float]:
-    """What a value is a multiple of, and how often."""
-    scale = 1.0
-    while is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float) and not node.kwargs:
-        factor = float(node.args[1])
-        scale = scale * factor if node.target is aten.mul.Tensor else scale / factor
-        node = node.args[0]
-    return node, scale
-
-
-def _turned(node: Any) -> tuple[fx.Node, bool] | None:
-    """The keys [B, H, S, D] behind [B, H, D, S], or the [B, S, H, D] behind it, and which of the two."""
+def _turned(node: Any) -> tuple[fx.Node, list[int]] | None:
+    """What the keys [B, H, S, D] behind [B, H, D, S] are a permutation of, and which; none if it is empty."""
     rank = len(sizes(node))
     if is_call(node, aten.reshape.default) and rank == 4:
         inner = arguments(node)[0]
@@ -143,16 +135,15 @@ def _turned(node: Any) -> tuple[fx.Node, bool] | None:
         whole = arguments(flat)[0] if is_call(flat, aten.reshape.default) else None
         batch, heads, width, tokens = sizes(node)
         if isinstance(whole, fx.Node) and sizes(whole) == (batch, heads, tokens, width):
-            return whole, False
+            return whole, []
         return None
     if is_call(node, aten.transpose.int) and {axis % rank for axis in arguments(node)[1:]} == {rank - 1, rank - 2}:
-        return arguments(node)[0], False
+        return arguments(node)[0], []
     if not is_call(node, aten.permute.default):
         return None
     source, order = arguments(node)
-    if list(order) in ([0, 1, 3, 2], [0, 2, 1]):
-        return source, False
-    return (source, True) if list(order) == [0, 2, 3, 1] else None
+    straight = [*order[:-2], order[-1], order[-2]]
+    return source, [] if straight == sorted(straight) else straight
 
 
 def _unrepeated(node: fx.Node) -> fx.Node | None:
@@ -188,10 +179,34 @@ def _drop_mask(editor: Editor, node: fx.Node) -> None:
         mask = mask.args[0]
     if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool or hidden is None:
         return
+    rest = _behind_causal(node, mask)
+    causal = rest is not mask or node.args[6]
     if _shows_all(editor.program, mask):
         node.update_arg(3, None)
-    elif hidden == -np.inf:
-        node.update_arg(3, mask)
+    elif rest is None and hidden <= _LOWEST:  # every query sees itself, so that the lowest number hides like -inf
+        node.args = (*node.args[:3], None, *node.args[4:6], causal, node.args[7])
+    elif rest is not None and hidden == -np.inf:
+        while is_call(rest, aten.expand.default) and len(sizes(rest)) == len(sizes(arguments(rest)[0])):
+            rest = arguments(rest)[0]  # the operator repeats what is one
+        node.args = (*node.args[:3], rest, *node.args[4:6], causal, node.args[7])
+
+
+def _behind_causal(node: fx.Node, mask: fx.Node) -> fx.Node | None:
+    """What a mask asks beside that query i sees keys up to i + S - L; the mask itself where it does not ask that, None
+    where it asks nothing else."""
+    if is_call(mask, aten.logical_and.default):
+        for one, other in (arguments(mask), arguments(mask)[::-1]):
+            if _behind_causal(node, one) is None:
+                return other
+        return mask
+    if not is_call(mask, aten.le.Tensor, aten.ge.Tensor):
+        return mask
+    low, high = arguments(mask) if mask.target is aten.le.Tensor else arguments(mask)[::-1]
+    key, query = counted(low), counted(high)
+    tokens = 1 if node.args[7] else 2
+    ahead = sizes(node.args[1])[tokens] - sizes(node.args[0])[tokens]  # pyright: ignore[reportArgumentType]
+    causal = key and query and (key.axis, key.start, query.axis) == (-1, 0, -2) and str(query.start) == str(ahead)
+    return None if causal else mask
 
 
 def _shows_all(program: Program, mask: Any) -> bool:

@@ -8,7 +8,7 @@ there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -204,6 +204,41 @@ def is_weight(value: Any) -> TypeGuard[fx.Node]:
 def sizes(node: fx.Node) -> tuple[Any, ...]:
     """Shape of a value."""
     return tuple(node.meta["val"].shape)
+
+
+def unscaled(node: Any) -> tuple[Any, float]:
+    """What a value is a multiple of, and how often."""
+    scale = 1.0
+    while is_call(node, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
+        if not isinstance(node.args[1], int | float) or node.kwargs:
+            break
+        factor = float(node.args[1])
+        scale = scale * factor if node.target is torch.ops.aten.mul.Tensor else scale / factor
+        node = node.args[0]
+    return node, scale
+
+
+def shape_arguments(editor: Editor, shape: Sequence[Any]) -> list[Any] | None:
+    """A shape of a function as arguments: -1 for the only size that is not a number, else the nodes that read sizes off
+    the inputs, and -1 for one that is none of theirs. None where there are more of those.
+    """
+    if sum(not isinstance(size, int) for size in shape) <= 1:
+        return [size if isinstance(size, int) else -1 for size in shape]
+    read = [size if isinstance(size, int) else _read_size(editor.program, size) for size in shape]
+    return [-1 if size is None else size for size in read] if read.count(None) <= 1 else None
+
+
+def _read_size(program: Program, size: Any) -> fx.Node | None:
+    """The node that reads a size off an input, in front of all calls."""
+    for node in program.inputs():
+        axes = [axis for axis, held in enumerate(sizes(node)) if str(held) == str(size)]
+        if axes:
+            first = next(iter(program.calls()))
+            if is_call(first, torch.ops.aten.sym_size.int) and first.args == (node, axes[0]):
+                return first
+            with program.graph.inserting_before(first):
+                return emit(program, torch.ops.aten.sym_size.int, (node, axes[0]), like=node)
+    return None
 
 
 def undo_transposes(node: fx.Node) -> bool:

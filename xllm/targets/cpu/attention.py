@@ -12,7 +12,6 @@ from xllm.targets.cpu.rules import (
     SUFFIX,
     Reach,
     Rule,
-    every_token,
     ints,
     kv_place,
     last_dim,
@@ -21,7 +20,7 @@ from xllm.targets.cpu.rules import (
 
 def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
     x = op.args["x"]
-    if not every_token(x) or len(x.shape) != 3:
+    if x.kind != "value" or len(x.shape) != 3:
         return Refusal("it does not rotate [T, H, D]")
     heads, head_dim = ints(x.shape[1:])
     return Lowering(
@@ -33,7 +32,8 @@ def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal
             "rotary_dim": op.args["rotary_dim"],
             "interleaved": int(op.args["interleaved"]),
         },
-        cost=Cost(TOKENS.times(6 * x.width), TOKENS.times(8 * x.width)),
+        rows=x.rows,
+        cost=Cost(x.rows.times(6 * x.width), x.rows.times(8 * x.width)),
     )
 
 

@@ -17,7 +17,7 @@ PARTS = 8
 
 def plain(tensor: Any) -> TypeGuard[Tensor]:
     """Whether kernels may read a value in order, as what it is."""
-    held = isinstance(tensor, Tensor) and tensor.kind in ("value", "input", "weight")
+    held = isinstance(tensor, Tensor) and tensor.kind in ("value", "weight")
     return held and tensor.dtype in ELEMENT
 
 
