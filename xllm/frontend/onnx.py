@@ -26,6 +26,8 @@ OPERATORS: Mapping[str, Rule] = {
 }  # fmt: skip
 _DTYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.INT64: torch.int64,
            onnx.TensorProto.INT32: torch.int32, onnx.TensorProto.BOOL: torch.bool}  # fmt: skip
+_VIEWS = [getattr(torch.ops.aten, name).default for name in ("reshape", "permute", "expand", "clone")]
+_VIEWS += [torch.ops.aten.slice.Tensor]
 MAX_DIM = 1 << 24
 
 
@@ -52,6 +54,8 @@ def import_onnx(path: str | os.PathLike[str], dims: Mapping[str, int]) -> tuple[
 
 def _inputs(builder: Builder, file: OnnxFile) -> dict[str, Value]:
     values = {}
+    sizes = [size for value in file.graph.inputs if value.shape is not None for size in value.shape]
+    builder.dims_are(size.value for size in sizes if not isinstance(size, int) and isinstance(size.value, str))
     for value in file.graph.inputs:
         name = value.name or ""
         if name in file.tensors:  # an initializer that could be overridden: it is not
@@ -99,9 +103,10 @@ def _translate(builder: Builder, node: onnx_ir.Node, values: dict[str, Value], o
             f"{node.op_type} does not fit its inputs: {builder.named(str(error).partition(chr(10))[0])}",
             code="onnx-node", where=where,
         ) from error  # fmt: skip
-    names = [value.name for value in node.outputs if value.name]
-    if len(names) > len(results):
-        raise refuse(f"result {len(results) + 1} of {node.op_type} is not supported", code="onnx-operator", where=where)
+    beyond = next((place for place, value in enumerate(node.outputs) if value.name and place >= len(results)), None)
+    if beyond is not None:
+        named = onnx.defs.get_schema(node.op_type, opset, "").outputs[beyond].name
+        raise refuse(f"its result {named} is not supported", code="onnx-operator", where=f"{where} ({node.op_type})")
     for value, made in zip(node.outputs, results, strict=False):
         if len(made.shape) > MAX_RANK:
             raise refuse(f"{node.op_type} makes {len(made.shape)} dimensions", where=where)
@@ -130,7 +135,14 @@ def _outputs(builder: Builder, graph: onnx_ir.Graph, values: Mapping[str, Value]
     builder.at("")
     nodes, names = [], []
     for output in graph.outputs:
-        made = builder.node(values[output.name or ""])
+        made = builder.node(_checked(output, values[output.name or ""]))
+        root = made
+        while root.op == "call_function" and root.target in _VIEWS:
+            root = root.all_input_nodes[0]
+        if root.op == "get_attr":
+            raise refuse(
+                f"result {output.name!r} is the same for all inputs", code="onnx-results", try_="a model without it"
+            )
         if made.op != "call_function" or made in nodes:
             made = builder.call(torch.ops.aten.clone.default, made)
         nodes.append(made)
@@ -138,6 +150,26 @@ def _outputs(builder: Builder, graph: onnx_ir.Graph, values: Mapping[str, Value]
     node = builder.program.graph.output(tuple(nodes))
     node.meta = {"val": tuple(made.meta["val"] for made in nodes), "custom": {"path": "", "layer": None}}
     builder.program.outputs = tuple(names)
+
+
+def _checked(output: onnx_ir.Value, made: Value) -> Value:
+    """A result, if it is what the file says of its type and of the sizes that are numbers."""
+    kind = output.type.dtype if output.type is not None else None
+    said = _DTYPES.get(int(kind)) if kind is not None else made.dtype  # pyright: ignore[reportArgumentType]
+    if said is not made.dtype:
+        computed = str(made.dtype).removeprefix("torch.")
+        raise refuse(f"result {output.name!r} is said to be of {kind}, computed is {computed}", code="onnx-results")
+    claimed = list(output.shape) if output.shape is not None else list(made.shape)
+    fits = len(claimed) == len(made.shape) and all(
+        one == two
+        for one, two in zip(claimed, made.shape, strict=True)
+        if isinstance(one, int) and isinstance(two, int)
+    )
+    if not fits:
+        raise refuse(
+            f"result {output.name!r} is said to be {claimed}, computed is {list(made.shape)}", code="onnx-results"
+        )
+    return made
 
 
 def _check_named(program: Program, dims: Mapping[str, int]) -> None:

@@ -35,13 +35,27 @@ def folded(b: Builder, function: Callable[..., Any], *values: Value) -> np.ndarr
     held = [array for array in arrays if array is not None]
     if len(held) < len(values) or any(value.stored and value.shape for value in values):
         return None
-    return np.asarray(function(*held))
+    made = np.asarray(function(*held))
+    if any(array.dtype == object for array in held):
+        ones, counted = np.asarray(function(*(_at_one(b, array) for array in held))), _at_one(b, made)
+        if not np.array_equal(ones, counted):
+            raise refuse("it tells sizes of 1 from larger ones", code="onnx-shape")
+    return made
+
+
+def _at_one(b: Builder, array: np.ndarray) -> np.ndarray:
+    counted = [b.at_one(item) for item in array.flat]
+    return np.array(counted, dtype=array.dtype if array.dtype != object else None).reshape(array.shape)
 
 
 def _divided(one: Any, other: Any) -> Any:
+    """Quotients; of integers without what is behind the point. Sizes are not negative, and divide or are refused."""
     if one.dtype.kind == "f":
         return one / other
-    return np.asarray(np.floor_divide(one, other))
+    if object in (one.dtype, other.dtype):
+        return np.asarray(np.floor_divide(one, other))
+    below = (one % other != 0) & ((one < 0) != (other < 0))
+    return np.asarray(one // other + below, one.dtype)
 
 
 def _binary(target: Any, fold: Callable[..., Any] | None, commutes: bool, gives: torch.dtype | None = None) -> Rule:
@@ -112,8 +126,14 @@ def _pow(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list
     x, power = (given(value) for value in inputs)
     scalar = number(b, power)
     if scalar is None or len(power.shape) > len(x.shape):
-        return [b.emit(aten.pow.Tensor_Tensor, x, power)]
-    return [b.emit(aten.pow.Tensor_Scalar, x, int(scalar) if scalar == int(scalar) else scalar)]
+        return [_typed(b, b.emit(aten.pow.Tensor_Tensor, x, power), x.dtype)]
+    made = b.emit(aten.pow.Tensor_Scalar, x, int(scalar) if scalar == int(scalar) else scalar)
+    return [_typed(b, made, x.dtype)]
+
+
+def _typed(b: Builder, value: Value, dtype: torch.dtype) -> Value:
+    """Where torch gives a wider type than ONNX: the same in the type of the input."""
+    return value if value.dtype == dtype else b.emit(aten.to.dtype, value, dtype)
 
 
 def _unary(target: Any, *extra: Any) -> Rule:
@@ -148,6 +168,8 @@ def _clip(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> lis
         bounds.append(None if value is None else number(b, value))
         if value is not None and bounds[-1] is None:
             raise refuse("the bounds of a clip are computed")
+    if bounds == [None, None]:
+        return [given(inputs[0])]
     return [b.emit(aten.clamp.default, given(inputs[0]), *bounds)]
 
 
@@ -191,18 +213,25 @@ def _reduce(target: Any, fold: Callable[..., Any] | None = None) -> Rule:
         array = b.known(x) if x.node is None and not x.stored else None
         if fold is not None and array is not None:
             made = np.asarray(fold(array, axis=tuple(axes), keepdims=keep))
-            return [Value(x.dtype, made.shape, known=made)]
-        return [b.emit(target, x, [axis - len(x.shape) for axis in axes], keep)]
+            return [Value(x.dtype, made.shape, known=made if array.dtype == object else made.astype(array.dtype))]
+        counted = [axis - len(x.shape) for axis in axes]
+        if target is not aten.prod.dim_int:
+            return [_typed(b, b.emit(target, x, counted, keep), x.dtype)]
+        product = x
+        for axis in sorted(axes, reverse=True):
+            product = b.emit(target, product, axis, keep)
+        return [_typed(b, product, x.dtype)]
 
     return rule
 
 
 def _mod(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     one, other = (given(value) for value in inputs)
-    if (array := folded(b, operator.mod, one, other)) is not None:
+    c_like = bool(attributes.get("fmod", 0))
+    if (array := folded(b, np.fmod if c_like else operator.mod, one, other)) is not None:
         return [Value(one.dtype, array.shape, known=array)]
-    scalar = number(b, other)
-    target = aten.fmod if attributes.get("fmod", 0) else aten.remainder
+    scalar = number(b, other) if len(other.shape) <= len(one.shape) else None
+    target = aten.fmod if c_like else aten.remainder
     return [b.emit(target.Tensor, one, other) if scalar is None else b.emit(target.Scalar, one, scalar)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,11 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from xllm.frontend.onnx_file import OnnxCheckpoint, refuse
 from xllm.ir.build import emit_weight, fake_value
 from xllm.ir.program import Dim, Program, Weight
-from xllm.ir.weight_rules import Constant, Source, WeightRule
+from xllm.ir.weight_rules import Constant, Source, WeightRule, widen
 
 aten = torch.ops.aten
 MAX_KNOWN = 1 << 14  # elements of a tensor that is computed with here
 MAX_DIMS = 64
-_TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32,
-          np.dtype(np.bool_): torch.bool}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Builder:
     """The program in the making."""
 
     def __init__(self, name: str, tensors: OnnxCheckpoint, limits: Mapping[str, int]) -> None:
-        self.tensors, self._limits = tensors, limits
+        self.tensors, self._limits, self._plain = tensors, limits, frozenset[str]()
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False)
         self.program = Program(name, fx.Graph(), (), {}, {}, ())
@@ -60,6 +58,10 @@ class Builder:
         self._path = ""
 
     # --- inputs and sizes ---------------------------------------------------------------------------------------------
+
+    def dims_are(self, names: Iterable[str]) -> None:
+        """All that the inputs call their dims: a name may spell a sum of others."""
+        self._plain = frozenset(name for name in names if re.fullmatch(r"[^\W\d]\w*", name))
 
     def dim(self, name: str) -> Any:
         """The size an input's dimension `name` has: a symbol, or a sum or product of those its name spells."""
@@ -90,12 +92,13 @@ class Builder:
         return next((size for size in sizes if size not in self._hints), 4099 + len(self._hints))
 
     def _spelled(self, text: str) -> Any:
-        """A name like "past + seq" is what it says; any other text is a dim of its own, spelled in letters."""
+        """A name like "past + seq" is what it says where those are dims too; any other text is one of its own."""
         words = re.findall(r"\w+|[+*-]", text)
         if (
             len(text) > 200
             or "".join(words) != re.sub(r"\s+", "", text)
             or not re.fullmatch(r"\w+([+*-]\w+)*", "".join(words))
+            or not self._plain.issuperset(re.findall(r"\b[^\W\d]\w*", text))
         ):
             return self.dim(re.sub(r"\W+", "_", text).strip("_") or "dim")
         total: Any = 0
@@ -150,6 +153,13 @@ class Builder:
         node.meta = {"val": value, "custom": {"path": "", "layer": None}}
         return node
 
+    def at_one(self, size: Any) -> Any:
+        """A size, or a truth about sizes, where every dim is 1: what torch takes for granted of dims is from 2 on."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
     def named(self, text: str) -> str:
         return re.sub(r"\w+", lambda word: self.program.dim_symbols.get(word[0], word[0]), text)
 
@@ -163,7 +173,10 @@ class Builder:
         """A call; symbolic sizes among its arguments become nodes. Raises what the operator raises."""
         made = self.call(target, *args, **kwargs)
         value = made.meta["val"]
-        return Value(value.dtype, tuple(value.shape), made)
+        shape = tuple(value.shape)
+        if 0 in [size for size in shape if isinstance(size, int)] and all(isinstance(size, int) for size in shape):
+            return Value(value.dtype, shape, known=np.zeros(shape, str(value.dtype).removeprefix("torch.")))
+        return Value(value.dtype, shape, made)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """The node of a call, whatever it gives."""
@@ -202,16 +215,19 @@ class Builder:
                      for item in value.known.flat]  # fmt: skip
             return self.node(self.reshape(self.emit(aten.stack.default, parts), value.shape))
         array = value.known.astype(np.float32)
-        if not np.array_equal(array.astype(np.float64), value.known.astype(np.float64), equal_nan=True):
-            raise refuse(f"the constants {value.known.flat[0]}, … of {value.dtype} are not exact in float32")
-        if value.dtype == torch.float32 or value.shape:
+        exact = value.known.dtype.kind not in "iO" or _same(array, value.known.astype(np.int64))
+        if value.dtype == torch.float32 or (value.shape and exact):
             made = self.constant(array)
             return made if value.dtype == torch.float32 else self.call(aten.to.dtype, made, value.dtype)
-        return self.call(aten.full.default, [], value.known.item(), dtype=value.dtype, device=torch.device("meta"))
+        item = value.known.flat[0]
+        if not (value.known == item).all():
+            raise refuse(f"the constants {item}, … of {value.dtype} are not exact in float32")
+        item = item if isinstance(item, int) else item.item()
+        return self.call(aten.full.default, list(value.shape), item, dtype=value.dtype, device=torch.device("meta"))
 
     def constant(self, array: np.ndarray) -> fx.Node:
         name = next((held for held, other in self.program.constants.items()
-                     if other.shape == array.shape and np.array_equal(other, array, equal_nan=True)), "")  # fmt: skip
+                     if other.shape == array.shape and other.tobytes() == array.tobytes()), "")  # fmt: skip
         if not name:
             name = f"constant.{len(self.program.constants)}"
             self.program.constants[name] = np.ascontiguousarray(array)
@@ -223,7 +239,7 @@ class Builder:
     def known(self, value: Value) -> np.ndarray | None:
         """The value as an array, if it can be had now."""
         if value.known is None and value.stored and int(np.prod(value.shape)) <= MAX_KNOWN:
-            return self.tensors[value.stored]
+            return widen(self.tensors[value.stored])
         return value.known
 
     def fact(self, array: Any, dtype: torch.dtype = torch.int64) -> Value:
@@ -238,5 +254,5 @@ class Builder:
         return self.emit(aten.reshape.default, value, list(shape))
 
 
-def dtype_of(array: np.ndarray) -> torch.dtype:
-    return _TORCH[array.dtype]
+def _same(floats: np.ndarray, integers: np.ndarray) -> bool:
+    return bool((np.abs(floats) < 1 << 62).all() and (floats.astype(np.int64) == integers).all())

@@ -60,6 +60,8 @@ def _conv(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> lis
     kernel, stride = list(weight.shape[2:]), attributes.get("strides") or [1] * rank
     pads, dilation = attributes.get("pads") or [0] * (2 * rank), attributes.get("dilations") or [1] * rank
     groups, auto = attributes.get("group", 1), attributes.get("auto_pad", "NOTSET")
+    if list(attributes.get("kernel_shape", kernel)) != kernel:
+        raise refuse(f"kernel_shape {attributes['kernel_shape']} of weights {kernel}")
     if auto not in ("NOTSET", "VALID") or pads[:rank] != pads[rank:]:
         raise refuse(f"a convolution padded {auto if auto != 'NOTSET' else 'by ' + str(pads)}")
     cuts = kernel == list(stride) and not any(pads) and groups == 1 and set(dilation) == {1} and bool(weight.stored)
@@ -96,14 +98,24 @@ def _patches(b: Builder, x: Value, weight: Value, bias: Value | None, kernel: li
 def _layer_norm(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     x, weight = given(inputs[0]), given(inputs[1])
     bias = inputs[2] if len(inputs) > 2 else None
-    shape = x.shape[axis_of(attributes.get("axis", -1), len(x.shape)) :]
-    return [b.emit(aten.layer_norm.default, x, list(shape), weight, bias, attributes.get("epsilon", 1e-5))]
+    axis, eps = axis_of(attributes.get("axis", -1), len(x.shape)), _epsilon(attributes)
+    axes = [at - len(x.shape) for at in range(axis, len(x.shape))]
+    made = b.emit(aten.layer_norm.default, x, list(x.shape[axis:]), weight, bias, eps)
+    spread = b.emit(aten.add.Tensor, b.emit(aten.var.correction, x, axes, correction=0, keepdim=True), eps)
+    return [made, b.emit(aten.mean.dim, x, axes, True), b.emit(aten.rsqrt.default, spread)]
+
+
+def _epsilon(attributes: Attributes) -> float:
+    """What norms add; they are computed in float32, as ONNX does unless told otherwise."""
+    if (stash := attributes.get("stash_type", 1)) != 1:
+        raise refuse(f"stash_type {stash}", try_="1, float32")
+    return attributes.get("epsilon", 1e-5)
 
 
 def _rms_norm(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     x, weight = given(inputs[0]), given(inputs[1])
     axis = axis_of(attributes.get("axis", -1), len(x.shape))
-    eps = attributes.get("epsilon", 1e-5)
+    eps = _epsilon(attributes)
     if axis == len(x.shape) - 1 and weight.shape == x.shape[-1:]:
         return [b.emit(xllm.rms_norm.default, x, weight, eps)]
     axes = [at - len(x.shape) for at in range(axis, len(x.shape))]

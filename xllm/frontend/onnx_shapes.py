@@ -89,14 +89,28 @@ def _identity(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) ->
     return [given(inputs[0])]
 
 
+def _dropout(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
+    """The input, and a mask that keeps all of it."""
+    x, _, training = [*inputs, None, None][:3]
+    if training is not None and known(b, training, "training_mode").any():
+        raise refuse("training_mode is on", try_="a model exported for inference")
+    return [given(x), _filled(b, Value(torch.bool, (), known=np.array(True)), given(x).shape)]
+
+
 def _cast(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     x, to = given(inputs[0]), _CASTS.get(attributes["to"])
     if to is None:
         raise refuse(f"a cast to {onnx.TensorProto.DataType.Name(attributes['to'])}")
     if to == x.dtype:
         return [x]
+    # What ONNX counts in float64 is counted in float32 here, which holds fewer integers.
+    narrow = attributes["to"] == onnx.TensorProto.DOUBLE and not x.dtype.is_floating_point and x.dtype != torch.bool
     if (array := b.known(x)) is not None and (array.dtype != object or to in (torch.int64, torch.int32)):
-        return [Value(to, x.shape, known=array if array.dtype == object else array.astype(_NUMPY[to]))]
+        made = array if array.dtype == object else array.astype(_NUMPY[to])
+        if not narrow or (made.astype(np.int64) == array).all():
+            return [Value(to, x.shape, known=made)]
+    if narrow and (array is None or array.dtype != object):
+        raise refuse("a cast of integers to DOUBLE, which is computed in float32", try_="a cast to FLOAT")
     return [b.emit(aten.to.dtype, x, to)]
 
 
@@ -145,9 +159,8 @@ def _viewed(b: Builder, x: Value, shape: Sequence[Any]) -> Value:
 
 def _flatten(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     x = given(inputs[0])
-    axis = (
-        attributes.get("axis", 1) % (len(x.shape) + 1) if attributes.get("axis", 1) < 0 else attributes.get("axis", 1)
-    )
+    axis = attributes.get("axis", 1)
+    axis = len(x.shape) if axis == len(x.shape) else axis_of(axis, len(x.shape) or 1)
     return [_viewed(b, x, [_product(x.shape[:axis]), _product(x.shape[axis:])])]
 
 
@@ -164,8 +177,12 @@ def _squeeze(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> 
         gone = {axis_of(int(axis), len(x.shape)) for axis in known(b, inputs[1], "axes").flat}
         if any(not isinstance(x.shape[axis], int) or x.shape[axis] != 1 for axis in gone):
             raise refuse("it takes away a dimension that is not one")
+        if not gone and not all(isinstance(size, int) and size != 1 for size in x.shape):
+            raise refuse("its axes are empty, which some take for none and some for all")
+    elif any(not isinstance(size, int) for size in x.shape):
+        raise refuse("which dimensions it takes away depends on sizes", try_="axes that say which")
     else:
-        gone = {axis for axis, size in enumerate(x.shape) if isinstance(size, int) and size == 1}
+        gone = {axis for axis, size in enumerate(x.shape) if size == 1}
     return [_viewed(b, x, [size for axis, size in enumerate(x.shape) if axis not in gone])]
 
 
@@ -206,6 +223,8 @@ def _slice(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> li
             raise refuse(f"a slice with step {step}")
         size = x.shape[axis]
         first, last = _bound(start, size), _bound(end, size)
+        if b.at_one(first) < 0 or (b.at_one(last) < 0 and isinstance(end, int | np.integer)):
+            raise refuse("it slices from before the front where dims are 1", code="onnx-shape")
         if isinstance(first, int) and first == 0 and str(last) == str(size) and step == 1:
             continue
         if array is not None and all(isinstance(bound, int) for bound in (first, last)):
@@ -267,10 +286,24 @@ def _gather(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> l
 
 def _gather_elements(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     x, index = given(inputs[0]), given(inputs[1])
-    array = b.known(x) if x.node is None else None
+    axis, array = axis_of(attributes.get("axis", 0), len(x.shape)), b.known(x) if x.node is None else None
     if array is not None and array.size and (array == array.flat[0]).all():  # a table of one value gives it everywhere
         return [_filled(b, Value(x.dtype, (), known=array.reshape(-1)[0:1].reshape(())), index.shape)]
-    return [b.emit(aten.gather.default, x, axis_of(attributes.get("axis", 0), len(x.shape)), index)]
+    place = b.known(index)
+    if place is not None and place.dtype != object and (place >= 0).all():
+        return [b.emit(aten.gather.default, x, axis, index)]
+    behind = b.emit(aten.lt.Scalar, index, 0)  # torch counts from the front alone
+    return [
+        b.emit(aten.gather.default, x, axis, b.emit(aten.where.self, behind, _moved(b, index, x.shape[axis]), index))
+    ]
+
+
+def _moved(b: Builder, index: Value, size: Any) -> Value:
+    if isinstance(size, int):
+        return b.emit(aten.add.Tensor, index, size)
+    return b.emit(
+        aten.add.Tensor, index, b.emit(aten.scalar_tensor.default, size, dtype=index.dtype, device=torch.device("meta"))
+    )
 
 
 def _gather_nd(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
@@ -334,7 +367,7 @@ def _trilu(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> li
 
 
 RULES: Mapping[str, Callable[[Builder, Inputs, Attributes, int], list[Value]]] = {
-    "Shape": _shape, "Size": _size, "Constant": _constant, "Identity": _identity, "Dropout": _identity, "Cast": _cast,
+    "Shape": _shape, "Size": _size, "Constant": _constant, "Identity": _identity, "Dropout": _dropout, "Cast": _cast,
     "Reshape": _reshape, "Flatten": _flatten, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Transpose": _transpose,
     "Concat": _concat, "Slice": _slice, "Split": _split, "Gather": _gather, "GatherElements": _gather_elements,
     "GatherND": _gather_nd, "Expand": _expand, "Tile": _tile, "Range": _range, "ConstantOfShape": _constant_of_shape,
