@@ -95,6 +95,10 @@ def nodes(*lines: str) -> list[onnx.NodeProto]:
 FAR = (1 << 63) - 1
 RIGHT = {
     "constants beyond float32, all alike": (["y = Min i k"], {"i": ("i", ["n"])}, "i", {"k": ints(FAR)}),
+    "a constant below zero": (["y = Add i k"], {"i": ("i", ["n"])}, "i", {"k": ints(-7).reshape(())}),
+    "constants below zero": (["y = Max i k"], {"i": ("i", ["n"])}, "i", {"k": ints(-7).reshape(())}),
+    "a range from below zero": (["s = Shape x end=1", "z = Squeeze s a", "y = Range k z o"], ROWS, "i", {
+        "k": ints(-2).reshape(()), "o": ints(1).reshape(()), "a": ints(0)}),
     "zeros of both signs": (["a = Add x k", "b = Div o z", "y = Add a b"], ROWS, "f", {
         "k": np.zeros(4, np.float32), "z": -np.zeros(4, np.float32), "o": np.ones(4, np.float32)}),
     "sizes from the last back": (["y = Slice x s e"], ROWS, "f", {"s": ints(0), "e": ints(-1)}),

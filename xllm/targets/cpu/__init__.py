@@ -56,7 +56,10 @@ class CpuTarget:
         bad = [result.name for result in operation.results if result.dtype != "float32"]
         if bad and operation.op not in ANY_TYPE:
             return Refusal(f"result {bad[0]} is not float32")
-        return rule(operation, kv, weights_dtype)
+        found = rule(operation, kv, weights_dtype)
+        if isinstance(found, Lowering) and not _fits_plans(found):
+            return Refusal("its rows may be fewer than none, or it is given numbers that no size is")
+        return found
 
     def stream_of(self, operation: Operation) -> str:
         return "compute"
@@ -76,6 +79,11 @@ class CpuTarget:
     def seconds(self, cost: Cost, sizes: Mapping[str, int]) -> float:
         moved, computed = cost.bytes.at(sizes), cost.flops.at(sizes)
         return self.call_seconds + max(moved / self.read_bytes_per_second, computed / self.flops_per_second)
+
+
+def _fits_plans(found: Lowering) -> bool:
+    """Whether a plan may hold the call: polynomials of rows without minus, whole numbers as sizes are."""
+    return min(found.rows.terms.values(), default=0) >= 0 and all(0 <= held < 1 << 40 for held in found.ints.values())
 
 
 def _lines(size: int) -> int:
