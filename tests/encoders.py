@@ -84,7 +84,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def reference(folder: Path, name: str, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """What transformers gives for each prompt alone, pooled and normalised as sentence-transformers defines it."""
+    """What transformers gives for each prompt alone, pooled and normalised as sentence-transformers defines it. Ids
+    from VOCAB on are tokens of the second segment.
+    """
     import transformers
 
     _, architecture, _, pooling, normalize = MODELS[name]
@@ -93,10 +95,10 @@ def reference(folder: Path, name: str, prompts: Sequence[Sequence[int]]) -> np.n
     rows = []
     with torch.no_grad():
         for prompt in prompts:
-            given = {
-                "input_ids": torch.tensor([prompt]),
-                "attention_mask": torch.ones(1, len(prompt), dtype=torch.long),
-            }
+            ids = torch.tensor([prompt])
+            given = {"input_ids": ids % VOCAB, "attention_mask": torch.ones_like(ids)}
+            if max(prompt) >= VOCAB:
+                given["token_type_ids"] = ids // VOCAB
             if not pooling:
                 rows.append(model(**given).logits[0])
                 continue

@@ -112,8 +112,20 @@ def test_bad_input_is_refused_by_name(built: dict[str, tuple[Path, Path]]) -> No
         with pytest.raises(RequestRefused, match="wrong_task"):
             llm.generate("a")
         assert llm.embed([[5, 6]]).tobytes() == before.tobytes()
-    with LLM(built["bert-classifier"][1], threads=1) as llm, pytest.raises(RequestRefused, match="unsupported_pair"):
-        llm.score([("a", "b")])
+
+
+def test_segments_tell_the_texts_of_a_pair_apart(built: dict[str, tuple[Path, Path]]) -> None:
+    checkpoint, artifact = built["bert-classifier"]
+    with LLM(artifact, threads=1) as llm:
+        ids = llm.codec.encode_pair("hello", "you", VOCAB)
+        assert [token // VOCAB for token in ids] == [0] * 7 + [1] * 4
+        got = np.concatenate([llm.score([("hello", "you")]), llm.score([[t % VOCAB for t in ids], ids])])
+        with pytest.raises(RequestRefused, match="token_out_of_range"):
+            llm.score([[2 * VOCAB]])
+    wanted = reference(checkpoint, "bert-classifier", [ids, [token % VOCAB for token in ids]])
+    assert np.linalg.norm(wanted[0] - wanted[1]) > 0.01 * np.linalg.norm(wanted[0])
+    assert np.linalg.norm(got[:2] - wanted) <= 1e-5 * np.linalg.norm(wanted)
+    assert got[2].tobytes() == got[0].tobytes()
 
 
 def test_no_command_serves_rows_yet(built: dict[str, tuple[Path, Path]]) -> None:

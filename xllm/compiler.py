@@ -188,7 +188,7 @@ def compile_checkpoint(
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
-        options = resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
+        asked, options = options.max_len, resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
         target = cpu.host_target()
         context = Context(target, str(options.weights), str(options.kv), options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
@@ -200,7 +200,7 @@ def compile_checkpoint(
             task=options.task,
         )
         task = emit_task(program)
-        options = replace(options, max_len=reach(program, task))
+        options = replace(options, max_len=reach(program, task, asked))
         clock.lap("capture")
         ladder = Ladder(options.debug, target.name, lambda name, text: writer.write(f"ir/{name}.ir", text))
         ladder.captured(program)

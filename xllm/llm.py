@@ -241,8 +241,8 @@ class LLM:
     def score(self, texts: str | Sequence[str | tuple[str, str]] | Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [texts, labels]: the logits of each text, pair of texts or list of token ids; `labels` names them.
 
-        Raises RequestRefused for what can never run, for an artifact of another task, and for pairs where the model
-        tells the two texts of a pair apart by segments, which a step does not carry.
+        Where the model tells the texts of a pair apart by segments, token t of the second is id vocab + t. Raises
+        RequestRefused for what can never run, and for an artifact of another task.
         """
         items: Iterable[Any] = [texts] if isinstance(texts, str) else texts
         return self._rows("classify", items)
@@ -262,12 +262,8 @@ class LLM:
         if isinstance(item, str):
             return self.codec.encode(item, True)
         if isinstance(item, tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
-            if self.artifact.manifest["task"]["segments"] > 1:
-                raise RequestRefused(
-                    "unsupported_pair",
-                    "the model tells the texts of a pair apart by segments, and steps have one segment only",
-                )
-            return self.codec.encode_pair(*item)
+            manifest = self.artifact.manifest
+            return self.codec.encode_pair(*item, manifest["model"]["vocab"] if manifest["task"]["segments"] > 1 else 0)
         return item
 
     def _wrong_task(self) -> RequestRefused:

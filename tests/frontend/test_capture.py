@@ -188,8 +188,17 @@ def test_masks_say_what_they_are_made_of() -> None:
     assert chunked is not None and chunked.unknown == "chunked_overlay"
 
 
-def test_learned_positions_of_a_decoder_begin_at_its_offset() -> None:
-    config = transformers.RobertaConfig(**_SMALL, num_attention_heads=2, intermediate_size=32, is_decoder=True)
-    program = capture_config(config, name="roberta")
-    rules = {name: str(weight.rule) for name, weight in program.weights.items() if "position_embeddings" in name}
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.RobertaConfig(**_SMALL, num_attention_heads=2, intermediate_size=32, is_decoder=True),
+        # takes no position ids and numbers the tokens of every call from 0
+        transformers.BartConfig(**_SMALL, d_model=32, decoder_layers=2, decoder_ffn_dim=48, decoder_attention_heads=2,
+                                is_decoder=True, is_encoder_decoder=False),
+    ],
+    ids=["RoBERTa", "BART"],
+)  # fmt: skip
+def test_learned_positions_of_a_decoder_begin_at_its_offset(config: Any) -> None:
+    program = capture_config(config, name="positions")
+    rules = {name: str(weight.rule) for name, weight in program.weights.items() if "position" in name}
     assert len(rules) == 1 and "start=2" in next(iter(rules.values()))

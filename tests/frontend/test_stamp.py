@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
+from xllm.frontend.huggingface import capture_config
 from xllm.frontend.stamp import check_equal_layers, stamp
-from xllm.ir.program import Program, Weight, layer_of
+from xllm.ir.program import Program, Task, Weight, layer_of
 from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Concat, Constant, Source, rule_sources
 
@@ -98,6 +100,18 @@ def test_a_layer_whose_tensors_are_elsewhere_in_checkpoints_is_refused() -> None
     whole = zoo.captured("qwen3", full=True).copy()
     whole.weights[name] = Weight(whole.weights[name].shape, elsewhere)
     assert stamp(whole).weights[name].rule == elsewhere
+
+
+def test_layers_that_checkpoints_call_otherwise_are_moved_under_every_name() -> None:
+    """GTE: `layers.1` of the model is `encoder.layer.1` in checkpoints, and three of its weights are one there."""
+    sizes = {"num_hidden_layers": 5, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    program = capture_config(transformers.AutoConfig.for_model("gte", **sizes), name="gte", task=Task("embed", "cls"))
+    assert len(program.layers) < 5
+    weights = stamp(program).weights
+    down = next(rule_sources(weights["layers.3.mlp.down_proj.weight"].rule))
+    assert down.names[:2] == ("layers.3.mlp.down_proj.weight", "encoder.layer.3.mlp.down_proj.weight")
+    sources = list(rule_sources(weights["layers.3.self_attn.k_proj.weight"].rule))
+    assert sources[-1].names[0] == "encoder.layer.3.attention.qkv_proj.weight"
 
 
 def test_layers_with_other_constants_are_found() -> None:

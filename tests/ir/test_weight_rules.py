@@ -11,11 +11,11 @@ from xllm.ir.weight_rules import evaluate, move_layer, rule_text, widen
 
 def test_rules_move_between_layers() -> None:
     rule = Concat((Source(("model.layers.0.q.weight", "layers.0.q")), Shift(Source(("model.layers.0.n",)), 1.0)))
-    moved = move_layer(rule, "model.layers", 12)
+    moved = move_layer(rule, ("model.layers",), 12)
     assert rule_text(moved) == "concat(model.layers.12.q.weight, model.layers.12.n + 1.0)"
-    assert move_layer(Constant("model.layers.0.table"), "model.layers", 3) == Constant("model.layers.0.table")
+    assert move_layer(Constant("model.layers.0.table"), ("model.layers",), 3) == Constant("model.layers.0.table")
     untouched = Source(("encoder.model.layers_0.q",))
-    assert move_layer(untouched, "model.layers", 3) == untouched
+    assert move_layer(untouched, ("model.layers",), 3) == untouched
 
 
 def test_rules_evaluate() -> None:

@@ -22,17 +22,21 @@ from xllm.ir.program import Weight
 
 @dataclass(frozen=True)
 class Place:
-    """Where nodes belong: the path of the layer stack, and the captured index of each model layer."""
+    """Where nodes belong: the path of the layer stack, the captured index of each model layer, and what checkpoints
+    call the stack besides.
+    """
 
     layers_path: str
     captured: Mapping[int, int]
+    named: tuple[str, ...] = ()
 
     def renumber(self, path: str) -> str:
         """The module path (or tensor name) with the layer's captured index."""
-        match = re.match(rf"{re.escape(self.layers_path)}\.(\d+)(?=\.|$)", path) if self.layers_path else None
-        if match is None or int(match.group(1)) not in self.captured:
+        stacks = "|".join(map(re.escape, (self.layers_path, *self.named)))
+        match = re.match(rf"({stacks})\.(\d+)(?=\.|$)", path) if self.layers_path else None
+        if match is None or int(match.group(2)) not in self.captured:
             return path
-        return f"{self.layers_path}.{self.captured[int(match.group(1))]}{path[match.end() :]}"
+        return f"{match.group(1)}.{self.captured[int(match.group(2))]}{path[match.end() :]}"
 
     def layer(self, path: str) -> int | None:
         """Captured layer of an already renumbered path."""

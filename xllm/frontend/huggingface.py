@@ -31,7 +31,7 @@ from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
-from xllm.frontend.lookups import find_lookups, has_offset, lift_lookups, rows_of
+from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
 from xllm.frontend.names import Spellings
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
@@ -92,11 +92,12 @@ def capture_config(
         stack = find_stack(model)
         kinds = layer_kinds(stack, config.to_dict())
         walk = every_layer(len(stack.layers)) if full else choose_walk(kinds)
-        place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)})
-        tensors = _checkpoint_tensors(model, place)
-        if task.kind != "generate" or has_offset(model, stack.layers[0], getattr(config, "pad_token_id", None)):
-            length, segments = _lift_lookups(model, session, stack, config, tensors, length)
-            task = replace(task, segments=segments)
+        spellings = Spellings.of(model)
+        named = spellings.stacks(list(model.state_dict()), stack.path)
+        place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)}, named)
+        tensors = _checkpoint_tensors(model, place, spellings)
+        length, segments = _lift_lookups(model, session, stack, config, tensors, length, task)
+        task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)
         session.experts.update(lift_experts(model, place, tensors))
         constants = _lift_rotary(model, session, place, length)
@@ -117,6 +118,7 @@ def capture_config(
         kv=kv,
         layers=walk.sources,
         layers_path=stack.path,
+        layers_named=place.named,
         task=task,
     )
     join_fills(program)
@@ -168,7 +170,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     return model
 
 
-def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, Weight]]:
+def _checkpoint_tensors(model: nn.Module, place: Place, spellings: Spellings) -> dict[str, tuple[str, Weight]]:
     """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input
     embedding first. The body of a model may have been saved under the name it has below a head.
     """
@@ -181,7 +183,6 @@ def _checkpoint_tensors(model: nn.Module, place: Place) -> dict[str, tuple[str, 
         shared.setdefault(id(tensor), []).append(key)
     first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
     embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
-    spellings = Spellings.of(model)
     found: dict[str, tuple[str, Weight]] = {}
     for identity, keys in shared.items():
         if identity in first:
@@ -268,20 +269,31 @@ def _lift_lookups(
     config: Any,
     tensors: dict[str, tuple[str, Weight]],
     length: int,
+    task: Task,
 ) -> tuple[int, int]:
-    """Makes learned positions and segments one table (see `lookups.py`); the positions the program then has, and the
-    segments the model knows.
+    """Makes tables of learned positions and segments (see `lookups.py`), where the model would not read them by the
+    positions it is given; the positions the program then has, and the segments its tokens may be of.
     """
 
     def positions() -> Tensor:
         assert session.inputs is not None
         return session.inputs.positions
 
-    found = find_lookups(model, stack.layers[0], getattr(config, "pad_token_id", None))
-    length = min(length, rows_of(model, found.positions, length + found.offset) - found.offset)
-    lift_lookups(model, found, tensors, length, positions)
+    pad = getattr(config, "pad_token_id", None)
+    try:
+        found = find_lookups(model, stack.layers[0], pad)
+    except CompileError:
+        if task.kind != "generate":
+            raise
+        return length, 1  # embeddings of another use, which stay as they are
+    rows = rows_of(model, found.positions, length + found.offset) - found.offset
+    length = min(length, rows)
+    if task.kind == "generate" and found.segments is None and (found.positions is None or found.follows):
+        return length, 1
+    paired = task.kind == "classify"
+    lift_lookups(model, found, tensors, length, positions, paired)
     session.segmented = found.segments is not None
-    return length, rows_of(model, found.segments, 1)
+    return length, rows_of(model, found.segments, 1) if paired else 1
 
 
 def _export(model: nn.Module, session: Session, task: Task) -> ExportedProgram:

@@ -52,10 +52,29 @@ class Spellings:
         renamed = self._renamed(key)
         return own if renamed == key else Source((key, renamed))
 
+    def stacks(self, keys: Sequence[str], layers_path: str) -> tuple[str, ...]:
+        """What checkpoints call the stack at `layers_path` besides: where the number of a layer stands in what becomes
+        of `keys`, the state dict's.
+        """
+        found = dict.fromkeys(
+            stack
+            for key in keys
+            if (inner := key.removeprefix(f"{layers_path}.0.")) != key
+            for stack in _differ(*(self._renamed(f"{layers_path}.{index}.{inner}") for index in (0, 1)))
+        )
+        return tuple(stack for stack in found if stack != layers_path)
+
     def _renamed(self, name: str) -> str:
         for entry in self.renamings:
             name, _ = entry.rename_source_key(name)
         return name
+
+
+def _differ(zero: str, one: str) -> list[str]:
+    """The path before the only part of two names that is 0 in one and 1 in the other."""
+    parts = list(zip(zero.split("."), one.split("."), strict=False))
+    at = [i for i, pair in enumerate(parts) if pair[0] != pair[1]]
+    return [".".join(part for part, _ in parts[: at[0]])] if len(at) == 1 and parts[at[0]] == ("0", "1") else []
 
 
 def _merges(entry: Any) -> bool:

@@ -91,6 +91,7 @@ class _Stamper:
             kv=tuple(program.kv[captured] for captured in self.sources),
             layers=tuple(LayerSource(real, (real,)) for real in range(depth)),
             layers_path=program.layers_path,
+            layers_named=program.layers_named,
             task=program.task,
         )
         for state in stamped.states():
@@ -148,7 +149,7 @@ class _Stamper:
 
     def _read(self, node: fx.Node, captured: int | None, real: int, user: fx.Node) -> fx.Node:
         target = str(node.target)
-        owner = _layer_in(target, self.program.layers_path)
+        owner = _layer_in(target, (self.program.layers_path,))
         if owner is not None and owner != captured:
             raise _unsound(f"the weight {target} of layer {owner} is read by another layer", user)
         weight = self.program.weights[target]
@@ -156,8 +157,8 @@ class _Stamper:
         if owner is not None:
             assert captured is not None
             if captured != real:
-                _check_moves(target, weight, self.program.layers_path)
-            weight = Weight(weight.shape, move_layer(weight.rule, self.program.layers_path, real))
+                _check_moves(target, weight, self.program.stacks)
+            weight = Weight(weight.shape, move_layer(weight.rule, self.program.stacks, real))
             target = self._moved(target, real)
             name = self._moved_name(name, captured, real)
             layer = None if custom["layer"] is None else real
@@ -193,7 +194,7 @@ class _Stamper:
         return self.crossings[consumer]
 
     def _moved(self, name: str, real: int) -> str:
-        rule = move_layer(Source((name,)), self.program.layers_path, real)
+        rule = move_layer(Source((name,)), (self.program.layers_path,), real)
         assert isinstance(rule, Source)
         return rule.names[0]
 
@@ -280,8 +281,8 @@ def _without_layer(node: fx.Node, program: Program) -> str:
     return re.sub(rf"(^|\.){re.escape(program.layers_path)}\.\d+\.", r"\1", str(node.target), count=1)
 
 
-def _layer_in(name: str, layers_path: str) -> int | None:
-    match = re.search(rf"(?:^|\.){re.escape(layers_path)}\.(\d+)\.", name)
+def _layer_in(name: str, stacks: Sequence[str]) -> int | None:
+    match = re.search(rf"(?:^|\.)(?:{'|'.join(map(re.escape, stacks))})\.(\d+)\.", name)
     return int(match.group(1)) if match else None
 
 
@@ -290,15 +291,15 @@ def _type(node: fx.Node) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else str(type(value))
 
 
-def _check_moves(target: str, weight: Weight, layers_path: str) -> None:
+def _check_moves(target: str, weight: Weight, stacks: Sequence[str]) -> None:
     """Raises CompileError where a layer's weight has a name in the checkpoint that does not say which layer it is of:
     other layers would read the same tensor.
     """
     for source in rule_sources(weight.rule):
         for name in source.names:
-            if _layer_in(name, layers_path) is None:
+            if _layer_in(name, stacks) is None:
                 raise CompileError(
-                    f"the weight {target} of a layer is {name!r} in checkpoints, which is not below {layers_path!r}",
+                    f"the weight {target} of a layer is {name!r} in checkpoints, which is not below {stacks[0]!r}",
                     code="renamed-layers",
                     pass_name="stamp",
                     where=target,

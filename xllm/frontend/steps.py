@@ -69,11 +69,15 @@ def prepare(model: nn.Module, session: Session, task: Task, stack: Stack) -> Non
     elif task.kind == "classify" and not is_scored(model):
         owner = model.get_submodule(stack.path.rpartition(".")[0])
 
-        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        def kept(hidden: Tensor) -> Tensor:
             assert session.inputs is not None
-            return with_hidden(output, pooled(output[0].select(0, 0), task.pooling, session.inputs).unsqueeze(1))
+            return pooled(hidden.select(0, 0), task.pooling, session.inputs).unsqueeze(1)
 
-        owner.register_forward_hook(keep)
+        pooler = getattr(owner, "pooler", None)
+        if isinstance(pooler, nn.Module):  # reads the first row of what it is given, beside the layers
+            pooler.register_forward_pre_hook(lambda _, args: (kept(args[0]), *args[1:]))
+        else:
+            owner.register_forward_hook(lambda _, args, output: with_hidden(output, kept(output[0])))
 
 
 def pooled(hidden: Tensor, pooling: str, inputs: StepInputs) -> Tensor:

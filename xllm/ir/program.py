@@ -34,7 +34,7 @@ class Task:
     """What the rows [S, N] of a step are: "generate" gives logits, "embed" embeddings, "classify" scores of `labels`.
 
     pooling: which row stands for a sequence: its last, its first ("cls"), or the mean of all. normalize: embeddings
-    have length 1. segments: kinds of segment the model tells apart; a step's tokens are all of the first.
+    have length 1. segments: kinds of segment a step's tokens may be of: token t of segment s is id s * vocab + t.
     """
 
     kind: Literal["generate", "embed", "classify"] = "generate"
@@ -82,7 +82,8 @@ class Program:
     dims: of a step T (tokens) and S (rows whose logits are wanted), of a function what its inputs name.
     weights: by `get_attr` target. constants: float32 arrays made at compile time.
     kv: what each layer of this program keeps; `layers`: how groups of nodes repeat (see `frontend/stamp.py`).
-    layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats.
+    layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats. layers_named: what
+    checkpoints call it besides.
     task: what the rows of a step are.
     outputs: names of a function's results, in order; a step has none. dim_symbols: of a function, the symbol in its
     shapes -> the dim it is.
@@ -96,10 +97,16 @@ class Program:
     kv: tuple[KVLayer, ...]
     layers: tuple[LayerSource, ...] = ()
     layers_path: str = ""
+    layers_named: tuple[str, ...] = ()
     task: Task = Task()
     plans: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     dim_symbols: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Every name of the repeated stack, its module path first."""
+        return (self.layers_path, *self.layers_named)
 
     @property
     def is_function(self) -> bool:
@@ -144,7 +151,7 @@ class Program:
         for old, new in mapping.items():
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
         weights, constants = dict(self.weights), dict(self.constants)
-        kept = (self.kv, self.layers, self.layers_path, self.task)
+        kept = (self.kv, self.layers, self.layers_path, self.layers_named, self.task)
         made = Program(self.name, graph, self.dims, weights, constants, *kept)
         return replace(made, outputs=self.outputs, dim_symbols=self.dim_symbols)
 

@@ -95,12 +95,12 @@ class Either:
 WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute | Either
 
 
-def move_layer(rule: WeightRule, layers_path: str, to: int) -> WeightRule:
-    """The same rule, reading layer `to` of the stack at `layers_path` instead of the layer it was captured from."""
-    pattern = re.compile(rf"(^|\.){re.escape(layers_path)}\.\d+\.")
+def move_layer(rule: WeightRule, stacks: Sequence[str], to: int) -> WeightRule:
+    """The same rule, reading layer `to` of the stack of these names instead of the layer it was captured from."""
+    pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, stacks))})\.\d+\.")
 
     def moved(name: str) -> str:
-        return pattern.sub(lambda m: f"{m.group(1)}{layers_path}.{to}.", name, count=1)
+        return pattern.sub(lambda m: f"{m.group(1)}{m.group(2)}.{to}.", name, count=1)
 
     return renamed(rule, lambda names: tuple(map(moved, names)))
 

@@ -36,6 +36,7 @@ _IDENTITIES = (
     aten.expand.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor, aten.type_as.default,
     aten.to.dtype_layout,
 )  # fmt: skip
+_ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
           aten.flatten.using_ints, aten.squeeze.default)  # fmt: skip
@@ -90,14 +91,23 @@ def _drop_identities(editor: Editor, node: fx.Node) -> None:
     """
     source = None
     off = is_call(node, aten.dropout.default) and node.args[2] is False
-    if off or is_call(node, *_IDENTITIES) or (is_call(node, aten.add.Tensor) and node.args[1] == 0):
+    if off or is_call(node, *_IDENTITIES):
         source = node.args[0]
+    elif is_call(node, aten.add.Tensor) and any(map(_is_zero, node.args)):
+        source = node.args[0] if _is_zero(node.args[1]) else node.args[1]
     elif is_call(node, aten.cat.default):
         held = [part for part in arguments(node)[0] if 0 not in sizes(part)]
         source = held[0] if len(held) == 1 else None
     if isinstance(source, fx.Node) and same_type(node.meta["val"], source.meta["val"]):
         node.replace_all_uses_with(source)
         editor.hit(node)
+
+
+def _is_zero(value: Any) -> bool:
+    """Zero as a number, or zeros of any shape."""
+    if isinstance(value, fx.Node):
+        return is_call(value, *_ZEROS) or (is_call(value, aten.full.default) and bool(value.args[1] == 0))
+    return value == 0
 
 
 def _read_behind_expansion(editor: Editor, node: fx.Node) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.ir.dialect.encode import WHOLE_SEQUENCE
 from xllm.passes.choose_kernels import Choice
@@ -65,9 +66,17 @@ def emit_task(program: Program) -> dict[str, Any]:
     return {**asdict(program.task), "labels": list(program.task.labels), "width": width, "whole_sequences": whole}
 
 
-def reach(program: Program, task: Mapping[str, Any]) -> int:
-    """Tokens a sequence may have: those its state and tables have room for, and a step where one must hold it all."""
+def reach(program: Program, task: Mapping[str, Any], asked: int | None = None) -> int:
+    """Tokens a sequence may have: those its state and tables have room for, and a step where one must hold it all.
+    Raises CompileError where the tables end before the `asked` positions.
+    """
     held = int(program.input("kv").meta["val"].shape[2])
+    if asked is not None and held < asked:
+        raise CompileError(
+            f"max_len {asked} is beyond the {held} positions that the model learned",
+            code="bad-option",
+            try_=f"--max-len {held} or less",
+        )
     return min(held, next(dim.max for dim in program.dims if dim.name == "T")) if task.get("whole_sequences") else held
 
 

@@ -55,9 +55,12 @@ class TextCodec:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_pair(self, text: str, other: str) -> list[int]:
-        """Both texts as one sequence, joined by the special tokens the tokenizer puts between them."""
-        return self._tokenizer.encode(text, other).ids
+    def encode_pair(self, text: str, other: str, stride: int = 0) -> list[int]:
+        """Both texts as one sequence, joined by the special tokens the tokenizer puts between them; `stride` is added
+        to the ids of the second.
+        """
+        found = self._tokenizer.encode(text, other)
+        return [token + stride * segment for token, segment in zip(found.ids, found.type_ids, strict=True)]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)

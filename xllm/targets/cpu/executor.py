@@ -268,7 +268,7 @@ def limits_of(artifact: Artifact) -> Limits:
         max_tokens_per_step=artifact.plan.buckets[-1].T,
         max_seqs=manifest["limits"]["max_seqs"],
         max_len=manifest["limits"]["max_len"],
-        vocab=manifest["model"]["vocab"],
+        vocab=manifest["model"]["vocab"] * manifest["task"].get("segments", 1),  # token t of segment s is s * vocab + t
         width=manifest["model"]["vocab"] if artifact.task == "generate" else manifest["task"]["width"],
     )
 
