@@ -12,7 +12,6 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,14 @@ from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
-from xllm.frontend.names import Spellings
+from xllm.frontend.names import Spellings, checkpoint_tensors
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
 from xllm.frontend.stamp import check_equal_layers
 from xllm.frontend.steps import Step, is_scored, prepare
 from xllm.frontend.tasks import read_task
 from xllm.ir.build import prune
 from xllm.ir.program import Dim, Program, Task, Weight, path_of, state_shapes
-from xllm.ir.weight_rules import Constant, Source, renamed
+from xllm.ir.weight_rules import Constant
 
 DEFAULT_MAX_LEN = 32768
 GENERATE = Task()
@@ -95,7 +94,7 @@ def capture_config(
         spellings = Spellings.of(model)
         named = spellings.stacks(list(model.state_dict()), stack.path)
         place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)}, named)
-        tensors = _checkpoint_tensors(model, place, spellings)
+        tensors = checkpoint_tensors(model, place, spellings)
         length, segments = _lift_lookups(model, session, stack, config, tensors, length, task)
         task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)
@@ -168,39 +167,6 @@ def _build(config: Any, task: Task) -> nn.Module:
             try_=f"a checkpoint whose architecture ends in {ending}, or another --task",
         ) from error
     return model
-
-
-def _checkpoint_tensors(model: nn.Module, place: Place, spellings: Spellings) -> dict[str, tuple[str, Weight]]:
-    """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input
-    embedding first. The body of a model may have been saved under the name it has below a head.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    below = f"{prefix}." if prefix and not hasattr(model, prefix) else ""
-    state = model.state_dict(keep_vars=True)
-    embedding = model.get_input_embeddings()  # pyright: ignore
-    shared: dict[int, list[str]] = {}
-    for key, tensor in state.items():
-        shared.setdefault(id(tensor), []).append(key)
-    first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
-    embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
-    found: dict[str, tuple[str, Weight]] = {}
-    for identity, keys in shared.items():
-        if identity in first:
-            keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
-        shape = tuple(state[keys[0]].shape)
-        rules = [spellings.rule(key, shape) for key in keys]
-        if all(isinstance(rule, Source) for rule in rules):  # tied: any spelling of any of them will do
-            spelled = [rule.names for rule in rules if isinstance(rule, Source)]
-            rules = [Source(tuple(dict.fromkeys(name for column in zip_longest(*spelled) for name in column if name)))]
-
-        def names_of(names: tuple[str, ...]) -> tuple[str, ...]:
-            names = tuple(place.renumber(name) for name in names)
-            return names + tuple(f"{below}{name}" for name in names if below)
-
-        weight = Weight(shape, renamed(rules[0], names_of))
-        name = place.renumber(keys[0])
-        found.update({key: (name, weight) for key in keys})
-    return found
 
 
 def _skip_layers(model: nn.Module, layers_path: str, kept: tuple[int, ...]) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from xllm.errors import CompileError
-from xllm.ir.weight_rules import Concat, Either, Permute, Slice, Source, Stack, WeightRule
+from xllm.frontend.exported import Place
+from xllm.ir.program import Weight
+from xllm.ir.weight_rules import Concat, Either, Permute, Slice, Source, Stack, WeightRule, renamed
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,39 @@ class Spellings:
         for entry in self.renamings:
             name, _ = entry.rename_source_key(name)
         return name
+
+
+def checkpoint_tensors(model: Any, place: Place, spellings: Spellings) -> dict[str, tuple[str, Weight]]:
+    """Every state-dict key, to the weight it is: tied keys share one entry under the first of them, the input
+    embedding first. The body of a model may have been saved under the name it has below a head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    below = f"{prefix}." if prefix and not hasattr(model, prefix) else ""
+    state = model.state_dict(keep_vars=True)
+    embedding = model.get_input_embeddings()
+    shared: dict[int, list[str]] = {}
+    for key, tensor in state.items():
+        shared.setdefault(id(tensor), []).append(key)
+    first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
+    embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
+    found: dict[str, tuple[str, Weight]] = {}
+    for identity, keys in shared.items():
+        if identity in first:
+            keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
+        shape = tuple(state[keys[0]].shape)
+        rules = [spellings.rule(key, shape) for key in keys]
+        if all(isinstance(rule, Source) for rule in rules):  # tied: any spelling of any of them will do
+            spelled = [rule.names for rule in rules if isinstance(rule, Source)]
+            rules = [Source(tuple(dict.fromkeys(name for column in zip_longest(*spelled) for name in column if name)))]
+
+        def names_of(names: tuple[str, ...]) -> tuple[str, ...]:
+            names = tuple(place.renumber(name) for name in names)
+            return names + tuple(f"{below}{name}" for name in names if below)
+
+        weight = Weight(shape, renamed(rules[0], names_of))
+        name = place.renumber(keys[0])
+        found.update({key: (name, weight) for key in keys})
+    return found
 
 
 def _differ(zero: str, one: str) -> list[str]:
