@@ -43,9 +43,6 @@ class Artifact:
         manifest = read_manifest(store)
         if not ignore_signature:
             check_signature(store, manifest["digest"], require_signature)
-        known = {"manifest.json", WEIGHTS, SIGNATURE, *manifest["files"]}
-        if extra := sorted(store.names() - known):
-            raise ArtifactError("artifact-changed", f"{extra[0]} is no part of the artifact; remove it")
         if "plan.json" not in manifest["files"]:
             raise ArtifactError("artifact-incomplete", "manifest.json names no plan.json; compile the checkpoint again")
         for name, claimed in manifest["files"].items():
@@ -62,6 +59,8 @@ class Artifact:
         end = max((weight.offset + weight.bytes for weight in plan.weights.values()), default=0)
         if artifact.weight_bytes < max(end, 1):
             raise ArtifactError("artifact-incomplete", f"{WEIGHTS} is cut short; compile the checkpoint again")
+        if extra := sorted(store.names() - members(manifest)):
+            raise ArtifactError("artifact-changed", f"{extra[0]} is no part of the artifact; remove it")
         return artifact
 
     @property
@@ -128,6 +127,11 @@ class Artifact:
                 if progress is not None:
                     progress(name, stop, size)
         return mapped
+
+
+def members(manifest: Mapping[str, Any]) -> frozenset[str]:
+    """The names of all that may be in an artifact."""
+    return frozenset(("manifest.json", WEIGHTS, SIGNATURE, *manifest["files"]))
 
 
 def _verified(store: Store, name: str, claimed: str, limit: int = MAX_READ_BYTES) -> bytes:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from xllm.artifact.aside import built, named
 from xllm.artifact.opened import Artifact
 from xllm.artifact.seal import ArtifactError
 from xllm.artifact.store import PAGE_BYTES, Place, is_packed, packed_header, packed_places
@@ -22,14 +20,11 @@ def pack(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     and when `out` exists and is no packed artifact."""
     artifact = Artifact.open(source)
     artifact.map_weights()
-    target = Path(os.path.realpath(out))
-    if target.exists() and not is_packed(target):
-        raise ArtifactError("not-an-artifact", f"{out} exists and is no packed artifact; choose another name")
     places = {name: artifact.store.place(name) for name in sorted(artifact.store.names())}
     sizes = [(name, place.size) for name, place in places.items()]
     header = packed_header(sizes)
     packed = packed_places(len(header), sizes)
-    with _whole(target) as file:
+    with built(out, folder=False) as aside, named(Path(out)), aside.open("wb") as file:
         file.write(header)
         for name, place in places.items():
             file.seek(packed[name][0])
@@ -47,22 +42,8 @@ def unpack(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         for name in sorted(artifact.store.names()):
             file = writer.root / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("wb") as sink:
+            with named(file), file.open("wb") as sink:
                 _copy(artifact.store.place(name), sink)
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    try:
-        with aside.open("wb") as file:
-            yield file
-        aside.chmod(0o644)
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _copy(place: Place, sink: BinaryIO) -> None:

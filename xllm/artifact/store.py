@@ -105,8 +105,10 @@ class Folder:
         found = set()
         for folder, folders, files in os.walk(self.path):
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            for name in (*files, *links):
-                found.add(Path(folder, name).relative_to(self.path).as_posix())
+            at = Path(folder).relative_to(self.path)
+            found.update((at / name).as_posix() for name in (*files, *links))
+            if at.parts and not folders and not files:
+                found.add(f"{at.as_posix()}/")  # an empty folder, which no artifact has
         return frozenset(found)
 
     def place(self, name: str) -> Place:

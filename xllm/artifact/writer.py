@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
-import secrets
-import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +13,11 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from xllm.artifact.aside import built, named
 from xllm.artifact.manifest import SCHEMA
 from xllm.artifact.opened import Progress
 from xllm.artifact.reuse import Previous
-from xllm.artifact.seal import ArtifactError, digest, sealed, spelled
+from xllm.artifact.seal import digest, sealed, spelled
 from xllm.artifact.weights import WEIGHTS, layout
 from xllm.plan import Plan, StoredWeight
 
@@ -52,7 +48,7 @@ class ArtifactWriter:
         raw = data.encode() if isinstance(data, str) else data
         file = self.root / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _named(file):
+        with named(file):
             file.write_bytes(raw)
         self._files[name] = digest(raw)
 
@@ -91,7 +87,7 @@ class ArtifactWriter:
                         return found, True
             return _put_blocks(out, key, weight, make(weight), gap), False
 
-        with _named(file), file.open("wb") as sink, ThreadPoolExecutor(_threads()) as pool:
+        with named(file), file.open("wb") as sink, ThreadPoolExecutor(_threads()) as pool:
             out = sink.fileno()
             os.truncate(out, total)  # gaps are zero, and a limit on sizes is met before the work
             os.pwrite(out, header, 0)
@@ -115,7 +111,9 @@ class ArtifactWriter:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""
         body = sealed({"schema": SCHEMA, **manifest, "files": self._files})
-        (self.root / "manifest.json").write_bytes(spelled(body))
+        file = self.root / "manifest.json"
+        with named(file):
+            file.write_bytes(spelled(body))
 
 
 def _put_blocks(out: int, key: str, weight: StoredWeight, blocks: Blocks, gap: int) -> str:
@@ -140,85 +138,7 @@ def _threads() -> int:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[ArtifactWriter]:
-    """An artifact is there whole or not at all: built beside `path`, renamed over it at the end, removed on any error.
-
-    A link at `path` stays: what it points to is written. What a killed build left beside it goes when the next one
-    starts. Raises ArtifactError when `path` exists and is not an artifact folder.
-    """
-    root = Path(os.path.realpath(path))
-    if root.exists() and not (root / "manifest.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise ArtifactError("not-an-artifact", f"{path} exists and is not an artifact; choose another -o or remove it")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    aside = root.parent / f".{root.name}.partial-{secrets.token_hex(4)}"
-    aside.mkdir()
-    lock = _locked(aside)
-    try:
+    """An artifact is there whole or not at all, see `built`. Raises ArtifactError when `path` exists and is not an
+    artifact folder, or holds what is no part of it."""
+    with built(path, folder=True) as aside:
         yield ArtifactWriter(aside)
-        _open_modes(aside)
-        _put(aside, root)
-    finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _open_modes(root: Path) -> None:
-    """Modes that do not depend on who builds: everyone reads, the owner writes. A shared file may be another's, who has
-    set its mode."""
-    for entry in (root, *root.rglob("*")):
-        wanted = 0o755 if entry.is_dir() else 0o644
-        if stat.S_IMODE(entry.stat().st_mode) != wanted:
-            entry.chmod(wanted)
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """An OSError says which file: of a full disk, a write does not."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error.filename, str):
-            raise
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-def _put(aside: Path, root: Path) -> None:
-    """Renames `aside` to `root`; what stood there is back if that fails."""
-    old = Path(f"{aside}.old")
-    if root.exists():
-        root.rename(old)
-    try:
-        aside.rename(root)
-    except BaseException:  # Ctrl-C too: between the two renames there is nothing under the name
-        if old.exists() and not root.exists():
-            old.rename(root)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(root: Path) -> None:
-    """Removes what builds of `root` left behind: their lock went with their process. An artifact that one had put
-    away, and was killed before it put its own in the place, returns.
-    """
-    for left in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
-        lock = _locked(left)
-        if lock is not None:
-            if left.suffix == ".old" and not root.exists() and not left.with_suffix("").exists():
-                left.rename(root)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """An exclusive lock on a folder, held until the descriptor or the process goes; None if another has it."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
