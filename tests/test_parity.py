@@ -22,7 +22,7 @@ from xllm.runtime.request import Request, SamplingParams
 DECODE_STEPS = 32
 # Their frequencies change with the length so far. A row of our table is what transformers computes when it gets there
 # token by token; a prompt at once gives it other keys, and then the schedule would decide the answer.
-LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
+LENGTH_DEPENDENT = ("llama-dynamic",)
 
 FIRST_DENSE = ("glm4-moe", "deepseek-v2-moe", "deepseek-v3-moe")  # of two layers
 

@@ -87,6 +87,7 @@ class Report:
     buckets: tuple[tuple[int, int], ...]
     modules: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     weights: int = 0
     comparison: Mapping[str, Any] = field(default_factory=dict)  # of the buckets, as `account` makes it
     reused: int = field(default=0, compare=False)
@@ -103,6 +104,7 @@ class Report:
             f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
             f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
         )
+        lines += [f"  note: {note}" for note in self.notes]
         lines += self._padding_lines()
         if self.reused:
             lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
@@ -289,6 +291,7 @@ def compile_checkpoint(
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
         modules=tuple(dict.fromkeys(call.kernel.partition(":")[0] for call in plan.calls if ":" in call.kernel)),
         unused=unused,
+        notes=program.notes,
         comparison=accounted["buckets"],
         seconds=clock.laps,
         reused=len(written.reused),

@@ -1,4 +1,4 @@
-"""Rotary tables: the row of a position is what the module gives in decoding, for every scaling."""
+"""Rotary tables: the row of a position is what the module gives in decoding; with longrope, for the whole length."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tests.frontend import zoo
 from xllm.frontend.rotary import is_rotary, make_tables
 
 
-@pytest.mark.parametrize("name", zoo.ROPES)
+@pytest.mark.parametrize("name", sorted(set(zoo.ROPES) - {"llama-longrope"}))
 def test_rows_are_those_of_decoding_step_by_step(name: str) -> None:
     config = zoo.ROPES[name]()
     tables = make_tables(LlamaRotaryEmbedding(config), 80)
@@ -20,6 +20,16 @@ def test_rows_are_those_of_decoding_step_by_step(name: str) -> None:
         cos, sin = decoding(x, torch.tensor([[position]]))
         torch.testing.assert_close(torch.from_numpy(tables[""].cos[position]), cos[0, 0], rtol=0, atol=2e-5)
         torch.testing.assert_close(torch.from_numpy(tables[""].sin[position]), sin[0, 0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [16, 17, 80])
+def test_the_length_compiled_for_decides_the_factors_of_longrope(length: int) -> None:
+    module, positions = LlamaRotaryEmbedding(zoo.ROPES["llama-longrope"]()), torch.arange(length)
+    tables = make_tables(module, length)
+    assert tables is not None
+    for part, wanted in zip((tables[""].cos, tables[""].sin), module(torch.empty(1), positions[None]), strict=True):
+        torch.testing.assert_close(torch.from_numpy(part), wanted[0], rtol=0, atol=2e-5)
+    assert ("every position takes the long factors" in tables[""].note) == (length > 16)
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])

@@ -85,7 +85,7 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
 ALL = {**CONFIGS, **ROPES, **HYBRIDS}
-STEPWISE = ("llama-dynamic", "llama-longrope")  # families whose reference depends on how the prompt is cut
+STEPWISE = ("llama-dynamic",)  # families whose reference depends on how the prompt is cut
 
 
 @cache

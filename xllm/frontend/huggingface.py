@@ -99,7 +99,7 @@ def capture_config(
         task = replace(task, segments=segments)
         _skip_layers(model, stack.path, walk.layers)
         session.experts.update(lift_experts(model, place, tensors))
-        constants = _lift_rotary(model, session, place, length)
+        constants, notes = _lift_rotary(model, session, place, length)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
         with session.lifted(model):
@@ -119,6 +119,7 @@ def capture_config(
         layers_path=stack.path,
         layers_named=place.named,
         task=task,
+        notes=notes,
     )
     join_fills(program)
     prune(program)
@@ -181,14 +182,18 @@ def _skip_layers(model: nn.Module, layers_path: str, kept: tuple[int, ...]) -> N
             layers[index] = SkippedLayer(layer, last_output)
 
 
-def _lift_rotary(model: nn.Module, session: Session, place: Place, length: int) -> dict[str, tuple[str, np.ndarray]]:
-    """Replaces every rotary module by rows of its tables; the tables by the path of the buffer that stands for them.
+def _lift_rotary(
+    model: nn.Module, session: Session, place: Place, length: int
+) -> tuple[dict[str, tuple[str, np.ndarray]], tuple[str, ...]]:
+    """Replaces every rotary module by rows of its tables; the tables by the path of the buffer that stands for them,
+    and notes on them.
 
     Modules with equal tables share one constant.
     """
     constants: dict[str, tuple[str, np.ndarray]] = {}
     by_content: dict[bytes, str] = {}
     names: set[str] = set()
+    notes: dict[str, None] = {}
     for path, module in list(model.named_modules()):
         if not is_rotary(module):
             continue
@@ -199,13 +204,14 @@ def _lift_rotary(model: nn.Module, session: Session, place: Place, length: int) 
         setattr(model.get_submodule(parent), leaf, RotaryRows(tables, session.index))
         stem = re.sub(rf"^{re.escape(place.layers_path)}\.\d+\.", "", path)
         for variant, pair in tables.items():
+            notes |= {pair.note: None} if pair.note else {}
             for part, table in (("cos", pair.cos), ("sin", pair.sin)):
                 buffer = f"{variant}_{part}".lstrip("_")
                 key = part.encode() + repr(table.shape).encode() + table.tobytes()
                 if key not in by_content:
                     by_content[key] = _fresh_name(f"{stem}.{buffer}", names)
                 constants[f"{path}.{buffer}"] = (by_content[key], table)
-    return constants
+    return constants, tuple(notes)
 
 
 def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:

@@ -1,9 +1,9 @@
 """Rotary embeddings become tables: the row of position p is what the model's own module gives for position p.
 
 A module that makes (cos, sin) from positions alone needs no operators in the program: it is run once, here, on the
-CPU in float32. Where the frequencies depend on the current length (dynamic NTK, longrope), the row of position p is
-what the module gives at length p + 1, as in decoding token by token: so a token never depends on how its prompt was
-cut.
+CPU in float32. Where frequencies depend on the current length, a token must not depend on how its prompt was cut:
+longrope changes all rows at once when a text outgrows the original length, so the length compiled for decides; with
+dynamic NTK the row of position p is what the module gives at length p + 1, as in decoding token by token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _SAMPLES = 24  # positions at which a vectorised table is compared with the modu
 @dataclass(frozen=True)
 class Tables:
     """cos and sin, float32 [positions, rotary_dim]. paired: the module gives complex numbers, which rotate pairs of
-    neighbours, so that each cosine and sine stands twice."""
+    neighbours, so that each cosine and sine stands twice. note: what the user has to know of how they were made."""
 
     cos: np.ndarray
     sin: np.ndarray
     paired: bool = False
+    note: str = ""
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -46,7 +47,7 @@ def make_tables(module: nn.Module, max_len: int) -> dict[str, Tables] | None:
         if made is None:
             return None
         paired = isinstance(_ask(module, variant, torch.zeros(1, dtype=torch.long)), Tensor)
-        tables[variant] = Tables(made[0].numpy(), made[1].numpy(), paired)
+        tables[variant] = Tables(made[0].numpy(), made[1].numpy(), paired, _note(module, variant, max_len))
     return tables
 
 
@@ -86,9 +87,35 @@ def _make(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor, Tensor
     whole = _call(module, variant, positions)
     if whole is None:
         return None
-    if _right(module, variant, positions, whole):
+    if _rope_type(module, variant) == "longrope" or _right(module, variant, positions, whole):
         return whole
     return _per_position(module, variant, max_len) or _by_stretches(module, variant, 0, max_len)
+
+
+def _rope_type(module: nn.Module, variant: str) -> str:
+    """The module's own word for its scaling, "default" without one."""
+    types: Any = getattr(module, "rope_type", "default")
+    return types[variant] if variant else types
+
+
+def _note(module: nn.Module, variant: str, max_len: int) -> str:
+    config = getattr(module, "config", None)
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    original = parameters.get(variant, parameters).get("original_max_position_embeddings")
+    original = original or getattr(config, "original_max_position_embeddings", 0) or 0
+    limit = getattr(config, "max_position_embeddings", max_len)
+    match _rope_type(module, variant):
+        case "longrope" if 0 < original < max_len:
+            return (
+                f"longrope: every position takes the long factors, for max-len {max_len} is beyond the original length"
+                f" {original}; with --max-len {original} all take the short ones"
+            )
+        case "dynamic" if max_len > limit:
+            return (
+                "dynamic rope: a token at position p is rotated as in a text of p + 1 tokens, however its prompt is"
+                f" cut; transformers rotates a prompt longer than {limit} by its whole length"
+            )
+    return ""
 
 
 def _call(module: nn.Module, variant: str, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -143,7 +170,7 @@ def _per_position(module: nn.Module, variant: str, max_len: int) -> tuple[Tensor
 
     fresh = _fresh(module)
     types: Any = getattr(fresh, "rope_type", "default")
-    init = ROPE_INIT_FUNCTIONS.get(types[variant] if variant else types)
+    init = ROPE_INIT_FUNCTIONS.get(_rope_type(module, variant))
     if init is None:
         return None
     positions = torch.arange(max_len)

@@ -93,6 +93,7 @@ class _Stamper:
             layers_path=program.layers_path,
             layers_named=program.layers_named,
             task=program.task,
+            notes=program.notes,
         )
         for state in stamped.states():
             state.meta["val"] = state.meta["val"].new_empty((depth, *state.meta["val"].shape[1:]))

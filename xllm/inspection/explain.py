@@ -38,6 +38,7 @@ def _gathered(artifact: Artifact, report: Mapping[str, Any]) -> dict[str, Any]:
         "target": dict(manifest["target"]),
         "toolchain": dict(manifest["toolchain"]),
         "limits": dict(manifest["limits"]),
+        "notes": report["notes"],
         "pipeline": manifest["pipeline"],
         "extensions": manifest.get("extensions", {}),
         "passes": [_pass(record) for record in manifest["passes"]],
@@ -144,7 +145,7 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
             lines.append(f"third-party {kind} of {module['module']} (sha256 {module['digest'][:12]})")
     if facts["extensions"].get("kernels"):
         lines.append("the same bits under any schedule are promised for our kernels; for theirs, by their authors")
-    return lines
+    return lines + [f"note: {note}" for note in facts["notes"]]
 
 
 def _passes(facts: Mapping[str, Any]) -> list[str]:

@@ -84,7 +84,7 @@ class Program:
     kv: what each layer of this program keeps; `layers`: how groups of nodes repeat (see `frontend/stamp.py`).
     layers_path: module path of the repeated stack, e.g. "model.layers"; empty where nothing repeats. layers_named: what
     checkpoints call it besides.
-    task: what the rows of a step are.
+    task: what the rows of a step are. notes: what its user has to know of how it was captured, a sentence each.
     outputs: names of a function's results, in order; a step has none. dim_symbols: of a function, the symbol in its
     shapes -> the dim it is.
     """
@@ -99,6 +99,7 @@ class Program:
     layers_path: str = ""
     layers_named: tuple[str, ...] = ()
     task: Task = Task()
+    notes: tuple[str, ...] = ()
     plans: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     dim_symbols: Mapping[str, str] = field(default_factory=dict)
@@ -150,10 +151,7 @@ class Program:
         new_output.meta = dict(old_output.meta)
         for old, new in mapping.items():
             new.meta = {**old.meta, "custom": dict(old.meta.get("custom", {}))}
-        weights, constants = dict(self.weights), dict(self.constants)
-        kept = (self.kv, self.layers, self.layers_path, self.layers_named, self.task)
-        made = Program(self.name, graph, self.dims, weights, constants, *kept)
-        return replace(made, outputs=self.outputs, dim_symbols=self.dim_symbols)
+        return replace(self, graph=graph, weights=dict(self.weights), constants=dict(self.constants), plans={})
 
 
 def state_shapes(program: Program, slots: int, tokens: int) -> dict[str, tuple[int, ...]]:

@@ -12,15 +12,15 @@ from xllm.ir.program import layer_of, path_of
 from xllm.passes.base import Context
 from xllm.passes.choose_kernels import Choice
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def account(program: Program, context: Context) -> dict[str, Any]:
     """The report of a planned program, as JSON holds it; equal programs give equal reports.
 
-    operators: by node, {"path", "layer", "provider", "refused": [[provider, reason], …]}. buckets: the share of a step
-    that is padding under the traffic the sizes were chosen for, beside a ladder of powers of two, and whether the
-    target pads at all.
+    notes: as the program has them. operators: by node, {"path", "layer", "provider", "refused": [[provider, reason],
+    …]}. buckets: the share of a step that is padding under the traffic the sizes were chosen for, beside a ladder of
+    powers of two, and whether the target pads at all.
     """
     choices: dict[str, Choice] = program.plans["kernels"]
     nodes = {node.name: node for node in program.calls()}
@@ -33,7 +33,12 @@ def account(program: Program, context: Context) -> dict[str, Any]:
         }
         for name, choice in choices.items()
     }
-    return {"schema": SCHEMA, "operators": operators, "buckets": _buckets(program, context)}
+    return {
+        "schema": SCHEMA,
+        "notes": list(program.notes),
+        "operators": operators,
+        "buckets": _buckets(program, context),
+    }
 
 
 def _buckets(program: Program, context: Context) -> dict[str, Any]:
