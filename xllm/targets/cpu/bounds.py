@@ -86,6 +86,8 @@ def _check_call(plan: Plan, call: Call, sizes: Mapping[str, int], max_len: int) 
     index, allowed = INDICES.get(call.kernel.partition(".")[0], ("", ()))
     count = call.rows.at(sizes)
     _require(count >= 0, f"{where}: it has {count} rows")
+    if plan.is_function and count == 0:
+        return  # it has no rows, and touches nothing
     needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in {**rows, **once}}
     if "table" in call.args:
         last = sizes["T"] if call.args["index"] == "$last" else max_len

@@ -155,6 +155,8 @@ def reach_of(views: Mapping[str, tuple[int, int]], offset: str = "") -> Reach:
 
     def touched(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
         rows, once = {}, {}
+        if not sizes["n0"] * sizes["n1"] * sizes["n2"]:
+            return dict.fromkeys(views, 0), {}
         for name, (bit, held) in views.items():
             size = held or element
             row, span, scaled = sizes[f"{name}_row"], 1 + (sizes["offset"] if name == offset else 0), 0
