@@ -21,11 +21,11 @@ BUDGET = {
     "xllm/service": 3500,
     "xllm/artifact": 1300,
     "xllm/embedded": 1800,
-    "xllm/inspection": 900,
+    "xllm/inspection": 930,
     "xllm": 2700,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
-    "tests": 15500,
+    "tests": 15700,
 }
 
 

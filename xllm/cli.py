@@ -112,7 +112,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     command("passes", _passes, "list the passes of the compiler in order", "xllm passes")
     from xllm.inspection import commands as inspection
 
-    inspection.add(command)
+    inspection.add(command, _dim)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )

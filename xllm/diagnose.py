@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,38 @@ if TYPE_CHECKING:
 CAPTURED = "captured"
 
 
-def program_of(checkpoint: str | Path, stage: str | None = None, options: CompileOptions | None = None) -> Program:
-    """The program of a checkpoint after the rewrite called `stage` ("captured": before any; None: after all). Weights
-    are not read. Raises CompileError listing the stages there are.
+def program_of(
+    checkpoint: str | Path,
+    stage: str | None = None,
+    options: CompileOptions | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> Program:
+    """The program of a checkpoint, or of a .onnx file whose dims have these largest sizes, after the rewrite called
+    `stage` ("captured": before any; None: after all). Weights are not read. Raises CompileError listing the stages
+    there are.
     """
-    from xllm.passes import run_pipeline
+    from xllm.passes import FUNCTION_REWRITES, run_pipeline
 
-    rewrites = pipeline_of(options or CompileOptions()).rewrites
+    is_function = Path(checkpoint).suffix == ".onnx"
+    rewrites = FUNCTION_REWRITES if is_function else pipeline_of(options or CompileOptions()).rewrites
     names = [step.name() for step in rewrites]
     if stage not in (None, CAPTURED, *names):
         known = ", ".join(dict.fromkeys((CAPTURED, *names)))
         raise CompileError(f"there is no stage {stage!r}", code="unknown-stage", try_=f"one of {known}")
     count = 0 if stage == CAPTURED else len(names) if stage is None else len(names) - names[::-1].index(stage)
-    program, context = _captured(checkpoint, options or CompileOptions())
+    if is_function:
+        program, context = _imported(checkpoint, dims or {})
+    else:
+        program, context = _captured(checkpoint, options or CompileOptions())
     return run_pipeline(program, rewrites[:count], context)[0]
+
+
+def _imported(model: str | Path, dims: Mapping[str, int]) -> tuple[Program, Context]:
+    from xllm.frontend.onnx import import_onnx
+    from xllm.passes import Context
+    from xllm.targets import cpu
+
+    return import_onnx(model, dims)[0], Context(cpu.host_target(), "float32", "float32")
 
 
 def bisect_passes(

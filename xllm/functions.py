@@ -6,6 +6,7 @@ artifact.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ def compile_onnx(
     from xllm.frontend.onnx import import_onnx
     from xllm.ir.show import digest, text
     from xllm.passes import FUNCTION_REWRITES, PLANS, Context, pipeline_text, run_pipeline, without
+    from xllm.passes.account import account
     from xllm.passes.debug import Ladder
     from xllm.passes.emit import emit_plan, weight_bytes
     from xllm.targets import cpu
@@ -79,13 +81,14 @@ def compile_onnx(
         )
         plan = written.plan
         writer.write("plan.json", plan.to_json())
+        writer.write("report.json", json.dumps(account(program, context), separators=(",", ":"), sort_keys=True))
         records = [*records, *planned]
         writer.finish(
             {
                 "kind": "function",
                 "toolchain": {"xllm": xllm.__version__},
                 "target": {"name": target.name, "level": target.level, "architecture": cpu.architecture()},
-                "model": {"name": program.name},
+                "model": {"name": program.name, "architecture": "ONNX"},
                 "generation": {},
                 "special_tokens": {},
                 "limits": {dim.name: dim.max for dim in program.dims},

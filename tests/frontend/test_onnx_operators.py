@@ -103,6 +103,7 @@ RIGHT = {
         "k": np.zeros(4, np.float32), "z": -np.zeros(4, np.float32), "o": np.ones(4, np.float32)}),
     "sizes from the last back": (["y = Slice x s e"], ROWS, "f", {"s": ints(0), "e": ints(-1)}),
     "an empty tensor in a row": (["e = Slice x z z", "y = Concat x e axis=0"], ROWS, "f", {"z": ints(0)}),
+    "a result of nothing": (["y = Slice x z z"], ROWS, "f", {"z": ints(0)}),
     "a truth about all sizes": (["s = Shape x end=1", "q = Equal s k", "y = Where q x o"], ROWS, "f", {
         "k": ints(-1), "o": np.ones((1, 1), np.float32)}),
     "quotients of integers below zero": (["y = Div i k"], {"i": ("i", ["n"])}, "i", {"k": ints(-3)}),

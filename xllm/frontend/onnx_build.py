@@ -207,6 +207,8 @@ class Builder:
         """The node of a value: an initializer is read as a weight, what is known becomes a constant."""
         if value.node is not None:
             return value.node
+        if 0 in value.shape:  # nothing to store
+            return self.call(aten.full.default, list(value.shape), 0, dtype=value.dtype, device=torch.device("meta"))
         if value.stored and self.tensors.is_float(value.stored):
             return self.weight(value.stored, value.shape, Source((value.stored,)))
         assert value.known is not None

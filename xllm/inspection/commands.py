@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from xllm.compiler import CompileOptions
 
 
-def add(command: Callable[..., Any]) -> None:
-    """The flags of each; `command(name, run, help, *examples)` makes its parser."""
+def add(command: Callable[..., Any], dim: Callable[[str], tuple[str, int]]) -> None:
+    """The flags of each; `command(name, run, help, *examples)` makes its parser, `dim` reads NAME=MAX."""
     show = command(
         "show",
         _show,
@@ -23,13 +23,15 @@ def add(command: Callable[..., Any]) -> None:
         "xllm show qwen.xllm --dot --layer 0 | dot -Tsvg > layer.svg",
         "xllm show ./Qwen3-0.6B --dot --stage captured",
         "xllm show qwen.xllm --onnx -o qwen.onnx",
+        "xllm show vit.onnx --dim batch=8 --onnx -o rewritten.onnx",
     )
-    show.add_argument("artifact", type=Path, metavar="ARTIFACT", help="or, with --dot and --onnx, a checkpoint folder")
+    show.add_argument("artifact", type=Path, metavar="ARTIFACT", help="or, to draw, a checkpoint folder or .onnx file")
     show.add_argument("--stage", metavar="NAME", help="the program after this pass (default: the last)")
     show.add_argument("--unfold", action="store_true", help="print identical layers one by one")
     show.add_argument("--dot", action="store_true", help="Graphviz text, of the plan or of a checkpoint's program")
     show.add_argument("--onnx", action="store_true", help="an ONNX file for viewers, without weights; with -o")
     show.add_argument("-o", "--output", type=Path, metavar="FILE", help="with --onnx: the file to write")
+    show.add_argument("--dim", action="append", default=[], type=dim, metavar="NAME=MAX", help="limit of an ONNX dim")
     show.add_argument("--layer", type=int, metavar="N", help="with --dot: this layer alone")
     explain = command(
         "explain",
@@ -60,6 +62,10 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.layer is not None and not arguments.dot:
         raise UsageError("--layer goes with --dot")
     if not arguments.dot and not arguments.onnx:
+        if arguments.artifact.suffix == ".onnx":
+            raise UsageError(
+                "a .onnx file is drawn, with --dot or --onnx; the text is in the artifact compiled from it"
+            )
         from xllm.inspection.show import show
 
         print(show(arguments.artifact, arguments.stage, arguments.unfold), end="")
@@ -68,10 +74,10 @@ def _show(arguments: argparse.Namespace) -> None:
     from xllm.artifact import Artifact
 
     found: Any
-    if (arguments.artifact / "config.json").is_file():
+    if arguments.artifact.suffix == ".onnx" or (arguments.artifact / "config.json").is_file():
         from xllm.diagnose import program_of
 
-        found = program_of(arguments.artifact, arguments.stage)
+        found = program_of(arguments.artifact, arguments.stage, dims=dict(arguments.dim))
     elif arguments.stage is not None:
         raise UsageError("an artifact's plan can be drawn, its stages are text; give the checkpoint, or no --stage")
     else:

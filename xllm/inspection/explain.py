@@ -170,9 +170,9 @@ def _fallbacks(facts: Mapping[str, Any]) -> list[str]:
     found = facts["fallbacks"]
     if not found:
         return ["FALLBACKS  none: every operator has a native kernel, serving never imports torch"]
-    calls = sum(kernel["calls"] for kernel in found)
+    calls, each = sum(kernel["calls"] for kernel in found), "step" if "ladder" in facts["buckets"] else "run"
     lines = [
-        f"FALLBACKS  {calls} calls run in torch: about {calls * SECONDS_PER_FALLBACK * 1e3:.1f} ms in every step,"
+        f"FALLBACKS  {calls} calls run in torch: about {calls * SECONDS_PER_FALLBACK * 1e3:.1f} ms in every {each},"
         " seconds and some 200 MB at start, and no promise of same bits"
     ]
     for kernel in found:
@@ -184,6 +184,9 @@ def _fallbacks(facts: Mapping[str, Any]) -> list[str]:
 
 def _sizes(facts: Mapping[str, Any]) -> list[str]:
     buckets = facts["buckets"]
+    if "ladder" not in buckets:
+        limits = ", ".join(f"{dim} up to {size:,}" for dim, size in buckets["sizes"][0].items())
+        return [f"SIZES  {limits or 'all are fixed'}; kernels take what comes, none pads"]
     pads = "each is a captured shape" if buckets["pads"] else "kernels take sizes: a bucket sizes the arena, none pads"
     ladder = " ".join(str(size) for size in buckets["ladder"])
     return [
@@ -207,9 +210,10 @@ def _bytes(facts: Mapping[str, Any]) -> list[str]:
             f"    {'%' + held['value']:<64}{_times(held['count']):>7}{held['bytes']:>16,}"
             for held in memory["largest_values"]
         ),
-        f"  KV {memory['kv_token_bytes']:,} bytes a token ({memory['kv_dtype']})"
-        + (f", {memory['kv_fixed_bytes']:,} a sequence" if memory["kv_fixed_bytes"] else ""),
     ]
+    if "ladder" in facts["buckets"]:
+        lines.append(f"  KV {memory['kv_token_bytes']:,} bytes a token ({memory['kv_dtype']})")
+        lines[-1] += f", {memory['kv_fixed_bytes']:,} a sequence" if memory["kv_fixed_bytes"] else ""
     return lines
 
 

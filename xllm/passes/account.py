@@ -20,7 +20,7 @@ def account(program: Program, context: Context) -> dict[str, Any]:
 
     notes: as the program has them. operators: by node, {"path", "layer", "provider", "refused": [[provider, reason],
     …]}. buckets: the share of a step that is padding under the traffic the sizes were chosen for, beside a ladder of
-    powers of two, and whether the target pads at all.
+    powers of two, and whether the target pads at all; nothing for a function, whose one bucket is its dims' limits.
     """
     choices: dict[str, Choice] = program.plans["kernels"]
     nodes = {node.name: node for node in program.calls()}
@@ -37,7 +37,7 @@ def account(program: Program, context: Context) -> dict[str, Any]:
         "schema": SCHEMA,
         "notes": list(program.notes),
         "operators": operators,
-        "buckets": _buckets(program, context),
+        "buckets": {} if program.is_function else _buckets(program, context),
     }
 
 
