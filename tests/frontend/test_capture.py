@@ -12,8 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.hooks import Session, StepInputs
-from xllm.frontend.huggingface import capture, capture_config, refuse_foreign
+from xllm.frontend.huggingface import capture, capture_config
 from xllm.frontend.masks import Mask, read_mask
+from xllm.frontend.tokens import refuse_foreign
 from xllm.ir.program import Dim, KVLayer, LayerSource
 from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Constant, Source
@@ -183,9 +184,10 @@ def test_masks_say_what_they_are_made_of() -> None:
     assert read_mask(mask_function=packed) == Mask(8, causal=True)
     both = masking_utils.sliding_window_bidirectional_mask_function(8)
     assert read_mask(mask_function=both) == Mask(9, causal=False)
-    assert read_mask(mask_function=masking_utils.causal_mask_function) is None
+    assert read_mask(mask_function=masking_utils.causal_mask_function) == Mask(0, causal=True)
+    assert read_mask(mask_function=masking_utils.bidirectional_mask_function) == Mask(0, causal=False)
     chunked = read_mask(mask_function=masking_utils.chunked_causal_mask_function(8, seen[0]))
-    assert chunked is not None and chunked.unknown == "chunked_overlay"
+    assert chunked.unknown == "chunked_overlay"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class Session:
         self._traced: int | None = None  # the captured layer whose forward is running
         self._recurrent = RecurrentCalls(self._tokens, self._running)
         self.experts: dict[nn.Module, Form] = {}
+        self._plain: set[bool] = set()  # whether the plain masks that the model made are causal
         self.segmented = False  # whether the model has a table of segments
 
     @contextmanager
@@ -68,7 +69,7 @@ class Session:
         masks = (
             ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
         )  # masks are made for what stands there, not for the instance
-        masks[HOOK] = read_mask
+        masks[HOOK] = self.mask
         ALL_EXPERTS_FUNCTIONS[HOOK] = experts(self.experts)
         try:
             yield
@@ -81,6 +82,17 @@ class Session:
         """Learns which captured layer each module is part of."""
         for captured, real in enumerate(walk.layers):
             layer = stack.layers[real]
+            if any(
+                module in self._layer_of for module in layer.modules() if next(module.parameters(), None) is not None
+            ):
+                raise CompileError(
+                    "two layers hold one module",
+                    code="shared-modules",
+                    pass_name="capture",
+                    where=f"{stack.path}.{real}",
+                    node=type(layer).__name__,
+                    try_="a model whose layers share tensors, not modules",
+                )
             self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
             self._layer_of.update({module: captured for module in layer.modules()})
             layer.register_forward_pre_hook(partial(self._enter, captured))
@@ -116,6 +128,14 @@ class Session:
         self._cut = self.inputs
         hidden = output[0]
         return with_hidden(output, torch.ops.xllm.rows(hidden.select(0, 0), self.inputs.last).unsqueeze(0))
+
+    def mask(self, *args: Any, **kwargs: Any) -> Mask | None:
+        """Registered as transformers' mask interface. None for a mask that is plain, as models expect it."""
+        mask = read_mask(*args, **kwargs)
+        if mask.window or mask.unknown:
+            return mask
+        self._plain.add(mask.causal)
+        return None
 
     def attention(
         self,
@@ -199,7 +219,7 @@ class Session:
             refused = "an attention mask the model made itself"
         elif mask is not None and mask.unknown:
             refused = f"an attention mask that {mask.unknown} is part of"
-        elif mask is not None and (mask.causal != is_causal(module, rest) or (window or mask.window) != mask.window):
+        elif self._at_odds(mask, window, is_causal(module, rest)):
             refused = "an attention mask that is at odds with its call"
         elif not self._whole and not is_causal(module, rest):
             refused = "attention that is not causal"
@@ -210,6 +230,11 @@ class Session:
             raise self._refusal(refused, module, layer)
         assert layer is not None
         return layer
+
+    def _at_odds(self, mask: Mask | None, window: int | None, causal: bool) -> bool:
+        if mask is None:  # any of those that are plain
+            return bool(self._plain) and self._plain != {causal}
+        return mask.causal != causal or (window or mask.window) != mask.window
 
     def _refusal(self, what: str, module: nn.Module, layer: int | None) -> CompileError:
         name = type(module).__name__

@@ -22,6 +22,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
 from xllm.errors import CompileError
+from xllm.frontend.alike import Watch
 from xllm.frontend.experts import lift_experts
 from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config
@@ -29,15 +30,16 @@ from xllm.frontend.failures import explain
 from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
-from xllm.frontend.layers import LastOutput, SkippedLayer, Stack, choose_walk, every_layer, find_stack, layer_kinds
+from xllm.frontend.layers import Irregular, Stack, choose_walk, every_layer, find_stack, layer_kinds, share_tensors
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
 from xllm.frontend.names import Spellings, checkpoint_tensors
 from xllm.frontend.rotary import RotaryRows, is_rotary, make_tables
-from xllm.frontend.stamp import check_equal_layers
+from xllm.frontend.stamp import check_equal_layers, claim_between
 from xllm.frontend.steps import Step, is_scored, prepare
 from xllm.frontend.tasks import read_task
+from xllm.frontend.tokens import check_tokens, refuse_foreign
 from xllm.ir.build import prune
-from xllm.ir.program import Dim, Program, Task, Weight, path_of, state_shapes
+from xllm.ir.program import Dim, Program, Task, Weight, state_shapes
 from xllm.ir.weight_rules import Constant
 
 DEFAULT_MAX_LEN = 32768
@@ -81,29 +83,41 @@ def capture_config(
     check_config(config)
     if max_len is not None and max_len < 1:
         raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
-    config = copy.deepcopy(config)
     length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
+    dims = (Dim("T", 1, max_tokens), Dim("S", 1, max_seqs))
+    if not full:
+        try:
+            return _traced(copy.deepcopy(config), name, length, dims, task, full=False)
+        except Irregular:
+            pass
+    return _traced(copy.deepcopy(config), name, length, dims, task, full=True)
+
+
+def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Task, full: bool) -> Program:
+    """`config` is changed. Raises Irregular when layers that are stood for are not like those that stand for them."""
     session = Session(whole=task.kind != "generate")
     with session.registered(), torch.no_grad():
         model = _build(config, task)
         if task.kind == "classify" and is_scored(model):
             task = replace(task, pooling="last")
         stack = find_stack(model)
-        kinds = layer_kinds(stack, config.to_dict())
-        walk = every_layer(len(stack.layers)) if full else choose_walk(kinds)
+        kinds, counters = layer_kinds(stack, config.to_dict())
+        walk = every_layer(len(stack.layers)) if full or share_tensors(stack) else choose_walk(kinds)
         spellings = Spellings.of(model)
         named = spellings.stacks(list(model.state_dict()), stack.path)
         place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)}, named)
         tensors = checkpoint_tensors(model, place, spellings)
         length, segments = _lift_lookups(model, session, stack, config, tensors, length, task)
         task = replace(task, segments=segments)
-        _skip_layers(model, stack.path, walk.layers)
+        watch = Watch(stack, walk, counters)
+        watch.skip(model.get_submodule(stack.path))
         session.experts.update(lift_experts(model, place, tensors))
         constants, notes = _lift_rotary(model, session, place, length)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
         with session.lifted(model):
-            exported = _export(model, session, task)
+            exported = _export(model, session, task, watch)
+    watch.check()
     make_functional(exported.graph)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
@@ -111,7 +125,7 @@ def capture_config(
     program = Program(
         name=name,
         graph=graph,
-        dims=(Dim("T", 1, max_tokens), Dim("S", 1, max_seqs)),
+        dims=dims,
         weights=weights,
         constants={},
         kv=kv,
@@ -124,10 +138,13 @@ def capture_config(
     join_fills(program)
     prune(program)
     refuse_foreign(program)
+    check_tokens(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
     program.constants = {key: bound.arrays[key] for key in sorted(used)}
-    _type_state(program, max_seqs, length)
-    check_equal_layers(program, [kinds[real] for real in walk.layers])
+    _type_state(program, dims[1].max, length)
+    if len(walk.layers) < len(stack.layers):
+        check_equal_layers(program, [kinds[real] for real in walk.layers])
+    claim_between(program)
     return program
 
 
@@ -170,16 +187,6 @@ def _build(config: Any, task: Task) -> nn.Module:
     return model
 
 
-def _skip_layers(model: nn.Module, layers_path: str, kept: tuple[int, ...]) -> None:
-    """Replaces, in place, every layer that is not captured."""
-    layers = model.get_submodule(layers_path)
-    assert isinstance(layers, nn.ModuleList)
-    last_output = LastOutput()
-    for index, layer in enumerate(layers):
-        if index in kept:
-            layer.register_forward_hook(last_output.remember)
-        else:
-            layers[index] = SkippedLayer(layer, last_output)
 
 
 def _lift_rotary(
@@ -268,7 +275,7 @@ def _lift_lookups(
     return length, rows_of(model, found.segments, 1) if paired else 1
 
 
-def _export(model: nn.Module, session: Session, task: Task) -> ExportedProgram:
+def _export(model: nn.Module, session: Session, task: Task, watch: Watch) -> ExportedProgram:
     tokens, rows = ExportDim("T", min=2), ExportDim("S", min=2)
 
     # Sizes that no dimension of the model has, so that none is taken for another; small, for loops over tokens.
@@ -281,6 +288,8 @@ def _export(model: nn.Module, session: Session, task: Task) -> ExportedProgram:
     try:
         return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        if watch.explains(error):
+            raise Irregular(str(error)) from error
         raise explain(error, model) from error
 
 
@@ -336,20 +345,6 @@ def _type_state(program: Program, max_seqs: int, length: int) -> None:
             state.meta["val"] = state.meta["val"].new_empty(shapes[str(state.target)])
         else:
             program.graph.erase_node(state)
-
-
-def refuse_foreign(program: Program) -> None:
-    """Raises CompileError naming the first operator that is not torch's and not ours."""
-    for node in program.calls():
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "xllm"):
-            raise CompileError(
-                f"the operator {node.target} is neither torch's own nor one of our dialect",
-                code="foreign-operator",
-                pass_name="capture",
-                where=path_of(node),
-                node=node.name,
-                try_="a model whose modules call plain torch operators",
-            )
 
 
 def _unknown_buffer(module: nn.Module, path: str, why: str) -> CompileError:

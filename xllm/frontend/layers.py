@@ -1,15 +1,15 @@
 """Which layers of a model are worth capturing: the stack, the kind of each layer, a short walk that shows them all.
 
 Layers of equal kind that stand between equal neighbours compute the same, so one of them is captured and stamped for
-the others. The index of a layer is no part of its kind; what a layer makes of its index shows in the captured
-operators, which are compared.
+the others. The index of a layer is no part of its kind; that nothing is made of it is for `alike.py` to see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from xllm.errors import CompileError
 from xllm.ir.program import LayerSource
 
 _MODULE_FIELDS = frozenset(vars(nn.Module()))
+
+
+class Irregular(Exception):
+    """Layers of one kind do not compute the same; the message says what shows it."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,32 @@ def find_stack(model: nn.Module) -> Stack:
     return Stack(best[1], tuple(best[2]))
 
 
-def layer_kinds(stack: Stack, config: Mapping[str, Any]) -> list[Hashable]:
+def layer_kinds(stack: Stack, config: Mapping[str, Any]) -> tuple[Sequence[Hashable], list[str]]:
     """One comparable value per layer: module tree, tensor shapes, plain attributes, and the entry of every per-layer
-    list of the config.
+    list of the config. And the attributes left out of it, which only count the layers (see `attribute_of`).
     """
     count = len(stack.layers)
-    facts = [_facts(layer) for layer in stack.layers]
+    memo: dict[int, str] = {}
+    facts = [_facts(layer, memo) for layer in stack.layers]
     for key, value in config.items():
         if isinstance(value, (list, tuple)) and len(value) == count:
             for entry, found in zip(value, facts, strict=True):
                 found[f"config {key}"] = repr(entry)
     counters = _counters(facts)
-    return [tuple(sorted((key, value) for key, value in found.items() if key not in counters)) for found in facts]
+    kinds = [tuple(sorted((key, value) for key, value in found.items() if key not in counters)) for found in facts]
+    return kinds, sorted(counters)
+
+
+def attribute_of(counter: str) -> tuple[str, str]:
+    """Module path in the layer, and the attribute's name."""
+    path, _, name = counter.removeprefix("attribute ").rpartition(".")
+    return path, name
+
+
+def share_tensors(stack: Stack) -> bool:
+    """Whether two layers hold one parameter, or are one module."""
+    owners = [(id(held), index) for index, layer in enumerate(stack.layers) for held in {*layer.parameters(), layer}]
+    return len({held for held, _ in owners}) < len(set(owners))
 
 
 def choose_walk(kinds: Sequence[Hashable]) -> Walk:
@@ -117,21 +135,23 @@ class SkippedLayer(nn.Module):
     Keeping the place keeps every index: configuration lists and layer indices mean what they meant in the full model.
     """
 
-    def __init__(self, layer: nn.Module, last_output: LastOutput) -> None:
+    def __init__(self, layer: nn.Module, last_output: LastOutput, record: Callable[..., None]) -> None:
         super().__init__()
         self.__dict__["_stands_in_for"] = layer  # outside the module tree, so that its parameters are not exported
         self.__dict__["_last_output"] = last_output
+        self.__dict__["_record"] = record
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_stands_in_for"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["_record"](args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         output = self.__dict__["_last_output"].value
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _facts(layer: nn.Module) -> dict[str, Any]:
+def _facts(layer: nn.Module, memo: dict[int, str]) -> dict[str, Any]:
     """Everything comparable about a layer, by path: classes, tensors, plain attributes."""
     facts: dict[str, Any] = {}
     for path, module in layer.named_modules():
@@ -141,20 +161,37 @@ def _facts(layer: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if name not in _MODULE_FIELDS:
                 plain = isinstance(value, int) and not isinstance(value, bool)
-                facts[f"attribute {path}.{name}"] = value if plain else _described(value)
+                facts[f"attribute {path}.{name}"] = value if plain else _described(value, memo)
     return facts
 
 
-def _described(value: Any) -> str:
+def _described(value: Any, memo: dict[int, str]) -> str:
+    """The same text for what computes the same. memo: what objects and functions are, by id, while they live."""
+    inside = partial(_described, memo=memo)
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
         return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_described(item) for item in value)}]"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return f"[{', '.join(map(inside, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {_described(item)}' for key, item in value.items())}}}"
-    if isinstance(value, (FunctionType, BuiltinFunctionType)):
-        return f"{value.__module__}.{value.__qualname__}"
-    return type(value).__qualname__
+        return f"{{{', '.join(f'{inside(key)}: {inside(item)}' for key, item in value.items())}}}"
+    if id(value) not in memo:
+        memo[id(value)] = type(value).__qualname__  # to what holds itself
+        memo[id(value)] = _object_described(value, inside)
+    return memo[id(value)]
+
+
+def _object_described(value: Any, inside: Callable[[Any], str]) -> str:
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, (nn.Module, torch.Tensor, type, BuiltinFunctionType)):
+        return f"{type(value).__qualname__} {name}"
+    if isinstance(value, partial):
+        return f"partial {inside((value.func, value.args, value.keywords))}"
+    if isinstance(value, MethodType):
+        return f"{inside(value.__func__)} of {type(value.__self__).__qualname__}"
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return f"{name} {inside((cells, value.__defaults__, value.__kwdefaults__))}"
+    return f"{name} {inside(vars(value)) if hasattr(value, '__dict__') else repr(value)}"
 
 
 def _counters(facts: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -13,15 +13,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mask:
-    """window as the operators have it, 0 for none; unknown: the part of the mask that no option of theirs expresses."""
+    """window as the operators have it, 0 for none; unknown: the part of the mask that no option of theirs expresses. A
+    mask without either is plain.
+    """
 
     window: int
     causal: bool
     unknown: str = ""
 
 
-def read_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> Mask | None:
-    """Registered as transformers' mask interface. None for a mask that is plain: causality is the module's to say."""
+def read_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> Mask:
+    """What a mask asks for, from the arguments of transformers' mask interface."""
     parts = list(_parts(mask_function)) if mask_function is not None else []
     known = {name: held for name, held in parts if name in _KNOWN}
     unknown = next((name for name, _ in parts if name not in _KNOWN), "")
@@ -30,7 +32,7 @@ def read_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwa
         window = int(known["sliding_window_overlay"]["sliding_window"])
     elif "sliding_window_bidirectional_overlay" in known:  # its window counts the last position it reaches
         window = int(known["sliding_window_bidirectional_overlay"]["sliding_window"]) + 1
-    return Mask(window, "causal_mask_function" in known, unknown) if window or unknown else None
+    return Mask(window, "causal_mask_function" in known or mask_function is None, unknown)
 
 
 _KNOWN = frozenset(

@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 
 from xllm.errors import CompileError
+from xllm.frontend.layers import Irregular
 from xllm.ir.program import LayerSource, Program, Weight, layer_of
 from xllm.ir.weight_rules import Constant, Source, move_layer, rule_sources
 
@@ -34,7 +35,7 @@ def stamp(program: Program) -> Program:
 
 
 def check_equal_layers(program: Program, kinds: Sequence[Hashable]) -> None:
-    """Raises CompileError when captured layers of one kind differ in operators or constants: index-dependent
+    """Raises Irregular when captured layers of one kind differ in operators or constants: index-dependent
     computation.
     """
     groups = _groups(program)
@@ -43,19 +44,25 @@ def check_equal_layers(program: Program, kinds: Sequence[Hashable]) -> None:
         model = first.setdefault(kind, captured)
         node = _difference(program, groups.get(model, []), groups.get(captured, []))
         if node is not None:
-            raise CompileError(
-                f"layers {model} and {captured} of the capture look alike but compute differently",
-                code="layers-differ",
-                pass_name="capture",
-                where=str(node.meta["custom"]["path"]),
-                node=node.name,
-                try_="capture with full=True, which takes every layer as it is",
-            )
+            raise Irregular(f"layers {model} and {captured} of the capture look alike but differ at {node.name}")
+
+
+def claim_between(program: Program) -> None:
+    """What a model computes between its layers becomes part of the layer behind."""
+    late: set[fx.Node] = set()
+    for node in program.calls():
+        if layer_of(node) is not None or not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+    for node in reversed(list(program.calls())):
+        users = [layer for user in node.users if (layer := layer_of(user)) is not None]
+        if layer_of(node) is None and node in late and users:
+            node.meta["custom"]["layer"] = min(users)
 
 
 class _Stamper:
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.whole = all(layer.stands_for == (layer.index,) for layer in program.layers)
         self.leaf = program.layers_path.rpartition(".")[2]
         self.groups = _groups(program)
         self.sources = _sources(program.layers)
@@ -142,6 +149,8 @@ class _Stamper:
             return self.shared[arg]
         if home == captured:
             return self.copies[real][arg]
+        if self.whole and home < real:
+            return self.copies[home][arg]
         consumer = captured if captured is not None else len(self.groups)
         if home != consumer - 1 or real == 0:
             raise _unsound(f"layer {home} is read by a node that does not follow it", user)
@@ -150,7 +159,7 @@ class _Stamper:
 
     def _read(self, node: fx.Node, captured: int | None, real: int, user: fx.Node) -> fx.Node:
         target = str(node.target)
-        owner = _layer_in(target, (self.program.layers_path,))
+        owner = None if self.whole else _layer_in(target, (self.program.layers_path,))
         if owner is not None and owner != captured:
             raise _unsound(f"the weight {target} of layer {owner} is read by another layer", user)
         weight = self.program.weights[target]
