@@ -10,7 +10,6 @@ import math
 import operator
 from typing import Any
 
-import sympy
 import torch
 import torch.fx as fx
 
@@ -52,7 +51,7 @@ def refuse_foreign(program: Program) -> None:
 
 def check_tokens(program: Program) -> None:
     """Raises CompileError naming the first operator that is not known to keep the tokens of a step apart."""
-    symbol = _expression(program.input("ids").meta["val"].shape[0])
+    symbol = program.input("ids").meta["val"].shape[0].node.expr
     for node in program.calls():
         if why := _mixes(node, symbol):
             name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
@@ -83,7 +82,7 @@ def _mixes(node: fx.Node, symbol: Any) -> str:
         axes = _axes(part, symbol)
         if len(axes) > 1:
             return "pairs tokens with each other"
-        if any((_expression(part.shape[axis]) / symbol).free_symbols for axis in axes):
+        if any((part.shape[axis].node.expr / symbol).free_symbols for axis in axes):
             return "makes another number of tokens"
         if not axes and given:
             return "makes one value of all tokens"
@@ -145,8 +144,8 @@ def _axes(value: Any, symbol: Any) -> list[int]:
     """Axes of a tensor whose size depends on the number of tokens."""
     if not isinstance(value, torch.Tensor):
         return []
-    return [axis for axis, size in enumerate(value.shape) if symbol in _expression(size).free_symbols]
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return [
+        axis
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+    ]
