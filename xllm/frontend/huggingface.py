@@ -187,8 +187,6 @@ def _build(config: Any, task: Task) -> nn.Module:
     return model
 
 
-
-
 def _lift_rotary(
     model: nn.Module, session: Session, place: Place, length: int
 ) -> tuple[dict[str, tuple[str, np.ndarray]], tuple[str, ...]]:
