@@ -82,7 +82,7 @@ def _mixes(node: fx.Node, symbol: Any) -> str:
         axes = _axes(part, symbol)
         if len(axes) > 1:
             return "pairs tokens with each other"
-        if any((part.shape[axis].node.expr / symbol).free_symbols for axis in axes):
+        if any((_expression(part.shape[axis]) / symbol).free_symbols for axis in axes):
             return "makes another number of tokens"
         if not axes and given:
             return "makes one value of all tokens"
@@ -138,6 +138,10 @@ def _along(node: fx.Node, made: torch.Tensor, axis: int, rank: int) -> str:
     axis = axis if "stack" not in str(node.target) else -1
     named_axes = {dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
     return "goes along tokens" if axis in named_axes else ""
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr
 
 
 def _axes(value: Any, symbol: Any) -> list[int]:
