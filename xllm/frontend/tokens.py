@@ -20,7 +20,7 @@ from xllm.ir.program import Program, path_of
 _OPERATORS = {
     "fill": "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full fill",
     "same": "clone contiguous to _to_copy alias detach dropout lift_fresh_copy type_as copy",
-    "view": "view reshape _unsafe_view flatten unflatten unsqueeze squeeze",
+    "view": "view reshape _unsafe_view flatten unflatten unsqueeze squeeze view_as reshape_as",
     "expand": "expand expand_as",
     "turn": "transpose permute t movedim numpy_T mT",
     "pairs": "complex view_as_complex view_as_real",  # of numbers, in the last axis
