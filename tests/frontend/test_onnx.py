@@ -188,6 +188,21 @@ def test_external_data_is_mapped(tmp_path: Path) -> None:
     assert np.array_equal(made, np.ones((3, 4), np.float32) + np.arange(4, 8, dtype=np.float32))
 
 
+def test_running_sums(tmp_path: Path) -> None:
+    axis = helper.make_tensor("axis", TensorProto.INT64, [], [-1])
+    file = tmp_path / "m.onnx"
+    file.write_bytes(small(helper.make_node("CumSum", ["x", "axis"], ["y"]), tensors=(axis,)).SerializeToString())
+    assert compile_onnx(file, tmp_path / "out.xllm", {"n": 4}).fallbacks == ()
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with Session(tmp_path / "out.xllm", threads=1) as session:
+        assert np.array_equal(session.run({"x": x})["y"], np.cumsum(x, -1))
+    for odd in ("exclusive", "reverse"):
+        node = helper.make_node("CumSum", ["x", "axis"], ["y"], **{odd: 1})
+        file.write_bytes(small(node, tensors=(axis,)).SerializeToString())
+        with pytest.raises(CompileError, match="running sum"):
+            compile_onnx(file, tmp_path / "other.xllm", {"n": 4})
+
+
 def test_a_dim_needs_its_largest_size(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(small(helper.make_node("Relu", ["x"], ["y"])).SerializeToString())
     for dims, code in (({}, "missing-dim"), ({"n": 4, "m": 2}, "bad-option"), ({"n": 0}, "bad-option")):

@@ -27,7 +27,7 @@ def constant(b: Builder, name: str, array: Any) -> fx.Node:
 
 def spelled(
     b: Builder, x: fx.Node, *, mask: str = "", turned: str = "swap", axis: int = -1, guard: bool = True,
-    escapes: str = "", by: float = 0.5, shared: bool = False, swapped: bool = False,
+    escapes: str = "", by: float = 0.5, cap: float = 0.0, shared: bool = False, swapped: bool = False,
 ) -> fx.Node:  # fmt: skip
     heads = [LENGTH, HEADS, WIDTH] if swapped else [HEADS, LENGTH, WIDTH]
     kv_heads = [1, LENGTH, WIDTH] if shared else heads
@@ -46,6 +46,8 @@ def spelled(
         k = b.call(aten.permute.default, k, [0, 1, 3, 2])
         k = b.call(aten.relu.default, k) if turned == "not" else k
     scores = b.call(aten.matmul.default, b.call(aten.mul.Tensor, q, by), b.call(aten.mul.Tensor, k, by))
+    if cap:
+        scores = b.call(aten.mul.Tensor, b.call(aten.tanh.default, b.call(aten.div.Tensor, scores, cap)), cap)
     if mask:
         shape = (1, 1, LENGTH, LENGTH)
         shows = np.ones(shape) if mask == "all" else np.tril(np.ones(shape))
@@ -82,6 +84,7 @@ def _repeated(b: Builder, part: fx.Node) -> fx.Node:
         {"mask": "low"},
         {"mask": "all"},
         {"swapped": True},
+        {"cap": 3.0, "mask": "seen"},
     ],
     ids=str,
 )
@@ -91,7 +94,7 @@ def test_fires(options: dict[str, Any]) -> None:
     assert (hits, misses, len(calls)) == (2 if options.get("swapped") else 1, [], 1)
     left = {node.target for node in after.calls()}
     assert not left & {aten.softmax.int, aten.matmul.default, aten.isnan.default, aten.expand.default}
-    assert calls[0].args[4:] == (0.25, 0.0, False, bool(options.get("swapped")))
+    assert calls[0].args[4:] == (0.25, options.get("cap", 0.0), False, bool(options.get("swapped")))
     assert (aten.permute.default in left) is False
     assert (aten.where.self in left) == (options.get("mask") == "low")  # the lowest number is no infinity
 

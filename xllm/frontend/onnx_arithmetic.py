@@ -225,6 +225,13 @@ def _reduce(target: Any, fold: Callable[..., Any] | None = None) -> Rule:
     return rule
 
 
+def _cumsum(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
+    x, axis = given(inputs[0]), axis_of(int(known(b, inputs[1], "axis").item()), len(given(inputs[0]).shape))
+    if attributes.get("exclusive", 0) or attributes.get("reverse", 0):
+        raise refuse("a running sum that leaves out its own element, or runs backwards")
+    return [b.emit(aten.cumsum.default, x, axis, dtype=x.dtype)]
+
+
 def _mod(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
     one, other = (given(value) for value in inputs)
     c_like = bool(attributes.get("fmod", 0))
@@ -251,7 +258,7 @@ RULES: Mapping[str, Rule] = {
     **{name: _unary(target.default) for name, target in _UNARY.items()},
     **{name: _binary(target, fold, name == "Equal", torch.bool) for name, (target, fold) in _COMPARISONS.items()},
     **{name: _logic(target, fold) for name, (target, fold) in _LOGIC.items()},
-    "Gelu": _gelu, "Clip": _clip,
+    "CumSum": _cumsum, "Gelu": _gelu, "Clip": _clip,
     "Softmax": _softmax(aten.softmax.int), "LogSoftmax": _softmax(aten.log_softmax.int),
     "Where": _where, "Max": _several(aten.maximum.default, np.maximum),
     "Min": _several(aten.minimum.default, np.minimum),

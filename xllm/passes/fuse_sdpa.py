@@ -64,7 +64,7 @@ class FuseSdpa(Pass):
         mask, product, scale = None, scores, 1.0
         if is_call(scores, aten.add.Tensor) and not scores.kwargs:
             product, mask = _product_first(*arguments(scores))
-        product, scale = unscaled(product)
+        product, scale, softcap = _uncapped(product)
         if not is_call(product, aten.matmul.default):
             return editor.miss(softmax, f"its scores are not a product of queries and keys, but %{product}")
         if len(product.users) != 1 or len(scores.users) != 1:
@@ -77,15 +77,17 @@ class FuseSdpa(Pass):
         with editor.before(root):
             if order:
                 k = editor.emit(aten.permute.default, k, order, like=root)
-            self._replace(editor, root, (q, k, v), mask, scale * by_query * by_key)
+            self._replace(editor, root, (q, k, v), mask, (scale * by_query * by_key, softcap))
 
-    def _replace(self, editor: Editor, root: fx.Node, given: tuple[fx.Node, ...], mask: Any, scale: float) -> None:
-        """`root` becomes one operator on `given` (queries, keys, values), all of them heads first or without heads."""
+    def _replace(
+        self, editor: Editor, root: fx.Node, given: tuple[fx.Node, ...], mask: Any, how: tuple[float, float]
+    ) -> None:
+        """`root` becomes one operator on `given` (queries, keys, values), all of them heads first or without heads. how: scale and soft-cap."""
         q, k, v = given
         ranks = {len(sizes(part)) for part in given}
         if ranks == {3} and mask is None and all(_one_symbol(part) for part in given):
             wide = [editor.emit(aten.reshape.default, part, _with_head(part), like=root) for part in given]
-            made = editor.emit(xllm.sdpa.default, *wide, None, scale, 0.0, False, False, like=root)
+            made = editor.emit(xllm.sdpa.default, *wide, None, *how, False, False, like=root)
             shape = [size if isinstance(size, int) else -1 for size in sizes(root)]
             made = editor.emit(aten.reshape.default, made, shape, like=root)
         elif ranks == {4}:
@@ -93,7 +95,7 @@ class FuseSdpa(Pass):
             if near is not None and far is not None and sizes(near)[:3] == sizes(far)[:3]:
                 k, v = near, far
             try:
-                made = editor.emit(xllm.sdpa.default, q, k, v, mask, scale, 0.0, False, False, like=root)
+                made = editor.emit(xllm.sdpa.default, q, k, v, mask, *how, False, False, like=root)
             except Exception as error:  # sizes that broadcast, which the operator does not
                 return editor.miss(root, f"its operands do not fit one attention: {error}")
         else:
@@ -123,7 +125,16 @@ def _constant(program: Program, node: Any) -> float | None:
 
 
 def _product_first(one: Any, other: Any) -> tuple[Any, Any]:
-    return (one, other) if is_call(unscaled(one)[0], aten.matmul.default) else (other, one)
+    return (one, other) if is_call(_uncapped(one)[0], aten.matmul.default) else (other, one)
+
+
+def _uncapped(node: Any) -> tuple[Any, float, float]:
+    """A product behind cap * tanh(. / cap), how often it is taken, and the cap; 0 where there is none."""
+    value, scale = unscaled(node)
+    if not is_call(value, aten.tanh.default) or len(value.users) != 1 or scale <= 0:
+        return value, scale, 0.0
+    inner, by = unscaled(value.args[0])
+    return inner, by * scale, scale
 
 
 def _turned(node: Any) -> tuple[fx.Node, list[int]] | None:
