@@ -196,8 +196,10 @@ def test_running_sums(tmp_path: Path) -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     with Session(tmp_path / "out.xllm", threads=1) as session:
         assert np.array_equal(session.run({"x": x})["y"], np.cumsum(x, -1))
-    for odd in ("exclusive", "reverse"):
-        node = helper.make_node("CumSum", ["x", "axis"], ["y"], **{odd: 1})
+    for node in (
+        helper.make_node("CumSum", ["x", "axis"], ["y"], exclusive=1),
+        helper.make_node("CumSum", ["x", "axis"], ["y"], reverse=1),
+    ):
         file.write_bytes(small(node, tensors=(axis,)).SerializeToString())
         with pytest.raises(CompileError, match="running sum"):
             compile_onnx(file, tmp_path / "other.xllm", {"n": 4})

@@ -6,11 +6,11 @@ before:  %k = aten.mul(aten.permute(%keys, [0, 1, 3, 2]), 0.6)
          %o = aten.matmul(aten.where(aten.isnan(%w), 0, %w), %v)
 after:   %o = xllm.sdpa(%q, %keys, %v, %seen, scale=0.36, softcap=0, causal=False, tokens_first=False)
 
-Numbers that queries, keys or scores are multiplied with are its scale; keys and values repeated for the heads that
-share them are read where they lie; a mask that shows everything goes. Where queries, keys, values and result all come
-and go with tokens first, the four permutes go too. Without the guard against isnan a query that sees nothing would
-have been NaN, and is zeros. It does not fire where scores or weights are read by others too, and where keys are not
-turned round by a permute.
+Numbers that queries, keys or scores are multiplied with are its scale, a tanh between two of them its soft-cap; keys
+and values repeated for the heads that share them are read where they lie; a mask that shows everything goes, and one
+that counts up to the query is `causal`. Where queries, keys, values and result all come and go with tokens first, the
+four permutes go too. Without the guard against isnan a query that sees nothing would have been NaN, and is zeros. It
+does not fire where scores or weights are read by others too, and where keys are not turned round by a permute.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class FuseSdpa(Pass):
     def _replace(
         self, editor: Editor, root: fx.Node, given: tuple[fx.Node, ...], mask: Any, how: tuple[float, float]
     ) -> None:
-        """`root` becomes one operator on `given` (queries, keys, values), all of them heads first or without heads. how: scale and soft-cap."""
+        """`root` becomes one operator on `given` (queries, keys, values), all of them heads first or without heads.
+
+        how: scale and soft-cap.
+        """
         q, k, v = given
         ranks = {len(sizes(part)) for part in given}
         if ranks == {3} and mask is None and all(_one_symbol(part) for part in given):
