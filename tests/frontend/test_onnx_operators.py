@@ -108,6 +108,8 @@ RIGHT = {
         "k": ints(-1), "o": np.ones((1, 1), np.float32)}),
     "quotients of integers below zero": (["y = Div i k"], {"i": ("i", ["n"])}, "i", {"k": ints(-3)}),
     "no bound": (["y = Clip x - -"], ROWS, "f", {}),
+    "rows of a table from the last back": (["y = Gather k i"], {"i": ("i", ["n"])}, "f", {
+        "k": np.eye(3, 4, 0, np.float32)}),
     "places from the last back": (["y = GatherElements x i"], {**ROWS, "i": ("i", [1, 4])}, "f", {}),
 }  # fmt: skip
 REFUSED = {

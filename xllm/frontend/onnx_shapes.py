@@ -280,7 +280,7 @@ def _gather(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> l
         part = b.emit(aten.slice.Tensor, x, axis, first, first + 1)
         return [b.reshape(part, [held for i, held in enumerate(x.shape) if i != axis])]
     if axis == 0 and len(x.shape) == 2 and x.stored and x.dtype == torch.float32:
-        return [b.emit(xllm.embedding.default, index, x)]
+        return [b.emit(xllm.embedding.default, _from_front(b, index, x.shape[0]), x)]
     return [b.emit(aten.index.Tensor, x, [*[None] * axis, index])]
 
 
@@ -289,21 +289,21 @@ def _gather_elements(b: Builder, inputs: Inputs, attributes: Attributes, opset: 
     axis, array = axis_of(attributes.get("axis", 0), len(x.shape)), b.known(x) if x.node is None else None
     if array is not None and array.size and (array == array.flat[0]).all():  # a table of one value gives it everywhere
         return [_filled(b, Value(x.dtype, (), known=array.reshape(-1)[0:1].reshape(())), index.shape)]
-    place = b.known(index)
+    return [b.emit(aten.gather.default, x, axis, _from_front(b, index, x.shape[axis]))]
+
+
+def _from_front(b: Builder, index: Value, size: Any) -> Value:
+    """Places counted from the front, as operators of ours and of torch have them; ONNX counts from behind below 0."""
+    place, source = b.known(index), index.node
+    while source is not None and source.target in (aten.reshape.default, aten.expand.default):
+        source = arguments(source)[0]
+    if source is not None and source.target is aten.arange.start and arguments(source)[0] == 0:
+        return index
     if place is not None and place.dtype != object and (place >= 0).all():
-        return [b.emit(aten.gather.default, x, axis, index)]
-    behind = b.emit(aten.lt.Scalar, index, 0)  # torch counts from the front alone
-    return [
-        b.emit(aten.gather.default, x, axis, b.emit(aten.where.self, behind, _moved(b, index, x.shape[axis]), index))
-    ]
-
-
-def _moved(b: Builder, index: Value, size: Any) -> Value:
-    if isinstance(size, int):
-        return b.emit(aten.add.Tensor, index, size)
-    return b.emit(
-        aten.add.Tensor, index, b.emit(aten.scalar_tensor.default, size, dtype=index.dtype, device=torch.device("meta"))
-    )
+        return index
+    held = b.fact(np.array(size, object), index.dtype) if not isinstance(size, int) else size
+    moved = b.emit(aten.add.Tensor, index, held)
+    return b.emit(aten.where.self, b.emit(aten.lt.Scalar, index, 0), moved, index)
 
 
 def _gather_nd(b: Builder, inputs: Inputs, attributes: Attributes, opset: int) -> list[Value]:
