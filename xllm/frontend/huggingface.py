@@ -85,12 +85,14 @@ def capture_config(
         raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
     length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
     dims = (Dim("T", 1, max_tokens), Dim("S", 1, max_seqs))
-    if not full:
-        try:
-            return _traced(copy.deepcopy(config), name, length, dims, task, full=False)
-        except Irregular:
-            pass
-    return _traced(copy.deepcopy(config), name, length, dims, task, full=True)
+    if full:
+        return _traced(copy.deepcopy(config), name, length, dims, task, full=True)
+    try:
+        return _traced(copy.deepcopy(config), name, length, dims, task, full=False)
+    except Irregular as found:
+        program = _traced(copy.deepcopy(config), name, length, dims, task, full=True)
+        program.notes += (f"every layer was captured, which costs time with depth: {found}",)
+        return program
 
 
 def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Task, full: bool) -> Program:

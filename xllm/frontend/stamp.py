@@ -313,7 +313,7 @@ def _check_moves(target: str, weight: Weight, stacks: Sequence[str]) -> None:
                     code="renamed-layers",
                     pass_name="stamp",
                     where=target,
-                    try_="capture with full=True, or a checkpoint in the model's own names",
+                    try_="a checkpoint in the model's own names: save_pretrained of transformers writes one",
                 )
 
 
@@ -324,5 +324,5 @@ def _unsound(why: str, node: fx.Node) -> CompileError:
         pass_name="stamp",
         where=str(node.meta.get("custom", {}).get("path", "")),
         node=node.name,
-        try_="capture with full=True",
+        try_="--bisect-passes, which names the pass that tied the layers together; --disable-pass leaves it out",
     )
