@@ -69,6 +69,8 @@ ODD: Mapping[str, dict[str, Any]] = {
     "unused window": family("qwen2", "Qwen2ForCausalLM", hidden_size=96, use_sliding_window=False, sliding_window=24,
                             max_window_layers=2, tie_word_embeddings=True, rope_theta=1e6,
                             rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "offset": family("roberta", "RobertaForCausalLM", is_decoder=True, num_key_value_heads=6, pad_token_id=1,
+                     max_position_embeddings=256, type_vocab_size=1, layer_norm_eps=1e-5),
     "no window": family("mistral", "MistralForCausalLM", sliding_window=None, head_dim=40, num_hidden_layers=1),
 }  # fmt: skip
 
@@ -138,6 +140,10 @@ EXPERTS: Mapping[str, dict[str, Any]] = {
                        first_k_dense_replace=1, n_shared_experts=1, norm_topk_prob=True, routed_scaling_factor=1.8),
     "qwen2-moe": family("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, num_experts=8, hidden_size=96,
                         shared_expert_intermediate_size=40),
+    # Windows that the mask alone names, from the second layer on.
+    "qwen2-moe-windows": family("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, num_experts=8, hidden_size=96,
+                                shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=24,
+                                max_window_layers=1),
     "granite-moe": family("granitemoe", "GraniteMoeForCausalLM", **_EXPERTS, num_local_experts=6, hidden_size=96,
                           embedding_multiplier=3.0, logits_scaling=7.0, residual_multiplier=0.3,
                           attention_multiplier=0.2),

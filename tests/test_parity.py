@@ -32,7 +32,7 @@ def test_float32(name: str, tmp_path: Path) -> None:
     assert worst_difference(tmp_path, name, "float32", CompileOptions()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "qwen3-moe", "qwen3-next", "qwen3.5"])
 def test_bfloat16_weights(name: str, tmp_path: Path) -> None:
     """transformers runs in float32 on the same rounded weights."""
     assert worst_difference(tmp_path, name, "bfloat16", CompileOptions(kv="float32")) <= 1e-5

@@ -60,7 +60,7 @@ def _rebuild_bare(editor: Editor, node: fx.Node, bare: Bare) -> None:
         program.graph.erase_node(new)
     # No rule: give the call back the dimension it was written for, and take it from what the call gives.
     for arg in node.all_input_nodes:
-        if arg in bare:
+        if arg in bare and not (is_call(arg, aten.unsqueeze.default, aten.reshape.default) and arg.args[0] not in bare):
             node.replace_input_with(arg, emit(program, aten.unsqueeze.default, (bare[arg], 0), like=node))
     editor.miss(node, f"{node.target} keeps its batch dimension: no rule drops it")
     if _leads_with_one(node) and isinstance(node.meta["val"], torch.Tensor):

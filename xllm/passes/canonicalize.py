@@ -59,17 +59,13 @@ class Canonicalize(Pass):
         prune(program)
         if not program.is_function:  # whose inputs have the batch they say
             drop_batch(editor)
-        for step in (
-            _split_to_slices,
-            _drop_identities,
-            _join_dialect,
-            _merge_views,
-            _merge_transposes,
-            _count_from_end,
-        ):
-            for node in list(program.calls()):
-                step(editor, node)
-            prune(program)
+        done = -1
+        while done < len(editor.hits):  # what one step leaves may be what another looks for
+            done = len(editor.hits)
+            for step in STEPS:
+                for node in list(program.calls()):
+                    step(editor, node)
+                prune(program)
         editor.finish()
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
 
