@@ -87,12 +87,8 @@ def closures(layers: nn.ModuleList) -> None:
         layer.mlp.act_fn = (lambda factor: lambda x: nn.functional.silu(x) * factor)(1 + index % 4)  # pyright: ignore
 
 
-def scaled(index: int, hidden: Any, first: Any, rotary: Any) -> Any:
-    return hidden * (1 + 0.1 * index), rotary
-
-
 def joined(index: int, hidden: Any, first: Any, rotary: Any) -> Any:
-    return (hidden + first if index else hidden), rotary
+    return (hidden * index + first if index else hidden), rotary
 
 
 def unturned(index: int, hidden: Any, first: Any, rotary: Any) -> Any:
@@ -107,7 +103,6 @@ ODD: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "torch computes with its index": lambda patch: indexed(
         patch, lambda index: torch.mul(torch.tensor(1.5, device=None), index)
     ),
-    "scaled between layers": lambda patch: patch.setattr(modeling_llama.LlamaModel, "forward", body(scaled)),
     "joined between layers": lambda patch: patch.setattr(modeling_llama.LlamaModel, "forward", body(joined)),
     "tables by place": lambda patch: patch.setattr(modeling_llama.LlamaModel, "forward", body(unturned)),
     "shared tensors": lambda patch: after_init(patch, share),
