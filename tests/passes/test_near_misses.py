@@ -142,13 +142,6 @@ def test_add_rms_norm_misses(body: Body, why: str) -> None:
     assert hits == 0 and len(misses) == 1 and why in misses[0], misses
 
 
-def over_heads(b: Builder, x: fx.Node) -> fx.Node:
-    split = heads(b, x, HEADS)
-    total = b.call(aten.add.Tensor, split, split)
-    normed = b.call(xllm.rms_norm.default, total, b.weight("norm.weight", HEAD_DIM), 1e-6)
-    return b.call(aten.reshape.default, normed, [-1, HIDDEN])
-
-
 # --- fuse-qkv ---------------------------------------------------------------------------------------------------------
 
 
