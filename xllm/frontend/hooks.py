@@ -233,7 +233,7 @@ class Session:
 
     def _at_odds(self, mask: Mask | None, window: int | None, causal: bool) -> bool:
         if mask is None:  # any of those that are plain
-            return bool(self._plain) and self._plain != {causal}
+            return bool(self._plain) and causal not in self._plain
         return mask.causal != causal or (window or mask.window) != mask.window
 
     def _refusal(self, what: str, module: nn.Module, layer: int | None) -> CompileError:
