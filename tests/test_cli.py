@@ -84,6 +84,39 @@ def test_a_fault_of_ours_and_an_interrupt(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_tracebacks_do_not_change_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setenv("XLLM_DEBUG", "1")
+    assert cli.main(["show", "/does/not/exist"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("XLLM_DEBUG", "9")
+    assert cli.main(["show", "/does/not/exist"]) == 2
+    assert capsys.readouterr().err == "xllm: XLLM_DEBUG is '9', allowed are 0 to 5\n"
+
+
+def test_a_bar_leaves_no_empty_line(capsys):
+    with pytest.raises(KeyError), cli._progress() as show:
+        show("capturing", 1, 2)
+        raise KeyError
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_is_cached_by_its_subfolders_too(tmp_path):
+    from xllm.commands import _cached_artifact
+
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text("{}")
+    before = _cached_artifact(tmp_path)
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
+    assert _cached_artifact(tmp_path) != before
+
+
+def test_both_pipelines_are_listed(capsys):
+    assert cli.main(["passes"]) == 0
+    steps, _, functions = capsys.readouterr().out.partition("\n\n")
+    assert "fuse-qkv" in steps and "fuse-sdpa" not in steps
+    assert "fuse-sdpa" in functions and "fuse-qkv" not in functions and "plan-memory" in functions
+
+
 def test_a_missing_compiler_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -16,7 +16,7 @@ from tests.models import family
 from xllm.artifact import Artifact, ArtifactError
 from xllm.errors import CompileError
 from xllm.extensions import ExtensionError, load, read
-from xllm.passes import PLANS, REWRITES, parse_pipeline, pipeline_text
+from xllm.passes import PLANS, REWRITES, parse_pipeline, pipeline_text, run_pipeline
 from xllm.passes.extend import check_places, passes_of, placed
 from xllm.targets.modules import kernels_of
 
@@ -144,13 +144,25 @@ def test_a_pass_without_a_place_is_refused(source: str, why: str, tmp_path) -> N
         placed(PLANS, added)
 
 
-@pytest.mark.parametrize(("source", "why"), [("1 / 0\n", "ZeroDivisionError"), ("def f(:\n", "SyntaxError")])
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [("1 / 0\n", "ZeroDivisionError"), ("raise SystemExit(3)\n", "SystemExit: 3"), ("def f(:\n", "SyntaxError")],
+)
 def test_a_module_that_fails_is_named(source: str, why: str, tmp_path) -> None:
     (tmp_path / "broken.py").write_text(source)
     with pytest.raises(ExtensionError, match=why):
         load([str(tmp_path / "broken.py")])
     with pytest.raises(ExtensionError, match="there is no module nowhere_at_all"):
         load(["nowhere_at_all"])
+
+
+def test_a_pass_that_ends_the_process_is_named(tmp_path) -> None:
+    from tests.passes.zoo import CONTEXT, captured
+
+    (tmp_path / "more.py").write_text(PASS.replace("return Outcome(program)", "raise SystemExit(3)"))
+    added = passes_of(load([str(tmp_path / "more.py")])[0])
+    with pytest.raises(CompileError, match="extra: the pass failed with SystemExit: 3"):
+        run_pipeline(captured("llama"), added, CONTEXT)
 
 
 BAD_RULES = {

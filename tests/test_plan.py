@@ -48,12 +48,6 @@ def test_compiled_plans_are_sound_and_round_trip(family: str) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_the_smallest_bucket_that_fits(plan: Plan) -> None:
-    assert [plan.bucket_for(t, 1).T for t in (1, 4, 5, 16)] == [4, 4, 16, 16]
-    with pytest.raises(ValueError, match="17 tokens and 1 logit rows fits no bucket; the largest is 16"):
-        plan.bucket_for(17, 1)
-
-
 # --- malformed text ---------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,11 @@ import pytest
 from xllm.traffic import read_traffic
 
 
+def test_a_file_without_end_is_read_to_the_limit() -> None:
+    with pytest.raises(ValueError, match="/dev/zero is larger than 4 MiB"):
+        read_traffic("/dev/zero")
+
+
 def test_sizes_are_read_in_order(tmp_path: Path) -> None:
     file = tmp_path / "traffic.json"
     file.write_text('{"schema": 1, "steps": {"512": 3, "1": 9120, "17": 40.5}}')

@@ -18,6 +18,7 @@ EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
+    debug = 0
     try:
         debug = config.environment().debug
         arguments = _parser().parse_args(argv)
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"xllm: internal error: {type(error).__name__}: {error}; XLLM_DEBUG=1 shows where", file=sys.stderr)
         else:
             print(f"xllm: {_one_line(error)}", file=sys.stderr)
-        if "debug" in locals() and debug:
-            raise
+        if debug:
+            import traceback
+
+            traceback.print_exception(error)
         return EXIT_INPUT if expected else EXIT_FAULT
 
 
@@ -263,7 +266,7 @@ def _passes(arguments: argparse.Namespace) -> None:
     from xllm.commands import needs_compiler
 
     needs_compiler("listing the passes")
-    from xllm.compiler import describe_passes
+    from xllm.pipeline import describe_passes
 
     print(describe_passes())
 
@@ -303,7 +306,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)  # where it is no terminal, a bar would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
 

@@ -27,20 +27,26 @@ class UsageError(ValueError):
 
 def compile_function(arguments: argparse.Namespace) -> None:
     """`xllm compile model.onnx`."""
-    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens")
-    if given := next((name for name in steps if getattr(arguments, name) is not None), None):
+    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens", "task", "traffic", "reuse", "bisect_passes")
+    if given := next((name for name in steps if getattr(arguments, name) not in (None, False)), None):
         raise UsageError(f"--{given.replace('_', '-')} is for language models; an ONNX file takes --dim NAME=MAX")
     if arguments.out is None:
         raise UsageError("say where to write the artifact: -o ARTIFACT")
+    dims = dict(arguments.dim)
+    if name := next((name for name in dims if sum(name == other for other, _ in arguments.dim) > 1), None):
+        raise UsageError(f"--dim names {name} more than once")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.functions import compile_onnx
 
     report = compile_onnx(
         arguments.checkpoint,
         arguments.out,
-        dict(arguments.dim),
+        dims,
         weights=arguments.weights or "float32",
         disable=tuple(arguments.disable_pass),
+        pass_modules=tuple(arguments.pass_module),
+        kernel_modules=tuple(arguments.kernel_module),
+        share_weights=arguments.share_weights,
         debug=config.environment().debug,
     )
     if not arguments.quiet:
@@ -60,8 +66,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = _artifact_folder(arguments.model)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    from xllm.artifact import Artifact
-    from xllm.llm import open_engine
+    from xllm.llm import open_engine, open_model
     from xllm.service.dispatch import Dispatcher
     from xllm.service.server import bind
     from xllm.service.server import serve as answer
@@ -75,7 +80,7 @@ def serve(arguments: argparse.Namespace) -> None:
     dispatcher = Dispatcher()
     # Checking the weights runs outside the interpreter lock: beside it, the tokenizer and the HTTP stack are loaded.
     with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
-        opened = opener.submit(Artifact.open, folder, arguments.require_signature)
+        opened = opener.submit(open_model, folder, arguments.require_signature)
         opening = opener.submit(
             lambda: open_engine(opened.result(), dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
         )
@@ -111,15 +116,14 @@ def _listening(url: str) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`xllm generate`: the text on stdout as it comes, one line of timings on stderr."""
-    from xllm.artifact import Artifact
-    from xllm.llm import open_engine
+    from xllm.llm import open_engine, open_model
     from xllm.runtime import Request, TokenOutput
     from xllm.service.generation import Choice
     from xllm.service.tokenizer import TextCodec
 
     begin = time.perf_counter()
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-    artifact = Artifact.open(arguments.artifact, arguments.require_signature)
+    artifact = open_model(arguments.artifact, arguments.require_signature)
     codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
     engine, _ = open_engine(artifact, outputs.put, **_engine(arguments))
     try:
@@ -247,8 +251,8 @@ def _cached_artifact(checkpoint: Path) -> Path:
     from xllm.kernels.cpu import level
 
     root = checkpoint.resolve()
-    files = sorted(file for file in root.iterdir() if file.is_file())
-    states = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    states = [f"{file.relative_to(root).as_posix()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     digest = hashlib.sha256("\n".join([__version__, level(), os.fspath(root), *states]).encode()).hexdigest()
     return config.environment().cache / "artifacts" / f"{root.name}-{digest[:16]}.xllm"
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import xllm
-from xllm.artifact import ArtifactWriter, previous_weights, share, writing
+from xllm.artifact import PLANNED, UNFOLDED, ArtifactWriter, check_apart, previous_weights, share, writing
 from xllm.errors import CompileError
-from xllm.plan import Plan
+from xllm.pipeline import Pipeline, fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
 
 Progress = Callable[[str, int, int], None]  # stage or item, done, total
 
@@ -61,7 +58,6 @@ class CompileOptions:
 DTYPES = ("float32", "bfloat16")
 TASKS = ("generate", "embed", "classify")
 DEFAULT_MAX_LEN = 4096
-PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of its form with every layer written out
 
 
 @dataclass(frozen=True)
@@ -97,9 +93,7 @@ class Report:
     def text(self) -> str:
         """The report as lines for a person."""
         lines = [f"wrote {self.artifact}"]
-        for record in self.records:
-            missed = f", {len(record.misses)} near misses" if record.misses else ""
-            lines.append(f"  {record.name:<20} {record.hits:>5} hits{missed}  {record.seconds:.2f} s")
+        lines += pass_lines(self.records)
         lines.append(
             f"  weights {self.weight_bytes / 1e6:,.1f} MB · arena {self.arena_bytes / 1e6:,.1f} MB"
             f" · KV {self.token_bytes:,} bytes a token · buckets {' '.join(str(T) for T, _ in self.buckets)}"
@@ -108,12 +102,8 @@ class Report:
         lines += self._padding_lines()
         if self.reused:
             lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
-        lines += [
-            f"  kernels of module {name} run: same bits under any schedule are that module's own promise; serving needs"
-            f" --kernel-module {name}"
-            for name in self.modules
-        ]
-        lines += self._fallback_lines()
+        lines += module_lines(self.modules, "serving needs --kernel-module {}")
+        lines += fallback_lines([(item.node, item.op, item.why, item.token_bytes) for item in self.fallbacks])
         lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
@@ -128,25 +118,6 @@ class Report:
         return [
             f"  expected padding under this traffic {held['padding']:.1%} in {len(self.buckets)} shapes, with powers of"
             f" two {held['ladder_padding']:.1%} in {len(held['ladder'])}{unless}"
-        ]
-
-    def _fallback_lines(self) -> list[str]:
-        """Operators left to torch, alike ones together, and what they cost."""
-        if not self.fallbacks:
-            return []
-        alike: dict[tuple[str, str], list[Fallback]] = {}
-        for item in self.fallbacks:
-            alike.setdefault((item.op, item.why), []).append(item)
-        lines = [
-            f"  runs in torch: {len(items)} x {op} ({items[0].node}{', …' if len(items) > 1 else ''}), because {why};"
-            f" moves {sum(item.token_bytes for item in items):,} bytes a token"
-            for (op, why), items in alike.items()
-        ]
-        cost = f"about 0.1 ms for each of {len(self.fallbacks)} calls of every step"
-        return [
-            *lines,
-            f"  serving imports torch for them: seconds and some 200 MB at start, and {cost}",
-            "  the same bits under any schedule are promised for native kernels only, not for these",
         ]
 
 
@@ -172,21 +143,22 @@ def compile_checkpoint(
         raise CompileError(
             f"{reuse} is no sound artifact", code="bad-option", try_="--reuse with an artifact that `xllm show` opens"
         )
+    if share_weights is not None:
+        check_apart(out, share_weights)
     with writing(out) as writer:
         tell("loading the compiler", 0, 0)
         from xllm.frontend.facts import facts as read_facts
         from xllm.frontend.huggingface import capture
         from xllm.frontend.stamp import stamp
         from xllm.frontend.weights import Checkpoint
-        from xllm.ir.show import digest
         from xllm.packing import blocks, origin
-        from xllm.passes import Context, pipeline_text, run_pipeline
+        from xllm.passes import Context, run_pipeline
         from xllm.passes.account import account
         from xllm.passes.debug import Ladder, dump_planned
         from xllm.passes.emit import emit_plan, emit_task, reach
         from xllm.targets import cpu
 
-        pipeline = pipeline_of(options)
+        pipeline = chosen_passes(options)
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
@@ -217,7 +189,7 @@ def compile_checkpoint(
             writer.write(f"ir/{ladder.count:02d}-{PLANNED}{suffix and UNFOLDED}.ir", text)
         clock.lap("passes")
         written = writer.write_weights(
-            _sized(plan),
+            sized(plan),
             lambda weight: blocks(program, weight, tensors),
             lambda name, done, total: tell("packing weights", done, total),
             lambda weight: origin(program, weight, tensors),
@@ -234,12 +206,6 @@ def compile_checkpoint(
         records = (*rewrites, *plans)
         writer.finish(
             {
-                "toolchain": {
-                    "xllm": xllm.__version__,
-                    "torch": _version("torch"),
-                    "transformers": _version("transformers"),
-                },
-                "target": {"name": target.name, "level": target.level, "architecture": cpu.architecture()},
                 "model": {
                     "name": facts.name,
                     "architecture": facts.architecture,
@@ -257,24 +223,8 @@ def compile_checkpoint(
                     "max_seqs": options.max_seqs,
                     "max_batch_tokens": options.max_batch_tokens,
                 },
-                "weights_dtype": options.weights,
                 "kv_dtype": options.kv,
-                "weights_header": written.header,
-                "weight_origins": dict(written.origins),
-                "pipeline": pipeline_text((*pipeline.rewrites, *pipeline.plans)),
-                **({"extensions": pipeline.extensions} if pipeline.extensions else {}),
-                "passes": [
-                    {
-                        "name": r.name,
-                        "kind": r.kind,
-                        "hits": r.hits,
-                        "misses": list(r.misses),
-                        "before": r.before,
-                        "after": r.after,
-                    }
-                    for r in records
-                ],
-                "program": digest(program),
+                **made_by(program, pipeline, records, written, context, "transformers"),
             }
         )
     return Report(
@@ -289,7 +239,7 @@ def compile_checkpoint(
         arena_bytes=plan.arena_bytes,
         token_bytes=plan.kv.token_bytes,
         buckets=tuple((bucket.T, bucket.S) for bucket in plan.buckets),
-        modules=tuple(dict.fromkeys(call.kernel.partition(":")[0] for call in plan.calls if ":" in call.kernel)),
+        modules=modules_of(plan),
         unused=unused,
         notes=program.notes,
         comparison=accounted["buckets"],
@@ -300,44 +250,11 @@ def compile_checkpoint(
     )
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What one compile runs: passes, kernel providers, and the modules of others among them for the manifest."""
+def chosen_passes(options: CompileOptions) -> Pipeline:
+    """THE list, see `pipeline_of`."""
+    from xllm.passes import REWRITES
 
-    rewrites: tuple[Any, ...]
-    plans: tuple[Any, ...]
-    providers: tuple[Any, ...]
-    extensions: Mapping[str, list[dict[str, str]]]
-
-
-def pipeline_of(options: CompileOptions) -> Pipeline:
-    """THE list, with the passes of modules in their places, less those disabled."""
-    from xllm import extensions
-    from xllm.passes import PLANS, REWRITES, without
-    from xllm.passes.extend import Provider, check_places, passes_of, placed
-
-    without(REWRITES, options.disable)
-    modules = {"passes": extensions.load(options.pass_modules), "kernels": extensions.load(options.kernel_modules)}
-    added = [step for module in modules["passes"] for step in passes_of(module)]
-    check_places(REWRITES, PLANS, added)
-    return Pipeline(
-        tuple(step for step in placed(REWRITES, added) if step.name() not in options.disable),
-        placed(PLANS, added),
-        tuple(Provider.of(module) for module in modules["kernels"]),
-        {kind: [{"module": m.name, "digest": m.digest} for m in held] for kind, held in modules.items() if held},
-    )
-
-
-def describe_passes() -> str:
-    """Every pass in order: kind, name with options, and the first line of what it does."""
-    from xllm.passes import PLANS, REQUIRED, REWRITES
-
-    lines = []
-    for step in (*REWRITES, *PLANS):
-        summary = (sys.modules[type(step).__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        optional = "" if step.name() in REQUIRED else "  (--disable-pass)"
-        lines.append(f"{step.kind:<8} {step.spelled():<24} {summary}{optional}")
-    return "\n".join(lines)
+    return pipeline_of(REWRITES, options.disable, options.pass_modules, options.kernel_modules)
 
 
 def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> CompileOptions:
@@ -351,14 +268,6 @@ def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> Com
             try_=f"--max-len {trained_len} or less",
         )
     return replace(options, weights=weights, kv=options.kv or weights, max_len=max_len)
-
-
-def _sized(plan: Plan) -> Plan:
-    from xllm.passes.emit import weight_bytes
-    from xllm.targets.cpu import PANEL_ROWS
-
-    sized = {key: replace(weight, bytes=weight_bytes(weight, PANEL_ROWS)) for key, weight in plan.weights.items()}
-    return replace(plan, weights=sized)
 
 
 def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:
@@ -379,10 +288,3 @@ class _Stopwatch:
         now = time.perf_counter()
         self.laps[stage] = now - self._since
         self._since = now
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package).partition("+")[0]
-    except PackageNotFoundError:
-        return ""

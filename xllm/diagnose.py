@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xllm.compiler import CompileOptions, pipeline_of, resolved
+from xllm.compiler import CompileOptions, chosen_passes, resolved
 from xllm.errors import CompileError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def program_of(
     from xllm.passes import FUNCTION_REWRITES, run_pipeline
 
     is_function = Path(checkpoint).suffix == ".onnx"
-    rewrites = FUNCTION_REWRITES if is_function else pipeline_of(options or CompileOptions()).rewrites
+    rewrites = FUNCTION_REWRITES if is_function else chosen_passes(options or CompileOptions()).rewrites
     names = [step.name() for step in rewrites]
     if stage not in (None, CAPTURED, *names):
         known = ", ".join(dict.fromkeys((CAPTURED, *names)))
@@ -60,7 +60,7 @@ def bisect_passes(
     from xllm.passes.bisect import bisect
 
     program, context = _captured(checkpoint, options)
-    return bisect(program, pipeline_of(options).rewrites, context, tell)
+    return bisect(program, chosen_passes(options).rewrites, context, tell)
 
 
 def _captured(checkpoint: str | Path, options: CompileOptions) -> tuple[Any, Context]:
@@ -72,4 +72,4 @@ def _captured(checkpoint: str | Path, options: CompileOptions) -> tuple[Any, Con
     options = resolved(options, read_facts(checkpoint).max_len, set())
     context = Context(cpu.host_target(), str(options.weights), str(options.kv))
     limits = {"max_len": options.max_len, "max_tokens": options.max_batch_tokens, "max_seqs": options.max_seqs}
-    return capture(checkpoint, **limits), context
+    return capture(checkpoint, **limits, task=options.task), context

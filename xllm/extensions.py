@@ -83,7 +83,7 @@ def run(source: Source) -> Extension:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ExtensionError(f"{file} failed as it was loaded: {type(error).__name__}: {error}") from error
     return Extension(source.name, source.digest, module)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 from collections import deque
@@ -113,6 +114,14 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | No
     return ledger
 
 
+def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
+    """As `Artifact.open`, of a language model. Raises ArtifactError for a function too."""
+    artifact = Artifact.open(path, require_signature)
+    if artifact.plan.is_function:
+        raise ArtifactError("wrong-task", f"{path} is a function of arrays: use xllm.Session(path).run(inputs)")
+    return artifact
+
+
 def open_engine(
     artifact: Artifact,
     sink: Callable[[list[TokenOutput]], None],
@@ -211,7 +220,7 @@ class LLM:
         from xllm.service.tokenizer import TextCodec
 
         self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self.artifact = Artifact.open(artifact, require_signature)
+        self.artifact = open_model(artifact, require_signature)
         self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
         self._engine: Engine | None = None
         self._encoder: Encoder | None = None

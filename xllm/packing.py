@@ -49,18 +49,23 @@ def blocks(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> It
     rows = _Rows(rule, program, checkpoint, bits)
     if stored.layout.form == "plain":
         for block in rows.blocks(1):
-            yield np.ascontiguousarray(widen(block)).reshape(-1).view(np.uint8)
+            yield laid_out(block, stored)
     elif len(shape) == 3:  # matrices, one after the other: experts
         for index in range(shape[0]):
-            item = evaluate_item(rule, index, bits, program.constants)
-            raw = item if item.dtype == np.uint16 else widen(item)
-            yield pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+            yield laid_out(evaluate_item(rule, index, bits, program.constants), stored)
     else:
         for block in rows.blocks(PANEL_ROWS):
-            raw = block if block.dtype == np.uint16 else widen(block)
-            yield pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+            yield laid_out(block, stored)
     for name in _names(rule, checkpoint):
         checkpoint.release(name)
+
+
+def laid_out(array: np.ndarray, stored: StoredWeight) -> np.ndarray:
+    """Rows of a weight as its layout has them: uint8 of one dimension. `array` is float32, or bfloat16 as uint16."""
+    if stored.layout.form == "plain":
+        return np.ascontiguousarray(widen(array)).reshape(-1).view(np.uint8)
+    raw = array if array.dtype == np.uint16 else widen(array)
+    return pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
 
 
 def origin(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> str:

@@ -125,14 +125,6 @@ class Plan:
         """The one arena all buckets fit in: max over shapes, not the sum."""
         return max(bucket.arena_bytes for bucket in self.buckets)
 
-    def bucket_for(self, tokens: int, rows: int) -> Bucket:
-        """The smallest bucket a step of this size fits in. Raises ValueError with both sizes when none does."""
-        for bucket in self.buckets:
-            if tokens <= bucket.T and rows <= bucket.S:
-                return bucket
-        largest = self.buckets[-1].T
-        raise ValueError(f"a step of {tokens} tokens and {rows} logit rows fits no bucket; the largest is {largest}")
-
     def finished_before(self) -> list[int]:
         """For each call, the calls (as a bit mask) that have certainly finished when it starts. Raises ValueError."""
         return _finished_before(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xllm.artifact import Artifact, ArtifactError
@@ -16,7 +16,8 @@ class Session:
     """An artifact that `xllm compile model.onnx` wrote.
 
     threads: compute threads (default: the cores this process may use). verify: check every byte of the weights first.
-    require_signature: public key file of who must have signed it.
+    require_signature: public key file of who must have signed it. kernel_modules: files of others whose kernels it was
+    compiled with.
     Raises ArtifactError for an artifact that is none, is changed, or cannot run here.
     """
 
@@ -27,6 +28,7 @@ class Session:
         threads: int | None = None,
         verify: bool = True,
         require_signature: str | os.PathLike[str] | None = None,
+        kernel_modules: Sequence[str] = (),
     ) -> None:
         from xllm.targets.cpu import host_threads
         from xllm.targets.cpu.function import CpuFunction
@@ -34,7 +36,7 @@ class Session:
         artifact = Artifact.open(path, require_signature)
         if not artifact.plan.is_function:
             raise ArtifactError("not-a-function", f"{path} is a language model: xllm.LLM or `xllm serve` run it")
-        self._function = CpuFunction(artifact, threads or host_threads(), verify=verify)
+        self._function = CpuFunction(artifact, threads or host_threads(), verify=verify, kernel_modules=kernel_modules)
         plan = artifact.plan
         self.inputs = {name: (plan.buffers[port.buffer].dtype, _shown(port)) for name, port in plan.inputs.items()}
         self.outputs = {name: (plan.buffers[port.buffer].dtype, _shown(port)) for name, port in plan.outputs.items()}

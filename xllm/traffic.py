@@ -18,10 +18,12 @@ MAX_SIZES, MAX_TOKENS, MAX_FILE_BYTES = 4096, 1 << 20, 4 << 20
 def read_traffic(path: str | Path) -> tuple[tuple[int, float], ...]:
     """(tokens of a step, weight) from small to large. Raises ValueError naming the file and what is wrong in it."""
     file = Path(path)
-    if file.stat().st_size > MAX_FILE_BYTES:
+    with file.open("rb") as source:
+        raw = source.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
         raise ValueError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = json.loads(raw)
         if not isinstance(held, dict) or set(held) != {"schema", "steps"} or held["schema"] != SCHEMA:
             raise ValueError(f'it must be {{"schema": {SCHEMA}, "steps": {{TOKENS: COUNT}}}}')
         steps = held["steps"]

@@ -16,6 +16,7 @@ from xllm.artifact import (
     WEIGHTS,
     Artifact,
     ArtifactError,
+    check_apart,
     digest,
     is_packed,
     pack,
@@ -85,6 +86,13 @@ def test_equal_weights_are_one_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"shared file .*{shared.name} is not what was put there"):
         build(tmp_path / "three.xllm", [], shared=tmp_path / "shared")
     assert not (tmp_path / "three.xllm").exists()
+
+
+@pytest.mark.parametrize("shared", ["one.xllm", "one.xllm/shared"])
+def test_the_common_folder_is_not_in_the_artifact(tmp_path: Path, shared: str) -> None:
+    with pytest.raises(ArtifactError, match=r"is in the artifact .* choose one beside it"):
+        check_apart(tmp_path / "one.xllm", tmp_path / shared)
+    check_apart(tmp_path / "all/one.xllm", tmp_path / "all")
 
 
 def test_modes_that_are_right_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

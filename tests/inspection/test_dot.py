@@ -8,6 +8,7 @@ import pytest
 
 from tests.passes.zoo import captured, planned, rewritten
 from xllm.artifact import ArtifactError
+from xllm.cli import main
 from xllm.inspection.dot import Arrow, Box, drawn, of_program
 
 
@@ -25,8 +26,9 @@ def test_a_layer_alone() -> None:
     text = of_program(captured("qwen3"), layer=0)
     assert text.count("subgraph") == 1 and "lm_head" not in text
     assert of_program(planned("qwen3")[0], layer=2).count("subgraph") == 1
-    with pytest.raises(ArtifactError, match="no layer 9"):
-        of_program(captured("qwen3"), layer=9)
+    with pytest.raises(ArtifactError, match="no layer 9; there are 3 from 0"):
+        of_program(rewritten("qwen3")[0][-1], layer=9)
+    assert main(["show", "any.xllm", "--dot", "--unfold"]) == 2
 
 
 def test_names_are_quoted_and_streams_have_colours() -> None:

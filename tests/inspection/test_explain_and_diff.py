@@ -11,9 +11,9 @@ from bench.checkpoints import write_checkpoint
 from tests.artifacts import replan, write_small
 from tests.models import FAMILIES
 from xllm import cli
-from xllm.artifact import Artifact
+from xllm.artifact import WEIGHTS, Artifact
 from xllm.compiler import CompileOptions, compile_checkpoint
-from xllm.passes.account import padding
+from xllm.passes.choose_buckets import padding
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,16 @@ def test_a_changed_plan_does_not_go_unseen(tmp_path, capsys) -> None:
     replan(two, lambda raw: raw["calls"][1]["floats"].update(eps=1e-5))
     code, out, _ = run(capsys, "diff", one, two)
     assert code == 1 and "plan.json" in out
+
+
+def test_a_damaged_weight_is_not_called_equal(tmp_path, capsys) -> None:
+    one, two = write_small(tmp_path / "one"), write_small(tmp_path / "two")
+    with (two / WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x5a")
+    for pair in ((one, two), (two, one)):
+        code, _, err = run(capsys, "diff", *pair)
+        assert code == 2 and f"in {WEIGHTS} is not what the compiler wrote" in err
 
 
 def test_an_artifact_without_a_report_is_refused(tmp_path, capsys) -> None:

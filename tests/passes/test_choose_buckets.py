@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tests.ir.small import attend, small
 from tests.passes.zoo import CONTEXT
 from xllm.passes import Context, run_pipeline
+from xllm.passes.account import account
 from xllm.passes.choose_buckets import Buckets, ChooseBuckets, choose_sizes
 from xllm.passes.choose_kernels import ChooseKernels
+from xllm.traffic import MAX_SIZES
 
 SIZES = st.lists(st.integers(1, 512), min_size=1, max_size=8, unique=True).map(sorted)
 
@@ -42,6 +44,19 @@ def test_is_no_worse_than_a_ladder(sizes: list[int], count: int) -> None:
 
 def test_equal_waste_takes_fewer_buckets() -> None:
     assert choose_sizes([1, 2, 4], [0.0, 0.0, 1.0], float, 3) == (4,)
+
+
+def test_as_many_sizes_as_a_file_may_hold_are_chosen_from() -> None:
+    sizes = range(1, MAX_SIZES + 1)
+    assert choose_sizes(sizes, [0.0] * (MAX_SIZES - 1) + [1.0], float, 5) == (MAX_SIZES,)
+    found = choose_sizes(sizes, [1.0] * MAX_SIZES, float, 4)  # alike: at every quarter
+    assert found == tuple(MAX_SIZES * part // 4 for part in (1, 2, 3, 4))
+
+
+def test_the_report_weighs_what_was_chosen_for() -> None:
+    program, _ = run_pipeline(small(attend), [ChooseKernels(), ChooseBuckets(7)], CONTEXT)
+    told = account(program, CONTEXT)["buckets"]
+    assert told["traffic"].startswith("powers of two") and told["padding"] == told["ladder_padding"] == 0.0
 
 
 def chosen(context: Context, count: int = 5) -> Buckets:

@@ -14,7 +14,7 @@ from xllm.frontend.stamp import stamp
 from xllm.ir import Program, Weight
 from xllm.ir.show import text
 from xllm.ir.weight_rules import rule_text
-from xllm.passes import PLANS, REQUIRED, REWRITES, run_pipeline, without
+from xllm.passes import FUNCTION_REWRITES, PLANS, REQUIRED, REWRITES, run_pipeline, without
 from xllm.passes.base import Record
 from xllm.passes.debug import dump_planned
 from xllm.passes.numerics import check_same, random_sources
@@ -98,6 +98,9 @@ def test_leaving_a_pass_out_still_compiles(family: str, name: str) -> None:
 def test_leaving_out_is_refused_by_name() -> None:
     with pytest.raises(CompileError, match=r"no pass named fuse-all.*\[unknown-pass\]"):
         without(REWRITES, ["fuse-all"])
+    for passes, other in ((REWRITES, "fuse-sdpa"), (FUNCTION_REWRITES, "fuse-moe")):
+        with pytest.raises(CompileError, match=f"{other} does not run here; try: passes that may be disabled: "):
+            without(passes, [other])
     for name in REQUIRED:
         with pytest.raises(CompileError, match=rf"{name} cannot be left out.*\[required-pass\]"):
             without(REWRITES, [name])

@@ -29,9 +29,8 @@ _LATENT: dict[str, Any] = {
 }  # fmt: skip
 # What each adds: head norms; biases; plain; a window; a norm over all heads after attention; partial rotation and
 # layer norms; one projection for q, k, v; the same in another order, and a parallel block; 1 + weight, soft caps;
-# neighbours rotated in pairs, a packed gate; layer norms spelled out; experts.
-# neighbours rotated in pairs, a packed gate; layer norms spelled out; a latent for keys and values, with neighbours
-# rotated as complex numbers and as strided halves.
+# neighbours rotated in pairs, a packed gate; layer norms spelled out; experts; a latent for keys and values, with
+# neighbours rotated as complex numbers and as strided halves.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "num_hidden_layers": 3},
     "qwen2": {},

@@ -12,11 +12,11 @@ A file that is none of these, nor named by the manifest, is refused like a chang
 """
 
 from xllm.artifact.manifest import SCHEMA
-from xllm.artifact.opened import Artifact, Progress
+from xllm.artifact.opened import PLANNED, UNFOLDED, Artifact, Progress
 from xllm.artifact.pack import pack, unpack
 from xllm.artifact.reuse import Previous, previous_weights
 from xllm.artifact.seal import ArtifactError, digest
-from xllm.artifact.share import share
+from xllm.artifact.share import check_apart, share
 from xllm.artifact.signature import SIGNATURE, new_key, sign
 from xllm.artifact.store import MAGIC, PAGE_BYTES, is_artifact, is_packed
 from xllm.artifact.weights import WEIGHTS, MappedWeights
@@ -25,8 +25,10 @@ from xllm.artifact.writer import ArtifactWriter, Blocks, Written, writing
 __all__ = [
     "MAGIC",
     "PAGE_BYTES",
+    "PLANNED",
     "SCHEMA",
     "SIGNATURE",
+    "UNFOLDED",
     "WEIGHTS",
     "Artifact",
     "ArtifactError",
@@ -36,6 +38,7 @@ __all__ = [
     "Previous",
     "Progress",
     "Written",
+    "check_apart",
     "digest",
     "is_artifact",
     "is_packed",

@@ -17,6 +17,7 @@ from xllm.plan import Plan
 
 Progress = Callable[[str, int, int], None]  # what, done bytes, total bytes
 TOKENIZER, CHAT_TEMPLATE = "tokenizer/tokenizer.json", "tokenizer/chat_template.jinja"
+PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of its form with every layer written out
 
 
 @dataclass(frozen=True)

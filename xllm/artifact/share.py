@@ -45,6 +45,13 @@ def share(root: Path, written: Written, folder: str | os.PathLike[str]) -> Path:
     return shared
 
 
+def check_apart(out: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Raises ArtifactError for a common folder that is the artifact, or in it: replacing one would take the other."""
+    root, held = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
+    if root in (held, *held.parents):
+        raise ArtifactError("cannot-share", f"--share-weights {folder} is in the artifact {out}; choose one beside it")
+
+
 def _verify(shared: Path, written: Written, size: int) -> None:
     if shared.is_symlink() or shared.stat().st_size != size:
         raise _changed(shared)

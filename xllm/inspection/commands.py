@@ -61,6 +61,8 @@ def _show(arguments: argparse.Namespace) -> None:
         raise UsageError("--onnx goes with -o FILE, and not with --dot")
     if arguments.layer is not None and not arguments.dot:
         raise UsageError("--layer goes with --dot")
+    if arguments.unfold and (arguments.dot or arguments.onnx):
+        raise UsageError("--unfold is for the text; with --dot, --layer N draws one layer")
     if not arguments.dot and not arguments.onnx:
         if arguments.artifact.suffix == ".onnx":
             raise UsageError(
@@ -107,7 +109,11 @@ def _diff(arguments: argparse.Namespace) -> int:
     from xllm.artifact import Artifact
     from xllm.inspection import diff
 
-    parts = diff.compare(Artifact.open(arguments.one), Artifact.open(arguments.two), arguments.stage)
+    one, two = (Artifact.open(path) for path in (arguments.one, arguments.two))
+    if arguments.stage is None:
+        for artifact in (one, two):  # what is called equal must be what its digests say
+            artifact.map_weights()
+    parts = diff.compare(one, two, arguments.stage)
     print(diff.text(parts, str(arguments.one), str(arguments.two)), end="")
     return int(any(part.lines for part in parts))
 

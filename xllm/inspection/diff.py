@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xllm.artifact import Artifact, ArtifactError
+from xllm.artifact import UNFOLDED, Artifact, ArtifactError
 from xllm.inspection.explain import owner_of
 
-UNFOLDED = ".unfolded"
 # Facts that follow from the rest of the artifact, or that have a part of their own below.
 DERIVED = ("digest", "files", "passes", "pipeline", "program", "schema", "weight_origins", "weights_header")
 CONTEXT_LINES = 1

@@ -76,7 +76,6 @@ def of_program(program: Program, layer: int | None = None) -> str:
         ]
         arrows += [Arrow(source.name, node.name, names.type(source.meta["val"])) for source in sources]
     depth = {held.stands_for[0]: held.stands_for for held in program.layers}
-    layer = next((first for first, numbers in depth.items() if layer in numbers), layer)
     return drawn(program.name, boxes, arrows, layer, depth)
 
 
@@ -89,8 +88,9 @@ def drawn(
 ) -> str:
     """Graphviz text. `layer` leaves out the others; `depth` says what a layer already stands for."""
     layers = list(dict.fromkeys(box.layer for box in boxes if box.layer is not None))
-    if layer is not None and layer not in layers:
-        raise ArtifactError("unknown-layer", f"there is no layer {layer}; there are {len(layers)} from 0")
+    every = [number for first in layers for number in (depth or {}).get(first, (first,))]
+    if layer is not None and layer not in every:
+        raise ArtifactError("unknown-layer", f"there is no layer {layer}; there are {len(every)} from 0")
     shown, groups = _folded(boxes, layers, depth or {})
     layer = next((first for first, numbers in groups.items() if layer in numbers), layer)
     graph = nx.DiGraph(name=title)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from xllm.artifact import Artifact, ArtifactError
-
-PLANNED, UNFOLDED = "planned", ".unfolded"  # the last dump, and the suffix of its form with every layer written out
+from xllm.artifact import PLANNED, UNFOLDED, Artifact, ArtifactError
 
 
 def show(path: str | Path, stage: str | None = None, unfold: bool = False) -> str:

@@ -6,7 +6,7 @@ Rewrites run on the captured program, where each distinct layer stands once. The
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from xllm.errors import CompileError
 from xllm.passes.absorb_mla import AbsorbMla
@@ -71,8 +71,10 @@ PLANS: tuple[Pass, ...] = (
 REQUIRED = frozenset({"canonicalize", *(step.name() for step in PLANS)})
 
 
-def without(passes: Iterable[Pass], disabled: Iterable[str]) -> tuple[Pass, ...]:
-    """The passes less those named. Raises CompileError for an unknown name or one the pipeline cannot do without."""
+def without(passes: Sequence[Pass], disabled: Iterable[str]) -> tuple[Pass, ...]:
+    """The passes less those named. Raises CompileError for an unknown name, one the pipeline cannot do without, and one
+    of the other pipeline: nothing here would be left out.
+    """
     known = {step.name() for step in (*REWRITES, *FUNCTION_REWRITES, *PLANS)}
     off = set(disabled)
     if unknown := sorted(off - known):
@@ -84,6 +86,13 @@ def without(passes: Iterable[Pass], disabled: Iterable[str]) -> tuple[Pass, ...]
             f"{', '.join(needed)} cannot be left out: later passes need its result",
             code="required-pass",
             try_="passes that may be disabled: " + ", ".join(sorted(known - REQUIRED)),
+        )
+    running = {step.name() for step in passes}
+    if absent := sorted(off - running):
+        raise CompileError(
+            f"{', '.join(absent)} does not run here",
+            code="unknown-pass",
+            try_="passes that may be disabled: " + ", ".join(sorted(running - REQUIRED)),
         )
     return tuple(step for step in passes if step.name() not in off)
 

@@ -4,12 +4,12 @@ how the buckets compare. Written into the artifact as report.json, so that `xllm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from xllm.ir import Program
 from xllm.ir.program import layer_of, path_of
 from xllm.passes.base import Context
+from xllm.passes.choose_buckets import expected_steps, padding, powers_of_two
 from xllm.passes.choose_kernels import Choice
 
 SCHEMA = 2
@@ -43,23 +43,12 @@ def account(program: Program, context: Context) -> dict[str, Any]:
 
 def _buckets(program: Program, context: Context) -> dict[str, Any]:
     sizes = [T for T, _ in program.plans["buckets"].sizes]
-    ladder = [1 << bit for bit in range(sizes[-1].bit_length()) if 1 << bit < sizes[-1]] + [sizes[-1]]
-    even = [(size, 1.0) for size in range(1, sizes[-1] + 1)]
-    traffic = [(min(size, sizes[-1]), weight) for size, weight in context.traffic] or even
+    ladder = sorted({*powers_of_two(sizes[-1]), sizes[-1]})
+    steps = expected_steps(context, sizes[-1])
     return {
-        "traffic": "given" if context.traffic else "every size alike",
+        "traffic": "given" if context.traffic else "powers of two, as many tokens of each",
         "pads": context.target.pads,
-        "padding": round(padding(sizes, traffic), 6),
+        "padding": round(padding(sizes, steps), 6),
         "ladder": ladder,
-        "ladder_padding": round(padding(ladder, traffic), 6),
+        "ladder_padding": round(padding(ladder, steps), 6),
     }
-
-
-def padding(sizes: Sequence[int], traffic: Iterable[tuple[int, float]]) -> float:
-    """The share of all rows that is padding when steps of (tokens, weight) run in the smallest of `sizes` (ascending)
-    that holds them; none is larger than the last."""
-    used = given = 0.0
-    for tokens, weight in traffic:
-        used += weight * tokens
-        given += weight * next(size for size in sizes if size >= tokens)
-    return (given - used) / given if given else 0.0

@@ -117,7 +117,7 @@ def _run(step: Pass, program: Program, context: Context, records: list[Record]) 
     except CompileError as error:
         error.pass_name = error.pass_name or step.name()
         raise
-    except Exception as error:  # a fault of the pass: the user needs its name and a way around it
+    except (Exception, SystemExit) as error:  # a fault of the pass: the user needs its name and a way around it
         raise CompileError(
             f"the pass failed with {type(error).__name__}: {error}",
             code="broken-pass",

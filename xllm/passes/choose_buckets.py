@@ -8,11 +8,14 @@ Kernels of the CPU take sizes as parameters, so nothing is padded there: a bucke
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from xllm.errors import CompileError
 from xllm.ir import Program
@@ -46,19 +49,35 @@ class ChooseBuckets(Pass):
             program.plans["buckets"] = Buckets((tuple(dim.max for dim in program.dims),), 0.0)
             return Outcome(program, tuple(f"{dim.name}={dim.max}" for dim in program.dims))
         tokens, rows = (dim.max for dim in program.dims)
-        traffic = context.traffic or tuple((size, 1.0 / size) for size in _ladder(tokens))
-        sizes = sorted({min(size, tokens) for size, _ in traffic} | {tokens})
-        weights = [sum(f for size, f in traffic if min(size, tokens) == wanted) for wanted in sizes]
+        often = {tokens: 0.0}
+        for size, weight in expected_steps(context, tokens):
+            often[size] = often.get(size, 0.0) + weight
+        sizes = sorted(often)
+        weights = [often[size] for size in sizes]
         cost = predicted_seconds(program, context) if context.traffic else float
         chosen = choose_sizes(sizes, weights, cost, self.count)
-        used = sum(f * size for size, f in zip(sizes, weights, strict=True))
-        given = sum(
-            f * next(bucket for bucket in chosen if bucket >= size) for size, f in zip(sizes, weights, strict=True)
-        )
-        padding = (given - used) / given if context.target.pads and given else 0.0
-        buckets = Buckets(tuple((size, min(size, rows)) for size in chosen), padding)
+        wasted = padding(chosen, often.items()) if context.target.pads else 0.0
+        buckets = Buckets(tuple((size, min(size, rows)) for size in chosen), wasted)
         program.plans["buckets"] = buckets
         return Outcome(program, tuple(f"T={size}" for size in chosen))
+
+
+def expected_steps(context: Context, largest: int) -> list[tuple[int, float]]:
+    """(tokens, weight) of the steps that sizes are chosen for: the traffic given, with larger steps cut, or powers of
+    two that carry equally many tokens."""
+    return [(min(size, largest), weight) for size, weight in context.traffic] or [
+        (size, 1.0 / size) for size in powers_of_two(largest)
+    ]
+
+
+def padding(sizes: Sequence[int], steps: Iterable[tuple[int, float]]) -> float:
+    """The share of all rows that is padding when steps of (tokens, weight) run in the smallest of `sizes` (ascending)
+    that holds them; none is larger than the last."""
+    used = given = 0.0
+    for tokens, weight in steps:
+        used += weight * tokens
+        given += weight * sizes[bisect_left(sizes, tokens)]
+    return (given - used) / given if given else 0.0
 
 
 def predicted_seconds(program: Program, context: Context) -> Callable[[int], float]:
@@ -91,24 +110,28 @@ def choose_sizes(
     choices, the one with the fewest and then the smallest sizes.
     """
     total, costs = len(sizes), [cost(size) for size in sizes]
-    often = [0.0, *accumulate(weights)]
-    spent = [0.0, *accumulate(weight * each for weight, each in zip(weights, costs, strict=True))]
-    best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] + [(float("inf"), ())] * total]
+    often = np.array([0.0, *accumulate(weights)])
+    spent = np.array([0.0, *accumulate(weight * each for weight, each in zip(weights, costs, strict=True))])
+    waste = np.array([0.0] + [np.inf] * total)  # of the first i sizes, and what is chosen of them
+    held: list[tuple[int, ...]] = [()] * (total + 1)
+    found = []
     for _ in range(min(count, total)):
-        row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-        before = best[-1]
+        place = {some: rank for rank, some in enumerate(sorted(set(held)))}
+        ranks = np.array([place[some] for some in held])
+        wasted = [0.0]
+        chosen: list[tuple[int, ...]] = [()]
         for j in range(1, total + 1):
             # Sizes i..j-1 in bucket j-1 waste what that bucket costs as often as they come, less what they cost.
-            options = [
-                (before[i][0] + (often[j] - often[i]) * costs[j - 1] - (spent[j] - spent[i]), before[i][1])
-                for i in range(j)
-            ]
-            waste, held = min(options)
-            row.append((waste, (*held, sizes[j - 1])))
-        best.append(row)
-    return min((row[total] for row in best[1:]), key=lambda choice: (choice[0], len(choice[1]), choice[1]))[1]
+            options = waste[:j] + (often[j] - often[:j]) * costs[j - 1] - (spent[j] - spent[:j])
+            least = np.flatnonzero(options == options.min())
+            best = int(least[ranks[least].argmin()])
+            wasted.append(float(options[best]))
+            chosen.append((*held[best], sizes[j - 1]))
+        waste, held = np.array(wasted), chosen
+        found.append((wasted[-1], len(held[-1]), held[-1]))
+    return min(found)[2]
 
 
-def _ladder(maximum: int) -> list[int]:
+def powers_of_two(maximum: int) -> list[int]:
     """1, 2, 4, … up to the maximum."""
     return [1 << bit for bit in range(maximum.bit_length()) if 1 << bit <= maximum]

@@ -142,7 +142,7 @@ def _call(choice: Choice, stream: str, after: tuple[int, ...], stored: dict[str,
     if ":" in low.kernel:  # of a module: arrays, so shapes and dtypes go along
         operands = tuple((name, operand(tensor)) for name, tensor in low.args.items())
         sizes = {"ints": dict(low.ints), "floats": dict(low.floats)}
-        return Call(kernel=low.kernel, operands=operands, rows=low.rows, **sizes, **common)
+        return Call(kernel=low.kernel, operands=operands, rows=Extent(), **sizes, **common)
     args = {name: reference(tensor) for name, tensor in low.args.items()}
     numbers = {"ints": dict(low.ints), "extents": dict(low.extents), "floats": dict(low.floats)}
     return Call(kernel=low.kernel, args=args, rows=low.rows, **numbers, **common)

@@ -87,7 +87,7 @@ class Provider:
             return Refusal("kernels of modules are not given the KV state")
         try:
             answer = rule(operation, kv, weights_dtype)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._broken(operation, f"its rule failed with {type(error).__name__}: {error}") from error
         if isinstance(answer, Refusal):
             return answer

@@ -31,7 +31,7 @@ def kernels_of(artifact: Artifact, named: Sequence[str]) -> dict[str, Callable[.
             raise ArtifactError(
                 "kernel-module-missing",
                 f"the artifact runs kernels of module {name}, which was not named: give --kernel-module {name} if you"
-                " trust it",
+                f" trust it (in Python, kernel_modules=[{name!r}])",
             )
         if sources[name].digest != recorded.get(name):
             raise ArtifactError(
@@ -73,11 +73,21 @@ class ModuleCall:
         self._arena, self._weights, self._function = arena, weights, function
 
     def run(self, step: StepArrays) -> None:
-        sizes = {"T": len(step.ids), "S": len(step.last)}
-        arrays = {name: self._array(operand, step, sizes) for name, operand in self._call.operands}
-        self._function(**arrays, **self._call.ints, **self._call.floats)
+        self.run_at({"T": len(step.ids), "S": len(step.last)}, step)
 
-    def _array(self, operand: Mapping[str, Any], step: StepArrays, sizes: Mapping[str, int]) -> np.ndarray | None:
+    def run_at(self, sizes: Mapping[str, int], step: StepArrays | None = None) -> None:
+        """The call when every dim has its size; a call of a step reads the step's arrays. Raises ExtensionError naming
+        the kernel and the node."""
+        arrays = {name: self._array(operand, step, sizes) for name, operand in self._call.operands}
+        try:
+            self._function(**arrays, **self._call.ints_at(sizes), **self._call.floats)
+        except (Exception, SystemExit) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise extensions.ExtensionError(f"{self._call.kernel} failed at {self._call.node}: {why}") from error
+
+    def _array(
+        self, operand: Mapping[str, Any], step: StepArrays | None, sizes: Mapping[str, int]
+    ) -> np.ndarray | None:
         if "ref" not in operand:
             return None  # an argument that the operation leaves out
         reference = operand["ref"]

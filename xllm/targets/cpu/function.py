@@ -7,7 +7,8 @@ is checked at the very sizes they then run at. No torch, unless the plan names o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from xllm.targets.arrays import KINDS, array_at
 from xllm.targets.base import Extent
 from xllm.targets.cpu.bounds import check_function
 from xllm.targets.cpu.executor import allocate, usable_level
+from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_BOUND = 64  # sets of sizes kept bound
 Piece = Callable[[], None]
@@ -31,9 +33,16 @@ class CpuFunction:
     """One function artifact, ready to run. Raises ArtifactError when this machine cannot run it."""
 
     def __init__(
-        self, artifact: Artifact, threads: int, *, verify: bool = True, progress: Progress | None = None
+        self,
+        artifact: Artifact,
+        threads: int,
+        *,
+        verify: bool = True,
+        progress: Progress | None = None,
+        kernel_modules: Sequence[str] = (),
     ) -> None:
         self._plan = plan = artifact.plan
+        self._modules = kernels_of(artifact, kernel_modules)
         self._level, self._threads = usable_level(dict(artifact.manifest["target"])), threads
         (self._bucket,) = plan.buckets
         self.weights = artifact.map_weights(verify, progress)
@@ -94,6 +103,12 @@ class CpuFunction:
             if call.kernel == "torch":
                 self._flush(native, pieces)
                 pieces.append(self._fallback(call, sizes))
+                continue
+            if ":" in call.kernel:
+                self._flush(native, pieces)
+                run = self._modules[call.kernel]
+                bound = ModuleCall(call, self._plan, self._bucket, self._arena, self.weights, run)
+                pieces.append(partial(bound.run_at, sizes))
                 continue
             args = {name: self._place(reference) for name, reference in call.args.items()}
             rows = (0, 0, call.rows.at(sizes))
