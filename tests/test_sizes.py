@@ -22,10 +22,10 @@ BUDGET = {
     "xllm/artifact": 1300,
     "xllm/embedded": 1800,
     "xllm/inspection": 930,
-    "xllm": 2700,  # modules at the top, of which llm.py is what Python users see
+    "xllm": 2750,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
-    "tests": 15750,
+    "tests": 16000,
 }
 
 

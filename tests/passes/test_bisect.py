@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
+from bench.checkpoints import write_checkpoint
+from tests.models import FAMILIES
 from tests.passes.zoo import CONTEXT, captured
+from xllm.compiler import CompileOptions
+from xllm.diagnose import bisect_passes, program_of
 from xllm.ir import Program
 from xllm.passes import REWRITES, Context, Outcome, Pass
 from xllm.passes.bisect import bisect
+from xllm.passes.emit import emit_task
 from xllm.passes.rewrite import Editor
 
 
@@ -49,3 +55,10 @@ def test_sound_passes_are_called_sound() -> None:
     worst: list[float] = []
     assert bisect(captured("qwen3"), REWRITES, CONTEXT, lambda _, error: worst.append(error)) is None
     assert len(worst) == len(REWRITES) and max(worst) <= 1e-5
+
+
+def test_the_task_asked_for_is_looked_at(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny", {**FAMILIES["qwen3"], "num_hidden_layers": 1}, dtype="float32")
+    options = CompileOptions(task="embed")
+    assert emit_task(program_of(checkpoint, "captured", options))["kind"] == "embed"
+    assert bisect_passes(checkpoint, options) is None
