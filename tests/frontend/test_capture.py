@@ -20,7 +20,7 @@ from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Constant, Source
 
 
-@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.ROPES])
+@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.PARTS, *zoo.ROPES])
 def test_chunked_mixed_steps_give_the_logits_of_transformers(name: str) -> None:
     _, _, expected = zoo.reference(name)
     for got, want in zip(zoo.mixed_logits(zoo.stamped(name), name), expected, strict=True):

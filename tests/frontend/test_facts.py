@@ -112,3 +112,11 @@ def test_a_factor_without_bounds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompileError) as caught:
         facts(tmp_path)
     assert caught.value.code == "bad-config"
+
+
+def test_the_language_part_of_several_says_what_tokens_are(tmp_path: Path) -> None:
+    text = {"model_type": "qwen3_5_text", "vocab_size": 77, "max_position_embeddings": 48, "eos_token_id": 5}
+    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    found = facts(_write(tmp_path, config=whole), tokenizer=False)
+    assert (found.vocab_size, found.max_len, found.eos_ids) == (77, 48, (5,))
+    assert found.architecture == "Qwen3_5ForConditionalGeneration"

@@ -73,6 +73,28 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         swiglu_limit=1.5,
     ),
 }
+# Of several parts, of which the language part is compiled; coordinates of positions as text has them.
+_TEXT: dict[str, Any] = {**_SIZES, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_PICTURES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "depth": 7,
+}
+PARTS: dict[str, Callable[[], Any]] = {
+    "qwen3-vl": lambda: transformers.Qwen3VLConfig(
+        text_config={**_TEXT, "rope_parameters": {**_TEXT["rope_parameters"], "mrope_section": [4, 2, 2]}},
+        vision_config={**_PICTURES, "deepstack_visual_indexes": [1]},
+        architectures=["Qwen3VLForConditionalGeneration"],
+    ),
+    "gemma3-vision": lambda: transformers.Gemma3Config(
+        text_config={**_SIZES, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 7,
+                       "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, architectures=["Gemma3ForConditionalGeneration"],
+    ),
+}  # fmt: skip
 _DELTA: dict[str, Any] = {
     **_SIZES, "num_hidden_layers": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 12,
@@ -84,7 +106,7 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**_DELTA, head_dim=16),
 }
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
-ALL = {**CONFIGS, **ROPES, **HYBRIDS}
+ALL = {**CONFIGS, **PARTS, **ROPES, **HYBRIDS}
 STEPWISE = ("llama-dynamic",)  # families whose reference depends on how the prompt is cut
 
 
@@ -104,9 +126,8 @@ def reference(name: str) -> tuple[dict[str, np.ndarray], list[Tensor], list[Tens
     """State dict, token ids of two sequences, and transformers' own eager logits for every token of them."""
     config = ALL[name]()
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    kind = transformers.AutoModelForImageTextToText if name in PARTS else transformers.AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, VOCAB, (length,), generator=generator) for length in (30, 21)]
     with torch.no_grad():

@@ -74,7 +74,7 @@ class Experts:
         run(f"experts.{self.suffix}", args, self._ints(top_k), self._floats(), rows=len(x))
         return out
 
-    def route(self, run, x, router, bias, correction, top_k, how, scale=1.0):
+    def route(self, run, x, router, bias, correction, top_k, how, scale=1.0, epsilon=1e-20):
         """Result, chosen experts and their weights."""
         out, logits = np.full_like(x, np.nan), np.full((len(x), EXPERTS), np.nan, np.float32)
         index, weights = np.full((len(x), top_k), -1, np.int32), np.full((len(x), top_k), np.nan, np.float32)
@@ -83,7 +83,7 @@ class Experts:
             "router_bias": bias, "correction": correction, "scratch_logits": logits, **_sorted(len(x), top_k),
         }  # fmt: skip
         ints = dict(zip(("scoring", "groups", "top_groups", "group_top", "renormalise"), how, strict=True))
-        floats = {**self._floats(), "epsilon": 1e-20, "scale": scale}
+        floats = {**self._floats(), "epsilon": epsilon, "scale": scale}
         run(f"moe.{self.suffix}", args, {**self._ints(top_k), **ints}, floats, rows=len(x))
         return out, index, weights
 
@@ -129,6 +129,16 @@ def test_moe_matches_float64(run, rng, router):
         assert np.array_equal(index, [row for row, _ in wanted])
         assert np.allclose(weights, [2.5 * row for _, row in wanted], rtol=1e-5)
         assert relative_error(out, experts(x, index, weights)) < 2e-6
+
+
+def test_an_epsilon_below_zero_bounds_the_sum(run, rng):
+    experts, x = Experts(rng, "f32"), rng.standard_normal((20, WIDTH), np.float32)
+    router, how = pack(rng.standard_normal((EXPERTS, WIDTH), np.float32), "float32"), ROUTERS["softmax"]
+    plain = experts.route(run, x, router, None, None, 2, how)[2]
+    got = experts.route(run, x, router, None, None, 2, (*how[:-1], 1), epsilon=-0.9)[2]
+    sums = plain.sum(1, keepdims=True)
+    assert (sums < 0.9).any() and (sums > 0.9).any()
+    assert np.allclose(got, plain / np.maximum(sums, 0.9), rtol=1e-6)
 
 
 def _route(logits, correction, top_k, how):

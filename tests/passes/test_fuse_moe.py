@@ -24,13 +24,19 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": 20, "moe_intermediate_size": 20, "vocab_size": 64, "max_position_embeddings": 64,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "num_experts_per_tok": 2,
 }  # fmt: skip
-# Softmax over the chosen, biases; sigmoid with a correction among the best groups, renormalised and scaled.
+# Softmax over the chosen, biases; sigmoid with a correction among the best groups, renormalised and scaled; softmax
+# with a correction of one row, over a sum that has a lower bound.
 ROUTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt_oss": ({"num_local_experts": 4}, {"scoring": "logits", "groups": 1, "renormalise": False}),
     "glm4_moe": (
         {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 0, "norm_topk_prob": True,
          "routed_scaling_factor": 2.5},
         {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "sum2", "renormalise": True, "scale": 2.5},
+    ),
+    "ernie4_5_moe": (
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 1,
+         "moe_norm_min": 0.8},
+        {"scoring": "softmax", "groups": 1, "renormalise": True, "epsilon": -0.8},
     ),
 }  # fmt: skip
 

@@ -83,7 +83,10 @@ def to_graph(
         if target not in reads:
             weights[target] = weight
             path, _, leaf = target.rpartition(".")
-            reads[target] = create("get_attr", target, (), {}, place.node_name(path, leaf), path, node.meta["val"])
+            val = node.meta["val"]
+            if val.dtype is torch.float64:  # weights are float32, whatever the model keeps beside its parameters
+                val = val.new_empty(val.shape, dtype=torch.float32)
+            reads[target] = create("get_attr", target, (), {}, place.node_name(path, leaf), path, val)
         return reads[target]
 
     for node in _sizes_first(exported.graph, tensors):

@@ -46,16 +46,17 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
     tokens = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     eos = generation.get("eos_token_id", None)
     bos = generation.get("bos_token_id", None)
+    whole, config = config, text_config(config)
     try:
         return ModelFacts(
             name=folder.resolve().name,
-            architecture=(config.architectures or [type(config).__name__])[0],
+            architecture=(whole.architectures or [type(whole).__name__])[0],
             vocab_size=int(config.vocab_size),
             max_len=_reach(config),
             eos_ids=_within(
-                _ids(eos if eos is not None else config.eos_token_id, "eos_token_id"), int(config.vocab_size)
+                _ids(eos if eos is not None else _said(whole, "eos_token_id"), "eos_token_id"), int(config.vocab_size)
             ),
-            bos_id=next(iter(_ids(bos if bos is not None else config.bos_token_id, "bos_token_id")), None),
+            bos_id=next(iter(_ids(bos if bos is not None else _said(whole, "bos_token_id"), "bos_token_id")), None),
             generation=generation,
             tokenizer_path=_tokenizer(folder) if tokenizer else None,
             special_tokens=_special_tokens(tokens),
@@ -69,6 +70,17 @@ def facts(folder: str | Path, *, tokenizer: bool = True) -> ModelFacts:
             where="config.json",
             try_="the config.json that came with the checkpoint",
         ) from error
+
+
+def text_config(config: Any) -> Any:
+    """What a configuration says of the model's language part, which others (vision, audio) may stand beside."""
+    return getattr(config, "text_config", None) or config
+
+
+def _said(config: Any, name: str) -> Any:
+    """A fact that a configuration says for all parts, or else for the language part."""
+    said = getattr(config, name, None)
+    return said if said is not None else getattr(text_config(config), name, None)
 
 
 def _reach(config: Any) -> int:
@@ -140,7 +152,7 @@ def check_config(config: Any) -> None:
             try_="a decoder-only checkpoint (architecture ending in ForCausalLM)",
         )
     refuse_quantised({"quantization_config": getattr(config, "quantization_config", None)})
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+    if "chunked_attention" in (getattr(text_config(config), "layer_types", None) or ()):
         raise CompileError(
             "layers attend within chunks, which the attention operator cannot express",
             code="unsupported-attention",

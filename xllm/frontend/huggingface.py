@@ -25,7 +25,7 @@ from xllm.errors import CompileError
 from xllm.frontend.alike import Watch
 from xllm.frontend.experts import lift_experts
 from xllm.frontend.exported import Place, to_graph
-from xllm.frontend.facts import check_config, read_config
+from xllm.frontend.facts import check_config, read_config, text_config
 from xllm.frontend.failures import explain
 from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
@@ -83,7 +83,8 @@ def capture_config(
     check_config(config)
     if max_len is not None and max_len < 1:
         raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
-    length = max_len or min(int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
+    text = text_config(config)
+    length = max_len or min(int(getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
     dims = (Dim("T", 1, max_tokens), Dim("S", 1, max_seqs))
     if full:
         return _traced(copy.deepcopy(config), name, length, dims, task, full=True)
@@ -102,19 +103,21 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
         model = _build(config, task)
         if task.kind == "classify" and is_scored(model):
             task = replace(task, pooling="last")
-        stack = find_stack(model)
-        kinds, counters = layer_kinds(stack, config.to_dict())
+        text = text_config(config)
+        within = _language_path(model) if text is not config else ""
+        stack = find_stack(model, within)
+        kinds, counters = layer_kinds(stack, text.to_dict())
         walk = every_layer(len(stack.layers)) if full or share_tensors(stack) else choose_walk(kinds)
         spellings = Spellings.of(model)
         named = spellings.stacks(list(model.state_dict()), stack.path)
         place = Place(stack.path, {real: captured for captured, real in enumerate(walk.layers)}, named)
         tensors = checkpoint_tensors(model, place, spellings)
-        length, segments = _lift_lookups(model, session, stack, config, tensors, length, task)
+        length, segments = _lift_lookups(model, session, stack, text, tensors, length, task)
         task = replace(task, segments=segments)
         watch = Watch(stack, walk, counters)
         watch.skip(model.get_submodule(stack.path))
         session.experts.update(lift_experts(model, place, tensors))
-        constants, notes = _lift_rotary(model, session, place, length)
+        constants, notes = _lift_rotary(model, session, place, length, within)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
         with session.lifted(model):
@@ -152,7 +155,12 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
 
 def _build(config: Any, task: Task) -> nn.Module:
     """The model on the meta device, float32, in evaluation mode."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     named = {
         "generate": (AutoModelForCausalLM, "a causal language model", "ForCausalLM"),
@@ -160,9 +168,13 @@ def _build(config: Any, task: Task) -> nn.Module:
         "classify": (AutoModelForSequenceClassification, "a classifier", "ForSequenceClassification"),
     }
     kind, called, ending = named[task.kind]
+    if task.kind == "generate" and _architecture(config).endswith("ForConditionalGeneration"):
+        kind = AutoModelForImageTextToText  # whose language part answers text alone
     config._attn_implementation = HOOK
     config._experts_implementation = HOOK
-    config.use_cache = False  # not every model above a body hands on what it is called with: GraniteMoe
+    config.use_cache = text_config(config).use_cache = (
+        False  # not every model above a body hands on what it is called with: GraniteMoe
+    )
     if task.kind == "classify" and hasattr(config, "classifier_pooling"):
         config.classifier_pooling = "cls"  # its head is given the one row that `task.pooling` makes
     try:
@@ -189,11 +201,17 @@ def _build(config: Any, task: Task) -> nn.Module:
     return model
 
 
+def _language_path(model: nn.Module) -> str:
+    """Where the language part of a model of several lies, with the dot behind it."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
 def _lift_rotary(
-    model: nn.Module, session: Session, place: Place, length: int
+    model: nn.Module, session: Session, place: Place, length: int, within: str
 ) -> tuple[dict[str, tuple[str, np.ndarray]], tuple[str, ...]]:
-    """Replaces every rotary module by rows of its tables; the tables by the path of the buffer that stands for them,
-    and notes on them.
+    """Replaces every rotary module below `within` by rows of its tables; the tables by the path of the buffer that
+    stands for them, and notes on them.
 
     Modules with equal tables share one constant.
     """
@@ -202,13 +220,13 @@ def _lift_rotary(
     names: set[str] = set()
     notes: dict[str, None] = {}
     for path, module in list(model.named_modules()):
-        if not is_rotary(module):
+        if not path.startswith(within) or not is_rotary(module):
             continue
         tables = make_tables(with_buffers(model, module, path), length)
         if tables is None:
             continue
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, RotaryRows(tables, session.index))
+        setattr(model.get_submodule(parent), leaf, RotaryRows(tables, session.index, module))
         stem = re.sub(rf"^{re.escape(place.layers_path)}\.\d+\.", "", path)
         for variant, pair in tables.items():
             notes |= {pair.note: None} if pair.note else {}

@@ -41,12 +41,14 @@ class Walk:
     sources: tuple[LayerSource, ...]
 
 
-def find_stack(model: nn.Module) -> Stack:
-    """The outermost module list with the most parameters. Raises CompileError when the model repeats nothing."""
+def find_stack(model: nn.Module, within: str = "") -> Stack:
+    """The outermost module list below `within` with the most parameters. Raises CompileError when the model repeats
+    nothing.
+    """
     best: tuple[int, str, nn.ModuleList] | None = None
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or path.startswith(inside):
+        if not isinstance(module, nn.ModuleList) or path.startswith(inside) or not f"{path}.".startswith(within):
             continue
         inside = (*inside, f"{path}.")
         elements = sum(parameter.numel() for parameter in module.parameters())

@@ -52,12 +52,15 @@ def make_tables(module: nn.Module, max_len: int) -> dict[str, Tables] | None:
 
 
 class RotaryRows(nn.Module):
-    """Stands where the rotary module stood and reads rows of its tables; buffers `{variant}_cos`, `{variant}_sin` on
-    meta.
+    """Stands where the rotary module stood, for code that asks what it was too, and reads rows of its tables; buffers
+    `{variant}_cos`, `{variant}_sin` on meta.
     """
 
-    def __init__(self, tables: Mapping[str, Tables], index: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, tables: Mapping[str, Tables], index: Callable[[Tensor], Tensor], module: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.__dict__["_stands_for"] = module
         self._index = index
         self._paired = {variant for variant, pair in tables.items() if pair.paired}
         for variant, pair in tables.items():
@@ -65,6 +68,12 @@ class RotaryRows(nn.Module):
                 self.register_buffer(
                     f"{variant}_{part}".lstrip("_"), torch.empty(table.shape, device="meta"), persistent=False
                 )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stands_for"], name)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor] | Tensor:
         variant = layer_type or ""

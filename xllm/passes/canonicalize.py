@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.fx as fx
 
-from xllm.ir import Permute, Program, Slice, Weight
+from xllm.ir import Constant, Permute, Program, Slice, Weight
 from xllm.ir.build import prune
 from xllm.ir.effects import named_arguments
 from xllm.ir.program import arguments
@@ -34,12 +34,12 @@ xllm = torch.ops.xllm
 _IDENTITIES = (
     aten.to.dtype, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
     aten.expand.default, aten.lift_fresh_copy.default, aten._to_copy.default, aten.slice.Tensor, aten.type_as.default,
-    aten.to.dtype_layout,
+    aten.to.dtype_layout, aten.to.device,
 )  # fmt: skip
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
-          aten.flatten.using_ints, aten.squeeze.default)  # fmt: skip
+          aten.flatten.using_ints, aten.squeeze.default, aten.view_as.default)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,19 @@ def _drop_identities(editor: Editor, node: fx.Node) -> None:
         editor.hit(node)
 
 
+def _cast_constants(editor: Editor, node: fx.Node) -> None:
+    """A whole number made at compile time is float32 from the start where it is read as that."""
+    if not is_call(node, aten.to.dtype, aten._to_copy.default) or node.meta["val"].dtype is not torch.float32:
+        return
+    source: Any = node.args[0]
+    rule = editor.program.weights[str(source.target)].rule if is_weight(source) else None
+    if isinstance(rule, Constant):
+        name = f"{rule.name}.float32"
+        editor.program.constants[name] = editor.program.constants[rule.name].astype("float32")
+        node.replace_all_uses_with(editor.weight(name, Weight(sizes(source), Constant(name))))
+        editor.hit(node)
+
+
 def _is_zero(value: Any) -> bool:
     """Zero as a number, or zeros of any shape."""
     if isinstance(value, fx.Node):
@@ -152,7 +165,7 @@ def _join_dialect(editor: Editor, node: fx.Node) -> None:
     elif is_call(node, aten.embedding.default) and (moved := _position(given[1])) is not None:
         target, args = xllm.rows.default, (_table(editor, given[0], moved[1]), moved[0])
     elif is_call(node, aten.embedding.default):
-        target, args = xllm.embedding.default, (given[1], given[0])
+        target, args = xllm.embedding.default, (_index(given[1]), given[0])
     elif is_call(node, aten.index.Tensor) and len(given[1]) == 1 and _is_row_index(given[1][0]):
         target, args = xllm.rows.default, (given[0], given[1][0])
     else:
@@ -160,6 +173,13 @@ def _join_dialect(editor: Editor, node: fx.Node) -> None:
     with editor.before(node):
         node.replace_all_uses_with(editor.emit(target, *args, like=node))
     editor.hit(node)
+
+
+def _index(index: fx.Node) -> fx.Node:
+    """Whole numbers of 32 bits as they are, where a wider copy of them is what rows are read by."""
+    while is_call(index, aten.to.dtype, aten._to_copy.default) and arguments(index)[0].meta["val"].dtype is torch.int32:
+        index = arguments(index)[0]
+    return index
 
 
 def _transposed(editor: Editor, weight: fx.Node) -> fx.Node:
@@ -271,4 +291,12 @@ def _bounds(given: list[Any], width: int) -> list[Any]:
     return [first, max(first, last), *(step if step != [1] else [])]
 
 
-STEPS = (_split_to_slices, _drop_identities, _join_dialect, _merge_views, _merge_transposes, _count_from_end)
+STEPS = (
+    _cast_constants,
+    _split_to_slices,
+    _drop_identities,
+    _join_dialect,
+    _merge_views,
+    _merge_transposes,
+    _count_from_end,
+)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.fx as fx
 
-from xllm.ir import Program
+from xllm.ir import Program, Reshape, Weight
 from xllm.ir.effects import named_arguments
 from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
@@ -84,10 +84,19 @@ class FuseMoe(Pass):
         how = (_top_k(topk), choice.scoring, choice.groups, choice.top_groups, choice.group_score)
         how = (*how, choice.renormalise, choice.epsilon, choice.scale)
         with editor.before(node):
-            args = (x, weight, bias, choice.correction, *rest[:6], *how, *rest[6:])
+            args = (x, weight, bias, _one_row(editor, choice.correction), *rest[:6], *how, *rest[6:])
             fused = editor.emit(xllm.moe.default, *args, like=node)
         node.replace_all_uses_with(fused)
         editor.hit(fused)
+
+
+def _one_row(editor: Editor, correction: fx.Node | None) -> fx.Node | None:
+    """A bias [1, E] as [E]."""
+    if correction is None or len(sizes(correction)) == 1:
+        return correction
+    held = editor.program.weights[str(correction.target)]
+    row = Weight(held.shape[-1:], Reshape(held.rule, held.shape[-1:]))
+    return editor.weight(f"{correction.target}.row", row)
 
 
 def _top_k(topk: fx.Node) -> int:
@@ -140,9 +149,14 @@ def _read_weights(choice: _Choice, weights: Any, topk: fx.Node) -> None:
 
 
 def _total_of(total: Any, top: Any) -> float:
-    """The epsilon in sum(top) + epsilon, 0 without one. A lower bound of the sum is none."""
+    """The epsilon in sum(top) + epsilon, 0 without one; below 0 where the sum has a lower bound."""
     epsilon = 0.0
-    if is_call(total, aten.add.Tensor, aten.add.Scalar) and isinstance(arguments(total)[1], int | float):
+    if is_call(total, aten.clamp.default, aten.clamp_min.default):
+        named = named_arguments(total)
+        if not isinstance(named["min"], int | float) or named["min"] <= 0 or named.get("max") is not None:
+            raise _Miss(f"%{total.name} is no lower bound of the sum alone")
+        epsilon, total = -float(named["min"]), _uncast(named["self"])
+    elif is_call(total, aten.add.Tensor, aten.add.Scalar) and isinstance(arguments(total)[1], int | float):
         epsilon, total = float(arguments(_plain(total))[1]), _uncast(arguments(total)[0])
     if is_call(total, aten.sum.dim_IntList):
         named = named_arguments(total)
@@ -172,7 +186,7 @@ def _read_choice(choice: _Choice, chosen: fx.Node, scores: fx.Node | None) -> No
         bias = next(_uncast(part) for part in arguments(chosen) if _uncast(part) is not scores)
         if not is_weight(bias) or sizes(bias)[-1] != sizes(scores)[-1] or len(sizes(bias)) > 2:
             raise _Miss("what is added to the scores for the choice is not a weight, one number for each expert")
-        if len(sizes(bias)) != 1:
+        if sizes(bias)[:-1] not in ((), (1,)):
             raise _Miss(f"the bias of the choice is {list(sizes(bias))}, not one number for each expert")
         choice.correction = bias
     logits = choice.logits = _uncast(arguments(scores)[0])

@@ -86,7 +86,8 @@ static inline void route_row(const Routing &how, float *logits, const float *cor
   if (how.scoring == kLogits) softmax(weight, how.top_k);
   float sum = 0;
   for (int64_t i = 0; i < how.top_k; i++) sum += weight[i];
-  for (int64_t i = 0; i < how.top_k; i++) weight[i] = (how.renormalise ? weight[i] / (sum + how.epsilon) : weight[i]) * how.scale;
+  const float total = how.epsilon < 0.0f && sum < -how.epsilon ? -how.epsilon : sum + (how.epsilon < 0.0f ? 0.0f : how.epsilon);
+  for (int64_t i = 0; i < how.top_k; i++) weight[i] = (how.renormalise ? weight[i] / total : weight[i]) * how.scale;
 }
 
 }  // namespace XK_LEVEL

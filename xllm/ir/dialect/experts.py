@@ -105,7 +105,8 @@ def route(
 
     Scores are softmax or sigmoid of the logits, or the logits themselves, whose softmax is then taken over the chosen.
     The choice is by score + correction, among the `top_groups` best of `groups` equal groups (by their largest score,
-    or the sum of their two largest). Weights are scores, over their sum + epsilon if renormalised, times scale.
+    or the sum of their two largest). Weights are scores, over their sum + epsilon if renormalised, times scale; an
+    epsilon below 0 is a lower bound of the sum, -epsilon, instead.
     """
     scores = {"softmax": logits.softmax, "sigmoid": lambda _: logits.sigmoid(), "logits": lambda _: logits}[scoring](-1)
     choice = scores if correction is None else scores + correction
@@ -119,7 +120,8 @@ def route(
     if scoring == "logits":
         weights = weights.softmax(-1)
     if renormalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total.clamp(min=-epsilon) if epsilon < 0 else total + epsilon)
     return index, weights * scale
 
 
