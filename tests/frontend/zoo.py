@@ -92,7 +92,7 @@ PARTS: dict[str, Callable[[], Any]] = {
         text_config={**_SIZES, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 7,
                        "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4, architectures=["Gemma3ForConditionalGeneration"],
+        mm_tokens_per_image=4, image_token_index=90, architectures=["Gemma3ForConditionalGeneration"],
     ),
 }  # fmt: skip
 _DELTA: dict[str, Any] = {
