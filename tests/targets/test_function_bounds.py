@@ -54,6 +54,7 @@ def _moves(call: Call, limits: Mapping[str, int]) -> tuple[int, ...]:
     """What a call goes by: strides along axes of one element are never taken, nor do they count in a single row."""
     ints, rows = call.ints_at(limits), call.rows.at(limits)
     still = {name for name in ints if name[-2:] in ("_0", "_1", "_2") and ints[f"n{name[-1]}"] == 1}
+    still |= {name for name in ints if call.args.get(name.rpartition("_")[0]) == ""}  # kernels refuse those of numbers
     if rows == 1:
         still |= {name for name in ints if name.endswith("_row")}
     if rows == 1 or all(ints.get(f"n{axis}") == 1 for axis in range(3)):
