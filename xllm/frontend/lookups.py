@@ -86,6 +86,8 @@ def _read(model: nn.Module, first_layer: nn.Module, words: Tensor, extra: dict[s
     if accepts(model, "token_type_ids"):
         extra = {**extra, "token_type_ids": torch.zeros_like(words)}
     recorder = _Recorder({id(weight): path for path, weight in tables.items()})
+    # Rotary modules keep what they computed last: here it would be without values.
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         with recorder:
             model(input_ids=words, **extra)
@@ -93,6 +95,8 @@ def _read(model: nn.Module, first_layer: nn.Module, words: Tensor, extra: dict[s
         pass
     finally:
         hook.remove()
+        for module, attributes, buffers in before:
+            module.__dict__ = {**attributes, "_buffers": buffers}
     return recorder.seen
 
 
