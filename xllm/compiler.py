@@ -104,10 +104,21 @@ class Report:
             lines.append(f"  reused {self.reused} of {self.weights} weights of an earlier artifact, the rest is packed")
         lines += module_lines(self.modules, "serving needs --kernel-module {}")
         lines += fallback_lines([(item.node, item.op, item.why, item.token_bytes) for item in self.fallbacks])
-        lines += [f"  unused tensor of the checkpoint: {name}" for name in self.unused]
+        lines += self._unused_lines()
         spent = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines.append(f"  {spent} · peak memory {self.peak_bytes / 1e6:,.0f} MB")
         return "\n".join(lines)
+
+    def _unused_lines(self) -> list[str]:
+        """Tensors of the checkpoint that the program does not read; those of one part, as a vision tower, on a line."""
+        parts: dict[str, list[str]] = {}
+        for name in self.unused:
+            parts.setdefault(".".join(name.split(".")[:2]), []).append(name)
+        many = "  unused of the checkpoint: {} tensors below {}"
+        return [
+            many.format(len(names), part) if len(names) > 1 else f"  unused tensor of the checkpoint: {names[0]}"
+            for part, names in parts.items()
+        ]
 
     def _padding_lines(self) -> list[str]:
         """What the buckets waste under the traffic they were chosen for, beside powers of two."""

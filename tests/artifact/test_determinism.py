@@ -83,3 +83,12 @@ def test_reuse_changes_no_byte_and_the_report_weighs_traffic(builds: list[Path],
     fresh = compile_checkpoint(checkpoint, tmp_path / "fresh.xllm", options)
     assert fresh.reused == 0 and "reused" not in fresh.text()
     assert entries(tmp_path / "reused.xllm") == entries(tmp_path / "fresh.xllm")
+
+
+def test_a_part_of_the_checkpoint_that_is_not_read_is_one_line_of_the_report(tmp_path: Path) -> None:
+    from xllm.compiler import Report
+
+    tower = [f"model.visual.blocks.{layer}.attn.qkv.weight" for layer in range(40)]
+    lines = Report(tmp_path, (), (), 0, 0, 0, (), unused=("model.extra", *tower)).text().splitlines()
+    assert "  unused tensor of the checkpoint: model.extra" in lines
+    assert [line for line in lines if "visual" in line] == ["  unused of the checkpoint: 40 tensors below model.visual"]
