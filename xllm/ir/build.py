@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xllm.ir.effects import is_mutating
 from xllm.ir.program import Program, Weight, path_of
+from xllm.ir.weight_rules import Constant, rule_leaves
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -91,9 +92,12 @@ def emit_weight(program: Program, name: str, weight: Weight, mode: FakeTensorMod
 
 
 def prune(program: Program) -> None:
-    """Removes pure calls nobody uses, and weights no node reads any more."""
+    """Removes pure calls nobody uses, weights no node reads any more, and constants no weight is made of."""
     for node in reversed(list(program.graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users and not is_mutating(node):
             program.graph.erase_node(node)
     used = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     program.weights = {name: weight for name, weight in program.weights.items() if name in used}
+    leaves = (leaf for weight in program.weights.values() for leaf in rule_leaves(weight.rule))
+    read = {leaf.name for leaf in leaves if isinstance(leaf, Constant)}
+    program.constants = {name: array for name, array in program.constants.items() if name in read}

@@ -119,16 +119,21 @@ def renamed(rule: WeightRule, names_of: Callable[[tuple[str, ...]], tuple[str, .
     return rule
 
 
-def rule_sources(rule: WeightRule) -> Iterator[Source]:
-    """Every checkpoint tensor a rule reads, in order."""
+def rule_leaves(rule: WeightRule) -> Iterator[Source | Constant]:
+    """Every checkpoint tensor and every constant a rule reads, in order."""
     match rule:
-        case Source():
+        case Source() | Constant():
             yield rule
         case Concat(parts) | Stack(parts) | Sum(parts) | Either(parts):
             for part in parts:
-                yield from rule_sources(part)
+                yield from rule_leaves(part)
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
-            yield from rule_sources(of)
+            yield from rule_leaves(of)
+
+
+def rule_sources(rule: WeightRule) -> Iterator[Source]:
+    """Every checkpoint tensor a rule reads, in order."""
+    return (leaf for leaf in rule_leaves(rule) if isinstance(leaf, Source))
 
 
 def resolve(rule: WeightRule, names: Container[str]) -> WeightRule:

@@ -49,8 +49,6 @@ class TabulatePositions(Pass):
             if any(user not in known for user in node.users):
                 self._tabulate(editor, node, names)
         editor.finish()
-        used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
-        program.constants = {name: array for name, array in program.constants.items() if name in used}
         return Outcome(program, tuple(editor.hits), tuple(editor.misses))
 
     def _tabulate(self, editor: Editor, node: fx.Node, names: dict[bytes, str]) -> None:
