@@ -178,9 +178,9 @@ def test_a_window_that_only_the_mask_names_reaches_attention(kind: str) -> None:
 
 def test_masks_say_what_they_are_made_of() -> None:
     seen = torch.zeros(1, 4, dtype=torch.long)
-    packed = masking_utils.packed_sequence_compatibility_function(
-        masking_utils.sliding_window_causal_mask_function(8), seen, seen
-    )
+    window = masking_utils.sliding_window_causal_mask_function(8)
+    apart = masking_utils.packed_sequence_mask_function(seen)
+    packed = masking_utils.and_masks(masking_utils.remap_positions_for_packed_sequence(window, seen), apart)
     assert read_mask(mask_function=packed) == Mask(8, causal=True)
     both = masking_utils.sliding_window_bidirectional_mask_function(8)
     assert read_mask(mask_function=both) == Mask(9, causal=False)
