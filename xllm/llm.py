@@ -26,7 +26,9 @@ from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.kv import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.targets.cpu import CpuTarget, host_threads
+from xllm.targets.base import StepSizes
+from xllm.targets.cpu import host_threads
+from xllm.targets.predicted import target_of
 
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
 PROCESS_BYTES = 160 << 20
@@ -146,8 +148,17 @@ def open_engine(
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
     executor = CpuExecutor(artifact, threads or host_threads(), progress=progress, kernel_modules=kernel_modules)
+    engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
+    engine.start()
+    return engine, ledger
+
+
+def engine_config(
+    artifact: Artifact, ledger: Ledger, chunk: int | None = None, async_scheduling: bool = True
+) -> EngineConfig:
+    """The settings of an engine that serves the artifact in this memory."""
     budget = artifact.plan.buckets[-1].T
-    config = EngineConfig(
+    return EngineConfig(
         kv_bytes=ledger.kv,
         page_bytes=ledger.pool.page_bytes,
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
@@ -157,17 +168,15 @@ def open_engine(
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
     )
-    engine = Engine(executor, config, sink)
-    engine.start()
-    return engine, ledger
 
 
 def tokens_beside_decodes(artifact: Artifact) -> int:
     """Prompt tokens that may join a step with decodes: a power of two whose predicted time is within STEP_SECONDS."""
-    target = CpuTarget(artifact.manifest["target"]["level"])
+    target = target_of(artifact)
 
     def seconds(tokens: int) -> float:
-        return sum(target.seconds(call.cost, {"T": tokens, "S": 1}) for call in artifact.plan.calls)
+        sizes = StepSizes.usual(tokens, 1)
+        return sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
 
     tokens = artifact.plan.buckets[-1].T
     while tokens > 16 and seconds(tokens) > STEP_SECONDS:

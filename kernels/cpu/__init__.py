@@ -114,8 +114,17 @@ class Runner:
 
     def run(self, plan: int, batch: Batch, begin: int = 0, end: int | None = None) -> None:
         """Runs calls begin..end-1 of the plan on one step, in order."""
+        self._run(plan, batch, begin, end, None)
+
+    def timed(self, plan: int, batch: Batch, begin: int, end: int) -> np.ndarray:
+        """As `run`; seconds of each call, float64 [end - begin]: from the end of the call before it to its own end."""
+        seconds = np.zeros(end - begin)
+        self._run(plan, batch, begin, end, seconds.ctypes.data)
+        return seconds
+
+    def _run(self, plan: int, batch: Batch, begin: int, end: int | None, seconds: int | None) -> None:
         handle = self._handle or self._open()
-        if library().xk_run(handle, plan, ctypes.byref(batch._c), begin, -1 if end is None else end):
+        if library().xk_run(handle, plan, ctypes.byref(batch._c), begin, -1 if end is None else end, seconds):
             raise KernelError(_last_error())
 
     def read_bandwidth(self, size: int = 256 << 20, repeats: int = 5) -> float:

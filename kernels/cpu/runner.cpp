@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <chrono>
 #include <iterator>
 #include <sstream>
 #include <stdexcept>
@@ -53,7 +54,30 @@ struct Walk {
   const Bound *stages;
   const Step *step;
   uint8_t **scratch;
+  int64_t *opened;  // [stages], nanoseconds; null where nobody asked
 };
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t units(void *context, int stage) {
+  const Walk *w = static_cast<Walk *>(context);
+  const Bound &b = w->stages[stage];
+  return b.call.rows(*w->step) > 0 ? b.kernel->units(b.call, *w->step) : 0;
+}
+
+// The pool asks for a stage's units when all earlier stages are complete: one stage's opening is the end of the one before.
+int64_t timed_units(void *context, int stage) {
+  static_cast<Walk *>(context)->opened[stage] = now();
+  return units(context, stage);
+}
+
+void work(void *context, int stage, int64_t unit, int thread) {
+  const Walk *w = static_cast<Walk *>(context);
+  const Bound &b = w->stages[stage];
+  b.kernel->run(b.call, *w->step, unit, w->scratch[thread]);
+}
 
 }  // namespace
 }  // namespace xk
@@ -130,7 +154,7 @@ void xk_runner::prepare(const Plan &plan, const xk_batch &b) {
   step.tile_rows = tile_rows.data();
 }
 
-void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end) {
+void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end, double *seconds) {
   std::lock_guard<std::mutex> lock(mutex);
   if (index < 0 || index >= static_cast<int32_t>(plans.size())) throw std::invalid_argument("no such plan: " + std::to_string(index));
   const Plan &plan = *plans[static_cast<size_t>(index)];
@@ -140,18 +164,12 @@ void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t
   prepare(plan, batch);
   uint8_t *per_thread[256];
   for (size_t i = 0; i < scratch.size(); i++) per_thread[i] = scratch_bytes ? aligned(scratch[i].get()) : nullptr;
-  Walk walk{plan.stages.data(), &step, per_thread};
-  pool.run(
-      plan.first[static_cast<size_t>(begin)], plan.first[static_cast<size_t>(end)],
-      [](void *context, int stage) {
-        const Walk *w = static_cast<Walk *>(context);
-        const Bound &b = w->stages[stage];
-        return b.call.rows(*w->step) > 0 ? b.kernel->units(b.call, *w->step) : 0;
-      },
-      [](void *context, int stage, int64_t unit, int thread) {
-        const Walk *w = static_cast<Walk *>(context);
-        const Bound &b = w->stages[stage];
-        b.kernel->run(b.call, *w->step, unit, w->scratch[thread]);
-      },
-      &walk);
+  const int32_t *first = plan.first.data();
+  std::vector<int64_t> opened(seconds ? plan.stages.size() + 1 : 0);
+  Walk walk{plan.stages.data(), &step, per_thread, opened.data()};
+  pool.run(first[begin], first[end], seconds ? timed_units : units, work, &walk);
+  if (!seconds) return;
+  opened[static_cast<size_t>(first[end])] = now();
+  for (int32_t i = begin; i < end; i++)
+    seconds[i - begin] = 1e-9 * static_cast<double>(opened[static_cast<size_t>(first[i + 1])] - opened[static_cast<size_t>(first[i])]);
 }

@@ -30,7 +30,7 @@ struct xk_runner {
   const xk::Level &level;
   xk::Pool pool;
   int32_t add(int32_t count, const xk_call *calls);  // throws std::invalid_argument
-  void run(int32_t plan, const xk_batch &batch, int32_t begin, int32_t end);
+  void run(int32_t plan, const xk_batch &batch, int32_t begin, int32_t end, double *seconds);  // seconds: of each call, or null
 
  private:
   void prepare(const xk::Plan &plan, const xk_batch &batch);  // checks the batch, resolves ids, cuts query tiles

@@ -13,6 +13,7 @@ from typing import Any
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.plan import Plan
+from xllm.targets.base import StepSizes
 
 REPORT = "report.json"
 LARGEST = 6
@@ -73,6 +74,7 @@ def _pass(record: Mapping[str, Any]) -> dict[str, Any]:
 def _kernels(plan: Plan, operators: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Which kernel runs which operator, alike calls together, in the order they first run."""
     groups: dict[Any, dict[str, Any]] = {}
+    one = dict.fromkeys(plan.buckets[-1].sizes, 1) if plan.is_function else StepSizes.usual(1, 1)
     for call in plan.calls:
         held = operators[call.node]
         key = (call.op, call.kernel, json.dumps(held["refused"]))
@@ -84,8 +86,8 @@ def _kernels(plan: Plan, operators: Mapping[str, Any]) -> list[dict[str, Any]]:
             },
         )  # fmt: skip
         group["calls"] += 1
-        group["token_bytes"] += call.cost.bytes.at(dict.fromkeys(plan.buckets[-1].sizes, 1))
-        group["token_flops"] += call.cost.flops.at(dict.fromkeys(plan.buckets[-1].sizes, 1))
+        group["token_bytes"] += call.cost.bytes.at(one)
+        group["token_flops"] += call.cost.flops.at(one)
     return list(groups.values())
 
 

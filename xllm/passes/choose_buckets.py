@@ -20,7 +20,7 @@ import numpy as np
 from xllm.errors import CompileError
 from xllm.ir import Program
 from xllm.passes.base import Context, Outcome, Pass
-from xllm.targets.base import Cost, Extent
+from xllm.targets.base import Cost, Extent, Lowering, StepSizes
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,21 @@ def padding(sizes: Sequence[int], steps: Iterable[tuple[int, float]]) -> float:
 def predicted_seconds(program: Program, context: Context) -> Callable[[int], float]:
     """Seconds of a step by its tokens, as the target predicts the calls that were chosen for it."""
     rows = next(dim.max for dim in program.dims[1:])
-    calls = Counter((_terms(cost.flops), _terms(cost.bytes)) for cost in _costs(program))
-    alike = [(Cost(Extent(dict(flops)), Extent(dict(moved))), count) for (flops, moved), count in calls.items()]
+    calls = Counter((low.kernel, _terms(low.cost.flops), _terms(low.cost.bytes)) for low in _lowerings(program))
+    alike = [
+        (kernel, Cost(Extent(dict(flops)), Extent(dict(moved))), count)
+        for (kernel, flops, moved), count in calls.items()
+    ]
 
     def seconds(tokens: int) -> float:
-        sizes = {"T": tokens, "S": min(tokens, rows)}
-        return sum(count * context.target.seconds(cost, sizes) for cost, count in alike)
+        sizes = StepSizes.usual(tokens, min(tokens, rows))
+        return sum(count * context.target.seconds(cost, sizes, kernel) for kernel, cost, count in alike)
 
     return seconds
 
 
-def _costs(program: Program) -> Iterator[Cost]:
-    return (choice.lowering.cost for choice in program.plans["kernels"].values())
+def _lowerings(program: Program) -> Iterator[Lowering]:
+    return (choice.lowering for choice in program.plans["kernels"].values())
 
 
 def _terms(extent: Extent) -> tuple[tuple[str, int], ...]:

@@ -21,6 +21,7 @@ from xllm.ir.effects import effects, named_arguments
 from xllm.ir.program import arguments
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import is_alias
+from xllm.targets.base import StepSizes
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class ScheduleStreams(Pass):
         choices = program.plans["kernels"]
         largest = program.plans["buckets"].sizes[-1]
         sizes = {dim.name: size for dim, size in zip(program.dims, largest, strict=True)}
+        sizes = sizes if program.is_function else StepSizes.usual(sizes["T"], sizes["S"])
         graph = dependences(program)
-        seconds = {name: context.target.seconds(choice.lowering.cost, sizes) for name, choice in choices.items()}
+        lowered = {name: choice.lowering for name, choice in choices.items()}
+        seconds = {name: context.target.seconds(low.cost, sizes, low.kernel) for name, low in lowered.items()}
         stream = {name: context.target.stream_of(choice.operation) for name, choice in choices.items()}
         if unknown := set(stream.values()) - set(context.target.streams):
             raise CompileError(

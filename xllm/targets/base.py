@@ -6,7 +6,7 @@ No torch here: operations reach a target as plain data, so that the same file se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +57,58 @@ class Extent:
 TOKENS, LOGIT_ROWS = Extent({"T": 1}), Extent({"S": 1})
 
 
+class StepSizes(dict[str, int]):
+    """The dims of one step as costs know them: "T" tokens, "S" rows that are wanted, and what attention meets.
+
+    "K": tokens whose keys and values are read, those of each sequence once. "P": pairs of a token and one it sees, itself
+    and those before it. "A": pairs within sequences, whichever comes first. With a number behind it, as "P512", within a
+    window of so many tokens.
+    """
+
+    def __init__(self, sequences: Iterable[tuple[int, int]], wanted: int | None = None) -> None:
+        """sequences: tokens of the step and tokens before them, of each. wanted: rows, by default one of each."""
+        self._sequences = tuple(sequences)
+        rows = len(self._sequences) if wanted is None else wanted
+        super().__init__(T=sum(tokens for tokens, _ in self._sequences), S=rows)
+
+    @staticmethod
+    def usual(tokens: int, wanted: int) -> StepSizes:
+        """A step of which no more is known: `wanted` sequences share its tokens, with USUAL_CONTEXT tokens in all."""
+        count = max(1, min(wanted, tokens))
+        shares = [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+        return StepSizes([(share, max(0, USUAL_CONTEXT - share)) for share in shares], wanted)
+
+    def __missing__(self, name: str) -> int:
+        meeting = {"K": _read, "P": _seen, "A": _both_ways}.get(name[:1])
+        if meeting is None or (name[1:] and not name[1:].isdigit()):
+            raise KeyError(name)
+        window = int(name[1:] or 0) or 1 << 62
+        self[name] = sum(meeting(tokens, past, window) for tokens, past in self._sequences)
+        return self[name]
+
+
+USUAL_CONTEXT = 256
+
+
+def within(name: str, window: int) -> Extent:
+    """A dim of StepSizes, "K", "P" or "A", within a window where there is one."""
+    return Extent({f"{name}{window or ''}": 1})
+
+
+def _read(tokens: int, past: int, window: int) -> int:
+    return min(past + tokens, window + tokens - 1) if tokens else 0
+
+
+def _seen(tokens: int, past: int, window: int) -> int:
+    growing = max(0, min(tokens, window - past))  # tokens that the window does not cut
+    return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * window
+
+
+def _both_ways(tokens: int, past: int, window: int) -> int:
+    """Of a sequence that lies in the step whole."""
+    return 2 * _seen(tokens, 0, window) - tokens
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A value of the program: kind "value", "weight", "input" or "state"; `shape` holds ints or Extents."""
@@ -100,7 +152,8 @@ class Operation:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call: multiply-adds counted twice, and bytes that must move."""
+    """Work of one call: multiply-adds counted twice, and bytes that must move. Polynomials of the program's dims; of a
+    step, of what StepSizes knows beside them too."""
 
     flops: Extent = Extent()
     bytes: Extent = Extent()
@@ -194,6 +247,6 @@ class Target(Protocol):
 
     def kv_layout(self, layers: tuple[LayerState, ...], dtype: str) -> KVLayout: ...
 
-    def seconds(self, cost: Cost, sizes: Mapping[str, int]) -> float:
-        """Predicted time of a call on this kind of machine."""
+    def seconds(self, cost: Cost, sizes: Mapping[str, int], kernel: str = "") -> float:
+        """Predicted time of a call of `kernel` (of any, where none is named) on this kind of machine."""
         ...

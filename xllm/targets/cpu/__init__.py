@@ -28,6 +28,7 @@ from xllm.targets.cpu import (
     typed,
 )
 from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule
+from xllm.targets.cpu.tuning import ROUND, Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
@@ -38,16 +39,15 @@ LINE_BYTES = 64
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """One instruction set level of one architecture. Predicted times use round figures of a desktop core pair."""
+    """One instruction set level of one architecture. Times are predicted from `tuning`, by default round figures of a
+    desktop core pair."""
 
     level: str
     name: str = "cpu"
     streams: tuple[str, ...] = ("compute", "host")
     fuses: frozenset[str] = frozenset({"gated_delta_mixed", "qk_norm_rope_write"})
     pads: bool = False
-    read_bytes_per_second: float = 20e9
-    flops_per_second: float = 150e9
-    call_seconds: float = 3e-6
+    tuning: Tuning = ROUND
 
     def lower(self, operation: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
         rule = RULES.get(operation.op)
@@ -76,9 +76,8 @@ class CpuTarget:
         fixed_offsets = fixed_offsets if fixed else []
         return KVLayout(dtype, GROUP_TOKENS, at or LINE_BYTES, tuple(offsets), fixed, tuple(fixed_offsets))
 
-    def seconds(self, cost: Cost, sizes: Mapping[str, int]) -> float:
-        moved, computed = cost.bytes.at(sizes), cost.flops.at(sizes)
-        return self.call_seconds + max(moved / self.read_bytes_per_second, computed / self.flops_per_second)
+    def seconds(self, cost: Cost, sizes: Mapping[str, int], kernel: str = "") -> float:
+        return self.tuning.seconds(kernel, cost.bytes.at(sizes), cost.flops.at(sizes))
 
 
 def _fits_plans(found: Lowering) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal
+from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, within
 from xllm.targets.cpu.rules import (
     ELEMENT_BYTES,
     GROUP_TOKENS,
@@ -89,7 +89,7 @@ def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
         layouts={sinks.name: PLAIN} if sinks is not None else {},
-        cost=_attention_cost(heads, key_dim + value_dim, kv_heads * (key_dim + value_dim), ELEMENT_BYTES[kv.dtype]),
+        cost=_attention_cost(op, heads, key_dim + value_dim, kv_heads * (key_dim + value_dim), kv.dtype),
     )
 
 
@@ -108,14 +108,16 @@ def _latent_attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Loweri
             "window": op.args["window"],
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
-        cost=_attention_cost(heads, key_dim + value_dim, key_dim, ELEMENT_BYTES[kv.dtype]),
+        cost=_attention_cost(op, heads, key_dim + value_dim, key_dim, kv.dtype),
     )
 
 
-def _attention_cost(heads: int, pair: int, token: int, element: int) -> Cost:
-    """At a context of 256 tokens, a middle size: the plan does not know the context of a step. pair: multiply-adds of a
-    query head with a token; token: elements kept of one."""
-    return Cost(TOKENS.times(2 * heads * pair * 256), TOKENS.times(token * element * 256))
+def _attention_cost(op: Operation, heads: int, pair: int, token: int, dtype: str) -> Cost:
+    """pair: multiply-adds of a query head with a token it sees; token: elements kept of one. Queries and results move
+    too."""
+    window = op.args["window"]
+    moved = within("K", window).times(token * ELEMENT_BYTES[dtype]).plus(TOKENS.times(4 * heads * pair))
+    return Cost(within("P", window).times(2 * heads * pair), moved)
 
 
 def _rope_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, Tensor
+from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, Tensor, within
 from xllm.targets.cpu.rules import Reach, Rule, every_token, ints, last_dim, step_rows
 
 
@@ -25,9 +25,9 @@ def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
             "window": op.args["window"],
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
-        # For sequences of 128 tokens, a middle size: the plan does not know how a step is cut.
         cost=Cost(
-            TOKENS.times(2 * q_heads * (head_dim + value_dim) * 128), TOKENS.times(4 * (q.width + k.width + v.width))
+            within("A", op.args["window"]).times(2 * q_heads * (head_dim + value_dim)),
+            TOKENS.times(4 * (q.width + k.width + v.width)),
         ),
         scratch=(state,),
     )

@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_LOGPROBS = 20
+Piece = Callable[["Step"], None]
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -69,6 +71,7 @@ class CpuExecutor:
         self._buckets = [self._bind(bucket) for bucket in plan.buckets]
         self._last_bucket = plan.buckets[-1]
         self._previous = np.zeros(self.limits.max_seqs, np.int32)
+        self.times: list[StepTimes] | None = None  # where it is a list, every step adds what it took
         self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
         self._worker.start()
@@ -125,13 +128,21 @@ class CpuExecutor:
         step = flatten(batch, self._previous, self.kv.fixed_bytes)
         bound = next(bound for bound in self._buckets if bound.fits(step))
         self._last_bucket = bound.bucket
-        bound.run(step)
+        calls = bound.run(step) if self.times is None else bound.timed(step)
+        began = time.perf_counter()
+        result = self._result(batch, bound.bucket)
+        if self.times is not None and calls is not None:
+            ended = time.perf_counter()
+            self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
+        return result
+
+    def _result(self, batch: Batch, bucket: Bucket) -> StepResult:
         slots = np.array([row.slot for row in batch.rows if row.sample], np.int32)
         if self._sampler is None or not len(slots):
             empty = np.zeros((0, 0), np.float32)
             rows = self.rows(len(slots)) if self._sampler is None else None
             return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty, rows)
-        address = self.arena_address + bound.bucket.offsets[self._plan.result]
+        address = self.arena_address + bucket.offsets[self._plan.result]
         sampled = self._sampler.sample(address, slots)
         # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
         self._previous = np.maximum(sampled.tokens, 0)
@@ -150,7 +161,7 @@ class CpuExecutor:
                 return self.weights.address + self._plan.weights[name].offset
             return name if kind == "$" else None
 
-        pieces: list[Callable[[Step], None]] = []
+        pieces: list[Piece] = []
         native: list[cpu.Call] = []
 
         def flush() -> None:
@@ -159,7 +170,7 @@ class CpuExecutor:
                     plan = self._runner.add_plan(native)
                 except cpu.KernelError as error:
                     raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
-                pieces.append(lambda step: self._runner.run(plan, step.native))
+                pieces.append(Native(self._runner, plan, len(native)))
                 native.clear()
 
         for call in self._plan.calls:
@@ -177,7 +188,7 @@ class CpuExecutor:
         flush()
         return BoundPlan(bucket, tuple(pieces))
 
-    def _fallback(self, call: PlannedCall, bucket: Bucket) -> Callable[[Step], None]:
+    def _fallback(self, call: PlannedCall, bucket: Bucket) -> Piece:
         from xllm.targets.fallback import TorchCall
 
         return TorchCall(call, self._plan, bucket, self._arena, self.weights).run
@@ -198,11 +209,37 @@ class Step:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """What one step took, in seconds: each call of the plan (float64 [calls]), then choosing tokens or copying rows.
+    ended: when that was, as time.perf_counter tells it."""
+
+    tokens: int
+    calls: np.ndarray
+    sample: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Native:
+    """`count` calls in a row, one native call."""
+
+    runner: cpu.Runner
+    plan: int
+    count: int
+
+    def __call__(self, step: Step) -> None:
+        self.runner.run(self.plan, step.native)
+
+    def timed(self, step: Step) -> np.ndarray:
+        return self.runner.timed(self.plan, step.native, 0, self.count)
+
+
+@dataclass(frozen=True)
 class BoundPlan:
     """A bucket ready to run: native pieces, and fallback calls between them where kernels are missing."""
 
     bucket: Bucket
-    pieces: tuple[Callable[[Step], None], ...]
+    pieces: tuple[Piece, ...]
 
     def fits(self, step: Step) -> bool:
         return len(step.ids) <= self.bucket.T and len(step.last) <= self.bucket.S
@@ -210,6 +247,18 @@ class BoundPlan:
     def run(self, step: Step) -> None:
         for piece in self.pieces:
             piece(step)
+
+    def timed(self, step: Step) -> np.ndarray:
+        """As `run`; seconds of every call of the plan."""
+        return np.concatenate([_timed(piece, step) for piece in self.pieces])
+
+
+def _timed(piece: Piece, step: Step) -> np.ndarray:
+    if isinstance(piece, Native):
+        return piece.timed(step)
+    began = time.perf_counter()
+    piece(step)
+    return np.array([time.perf_counter() - began])
 
 
 class Ticket:

@@ -1,0 +1,55 @@
+"""What this machine is, and the two limits that kernels meet on it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from xllm.kernels import cpu
+
+_CPUINFO, _CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """CPU model, instruction set level, threads; bytes read and float32 operations per second of all threads."""
+
+    cpu: str
+    level: str
+    threads: int
+    read_bytes_per_second: float
+    flops_per_second: float
+
+
+def cpu_model() -> str:
+    """As the system names it; on Arm, where it has no name, by implementer and part."""
+    text = _read(_CPUINFO)
+    for field in ("model name", "Model"):
+        if found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE):
+            return found[1].strip()
+    parts = [re.search(rf"^CPU {field}\s*:\s*(\S+)$", text, re.MULTILINE) for field in ("implementer", "part")]
+    return " ".join(part[1] for part in parts if part) or platform.processor() or platform.machine()
+
+
+def cache_bytes() -> dict[str, int]:
+    """Bytes of the first core's data caches, "L1d", "L2", "L3"; empty where the system does not say."""
+    found = {}
+    for entry in sorted(_CACHES.glob("index*")):
+        level, kind, size = (_read(entry / name).strip() for name in ("level", "type", "size"))
+        if kind in ("Data", "Unified") and (match := re.fullmatch(r"(\d+)([KM]?)", size)):
+            found[f"L{level}" + ("d" if kind == "Data" else "")] = int(match[1]) << {"": 0, "K": 10, "M": 20}[match[2]]
+    return found
+
+
+def ceilings(runner: cpu.Runner) -> tuple[float, float]:
+    """Bytes read and float32 operations per second, in a quarter of a second: the best of several short runs."""
+    return runner.read_bandwidth(128 << 20, repeats=5), runner.fma_peak(20_000, repeats=20)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

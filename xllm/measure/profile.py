@@ -1,0 +1,223 @@
+"""`xllm profile`: what every call of an artifact takes on this machine, and what the host adds to a step.
+
+The executor runs steps of one shape again and again, on state that was written before, so that keys and values come from
+memory as they do in service. Then the engine decodes requests of the same shape: what lies between the end of one step
+and the end of the next, and is no native call, is what scheduling, sampling's host side and delivery cost.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from xllm.artifact import Artifact
+from xllm.kernels import cpu
+from xllm.llm import engine_config, plan_memory
+from xllm.measure.machine import Machine, ceilings, cpu_model
+from xllm.measure.record import Profile, StepProfile
+from xllm.runtime.engine import Engine
+from xllm.runtime.executor import Batch, Limits, Row
+from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.targets.cpu import host_threads
+from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
+
+LEAST, MOST = 3, 1000  # steps of a shape
+DECODED = 32  # tokens of each request of the engine
+WRITTEN = 0x3C  # of the state: as bfloat16 and float32 a small number; memory that nobody wrote would not be memory
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=DECODED)
+
+
+class ShapeError(ValueError):
+    """A step that the artifact cannot run; the message says what it can."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`count` sequences decode with `context` tokens in all; or, decode False, one sequence's prompt of `count` tokens
+    behind `context` others."""
+
+    decode: bool
+    count: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        return f"{'decode' if self.decode else 'prefill'} {self.count} at {self.context}"
+
+    @property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """Tokens of the step and tokens before them, of each."""
+        return ((1, self.context - 1),) * self.count if self.decode else ((self.count, self.context),)
+
+    def check(self, limits: Limits, task: str) -> None:
+        """Raises ShapeError for a step the artifact does not take."""
+        (tokens, past), most = self.sequences[0], limits.max_len - (DECODED if self.decode else 0)
+        if self.decode and task != "generate":
+            raise ShapeError(f"{self.name}: the artifact gives rows and decodes nothing; try --prefill")
+        if self.decode and self.count > limits.max_seqs:
+            raise ShapeError(f"{self.name}: the artifact decodes {limits.max_seqs} sequences together")
+        if sum(tokens for tokens, _ in self.sequences) > limits.max_tokens_per_step:
+            raise ShapeError(f"{self.name}: a step of the artifact has {limits.max_tokens_per_step} tokens")
+        if tokens + past > most or past < 0:
+            raise ShapeError(f"{self.name}: a context of 1 to {most} tokens fits the artifact")
+
+
+def usual_shapes(limits: Limits, task: str) -> list[Shape]:
+    """One sequence and eight decoding, and a prompt, as far as the artifact takes them."""
+    context = min(256, limits.max_len - DECODED)
+    prompt = Shape(False, min(512, limits.max_tokens_per_step, limits.max_len), 0)
+    if task != "generate" or context < 1:
+        return [prompt]
+    return [*(Shape(True, n, context) for n in sorted({1, min(8, limits.max_seqs)})), prompt]
+
+
+def profile(
+    artifact: Artifact,
+    shapes: Sequence[Shape] = (),
+    *,
+    threads: int | None = None,
+    seconds: float = 5.0,
+    kernel_modules: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Measures steps of these shapes (none: `usual_shapes`) for `seconds` each, and the machine's limits beside them.
+
+    Raises ShapeError, or ArtifactError for an artifact that this machine cannot run.
+    """
+    count = threads or host_threads()
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    limits, level, task = limits_of(artifact), artifact.manifest["target"]["level"], artifact.task
+    shapes = shapes or usual_shapes(limits, task)
+    steps = []
+    engine: Engine | None = None
+    try:
+        for shape in shapes:
+            shape.check(limits, task)
+        with cpu.Runner(count, level) as probe:
+            held = [ceilings(probe)]
+            for shape in shapes:
+                tell(shape.name)
+                steps.append(executor_steps(executor, shape, seconds, task))
+                held.append(ceilings(probe))
+        if any(shape.decode for shape in shapes):
+            arrivals: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+            engine = Engine(executor, engine_config(artifact, plan_memory(artifact, None)), arrivals.put)
+            engine.start()
+            for at, shape in enumerate(shapes):
+                if shape.decode:
+                    tell(f"{shape.name} by the engine")
+                    steps[at] = engine_steps(executor, engine, arrivals, shape, steps[at])
+    finally:
+        if engine is not None:
+            engine.stop()  # the executor ends with it
+        else:
+            executor.close()
+    # The greatest of several: the limit that flatters least.
+    read, flops = (max(figures) for figures in zip(*held, strict=True))
+    return Profile(artifact.manifest["digest"], Machine(cpu_model(), level, count, read, flops), tuple(steps))
+
+
+def executor_steps(
+    executor: CpuExecutor,
+    shape: Shape,
+    seconds: float,
+    task: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepProfile:
+    """Steps of one shape by the executor alone, at least LEAST of them."""
+    with _batch(executor, shape, task) as batch:
+        executor.launch(batch).result()  # touches what it will touch
+        executor.times, whole = [], []
+        end = clock() + seconds
+        while len(whole) < LEAST or (clock() < end and len(whole) < MOST):
+            began = clock()
+            executor.launch(batch).result()
+            whole.append(clock() - began)
+        times, executor.times = executor.times, None
+    return summary(shape, times, whole)
+
+
+def summary(shape: Shape, times: Sequence[StepTimes], whole: Sequence[float]) -> StepProfile:
+    """Medians, of each call by itself. The host's part is the median of every step's own, not a difference of medians."""
+    host = [took - float(each.calls.sum()) - each.sample for took, each in zip(whole, times, strict=True)]
+    calls = np.median([each.calls for each in times], axis=0)
+    return StepProfile(
+        shape.name,
+        shape.sequences,
+        len(times),
+        tuple(map(_rounded, calls.tolist())),
+        _rounded(statistics.median(each.sample for each in times)),
+        _rounded(statistics.median(whole)),
+        _rounded(statistics.median(host)),
+    )
+
+
+def engine_steps(
+    executor: CpuExecutor,
+    engine: Engine,
+    arrivals: queue.SimpleQueue[list[TokenOutput]],
+    shape: Shape,
+    measured: StepProfile,
+) -> StepProfile:
+    """The same shape by the engine's loop, halfway through answers of DECODED tokens."""
+    executor.times = []
+    prompt = max(1, shape.context - DECODED // 2)
+    for index in range(shape.count):
+        ids = _ids(executor.limits, prompt, index)
+        engine.submit(Request(f"profile-{index}", tuple(ids), GREEDY))
+    left = shape.count
+    while left:
+        left -= sum(output.finish_reason is not None for output in arrivals.get())
+    times, executor.times = executor.times, None
+    return replace(measured, **between(times, shape.count))
+
+
+def between(times: Sequence[StepTimes], tokens: int) -> dict[str, float]:
+    """What the engine's loop takes for a step that follows another of as many tokens, and what of it is the host's."""
+    found = [
+        (after.ended - before.ended, float(after.calls.sum()) + after.sample)
+        for before, after in pairwise(times)
+        if before.tokens == after.tokens == tokens
+    ]
+    if not found:
+        return {}
+    whole, host = (statistics.median(part) for part in zip(*((took, took - run) for took, run in found), strict=True))
+    return {"engine_step": _rounded(whole), "engine_host": _rounded(host)}
+
+
+@contextmanager
+def _batch(executor: CpuExecutor, shape: Shape, task: str) -> Iterator[Batch]:
+    """A step of this shape whose sequences' state is written, their slots attached."""
+    limits, spec = executor.limits, executor.kv
+    size = spec.bytes_for(max(tokens + past for tokens, past in shape.sequences))
+    size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, max(size * len(shape.sequences), mmap.PAGESIZE)), np.uint8)
+    memory[:] = WRITTEN
+    rows = []
+    for slot, (tokens, past) in enumerate(shape.sequences):
+        ids = _ids(limits, tokens, slot)
+        rows.append(Row(slot, memory.ctypes.data + slot * size, past, ids, True))
+        if task == "generate":
+            executor.attach(slot, Request(f"profile-{slot}", (0,), GREEDY), ())
+    try:
+        yield Batch(0, tuple(rows))
+    finally:
+        for slot in range(len(rows)):
+            executor.detach(slot)
+
+
+def _ids(limits: Limits, count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, limits.vocab, count).tolist()
+
+
+def _rounded(seconds: float) -> float:
+    """To a nanosecond."""
+    return round(seconds, 9)
