@@ -16,7 +16,7 @@ import pytest
 from tests.service.fakes import CHAT_TEMPLATE, EOS, TOKENIZER, VOCAB
 from xllm import cli
 
-COMMANDS = ("compile", "serve", "generate", "passes", "show", "pack", "unpack", "sign", "doctor")
+COMMANDS = ("compile", "serve", "generate", "passes", "show", "profile", "tune", "pack", "unpack", "sign", "doctor")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,6 +56,10 @@ def test_every_help_has_examples(name, capsys):
         (["serve", "x", "--api-key-file", "/does/not/exist"], "/does/not/exist"),
         (["generate", "/does/not/exist", "-p", "x"], "manifest.json"),
         (["show", "/does/not/exist"], "manifest.json"),
+        (["profile", "/does/not/exist"], "manifest.json"),
+        (["profile", "x", "--decode", "0"], "is not N or N@CONTEXT"),
+        (["profile", "x", "--prefill", "8@-1"], "is not N or N@PAST"),
+        (["compile", "x.onnx", "-o", "y", "--tuning", "cached"], "--tuning is for language models"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(arguments, message, capsys):

@@ -16,16 +16,17 @@ BUDGET = {
     "xllm/ir": 2400,
     "xllm/frontend": 5150,
     "xllm/passes": 4990,
-    "xllm/targets": 2750,
+    "xllm/targets": 2930,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
     "xllm/artifact": 1300,
     "xllm/embedded": 1800,
-    "xllm/inspection": 930,
-    "xllm": 2750,  # modules at the top, of which llm.py is what Python users see
+    "xllm/inspection": 1060,
+    "xllm/measure": 820,
+    "xllm": 2780,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
-    "tests": 16000,
+    "tests": 16470,
 }
 
 

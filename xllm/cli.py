@@ -90,6 +90,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "compile a Hugging Face checkpoint folder, or an ONNX file, into an artifact",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --weights bfloat16 --kv float32 --max-len 8192",
+            "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
@@ -114,8 +115,10 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     )
     command("passes", _passes, "list the passes of the compiler in order", "xllm passes")
     from xllm.inspection import commands as inspection
+    from xllm.measure import commands as measure
 
     inspection.add(command, _dim)
+    measure.add(command, _positive)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -152,6 +155,7 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", choices=tasks, help="what a step gives (default: what the checkpoint says)")
     sub.add_argument("--disable-pass", action="append", default=[], metavar="NAME", help="leave a pass out; repeatable")
     sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
+    sub.add_argument("--tuning", metavar="FILE", help="predict from this table of `xllm tune`, or `cached`: this CPU's")
     sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
     sub.add_argument("--share-weights", type=Path, metavar="FOLDER", help="keep one copy of equal weights there")
     sub.add_argument("--bisect-passes", action="store_true", help="write nothing; find the first pass that goes wrong")
@@ -219,6 +223,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.checkpoint} is not a checkpoint folder: it has no config.json")
     needs_compiler(f"compiling {arguments.checkpoint}")
     from xllm.compiler import CompileOptions, compile_checkpoint
+    from xllm.measure.tables import read_tuning
     from xllm.traffic import read_traffic
 
     chosen = {
@@ -233,6 +238,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         "traffic": read_traffic(arguments.traffic) if arguments.traffic else (),
         "pass_modules": tuple(arguments.pass_module),
         "kernel_modules": tuple(arguments.kernel_module),
+        "tuning": read_tuning(arguments.tuning) if arguments.tuning else None,
         "debug": config.environment().debug,
     }
     places = {"reuse": arguments.reuse, "share_weights": arguments.share_weights}

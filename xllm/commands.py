@@ -27,7 +27,7 @@ class UsageError(ValueError):
 
 def compile_function(arguments: argparse.Namespace) -> None:
     """`xllm compile model.onnx`."""
-    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens", "task", "traffic", "reuse", "bisect_passes")
+    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens", "task", "traffic", "tuning", "reuse", "bisect_passes")
     if given := next((name for name in steps if getattr(arguments, name) not in (None, False)), None):
         raise UsageError(f"--{given.replace('_', '-')} is for language models; an ONNX file takes --dim NAME=MAX")
     if arguments.out is None:

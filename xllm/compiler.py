@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xllm.artifact import PLANNED, UNFOLDED, ArtifactWriter, check_apart, previous_weights, share, writing
 from xllm.errors import CompileError
 from xllm.pipeline import Pipeline, fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
+from xllm.targets.predicted import TUNING
+
+if TYPE_CHECKING:
+    from xllm.targets.cpu.tuning import Tuning
 
 Progress = Callable[[str, int, int], None]  # stage or item, done, total
 
@@ -27,7 +31,8 @@ class CompileOptions:
     weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together;
     max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules,
     kernel_modules: files of others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are
-    chosen for. task: one of TASKS, by default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
+    chosen for. tuning: a machine's figures that times are predicted from, and its level; they go into the artifact.
+    task: one of TASKS, by default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -40,6 +45,7 @@ class CompileOptions:
     pass_modules: tuple[str, ...] = ()
     kernel_modules: tuple[str, ...] = ()
     traffic: tuple[tuple[int, float], ...] = ()
+    tuning: Tuning | None = None
     task: str | None = None
     debug: int = 0
 
@@ -174,7 +180,7 @@ def compile_checkpoint(
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
         asked, options = options.max_len, resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
-        target = cpu.host_target()
+        target = cpu.host_target(options.tuning)
         context = Context(target, str(options.weights), str(options.kv), options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
         program = capture(
@@ -211,6 +217,8 @@ def compile_checkpoint(
             share(writer.root, written, share_weights)
         clock.lap("weights")
         writer.write("plan.json", plan.to_json())
+        if options.tuning is not None:
+            writer.write(TUNING, options.tuning.to_json())
         accounted = account(program, context)
         writer.write("report.json", json.dumps(accounted, separators=(",", ":"), sort_keys=True))
         _copy_tokenizer(writer, facts)

@@ -183,6 +183,22 @@ def test_calls_run_in_order_and_in_ranges(runner):
         runner.run(99_999, step)
 
 
+def test_timed_runs_compute_the_same_and_give_every_call_a_time(runner):
+    """Of one stage and of two, of one unit and of many, and of none."""
+    x = np.ones((64, 1024), np.float32)
+    outs = [np.zeros_like(x) for _ in range(3)]
+    none = add(a=x, b=x, out=outs[2], width=1024, rows=(0, 1, 0))
+    plan = runner.add_plan([add(a=x, b=x, out=outs[0], width=1024), none, add(a=outs[0], b=x, out=outs[1], width=1024)])
+    step = batch([64], last=[])
+    seconds = runner.timed(plan, step, 0, 3)
+    assert seconds.shape == (3,) and (seconds >= 0).all() and seconds[0] > 0 and seconds[2] > 0
+    assert (outs[1] == 3).all() and not outs[2].any()
+    assert runner.timed(plan, step, 1, 2).shape == (1,)
+    assert runner.timed(plan, batch([]), 0, 3).shape == (3,)
+    with pytest.raises(cpu.KernelError, match="range of the plan's calls"):
+        runner.timed(plan, step, 0, 4)
+
+
 def test_an_empty_step_does_nothing(runner):
     plan = runner.add_plan([add()])
     OUT[:] = -1

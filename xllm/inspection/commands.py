@@ -21,6 +21,7 @@ def add(command: Callable[..., Any], dim: Callable[[str], tuple[str, int]]) -> N
         "xllm show qwen.xllm",
         "xllm show qwen.xllm --stage fuse-qkv --unfold",
         "xllm show qwen.xllm --dot --layer 0 | dot -Tsvg > layer.svg",
+        "xllm show qwen.xllm --profile              predicted and measured times, after `xllm profile`",
         "xllm show ./Qwen3-0.6B --dot --stage captured",
         "xllm show qwen.xllm --onnx -o qwen.onnx",
         "xllm show vit.onnx --dim batch=8 --onnx -o rewritten.onnx",
@@ -31,6 +32,9 @@ def add(command: Callable[..., Any], dim: Callable[[str], tuple[str, int]]) -> N
     show.add_argument("--dot", action="store_true", help="Graphviz text, of the plan or of a checkpoint's program")
     show.add_argument("--onnx", action="store_true", help="an ONNX file for viewers, without weights; with -o")
     show.add_argument("-o", "--output", type=Path, metavar="FILE", help="with --onnx: the file to write")
+    show.add_argument(
+        "--profile", nargs="?", const="", metavar="FILE", help="operators' times (default: the file beside ARTIFACT)"
+    )
     show.add_argument("--dim", action="append", default=[], type=dim, metavar="NAME=MAX", help="limit of an ONNX dim")
     show.add_argument("--layer", type=int, metavar="N", help="with --dot: this layer alone")
     explain = command(
@@ -63,6 +67,11 @@ def _show(arguments: argparse.Namespace) -> None:
         raise UsageError("--layer goes with --dot")
     if arguments.unfold and (arguments.dot or arguments.onnx):
         raise UsageError("--unfold is for the text; with --dot, --layer N draws one layer")
+    if arguments.profile is not None:
+        if arguments.dot or arguments.onnx or arguments.unfold or arguments.stage:
+            raise UsageError("--profile shows times, and goes with no other flag of show")
+        _show_profile(arguments)
+        return
     if not arguments.dot and not arguments.onnx:
         if arguments.artifact.suffix == ".onnx":
             raise UsageError(
@@ -95,6 +104,16 @@ def _show(arguments: argparse.Namespace) -> None:
 
     text = dot.of_artifact(found, arguments.layer) if planned else dot.of_program(found, arguments.layer)
     print(text, end="")
+
+
+def _show_profile(arguments: argparse.Namespace) -> None:
+    from xllm.artifact import Artifact
+    from xllm.inspection.profile import text
+    from xllm.measure.record import profile_path, read_profile
+
+    artifact = Artifact.open(arguments.artifact)
+    file = Path(arguments.profile) if arguments.profile else profile_path(arguments.artifact)
+    print(text(artifact, read_profile(file, artifact)), end="")
 
 
 def _explain(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm.artifact import Artifact, ArtifactError
+from xllm.measure.record import profile_path
 from xllm.plan import Plan
 from xllm.targets.base import StepSizes
 
@@ -34,6 +35,7 @@ def explain(artifact: Artifact) -> dict[str, Any]:
 def _gathered(artifact: Artifact, report: Mapping[str, Any]) -> dict[str, Any]:
     manifest, plan = artifact.manifest, artifact.plan
     kernels = _kernels(plan, report["operators"])
+    beside = profile_path(artifact.path)
     return {
         "model": dict(manifest["model"]),
         "target": dict(manifest["target"]),
@@ -47,6 +49,7 @@ def _gathered(artifact: Artifact, report: Mapping[str, Any]) -> dict[str, Any]:
         "fallbacks": [kernel for kernel in kernels if kernel["provider"] == "torch"],
         "buckets": {"sizes": [dict(bucket.sizes) for bucket in plan.buckets], **report["buckets"]},
         "memory": _memory(artifact),
+        **({"profile": beside.name} if beside.is_file() else {}),
     }
 
 
@@ -132,6 +135,9 @@ def owner_of(weight: str) -> str:
 def text(facts: Mapping[str, Any]) -> str:
     """The explanation for a person, one section after another."""
     sections = (_head(facts), _passes(facts), _choices(facts), _fallbacks(facts), _sizes(facts), _bytes(facts))
+    sections += (
+        ([f"PROFILE  {facts['profile']}: `xllm show ARTIFACT --profile` prints it"],) if "profile" in facts else ()
+    )
     return "\n".join(line for section in sections for line in (*section, "")).rstrip("\n") + "\n"
 
 

@@ -20,7 +20,6 @@ from xllm.targets.predicted import TUNING, target_of
 # the step's.
 OF_ITSELF, OF_STEP = 0.25, 0.01
 _HEAD = ("operator", "kernel", "calls", "predicted", "measured", "MB", "GFLOP", "limit", "share")
-_WIDTHS = (44, 24, 6, 10, 10, 9, 9, 10, 6)
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class Operator:
 def operators(artifact: Artifact, target: CpuTarget, machine: Machine, step: StepProfile) -> list[Operator]:
     """The operators of a step in the order they first run."""
     sizes = StepSizes(step.sequences)
-    groups: dict[object, list[tuple[float, float, int, int]]] = {}
+    groups: dict[tuple[str, str, int, int], list[tuple[float, float, int, int]]] = {}
     for call, measured in zip(artifact.plan.calls, step.calls, strict=True):
         moved, computed = call.cost.bytes.at(sizes), call.cost.flops.at(sizes)
         key = (re.sub(r"_\d+_", "_*_", call.node), call.kernel, moved, computed)
         groups.setdefault(key, []).append((target.seconds(call.cost, sizes, call.kernel), measured, moved, computed))
     found = []
-    for (name, kernel, moved, computed), held in groups.items():  # pyright: ignore[reportGeneralTypeIssues]
+    for (name, kernel, *_), held in groups.items():
         predicted, measured, total, work = (sum(part) for part in zip(*held, strict=True))
         limits = total / machine.read_bytes_per_second, work / machine.flops_per_second
         found.append(Operator(name, kernel, len(held), predicted, measured, int(total), int(work), *limits))
@@ -84,15 +83,15 @@ def text(artifact: Artifact, profile: Profile) -> str:
 
 def _step(found: Sequence[Operator], step: StepProfile) -> Iterator[str]:
     yield f"{step.name.upper()}  milliseconds, medians of {step.repeats} steps"
-    yield _row(*_HEAD)
-    for one in found:
-        yield _row(
-            one.name, one.kernel, f"{one.calls}", _ms(one.predicted), _ms(one.measured), f"{one.bytes / 1e6:,.2f}",
-            f"{one.flops / 1e9:,.3f}", one.limit, f"{one.share:.0%}",
-        )  # fmt: skip
     predicted, measured = sum(one.predicted for one in found), sum(one.measured for one in found)
-    yield _row("sampling", "", "1", "", _ms(step.sample), *[""] * 4)
-    yield _row("sum", "", f"{sum(one.calls for one in found)}", _ms(predicted), _ms(measured + step.sample), *[""] * 4)
+    rows: list[tuple[str, ...]] = [
+        (one.name, one.kernel, str(one.calls), _ms(one.predicted), _ms(one.measured), f"{one.bytes / 1e6:,.2f}",
+         f"{one.flops / 1e9:,.3f}", one.limit, f"{one.share:.0%}")
+        for one in found
+    ]  # fmt: skip
+    rows.append(("sampling", "", "1", "", _ms(step.sample), *[""] * 4))
+    rows.append(("sum", "", "", _ms(predicted), _ms(measured + step.sample), *[""] * 4))
+    yield from _aligned([_HEAD, *rows])
     host = f"  host {_ms(step.host)} of {_ms(step.step)} by the executor ({step.host / step.step:.1%})"
     if step.engine_step and step.engine_host is not None:
         host += f", {_ms(step.engine_host)} of {_ms(step.engine_step)} by the engine's loop"
@@ -103,9 +102,15 @@ def _step(found: Sequence[Operator], step: StepProfile) -> Iterator[str]:
     yield f"  unexplained, predicted / measured: {', '.join(odd)}" if odd else f"  every prediction is {rule}"
 
 
-def _row(*cells: str) -> str:
-    padded = (f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(cells, _WIDTHS)))
-    return ("  " + "".join(padded)).rstrip()
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Two columns of text, the others of figures, each as wide as it must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield f"  {'  '.join(cells)}".rstrip()
 
 
 def _ms(seconds: float) -> str:

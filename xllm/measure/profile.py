@@ -1,8 +1,8 @@
 """`xllm profile`: what every call of an artifact takes on this machine, and what the host adds to a step.
 
-The executor runs steps of one shape again and again, on state that was written before, so that keys and values come from
-memory as they do in service. Then the engine decodes requests of the same shape: what lies between the end of one step
-and the end of the next, and is no native call, is what scheduling, sampling's host side and delivery cost.
+The executor runs steps of one shape again and again, on state that was written before, so that keys and values come
+from memory as they do in service. Then the engine decodes requests of the same shape: what lies between the end of one
+step and the end of the next, and is no native call, is what scheduling, launching and delivery cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +23,7 @@ from xllm.kernels import cpu
 from xllm.llm import engine_config, plan_memory
 from xllm.measure.machine import Machine, ceilings, cpu_model
 from xllm.measure.record import Profile, StepProfile
+from xllm.measure.shape import DECODED, Shape, usual_shapes
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, Limits, Row
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
@@ -30,53 +31,8 @@ from xllm.targets.cpu import host_threads
 from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
 
 LEAST, MOST = 3, 1000  # steps of a shape
-DECODED = 32  # tokens of each request of the engine
 WRITTEN = 0x3C  # of the state: as bfloat16 and float32 a small number; memory that nobody wrote would not be memory
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=DECODED)
-
-
-class ShapeError(ValueError):
-    """A step that the artifact cannot run; the message says what it can."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """`count` sequences decode with `context` tokens in all; or, decode False, one sequence's prompt of `count` tokens
-    behind `context` others."""
-
-    decode: bool
-    count: int
-    context: int
-
-    @property
-    def name(self) -> str:
-        return f"{'decode' if self.decode else 'prefill'} {self.count} at {self.context}"
-
-    @property
-    def sequences(self) -> tuple[tuple[int, int], ...]:
-        """Tokens of the step and tokens before them, of each."""
-        return ((1, self.context - 1),) * self.count if self.decode else ((self.count, self.context),)
-
-    def check(self, limits: Limits, task: str) -> None:
-        """Raises ShapeError for a step the artifact does not take."""
-        (tokens, past), most = self.sequences[0], limits.max_len - (DECODED if self.decode else 0)
-        if self.decode and task != "generate":
-            raise ShapeError(f"{self.name}: the artifact gives rows and decodes nothing; try --prefill")
-        if self.decode and self.count > limits.max_seqs:
-            raise ShapeError(f"{self.name}: the artifact decodes {limits.max_seqs} sequences together")
-        if sum(tokens for tokens, _ in self.sequences) > limits.max_tokens_per_step:
-            raise ShapeError(f"{self.name}: a step of the artifact has {limits.max_tokens_per_step} tokens")
-        if tokens + past > most or past < 0:
-            raise ShapeError(f"{self.name}: a context of 1 to {most} tokens fits the artifact")
-
-
-def usual_shapes(limits: Limits, task: str) -> list[Shape]:
-    """One sequence and eight decoding, and a prompt, as far as the artifact takes them."""
-    context = min(256, limits.max_len - DECODED)
-    prompt = Shape(False, min(512, limits.max_tokens_per_step, limits.max_len), 0)
-    if task != "generate" or context < 1:
-        return [prompt]
-    return [*(Shape(True, n, context) for n in sorted({1, min(8, limits.max_seqs)})), prompt]
 
 
 def profile(
@@ -146,7 +102,7 @@ def executor_steps(
 
 
 def summary(shape: Shape, times: Sequence[StepTimes], whole: Sequence[float]) -> StepProfile:
-    """Medians, of each call by itself. The host's part is the median of every step's own, not a difference of medians."""
+    """Medians, of each call by itself. The host's part is the median of every step's own, no difference of medians."""
     host = [took - float(each.calls.sum()) - each.sample for took, each in zip(whole, times, strict=True)]
     calls = np.median([each.calls for each in times], axis=0)
     return StepProfile(

@@ -72,5 +72,7 @@ def read_profile(path: Path, artifact: Artifact) -> Profile:
         raise ArtifactError("other-profile", f"{path} is of another artifact; run `xllm profile {artifact.path}` again")
     calls = len(artifact.plan.calls)
     if any(len(step.calls) != calls or not all(map(math.isfinite, step.calls)) for step in profile.steps):
-        raise ArtifactError("not-a-profile", f"{path} has not a time for each of {calls} calls; run `xllm profile` again")
+        raise ArtifactError(
+            "not-a-profile", f"{path} has not a time for each of {calls} calls; run `xllm profile` again"
+        )
     return profile

@@ -60,9 +60,9 @@ TOKENS, LOGIT_ROWS = Extent({"T": 1}), Extent({"S": 1})
 class StepSizes(dict[str, int]):
     """The dims of one step as costs know them: "T" tokens, "S" rows that are wanted, and what attention meets.
 
-    "K": tokens whose keys and values are read, those of each sequence once. "P": pairs of a token and one it sees, itself
-    and those before it. "A": pairs within sequences, whichever comes first. With a number behind it, as "P512", within a
-    window of so many tokens.
+    "K": tokens whose keys and values are read, those of each sequence once. "P": pairs of a token and one it sees,
+    itself and those before it. "A": pairs within sequences, whichever comes first. With a number behind it, as "P512",
+    within a window of so many tokens.
     """
 
     def __init__(self, sequences: Iterable[tuple[int, int]], wanted: int | None = None) -> None:

@@ -89,11 +89,16 @@ def _lines(size: int) -> int:
     return -(-size // LINE_BYTES) * LINE_BYTES
 
 
-def host_target() -> CpuTarget:
-    """The target of this machine: its best instruction set level."""
+def host_target(tuning: Tuning | None = None) -> CpuTarget:
+    """The target of this machine: its best instruction set level, or that of a table. Raises ValueError for a table of
+    a level that does not run here."""
     from xllm.kernels import cpu
 
-    return CpuTarget(cpu.level())
+    if tuning is None:
+        return CpuTarget(cpu.level())
+    if tuning.level not in cpu.levels():
+        raise ValueError(f"the tuning table is for CPU level {tuning.level}, here run {', '.join(cpu.levels())}")
+    return CpuTarget(tuning.level, tuning=tuning)
 
 
 def host_threads() -> int:
