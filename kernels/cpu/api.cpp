@@ -1,5 +1,7 @@
 // The C interface over runner, levels and probes: exceptions end here and become messages.
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -96,8 +98,13 @@ double xk_measure_read(xk_runner *runner, int64_t bytes, int32_t repeats) {
       int64_t chunk;
     } job{&runner->level, nullptr, 1 << 20};
     const int64_t chunks = std::max<int64_t>(bytes / job.chunk, 1);
-    const std::unique_ptr<uint8_t[]> data(new uint8_t[static_cast<size_t>(chunks * job.chunk)]);
-    memset(data.get(), 1, static_cast<size_t>(chunks * job.chunk));
+    const size_t page = size_t{2} << 20, size = (static_cast<size_t>(chunks * job.chunk) + page - 1) / page * page;
+    const std::unique_ptr<uint8_t, void (*)(void *)> data(static_cast<uint8_t *>(aligned_alloc(page, size)), free);
+    if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(data.get(), size, MADV_HUGEPAGE);  // small pages would be a lower limit than weights meet
+#endif
+    memset(data.get(), 1, size);
     job.data = data.get();
     const auto body = [](void *context, int64_t unit, int) {
       const Job *j = static_cast<Job *>(context);

@@ -46,6 +46,16 @@ def test_every_case_is_a_kernel_that_runs(short) -> None:
     assert few == pytest.approx(1, rel=0.05) and many > 20 * few
 
 
+def test_a_case_without_a_kernel_is_left_out_and_named(short, monkeypatch) -> None:
+    unknown = tuning._rowwise("xllm.nothing", {"x": tuning._value(8)}, [8])
+    monkeypatch.setattr(tuning, "cases", lambda: iter([unknown, tuning._rowwise("aten.relu.default", unary, [8])]))
+    unary = {"self": tuning._value(8)}
+    told: list[str] = []
+    table = tuning.tune(1, told.append)
+    assert list(table.kernels) == ["relu.f32"]
+    assert any(line.startswith("not xllm.nothing of float32: no cpu kernel") for line in told)
+
+
 def test_cold_cases_have_more_bytes_than_the_caches() -> None:
     assert tuning._copies(100) == 1 == tuning._copies(1 << 20)
     assert tuning._copies(8 << 20) * (8 << 20) >= max(tuning.LEAST_COLD_BYTES, cache_bytes().get("L3", 0))
@@ -89,23 +99,20 @@ def test_a_table_is_cached_asked_for_and_sealed_in_the_artifact(
     command = ["compile", str(checkpoint), "--quiet", "-o"]
     assert cli.main([*command, str(tmp_path / "none"), "--tuning", "cached"]) == 2
     assert "run `xllm tune`" in capsys.readouterr().err
-    assert cli.main([*command, str(tmp_path / "plain")]) == 0
     assert cli.main(["tune", "--threads", "1"]) == 0
     assert "linear.bf16" in capsys.readouterr().out
     (file,) = (tmp_path / "cache" / "tuning").iterdir()
     assert file == tables.table_path(cpu_model(), 1)
-    for out, which in (("one", "cached"), ("two", str(file))):
-        assert cli.main([*command, str(tmp_path / out), "--tuning", which]) == 0
+    for out, asked in (("one", ["--tuning", "cached"]), ("two", ["--tuning", str(file)]), ("plain", [])):
+        assert cli.main([*command, str(tmp_path / out), *asked]) == 0
     one, two, plain = (contents(tmp_path / out) for out in ("one", "two", "plain"))
     assert one == two
     assert one["tuning.json"] == file.read_bytes()
     changed = {name for name in one if one[name] != plain.get(name)}
     assert {"tuning.json", "manifest.json"} <= changed
     assert not any(name.startswith("weights/") for name in changed)
+    assert "tuning.json" not in plain  # a cached table that nobody asks for changes nothing
     assert target_of(Artifact.open(tmp_path / "one")).tuning == tables.read_tuning("cached")
-    # A cached table that nobody asks for changes nothing.
-    assert cli.main([*command, str(tmp_path / "again")]) == 0
-    assert contents(tmp_path / "again") == plain
 
 
 def test_a_table_of_another_level_is_refused(short, checkpoint: Path, tmp_path: Path, capsys) -> None:

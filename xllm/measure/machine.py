@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from xllm.kernels import cpu
 
+WRITTEN = 0x3C  # small numbers of every type; what nobody wrote is one page of zeros, again and again
 _CPUINFO, _CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -46,6 +50,14 @@ def cache_bytes() -> dict[str, int]:
 def ceilings(runner: cpu.Runner) -> tuple[float, float]:
     """Bytes read and float32 operations per second, in a quarter of a second: the best of several short runs."""
     return runner.read_bandwidth(128 << 20, repeats=5), runner.fma_peak(20_000, repeats=20)
+
+
+def state_memory(size: int) -> np.ndarray:
+    """Written uint8 memory for keys and values, shared as the engine's pages are: as large pages as the system gives
+    to those, which decides how fast short runs far apart are read."""
+    memory = np.frombuffer(mmap.mmap(-1, max(size, mmap.PAGESIZE)), np.uint8)
+    memory[:] = WRITTEN
+    return memory
 
 
 def _read(path: Path) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from xllm.artifact import Artifact
 from xllm.kernels import cpu
 from xllm.llm import engine_config, plan_memory
-from xllm.measure.machine import Machine, ceilings, cpu_model
+from xllm.measure.machine import Machine, ceilings, cpu_model, state_memory
 from xllm.measure.record import Profile, StepProfile
 from xllm.measure.shape import DECODED, Shape, usual_shapes
 from xllm.runtime.engine import Engine
@@ -31,7 +31,7 @@ from xllm.targets.cpu import host_threads
 from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
 
 LEAST, MOST = 3, 1000  # steps of a shape
-WRITTEN = 0x3C  # of the state: as bfloat16 and float32 a small number; memory that nobody wrote would not be memory
+AHEAD = 128  # tokens of memory behind a sequence: as the engine maps, and kernels fetch, ahead of need
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=DECODED)
 
 
@@ -153,10 +153,9 @@ def between(times: Sequence[StepTimes], tokens: int) -> dict[str, float]:
 def _batch(executor: CpuExecutor, shape: Shape, task: str) -> Iterator[Batch]:
     """A step of this shape whose sequences' state is written, their slots attached."""
     limits, spec = executor.limits, executor.kv
-    size = spec.bytes_for(max(tokens + past for tokens, past in shape.sequences))
+    size = spec.bytes_for(max(tokens + past for tokens, past in shape.sequences) + AHEAD)
     size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = np.frombuffer(mmap.mmap(-1, max(size * len(shape.sequences), mmap.PAGESIZE)), np.uint8)
-    memory[:] = WRITTEN
+    memory = state_memory(size * len(shape.sequences))
     rows = []
     for slot, (tokens, past) in enumerate(shape.sequences):
         ids = _ids(limits, tokens, slot)

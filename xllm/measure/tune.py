@@ -17,14 +17,13 @@ from itertools import pairwise
 import numpy as np
 
 from xllm.kernels import cpu
-from xllm.measure.machine import cache_bytes, cpu_model
+from xllm.measure.machine import WRITTEN, cache_bytes, cpu_model, state_memory
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget, host_threads
 from xllm.targets.cpu.bounds import reach
 from xllm.targets.cpu.rules import SUFFIX
 from xllm.targets.cpu.tuning import Curve, Tuning
 
-WRITTEN = 0x3C  # small numbers of every type
 LEAST_COLD_BYTES, MOST_COLD_BYTES = 96 << 20, 512 << 20
 SECONDS = 0.12  # of one point of a curve
 LEAST, MOST = 3, 200  # runs of one
@@ -65,7 +64,11 @@ def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: Non
     curves = {}
     with cpu.Runner(count, level) as runner:
         for case in cases():
-            bench = Bench(runner, CpuTarget(level), case)
+            try:
+                bench = Bench(runner, CpuTarget(level), case)
+            except NoKernel as error:
+                tell(f"not {error}")
+                continue
             if bench.kernel not in curves:
                 tell(bench.kernel)
                 curves[bench.kernel] = curve(bench)
@@ -103,8 +106,12 @@ def curve(bench: Bench) -> Curve:
     return Curve(call, tuple(found))
 
 
+class NoKernel(ValueError):
+    """The target has no kernel for a case; the message says why."""
+
+
 class Bench:
-    """The calls of one case over memory of their own."""
+    """The calls of one case over memory of their own. Raises NoKernel where the target has none for it."""
 
     def __init__(self, runner: cpu.Runner, target: CpuTarget, case: Case) -> None:
         self.runner, self.target, self.case = runner, target, case
@@ -125,12 +132,12 @@ class Bench:
         ]
         sizes = {name: most["T"] * size for name, size in rows.items()} | {"table": most["T"] * rows.get("out", 0)}
         self._values = {name: _memory(size) for name, size in sizes.items()}
-        self._state = _memory(self._kv.group_bytes * -(-self._context // 16)) if "state" in once else _memory(64)
+        self._state = state_memory(self._kv.group_bytes * (-(-self._context // 16) + 8) if "state" in once else 1)
 
     def _lower(self, kv: KVLayout, layer: int) -> Lowering:
         found = self.target.lower(self.case.make(layer), kv, self.case.weights)
         if not isinstance(found, Lowering):
-            raise ValueError(f"no kernel to measure: {found.why}")
+            raise NoKernel(f"{self.case.make(layer).op} of {self.case.weights}: {found.why}")
         return found
 
     def work(self, step: Sequences) -> tuple[float, float]:
@@ -182,7 +189,7 @@ def _copies(size: int) -> int:
 
 
 def _memory(size: int) -> np.ndarray:
-    """Written memory from a cache line on: what nobody wrote is one page of zeros, again and again."""
+    """Written memory from a cache line on."""
     block = np.full(size + 64, WRITTEN, np.uint8)
     return block[-block.ctypes.data % 64 :]
 
