@@ -69,21 +69,26 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
+STORAGE = {"bf16": "bfloat16", "f32": "float32", "i8": "int8.32", "i4": "int4.32"}
+
+
 def linear(name: str, k: int, n: int, rows: int, suffix: str) -> Case:
-    size = cpu.packed_bytes(n, k, "float32" if suffix == "f32" else "bfloat16")
+    size, kind = cpu.packed_bytes(n, k, STORAGE[suffix]), cpu.quantised(STORAGE[suffix])
+    size = -(-size // 64) * 64
     copies = max(1, min(16, COLD_BYTES // size)) if rows <= 8 else 1
     weights, x, out = aligned(size * copies), floats(rows, k), floats(rows, n)
-    weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in both types
+    weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in every type
+    args = {"x": address(x), "bias": None, "out": address(out)}
+    ints = {"k": k, "n": n}
+    scratch = aligned(kind.row_bytes(k) * rows) if kind else None
+    if kind and scratch is not None:
+        args |= {"scratch_rows": address(scratch)}
+        ints |= {"group": kind.group}
     calls = [
-        cpu.Call(
-            f"linear.{suffix}",
-            {"x": address(x), "weight": address(weights) + i * size, "bias": None, "out": address(out)},
-            {"k": k, "n": n},
-        )
-        for i in range(copies)
+        cpu.Call(f"linear.{suffix}", args | {"weight": address(weights) + i * size}, ints) for i in range(copies)
     ]
     work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}
-    return Case(f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out), **work)
+    return Case(f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work)
 
 
 def attention(rows: int, context: int, suffix: str) -> Case:
@@ -114,11 +119,12 @@ def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int],
 
 
 def cases(quick: bool) -> Iterator[Callable[[], Case]]:
-    for suffix in ("bf16",) if quick else ("bf16", "f32"):
+    for suffix in ("bf16", "i8", "i4") if quick else STORAGE:
         for name, (k, n) in LINEARS.items():
             for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
                 yield lambda name=name, k=k, n=n, rows=rows, suffix=suffix: linear(name, k, n, rows, suffix)
         yield lambda suffix=suffix: linear("head", HIDDEN, VOCAB, 1, suffix)
+    for suffix in ("bf16",) if quick else ("bf16", "f32"):
         for rows, context in ((1, 1024), (256, 256)) if quick else ((1, 1024), (1, 8192), (256, 256), (512, 2048)):
             yield lambda rows=rows, context=context, suffix=suffix: attention(rows, context, suffix)
     rows = 512

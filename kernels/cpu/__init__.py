@@ -14,14 +14,12 @@ from functools import cache
 import numpy as np
 
 from ._library import CBatch, CCall, library
+from .errors import KernelError
+from .packing import pack_grid, pack_panels, packed_bytes, quantised
 
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
 TOKENS, LOGIT_ROWS = (1, 0, 0), (0, 1, 0)
-
-
-class KernelError(ValueError):
-    """A plan, a batch or a weight that the library refuses; the message names the kernel and the argument."""
 
 
 @dataclass(frozen=True)
@@ -181,45 +179,6 @@ def kernels() -> dict[str, KernelInfo]:
     return table
 
 
-def packed_bytes(n: int, k: int, dtype: str) -> int:
-    """Size of an [n, k] weight in panels of `dtype` ("float32" or "bfloat16")."""
-    return -(-n // 16) * k * 16 * _element_bytes(dtype)
-
-
-def pack_panels(weight: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Packs [n, k] float32, or bfloat16 as uint16, into panels [ceil(n/16)][k][16] of `dtype`.
-
-    Returns uint8[packed_bytes(n, k, dtype)], which is `out` where given. Rounds to nearest even where it narrows;
-    padding rows are zero. Columns must be contiguous, rows may be strided.
-    """
-    if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
-        raise KernelError(f"weight must be [n, k] float32 or uint16 (bfloat16), not {weight.dtype}{list(weight.shape)}")
-    n, k = weight.shape
-    if k > 1 and weight.strides[1] != weight.itemsize:
-        raise KernelError("the columns of weight must be contiguous")
-    size = packed_bytes(n, k, dtype)
-    if out is None:
-        out = np.empty(size, np.uint8)
-    if (
-        out.dtype != np.uint8
-        or out.ndim != 1
-        or out.size != size
-        or not out.flags.c_contiguous
-        or not out.flags.writeable
-    ):
-        raise KernelError(f"out must be a contiguous writeable uint8[{size}]")
-    source = int(weight.dtype == np.uint16)
-    narrow = int(_element_bytes(dtype) == 2)
-    library().xk_pack_panels(weight.ctypes.data, weight.strides[0], source, n, k, narrow, out.ctypes.data)
-    return out
-
-
-def _element_bytes(dtype: str) -> int:
-    if dtype not in ("float32", "bfloat16"):
-        raise KernelError(f'dtype must be "float32" or "bfloat16", not {dtype!r}')
-    return 4 if dtype == "float32" else 2
-
-
 def _bind(bound: CCall, call: Call, where: str) -> None:
     info = kernels().get(call.kernel)
     if info is None:
@@ -270,3 +229,22 @@ def _address(name: str, array: np.ndarray, dtype: type, size: int | None = None)
 
 def _last_error() -> str:
     return library().xk_error().decode()
+
+
+__all__ = [
+    "LOGIT_ROWS",
+    "TOKENS",
+    "Arg",
+    "Batch",
+    "Call",
+    "KernelError",
+    "KernelInfo",
+    "Runner",
+    "kernels",
+    "level",
+    "levels",
+    "pack_grid",
+    "pack_panels",
+    "packed_bytes",
+    "quantised",
+]

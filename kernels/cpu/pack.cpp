@@ -1,7 +1,10 @@
-// Packs a [n, k] weight into panels [n/16 rounded up][k][16], rows past n being zero. Done once at compile time, in one thread.
+// Packs a [n, k] weight into panels of 16 rows, rows past n being zero: [k][16] (see simd/panel.h), or quantised (see
+// simd/quantised.h). Done once at compile time, in one thread.
+#include <math.h>
 #include <string.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "xk.h"
 
@@ -47,7 +50,136 @@ void pack(const uint8_t *weight, int64_t row_stride, int64_t n, int64_t k, To *o
   }
 }
 
+// --- quantised ---
+
+float half_to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half & 0x7fffu) << 13;
+  float f;
+  memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  return half & 0x8000u ? -f : f;
+}
+
+uint16_t float_to_half(float x) {  // round to nearest even; infinite beyond 65504
+  const float magnitude = fabsf(x);
+  const uint16_t sign = signbit(x) ? 0x8000u : 0;
+  if (!(magnitude < 65520.0f)) return sign | 0x7c00u;
+  // Adding a power of two rounds at float16's last bit: half a unit of 2^-24 for subnormals.
+  const int exponent = magnitude < 0x1p-14f ? -14 : ilogbf(magnitude);
+  const float unit = ldexpf(1.0f, exponent - 10);
+  const float steps = nearbyintf(magnitude / unit);
+  return static_cast<uint16_t>(sign | (static_cast<int>(steps) + (exponent + 14) * 1024));
+}
+
+struct Group {  // the inputs of one output under one scale
+  const float *w;
+  int64_t count;
+  int low, high;  // steps
+};
+
+inline int step_of(float x, int low, int high) {
+  const float rounded = x + 12582912.0f - 12582912.0f;  // to nearest even; |x| is far below 2^22
+  return static_cast<int>(std::min(std::max(rounded, static_cast<float>(low)), static_cast<float>(high)));
+}
+
+struct Fit {
+  float error, best;  // sum of squares of what is left; the scale that would leave least with the same steps
+};
+Fit fit(const Group &g, float scale) {
+  const float inverse = 1.0f / scale, low = static_cast<float>(g.low), high = static_cast<float>(g.high);
+  float error[4] = {}, along[4] = {}, square[4] = {};
+  for (int64_t i = 0; i < g.count; i += 4)
+    for (int j = 0; j < 4; j++) {  // four sums, so that the compiler may use a vector; counts are multiples of four
+      const float w = g.w[i + j], q = std::min(std::max(w * inverse + 12582912.0f - 12582912.0f, low), high), d = w - q * scale;
+      error[j] += d * d;
+      along[j] += w * q;
+      square[j] += q * q;
+    }
+  const float total = (square[0] + square[2]) + (square[1] + square[3]);
+  return {(error[0] + error[2]) + (error[1] + error[3]), total > 0 ? ((along[0] + along[2]) + (along[1] + along[3])) / total : scale};
+}
+
+// int8: the greatest magnitude is 127 steps. int4: of a few starts, each improved once, the one with the least error.
+uint16_t scale_of(const Group &g) {
+  float most = 0;
+  for (int64_t i = 0; i < g.count; i++)
+    if (!(fabsf(g.w[i]) <= fabsf(most))) most = g.w[i];
+  if (most == 0) return 0;
+  if (g.high == 127) return float_to_half(fabsf(most) / 127.0f);
+  uint16_t chosen = float_to_half(most / static_cast<float>(g.low));
+  float least = INFINITY;
+  for (float steps : {-8.0f, -7.25f, -6.5f, 7.0f, 6.25f, 5.5f}) {
+    float scale = most / steps;
+    for (int round = 0; round < 2; round++) {
+      const uint16_t half = float_to_half(scale);
+      if (!(half & 0x7fffu)) break;
+      const Fit found = fit(g, half_to_float(half));
+      if (found.error < least) least = found.error, chosen = half;
+      scale = found.best;
+    }
+  }
+  return chosen;
+}
+
+struct Target {  // one panel
+  uint8_t *out;
+  int bits;
+  int64_t group, k;  // inputs under one scale, all inputs, padded
+  uint8_t *group_at(int64_t index) const { return out + index * (32 + group * 2 * bits); }
+  void put_scale(int64_t index, int64_t row, uint16_t scale) const { memcpy(group_at(index) + row * 2, &scale, 2); }
+  void put(int64_t index, int64_t row, int64_t i, int step) const {
+    uint8_t *steps = group_at(index) + 32;
+    if (bits == 8) {
+      steps[i / 2 * 32 + row * 2 + i % 2] = static_cast<uint8_t>(step);
+    } else {
+      uint8_t &both = steps[i / 8 * 64 + row * 4 + i % 4];
+      both = static_cast<uint8_t>(both | (step + 8) << (i / 4 % 2 * 4));
+    }
+  }
+};
+
+template <class From>
+int64_t pack_quantised(const uint8_t *weight, int64_t row_stride, int64_t n, int64_t k, int bits, int64_t group, const int8_t *steps,
+                       const float *scales, uint8_t *out) {
+  const int64_t unit = group ? group : 32, padded = (k + unit - 1) / unit * unit, each = group ? group : padded, groups = padded / each;
+  const int64_t panel_bytes = groups * (32 + each * 2 * bits);
+  std::vector<float> row(static_cast<size_t>(each));
+  int64_t beyond = 0;
+  memset(out, 0, static_cast<size_t>((n + 15) / 16 * panel_bytes));
+  for (int64_t r = 0; r < n; r++) {
+    const Target to{out + r / 16 * panel_bytes, bits, each, padded};
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t begin = g * each, count = std::min(each, k - begin);
+      if (count <= 0) continue;
+      if (steps) {
+        const float given = scales[r * groups + g];
+        const uint16_t half = float_to_half(given);
+        beyond += half_to_float(half) != given;
+        to.put_scale(g, r % 16, half);
+        for (int64_t i = 0; i < count; i++) to.put(g, r % 16, i, steps[r * k + begin + i]);
+        continue;
+      }
+      const From *from = reinterpret_cast<const From *>(weight + r * row_stride) + begin;
+      for (int64_t i = 0; i < count; i++) row[static_cast<size_t>(i)] = widen(from[i]);
+      std::fill(row.begin() + count, row.end(), 0.0f);
+      const Group held{row.data(), each, bits == 8 ? -127 : -8, bits == 8 ? 127 : 7};
+      const uint16_t half = scale_of(held);
+      beyond += (half & 0x7c00u) == 0x7c00u;
+      to.put_scale(g, r % 16, half);
+      const float scale = half_to_float(half), inverse = scale != 0 ? 1.0f / scale : 0.0f;
+      for (int64_t i = 0; i < count; i++) to.put(g, r % 16, i, step_of(row[static_cast<size_t>(i)] * inverse, held.low, held.high));
+    }
+  }
+  return beyond;
+}
+
 }  // namespace
+
+int64_t xk_pack_quantised(const void *weight, int64_t row_stride, int32_t source_bf16, int64_t n, int64_t k, int32_t bits, int64_t group,
+                          const int8_t *steps, const float *scales, uint8_t *out) {
+  const auto pack = source_bf16 ? pack_quantised<uint16_t> : pack_quantised<float>;
+  return pack(static_cast<const uint8_t *>(weight), row_stride, n, k, bits, group, steps, scales, out);
+}
 
 void xk_pack_panels(const void *weight, int64_t row_stride, int32_t source_bf16, int64_t n, int64_t k, int32_t target_bf16,
                     void *out) {

@@ -49,3 +49,8 @@ XK_API double xk_measure_read(xk_runner *runner, int64_t bytes, int32_t repeats)
 XK_API double xk_measure_fma(xk_runner *runner, int64_t rounds, int32_t repeats);    // float operations per second, best
 XK_API void xk_pack_panels(const void *weight, int64_t row_stride_bytes, int32_t source_bf16, int64_t n, int64_t k,
                            int32_t target_bf16, void *out);
+// Rows of a weight to int8 (bits 8) or int4 (bits 4) panels with a scale for every `group` inputs, or one for all (0); rounds to the
+// nearest step, int4 at the scale with the least square error of a few. steps and scales, when given: [n, k] and
+// [n, groups], the integers and scales to take as they are. Returns how many scales float16 cannot hold (0 when all is well).
+XK_API int64_t xk_pack_quantised(const void *weight, int64_t row_stride_bytes, int32_t source_bf16, int64_t n, int64_t k, int32_t bits,
+                                 int64_t group, const int8_t *steps, const float *scales, uint8_t *out);

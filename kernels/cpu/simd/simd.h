@@ -43,7 +43,8 @@ constexpr int kFewRows = 8;           // tiles this low wait for memory, so they
 constexpr int64_t kFetchAhead = 2048;  // bytes, inside one panel of weights
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
 constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
-constexpr int64_t kPanelGroup = 4;   // panels of one unit of work
+constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
+constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
 constexpr int64_t kQueryRows = 32;   // query rows (token x head) that share one pass over keys and values
 
