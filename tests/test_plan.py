@@ -13,17 +13,17 @@ import pytest
 
 from tests.artifacts import small_plan
 from tests.passes.zoo import FAMILIES, planned
-from xllm.passes.emit import emit_plan, weight_bytes
+from xllm.passes.emit import emit_plan
 from xllm.plan import ALIGN_BYTES, Bucket, Plan
 from xllm.targets.base import Extent
-from xllm.targets.cpu import PANEL_ROWS
+from xllm.targets.cpu.rules import stored_bytes
 
 
 def with_places(plan: Plan) -> Plan:
     """Weights one after the other, as an artifact lays them out."""
     placed, at = {}, 0
     for key, weight in sorted(plan.weights.items()):
-        size = weight.bytes or weight_bytes(weight, PANEL_ROWS)
+        size = weight.bytes or stored_bytes(weight)
         placed[key] = replace(weight, offset=at, bytes=size)
         at += -(-size // ALIGN_BYTES) * ALIGN_BYTES
     return replace(plan, weights=placed)

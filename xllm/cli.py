@@ -91,6 +91,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm compile ./Qwen3-0.6B -o qwen.xllm",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --weights bfloat16 --kv float32 --max-len 8192",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
+            "xllm compile ./Qwen3-0.6B -o qwen4.xllm --weights int4 --group 64 --head-weights int8",
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
@@ -146,7 +147,10 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with safetensors, or an .onnx file")
     sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
     sub.add_argument("--target", default="cpu", choices=("cpu",))
-    sub.add_argument("--weights", choices=dtypes, help="storage of weights (default: as in the checkpoint)")
+    stored = (*dtypes, "int8", "int4")
+    sub.add_argument("--weights", choices=stored, help="storage of weights (default: as in the checkpoint)")
+    sub.add_argument("--group", choices=("32", "64", "128", "row"), help="inputs that share a scale (default 32)")
+    sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
     sub.add_argument("--kv", choices=dtypes, help="storage of keys and values (default: as the weights)")
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
@@ -209,7 +213,7 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
-    from xllm.commands import UsageError, compile_function, needs_compiler
+    from xllm.commands import UsageError, compile_function, needs_compiler, stored_as
 
     if arguments.checkpoint.suffix == ".onnx":
         compile_function(arguments)
@@ -228,7 +232,8 @@ def _compile(arguments: argparse.Namespace) -> int:
 
     chosen = {
         "target": arguments.target,
-        "weights": arguments.weights,
+        "weights": stored_as(arguments, "weights"),
+        "head": stored_as(arguments, "head_weights"),
         "kv": arguments.kv,
         "max_seqs": arguments.max_seqs,
         "max_len": arguments.max_len,

@@ -25,9 +25,16 @@ class UsageError(ValueError):
     """What the user asked for can't be done as asked; the message says what to try."""
 
 
+def stored_as(arguments: argparse.Namespace, flag: str) -> str | None:
+    """The word for a storage flag, with --group where it is an integer type."""
+    name = getattr(arguments, flag)
+    return f"{name}.{arguments.group or 32}" if name in ("int8", "int4") else name
+
+
 def compile_function(arguments: argparse.Namespace) -> None:
     """`xllm compile model.onnx`."""
-    steps = ("kv", "max_seqs", "max_len", "max_batch_tokens", "task", "traffic", "tuning", "reuse", "bisect_passes")
+    steps = ("head_weights", "kv", "max_seqs", "max_len", "max_batch_tokens", "task", "traffic", "tuning", "reuse",
+             "bisect_passes")  # fmt: skip
     if given := next((name for name in steps if getattr(arguments, name) not in (None, False)), None):
         raise UsageError(f"--{given.replace('_', '-')} is for language models; an ONNX file takes --dim NAME=MAX")
     if arguments.out is None:
@@ -42,7 +49,7 @@ def compile_function(arguments: argparse.Namespace) -> None:
         arguments.checkpoint,
         arguments.out,
         dims,
-        weights=arguments.weights or "float32",
+        weights=stored_as(arguments, "weights") or "float32",
         disable=tuple(arguments.disable_pass),
         pass_modules=tuple(arguments.pass_module),
         kernel_modules=tuple(arguments.kernel_module),

@@ -28,7 +28,9 @@ Progress = Callable[[str, int, int], None]  # stage or item, done, total
 class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
-    weights: storage of product weights. kv: storage of keys and values. max_seqs: sequences decoded together;
+    weights: storage of product weights: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as
+    int8.32, int4.128, int8.row (int8 and int4 alone mean 32). head: the same of embeddings and the head, by default as
+    weights. kv: storage of keys and values. max_seqs: sequences decoded together;
     max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules,
     kernel_modules: files of others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are
     chosen for. tuning: a machine's figures that times are predicted from, and its level; they go into the artifact.
@@ -37,6 +39,7 @@ class CompileOptions:
 
     target: str = "cpu"
     weights: str | None = None
+    head: str | None = None
     kv: str | None = None
     max_seqs: int = 64
     max_len: int | None = None
@@ -50,7 +53,7 @@ class CompileOptions:
     debug: int = 0
 
     def __post_init__(self) -> None:
-        allowed_values = {"weights": DTYPES, "kv": DTYPES, "target": ("cpu",), "task": TASKS}
+        allowed_values = {"weights": STORAGE, "head": STORAGE, "kv": DTYPES, "target": ("cpu",), "task": TASKS}
         for name, allowed in allowed_values.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
@@ -62,6 +65,7 @@ class CompileOptions:
 
 
 DTYPES = ("float32", "bfloat16")
+STORAGE = (*DTYPES, *(f"{name}{group}" for name in ("int8", "int4") for group in ("", ".32", ".64", ".128", ".row")))
 TASKS = ("generate", "embed", "classify")
 DEFAULT_MAX_LEN = 4096
 
@@ -181,7 +185,8 @@ def compile_checkpoint(
         tensors = Checkpoint.open(checkpoint)
         asked, options = options.max_len, resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
         target = cpu.host_target(options.tuning)
-        context = Context(target, str(options.weights), str(options.kv), options.traffic, pipeline.providers)
+        dtypes = str(options.weights), str(options.head), str(options.kv)
+        context = Context(target, *dtypes, options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
         program = capture(
             checkpoint,
@@ -278,7 +283,7 @@ def chosen_passes(options: CompileOptions) -> Pipeline:
 
 def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> CompileOptions:
     """Options with every None replaced: storage follows the checkpoint, length the model, at most DEFAULT_MAX_LEN."""
-    weights = options.weights or ("bfloat16" if "bfloat16" in dtypes else "float32")
+    weights = full_word(options.weights or ("bfloat16" if "bfloat16" in dtypes else "float32"))
     max_len = options.max_len or min(trained_len or DEFAULT_MAX_LEN, DEFAULT_MAX_LEN)
     if trained_len and max_len > trained_len:
         raise CompileError(
@@ -286,7 +291,13 @@ def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> Com
             code="bad-option",
             try_=f"--max-len {trained_len} or less",
         )
-    return replace(options, weights=weights, kv=options.kv or weights, max_len=max_len)
+    kv = options.kv or (weights if weights in DTYPES else "bfloat16")
+    return replace(options, weights=weights, head=full_word(options.head or weights), kv=kv, max_len=max_len)
+
+
+def full_word(storage: str) -> str:
+    """int8 and int4 with the group that they mean."""
+    return f"{storage}.32" if storage in ("int8", "int4") else storage
 
 
 def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:

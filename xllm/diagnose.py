@@ -48,7 +48,7 @@ def _imported(model: str | Path, dims: Mapping[str, int]) -> tuple[Program, Cont
     from xllm.passes import Context
     from xllm.targets import cpu
 
-    return import_onnx(model, dims)[0], Context(cpu.host_target(), "float32", "float32")
+    return import_onnx(model, dims)[0], Context(cpu.host_target())
 
 
 def bisect_passes(
@@ -70,6 +70,6 @@ def _captured(checkpoint: str | Path, options: CompileOptions) -> tuple[Any, Con
     from xllm.targets import cpu
 
     options = resolved(options, read_facts(checkpoint).max_len, set())
-    context = Context(cpu.host_target(), str(options.weights), str(options.kv))
+    context = Context(cpu.host_target(), str(options.weights), str(options.head), str(options.kv))
     limits = {"max_len": options.max_len, "max_tokens": options.max_batch_tokens, "max_seqs": options.max_seqs}
     return capture(checkpoint, **limits, task=options.task), context

@@ -75,7 +75,7 @@ def compile_onnx(
     with writing(out) as writer:
         program, tensors = import_onnx(model, dims)
         target = cpu.host_target()
-        context = Context(target, weights, "float32", providers=pipeline.providers)
+        context = Context(target, weights, providers=pipeline.providers)
         ladder = Ladder(debug, target.name, lambda name, dump: writer.write(f"ir/{name}.ir", dump))
         ladder.captured(program)
         program, records = run_pipeline(program, pipeline.rewrites, context, ladder.observe)

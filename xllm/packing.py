@@ -23,7 +23,7 @@ from xllm.ir.weight_rules import (
     rule_sources,
     widen,
 )
-from xllm.kernels.cpu import pack_panels
+from xllm.kernels.cpu import KernelError, pack_panels
 from xllm.plan import StoredWeight
 from xllm.targets.cpu import PANEL_ROWS
 
@@ -65,7 +65,15 @@ def laid_out(array: np.ndarray, stored: StoredWeight) -> np.ndarray:
     if stored.layout.form == "plain":
         return np.ascontiguousarray(widen(array)).reshape(-1).view(np.uint8)
     raw = array if array.dtype == np.uint16 else widen(array)
-    return pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+    try:
+        return pack_panels(np.ascontiguousarray(raw), stored.layout.dtype)
+    except KernelError as error:
+        raise CompileError(
+            f"{stored.name} cannot be stored as {stored.layout.dtype}: {error}",
+            code="bad-weight",
+            pass_name="weights",
+            try_="--weights bfloat16",
+        ) from error
 
 
 def origin(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> str:

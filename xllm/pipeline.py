@@ -68,10 +68,9 @@ def describe_passes() -> str:
 
 def sized(plan: Plan) -> Plan:
     """The plan with the bytes of every weight as the target stores it."""
-    from xllm.passes.emit import weight_bytes
-    from xllm.targets.cpu import PANEL_ROWS
+    from xllm.targets.cpu.rules import stored_bytes
 
-    held = {key: replace(weight, bytes=weight_bytes(weight, PANEL_ROWS)) for key, weight in plan.weights.items()}
+    held = {key: replace(weight, bytes=stored_bytes(weight)) for key, weight in plan.weights.items()}
     return replace(plan, weights=held)
 
 
@@ -88,6 +87,7 @@ def made_by(
         "toolchain": {"xllm": xllm.__version__, **{name: _version(name) for name in ("torch", *packages)}},
         "target": {"name": context.target.name, "level": context.target.level, "architecture": cpu.architecture()},
         "weights_dtype": context.weights_dtype,
+        **({"head_dtype": context.head_dtype} if context.head_dtype not in ("", context.weights_dtype) else {}),
         "weights_header": written.header,
         "weight_origins": dict(written.origins),
         "pipeline": pipeline_text((*pipeline.rewrites, *pipeline.plans)),

@@ -30,7 +30,7 @@ class CArg(c.Structure):
 class CCall(c.Structure):
     _fields_ = (
         ("kernel", c.c_char_p),
-        ("args", CArg * 16),
+        ("args", CArg * 18),
         ("ints", c.c_int64 * 20),
         ("floats", c.c_float * 8),
         ("rows", c.c_int64 * 3),

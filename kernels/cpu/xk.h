@@ -19,7 +19,7 @@ typedef struct {               // one step
 } xk_batch;
 
 enum { XK_NONE = 0, XK_ADDRESS = 1, XK_IDS = 2, XK_POSITIONS = 3, XK_LAST = 4 };
-enum { XK_MAX_ARGS = 16, XK_MAX_INTS = 20, XK_MAX_FLOATS = 8 };
+enum { XK_MAX_ARGS = 18, XK_MAX_INTS = 20, XK_MAX_FLOATS = 8 };
 
 typedef struct {
   int32_t kind;  // XK_NONE .. XK_LAST

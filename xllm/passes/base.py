@@ -28,6 +28,7 @@ class Context:
 
     target: Target
     weights_dtype: str = "float32"
+    head_dtype: str = ""  # of embeddings and of what is made of their logits; as the other weights where empty
     kv_dtype: str = "float32"
     traffic: tuple[tuple[int, float], ...] = ()
     providers: tuple[Provider, ...] = ()  # kernel modules, asked before the target

@@ -15,7 +15,7 @@ from xllm.ir import Program
 from xllm.ir.effects import effects, is_symbolic, operator_of, runs_alone
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
-from xllm.targets.base import Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Refusal, Tensor
+from xllm.targets.base import LOGIT_ROWS, Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Refusal, Tensor
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class ChooseKernels(Pass):
         """Kernel modules in the order named, then the target, then torch. What a kernel leaves out of its cost is
         counted as the bytes in and out."""
         refused: list[tuple[str, str]] = []
+        weights = (_is_head(operation) and context.head_dtype) or context.weights_dtype
         for provider in (*context.providers, context.target):
-            answer = provider.lower(operation, kv, context.weights_dtype)
+            answer = provider.lower(operation, kv, weights)
             if isinstance(answer, Lowering) and not function and (answer.extents or not _linear(answer.rows)):
                 answer = Refusal("its sizes or strides depend on more than one dim, as they may in functions only")
             if isinstance(answer, Lowering):
@@ -93,6 +94,12 @@ class ChooseKernels(Pass):
             if answer is not None:
                 refused.append((provider.name, answer.why))
         return Choice("torch", operation, fallback(operation), tuple(refused))
+
+
+def _is_head(operation: Operation) -> bool:
+    """Whether an operation embeds tokens, or multiplies only the rows whose logits are wanted."""
+    looks_up = operation.op == "xllm.embedding" and operation.args["ids"].kind == "input"
+    return looks_up or (operation.op == "xllm.linear" and operation.results[0].rows == LOGIT_ROWS)
 
 
 def _linear(rows: Extent) -> bool:

@@ -15,7 +15,7 @@ from xllm.ir.dialect.encode import WHOLE_SEQUENCE
 from xllm.passes.choose_kernels import Choice
 from xllm.passes.operations import Reader, bytes_of
 from xllm.passes.schedule_streams import Schedule
-from xllm.plan import ELEMENT_BYTES, Bucket, Buffer, Call, Plan, Port, StoredWeight
+from xllm.plan import Bucket, Buffer, Call, Plan, Port, StoredWeight
 from xllm.targets.base import Extent, Layout, Tensor
 
 _SIGILS = {"value": "%", "weight": "@", "input": "$"}
@@ -78,14 +78,6 @@ def reach(program: Program, task: Mapping[str, Any], asked: int | None = None) -
             try_=f"--max-len {held} or less",
         )
     return min(held, next(dim.max for dim in program.dims if dim.name == "T")) if task.get("whole_sequences") else held
-
-
-def weight_bytes(weight: StoredWeight, packed_rows: int) -> int:
-    """Bytes of a stored weight; panels pad the rows of each matrix to `packed_rows`."""
-    shape = list(weight.shape)
-    if weight.layout.form != "plain":
-        shape[-2] = -(-shape[-2] // packed_rows) * packed_rows
-    return math.prod(shape) * ELEMENT_BYTES[weight.layout.dtype]
 
 
 def _stored_weights(program: Program, choices: dict[str, Choice]) -> dict[str, StoredWeight]:

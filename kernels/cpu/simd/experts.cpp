@@ -2,16 +2,17 @@
 // active expert's weights are read once for all its rows, which are gathered by index. The products are those of linear; a row
 // adds its experts in their order. So the bits of a row depend on that row alone.
 #include "activation.h"
-#include "common.h"
-#include "panel.h"
+#include "quantised.h"
 #include "route.h"
 
 namespace XK_LEVEL {
 namespace {
 
-enum { kX, kIndex, kWeights, kGate, kGateBias, kUp, kUpBias, kDown, kDownBias, kOut, kPairs, kHidden };
-enum { kRouter = kHidden + 1, kRouterBias, kCorrection, kLogitsOut };
+enum { kX, kIndex, kWeights, kGate, kGateBias, kUp, kUpBias, kDown, kDownBias, kOut, kPairs, kHidden, kRows, kHiddenRows };
+enum { kRouter = kHiddenRows + 1, kRouterBias, kCorrection, kLogitsOut };
 enum { kWidth, kExperts, kInner, kTopK, kAct, kScoring, kGroups, kTopGroups, kGroupTop, kRenormalise };
+// Of quantised weights: behind the others, and so in another place for moe.
+int64_t group_of(const Call &c, bool moe) { return c.ints[moe ? kRenormalise + 1 : kAct + 1]; }
 enum { kAlpha, kLimit, kShift, kEpsilon, kScale };
 
 const char *check(const Call &c) {
@@ -54,6 +55,45 @@ struct Scratch {  // of a thread
   uint8_t expanded[kExpandedBytes];
 };
 int64_t scratch(const Call &) { return sizeof(Scratch); }
+
+template <bool Moe>
+const char *check_int(const Call &c) {
+  if (const char *wrong = check_group(group_of(c, Moe))) return wrong;
+  if (c.args[kRows].kind == XK_NONE || c.args[kHiddenRows].kind == XK_NONE) return "scratch_rows and scratch_hidden_rows must not be none";
+  return Moe ? check_moe(c) : check(c);
+}
+
+// ---- products with the panels of one expert: `rows` rows picked from x, or from row `first` on ----
+
+template <class Panel>
+struct Floats {
+  static constexpr bool kQuantised = false;
+  static int64_t panel_bytes(const Call &, int64_t k) { return k * Panel::bytes; }
+  static void product(const Call &c, const Step &s, int x, int, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
+                      int64_t panels, float *sums, uint8_t *expanded) {
+    const Product t = {c.arg<const float>(x, s) + first * k, k, w, k * Panel::bytes, k, sums, 16, rows * 16, false, kFetchAhead, pick};
+    if (pick) multiply<Panel, true>(t, rows, panels, expanded);
+    else multiply<Panel>(t, rows, panels, expanded);
+  }
+};
+
+template <class Type, bool Moe>
+struct Ints {
+  static constexpr bool kQuantised = true;
+  static int64_t panel_bytes(const Call &c, int64_t k) {
+    const int64_t group = group_of(c, Moe);
+    return int_panel_bytes<Type>(padded_inputs(k, group), group);
+  }
+  static void product(const Call &c, const Step &s, int, int x, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
+                      int64_t panels, float *sums, uint8_t *expanded) {
+    const int64_t group = group_of(c, Moe), padded = padded_inputs(k, group);
+    int_product<Type>({{c.arg<const uint8_t>(x, s), Type::row_bytes(padded), padded}, first, w, panel_bytes(c, k), group, sums, 16, rows * 16, pick},
+                      rows, panels, expanded);
+  }
+  static void quantise(const Call &c, const Step &s, int x, int to, int64_t k, Rows rows) {
+    quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), c.arg<uint8_t>(to, s), rows);
+  }
+};
 
 // ---- moe only: logits and choice ----
 
@@ -143,22 +183,20 @@ void activate(const Call &c, bool gated, const float *gate, const float *up, f32
   }
 }
 
-template <class Panel>
+template <class Weights>
 void run_up(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t width = c.ints[kWidth], inner = c.ints[kInner], groups = groups_of(inner);
   const Sorted from = sorted(c, s);
   const int64_t active = unit / groups, expert = from.expert[active], end = from.first[active + 1];
-  const int64_t first = unit % groups * kPanelGroup, panels = min(kPanelGroup, panels_of(inner) - first), bytes = width * Panel::bytes;
+  const int64_t first = unit % groups * kPanelGroup, panels = min(kPanelGroup, panels_of(inner) - first), bytes = Weights::panel_bytes(c, width);
   const uint8_t *gate = c.arg<const uint8_t>(kGate, s), *up = c.arg<const uint8_t>(kUp, s);
   const float *gate_bias = c.arg<const float>(kGateBias, s), *up_bias = c.arg<const float>(kUpBias, s);
   const int64_t skip = (expert * panels_of(inner) + first) * bytes;
   Scratch *scratch = (Scratch *)memory;
   for (int64_t q = from.first[active]; q < end; q += kRowBlock) {
     const int64_t rows = min(kRowBlock, end - q);
-    Product t = {c.arg<const float>(kX, s), width, up + skip, bytes, width, scratch->up, 16, rows * 16, false, kFetchAhead, from.row + q};
-    multiply<Panel, true>(t, rows, panels, scratch->expanded);
-    t.w = gate + skip, t.c = scratch->gate;
-    if (gate) multiply<Panel, true>(t, rows, panels, scratch->expanded);
+    Weights::product(c, s, kX, kRows, from.row + q, 0, rows, up + skip, width, panels, scratch->up, scratch->expanded);
+    if (gate) Weights::product(c, s, kX, kRows, from.row + q, 0, rows, gate + skip, width, panels, scratch->gate, scratch->expanded);
     for (int64_t p = 0, column = first * 16; p < panels; p++, column += 16) {
       const int64_t n = inner - column, sums = p * rows * 16;
       const f32x16 g = gate_bias ? load_some(gate_bias + expert * inner + column, n) : zero();
@@ -181,9 +219,9 @@ void run_up(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
 
 int64_t down_units(const Call &c, const Step &) { return groups_of(c.ints[kWidth]); }
 
-template <class Panel>
+template <class Weights>
 void run_down(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
-  const int64_t width = c.ints[kWidth], inner = c.ints[kInner], all = c.rows(s), bytes = inner * Panel::bytes;
+  const int64_t width = c.ints[kWidth], inner = c.ints[kInner], all = c.rows(s), bytes = Weights::panel_bytes(c, inner);
   const int64_t first = unit * kPanelGroup, panels = min(kPanelGroup, panels_of(width) - first);
   const int64_t from_column = first * 16, columns = min(width, (first + panels) * 16) - from_column;
   const Sorted from = sorted(c, s);
@@ -195,10 +233,8 @@ void run_down(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
     const int64_t expert = from.expert[active], end = from.first[active + 1];
     for (int64_t q = from.first[active]; q < end; q += kRowBlock) {
       const int64_t rows = min(kRowBlock, end - q);
-      multiply<Panel>({c.arg<const float>(kHidden, s) + q * inner, inner,
-                       c.arg<const uint8_t>(kDown, s) + (expert * panels_of(width) + first) * bytes, bytes, inner, scratch->up, 16,
-                       rows * 16, false, kFetchAhead},
-                      rows, panels, scratch->expanded);
+      Weights::product(c, s, kHidden, kHiddenRows, nullptr, q, rows, c.arg<const uint8_t>(kDown, s) + (expert * panels_of(width) + first) * bytes,
+                       inner, panels, scratch->up, scratch->expanded);
       const float *sums = scratch->up;
       for (int64_t p = 0, column = from_column; p < panels; p++, column += 16) {
         const int64_t n = width - column;
@@ -212,30 +248,55 @@ void run_down(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   }
 }
 
-template <class Panel>
-const Kernel down = {"", "", "", "", nullptr, scratch, down_units, run_down<Panel>};
-template <class Panel>
-const Kernel up = {"", "", "", "", nullptr, scratch, up_units, run_up<Panel>, &down<Panel>};
-template <class Panel>
-const Kernel sort_chosen = {"", "", "", "", nullptr, sort_scratch, one, run_sort<int32_t>, &up<Panel>};
-template <class Panel>
-const Kernel choice = {"", "", "", "", nullptr, no_scratch, choice_units, run_choice, &sort_chosen<Panel>};
+// ---- rows of x, or those between the products, quantised ----
 
-constexpr const char *kArgs = "x index weights gate? gate_bias? up up_bias? down down_bias? out scratch_pairs scratch_hidden";
+int64_t hidden_pairs(const Call &c, const Step &s) { return sorted(c, s).first[*sorted(c, s).count]; }
+
+template <bool Hidden>
+int64_t quantise_units(const Call &c, const Step &s) {
+  return Hidden ? row_units(hidden_pairs(c, s), c.ints[kInner]) : row_units(c.rows(s), c.ints[kWidth]);
+}
+template <class Weights, bool Hidden>
+void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  const int64_t k = c.ints[Hidden ? kInner : kWidth], rows = Hidden ? hidden_pairs(c, s) : c.rows(s);
+  if constexpr (Weights::kQuantised) Weights::quantise(c, s, Hidden ? kHidden : kX, Hidden ? kHiddenRows : kRows, k, rows_of(unit, rows, k));
+}
+
+template <class Weights>
+const Kernel down = {"", "", "", "", nullptr, scratch, down_units, run_down<Weights>};
+template <class Weights>
+const Kernel quantise_hidden = {"", "", "", "", nullptr, no_scratch, quantise_units<true>, run_quantise<Weights, true>, &down<Weights>};
+template <class Weights>
+const Kernel up = {"", "", "", "", nullptr, scratch, up_units, run_up<Weights>, Weights::kQuantised ? &quantise_hidden<Weights> : &down<Weights>};
+template <class Weights>
+const Kernel quantise_x = {"", "", "", "", nullptr, no_scratch, quantise_units<false>, run_quantise<Weights, false>, &up<Weights>};
+template <class Weights>
+const Kernel sort_chosen = {"", "", "", "", nullptr, sort_scratch, one, run_sort<int32_t>,
+                            Weights::kQuantised ? &quantise_x<Weights> : &up<Weights>};
+template <class Weights>
+const Kernel choice = {"", "", "", "", nullptr, no_scratch, choice_units, run_choice, &sort_chosen<Weights>};
+
+constexpr const char *kArgs =
+    "x index weights gate? gate_bias? up up_bias? down down_bias? out scratch_pairs scratch_hidden scratch_rows? scratch_hidden_rows?";
 constexpr const char *kMoeArgs =
-    "x scratch_index scratch_weights gate? gate_bias? up up_bias? down down_bias? out scratch_pairs scratch_hidden"
-    " router router_bias? correction? scratch_logits";
-constexpr const char *kInts = "width experts inner top_k act", *kFloats = "alpha limit shift";
+    "x scratch_index scratch_weights gate? gate_bias? up up_bias? down down_bias? out scratch_pairs scratch_hidden scratch_rows?"
+    " scratch_hidden_rows? router router_bias? correction? scratch_logits";
+constexpr const char *kInts = "width experts inner top_k act", *kIntInts = "width experts inner top_k act group";
+constexpr const char *kFloats = "alpha limit shift", *kMoeFloats = "alpha limit shift epsilon scale";
 constexpr const char *kMoeInts = "width experts inner top_k act scoring groups top_groups group_top renormalise";
-constexpr const char *kMoeFloats = "alpha limit shift epsilon scale";
+constexpr const char *kMoeIntInts = "width experts inner top_k act scoring groups top_groups group_top renormalise group";
 
 }  // namespace
 
 const Kernel experts_kernels[] = {
-    {"experts.f32", kArgs, kInts, kFloats, check, sort_scratch, one, run_sort<int64_t>, &up<PanelF32>},
-    {"experts.bf16", kArgs, kInts, kFloats, check, sort_scratch, one, run_sort<int64_t>, &up<PanelBf16>},
-    {"moe.f32", kMoeArgs, kMoeInts, kMoeFloats, check_moe, scratch, logit_units, run_logits, &choice<PanelF32>},
-    {"moe.bf16", kMoeArgs, kMoeInts, kMoeFloats, check_moe, scratch, logit_units, run_logits, &choice<PanelBf16>},
+    {"experts.f32", kArgs, kInts, kFloats, check, sort_scratch, one, run_sort<int64_t>, &up<Floats<PanelF32>>},
+    {"experts.bf16", kArgs, kInts, kFloats, check, sort_scratch, one, run_sort<int64_t>, &up<Floats<PanelBf16>>},
+    {"experts.i8", kArgs, kIntInts, kFloats, check_int<false>, sort_scratch, one, run_sort<int64_t>, &quantise_x<Ints<Int8, false>>},
+    {"experts.i4", kArgs, kIntInts, kFloats, check_int<false>, sort_scratch, one, run_sort<int64_t>, &quantise_x<Ints<Int4, false>>},
+    {"moe.f32", kMoeArgs, kMoeInts, kMoeFloats, check_moe, scratch, logit_units, run_logits, &choice<Floats<PanelF32>>},
+    {"moe.bf16", kMoeArgs, kMoeInts, kMoeFloats, check_moe, scratch, logit_units, run_logits, &choice<Floats<PanelBf16>>},
+    {"moe.i8", kMoeArgs, kMoeIntInts, kMoeFloats, check_int<true>, scratch, logit_units, run_logits, &choice<Ints<Int8, true>>},
+    {"moe.i4", kMoeArgs, kMoeIntInts, kMoeFloats, check_int<true>, scratch, logit_units, run_logits, &choice<Ints<Int4, true>>},
     {},
 };
 

@@ -35,6 +35,15 @@ Cut cut_of(const Call &c, const Step &s, int64_t unit) {
   return {row, all * (block + 1) / blocks - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
 
+// Sums [panel][row][16] to the columns from `column` on of rows `stride` apart, with their biases.
+void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out) {
+  for (int64_t p = 0; p < panels; p++, column += 16) {
+    const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
+    for (int64_t r = 0; r < rows; r++, sums += 16)
+      store_some(out + r * stride + column, bias ? load(sums) + add : load(sums), n - column);
+  }
+}
+
 struct Scratch {  // of a thread
   float sums[kPanelGroup * kRowBlock * 16];          // [panel][row][16]: the chains, between blocks of k
   uint8_t expanded[kExpandedBytes];                  // bf16 panels widened once for all rows
@@ -56,20 +65,14 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   Scratch *scratch = (Scratch *)memory;
   multiply<Panel>({x, heads * k, weight, panel_bytes, k, scratch->sums, 16, rows * 16, false, kFetchAhead}, rows, panels,
                   scratch->expanded);
-  const float *bias = Heads ? nullptr : c.arg<const float>(kBias, s), *sums = scratch->sums;
-  for (int64_t p = 0, column = first * 16; p < panels; p++, column += 16) {
-    const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
-    float *out = c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n + column;
-    for (int64_t r = 0; r < rows; r++, sums += 16, out += heads * n)
-      store_some(out, bias ? load(sums) + add : load(sums), n - column);
-  }
+  put_sums(scratch->sums, rows, panels, first * 16, n, heads * n, Heads ? nullptr : c.arg<const float>(kBias, s),
+           c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }
 
 // --- quantised weights ---
 
 const char *check_quantised(const Call &c) {
-  const int64_t group = c.ints[kGroup];
-  if (group != 0 && group != 32 && group != 64 && group != 128) return "group must be 32, 64 or 128, or 0 for one scale an output";
+  if (const char *wrong = check_group(c.ints[kGroup])) return wrong;
   return check<false>(c);
 }
 
@@ -77,10 +80,8 @@ int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
-  const int64_t k = c.ints[kK], padded = padded_inputs(k, c.ints[kGroup]), bytes = Type::row_bytes(padded);
-  const Rows rows = rows_of(unit, c.rows(s), k);
-  for (int64_t r = rows.begin; r < rows.end; r++)
-    Type::quantise(c.arg<const float>(kX, s) + r * k, k, padded, c.arg<uint8_t>(kRowsQuantised, s) + r * bytes);
+  const int64_t k = c.ints[kK];
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
 }
 
 template <class Type>
@@ -90,16 +91,10 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   const QuantisedRows x = {c.arg<const uint8_t>(kRowsQuantised, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
   Scratch *scratch = (Scratch *)memory;
-  int_multiply<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16,
-                      cut.rows * 16},
-                     cut.rows, cut.panels, scratch->expanded);
-  const float *bias = c.arg<const float>(kBias, s), *sums = scratch->sums;
-  for (int64_t p = 0, column = cut.first * 16; p < cut.panels; p++, column += 16) {
-    const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
-    float *out = c.arg<float>(kOut, s) + cut.row * n + column;
-    for (int64_t r = 0; r < cut.rows; r++, sums += 16, out += n)
-      store_some(out, fma(load(sums), set1(Type::row_scale(x, cut.row + r)), add), n - column);
-  }
+  int_product<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16,
+                     cut.rows * 16},
+                    cut.rows, cut.panels, scratch->expanded);
+  put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
 }
 
 template <class Type>

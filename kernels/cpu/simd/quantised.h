@@ -9,113 +9,14 @@
 //   int4: [eight inputs][two halves of 8 outputs][8][4] bytes: low nibbles are the first four inputs, high nibbles the others, plus 8.
 // Inputs past k are zero.
 #pragma once
-#include "common.h"
 #include "panel.h"
+#include "steps.h"
 
 namespace XK_LEVEL {
-
-typedef int16_t vs __attribute__((vector_size(XK_VECTOR_BYTES)));
-typedef uint8_t vb __attribute__((vector_size(XK_VECTOR_BYTES)));
-typedef int16_t vs_memory __attribute__((vector_size(XK_VECTOR_BYTES), aligned(4), may_alias));
-typedef int32_t vi_memory __attribute__((vector_size(XK_VECTOR_BYTES), aligned(4), may_alias));
-typedef uint8_t vb_memory __attribute__((vector_size(XK_VECTOR_BYTES), aligned(4), may_alias));
 
 constexpr int64_t kScaleBytes = 32;  // of one panel's scales
 constexpr int64_t kStretch4 = 32;    // inputs of an int4 stretch
 constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 127 * 32767 stays below 2^31
-
-// Lane i: a[2i] * b[2i] + a[2i + 1] * b[2i + 1].
-XK_INLINE vi multiply_pairs(vs a, vs b) {
-#if defined(__AVX512BW__)
-  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__aarch64__)
-  const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-  return (vi)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
-#else
-  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#endif
-}
-
-// The same of bytes, the first from 0 to 15, the second signed: at most 2 * 15 * 127, so that eight fit an int16.
-XK_INLINE vs multiply_byte_pairs(vb a, vb b) {
-#if defined(__AVX512BW__)
-  return (vs)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vs)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-#elif defined(__aarch64__)
-  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)a), vget_low_s8((int8x16_t)b));
-  return (vs)vpaddq_s16(low, vmull_high_s8((int8x16_t)a, (int8x16_t)b));
-#else
-  return (vs)_mm_maddubs_epi16((__m128i)a, (__m128i)b);
-#endif
-}
-
-XK_INLINE vi broadcast32(const void *p) {
-  int32_t bits;
-  memcpy(&bits, p, 4);
-  return bits - (vi){};
-}
-
-XK_INLINE f32x16 load_f16(const uint8_t *p) {
-  f32x16 r;
-#if XK_VECTOR_BYTES == 64
-  r.v[0] = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif XK_VECTOR_BYTES == 32
-  XK_PARTS r.v[i] = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i * 16)));
-#elif defined(__aarch64__)
-  XK_PARTS r.v[i] = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p + i * 8))));
-#else
-  XK_PARTS {  // exponent and mantissa moved in place, then scaled by 2^112; exact for subnormals too
-    const vu half = (vu)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p + i * 8)));
-    const vf magnitude = (vf)((half & 0x7fffu) << 13) * 0x1p112f;
-    r.v[i] = (vf)((vu)magnitude | (half & 0x8000u) << 16);
-  }
-#endif
-  return r;
-}
-
-XK_INLINE f32x16 to_float(const vi *sum) {
-  f32x16 r;
-  XK_PARTS r.v[i] = __builtin_convertvector(sum[i], vf);
-  return r;
-}
-
-// The greatest magnitude among n values, as bits: magnitudes order as their bits do, NaN above all.
-XK_INLINE int32_t greatest_bits(const float *x, int64_t n) {
-  vi most[kParts];
-  XK_PARTS most[i] = (vi){};
-  for (int64_t j = 0; j < n; j += 16) {
-    const f32x16 value = load_some(x + j, n - j);
-    XK_PARTS {
-      const vi bits = (vi)value.v[i] & 0x7fffffff;
-      most[i] = bits > most[i] ? bits : most[i];
-    }
-  }
-  int32_t lanes[16], greatest = 0;
-  memcpy(lanes, most, sizeof lanes);
-  for (int i = 0; i < 16; i++) greatest = lanes[i] > greatest ? lanes[i] : greatest;
-  return greatest;
-}
-
-// Whole steps of x * steps, to nearest even; |x * steps| is below 2^22.
-XK_INLINE void whole_steps(f32x16 x, float steps, int32_t *whole) {
-  XK_PARTS *(vi_memory *)(whole + i * kLanes) = (vi)(x.v[i] * steps + 12582912.0f) - 0x4b400000;
-}
-
-struct Span {  // of values of a row under one scale: what a step is worth, and how many make 1
-  float step, steps;
-  bool finite;
-};
-XK_INLINE Span span_of(const float *x, int64_t n, float most) {
-  const int32_t bits = greatest_bits(x, n);
-  float magnitude;
-  memcpy(&magnitude, &bits, 4);
-  if (bits >= 0x7f800000) return {__builtin_nanf(""), 0, false};  // and so its results are NaN
-  if (magnitude < 0x1p-100f) return {0, 0, true};
-  return {magnitude / most, most / magnitude, true};
-}
 
 struct QuantisedRows {
   const uint8_t *base;
@@ -146,11 +47,12 @@ struct Stretch {
 
 struct Int8 {
   static constexpr int64_t bits = 8, wide_bytes = 32;  // of one widened input
+  static constexpr bool kRowScale = true;
+  static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
 
   // int16 values, then the scale.
   static int64_t row_bytes(int64_t padded) { return (2 * padded + 4 + 63) / 64 * 64; }
-  static float row_scale(const QuantisedRows &x, int64_t r) { return *(const float *)(x.row(r) + 2 * x.k); }
   static void quantise(const float *x, int64_t k, int64_t padded, uint8_t *to) {
     const Span span = span_of(x, k, 32767.0f);
     for (int64_t j = 0; j < padded; j += 16) {
@@ -216,11 +118,12 @@ struct Int8 {
 
 struct Int4 {
   static constexpr int64_t bits = 4, wide_bytes = 16;
+  static constexpr bool kRowScale = false;
+  static int step(const uint8_t *w, int64_t lane, int64_t i) { return (w[i / 8 * 64 + lane * 4 + i % 4] >> i / 4 % 2 * 4 & 15) - 8; }
   static int64_t stretch(int64_t) { return kStretch4; }
 
   // int8 values, then for every stretch what a step is worth, and that times 8 and the sum of the values.
   static int64_t row_bytes(int64_t padded) { return (padded + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static float row_scale(const QuantisedRows &, int64_t) { return 1.0f; }
   static void quantise(const float *x, int64_t k, int64_t padded, uint8_t *to) {
     float *factors = (float *)(to + padded);
     for (int64_t j = 0; j < padded; j += kStretch4, factors += 2) {
@@ -294,6 +197,10 @@ struct Int4 {
   }
 };
 
+static inline const char *check_group(int64_t group) {
+  const bool known = group == 0 || group == 32 || group == 64 || group == 128;
+  return known ? nullptr : "group must be 32, 64 or 128, or 0 for one scale an output";
+}
 static inline int64_t padded_inputs(int64_t k, int64_t group) {
   const int64_t unit = group ? group : 32;
   return (k + unit - 1) / unit * unit;
@@ -372,6 +279,36 @@ static void int_multiply(IntProduct t, int64_t rows, int64_t panels, uint8_t *ex
         row += height;
       }
     }
+  }
+}
+
+// The same, times the scales of the rows: [panel][row][16], as products with float weights give them.
+template <class Type>
+static void int_product(const IntProduct &t, int64_t rows, int64_t panels, uint8_t *expanded) {
+  int_multiply<Type>(t, rows, panels, expanded);
+  if constexpr (Type::kRowScale)
+    for (int64_t r = 0; r < rows; r++) {
+      const f32x16 scale = set1(*(const float *)(t.x_row(r) + 2 * t.x.k));
+      for (int64_t p = 0; p < panels; p++) store(t.c + r * t.c_row + p * t.c_stride, load(t.c + r * t.c_row + p * t.c_stride) * scale);
+    }
+}
+
+// Of all the rows of a call, units of whole rows at a time.
+template <class Type>
+static void quantise_rows(const float *x, int64_t k, int64_t group, uint8_t *to, Rows rows) {
+  const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
+  for (int64_t r = rows.begin; r < rows.end; r++) Type::quantise(x + r * k, k, padded, to + r * bytes);
+}
+
+// One output of a packed weight, at its k inputs: `panels` are the weight's, an output is lane `row % 16` of panel `row / 16`.
+template <class Type>
+static void int_row(const uint8_t *panels, int64_t row, int64_t k, int64_t group, float *out) {
+  const int64_t padded = padded_inputs(k, group), lane = row % 16, each = group ? group : padded;
+  const uint8_t *w = panels + row / 16 * int_panel_bytes<Type>(padded, group);
+  for (int64_t i = 0; i < k; i += each, w += kScaleBytes + weight_bytes<Type>(each)) {
+    float scales[16];
+    store(scales, load_f16(w));
+    for (int64_t j = 0; j < min(each, k - i); j++) out[i + j] = scales[lane] * (float)Type::step(w + kScaleBytes, lane, j);
   }
 }
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from xllm.kernels.cpu import packed_bytes
 from xllm.targets.base import Cost, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
-    ELEMENT_BYTES,
     PANELS,
     PLAIN,
-    SUFFIX,
     Reach,
     Rule,
+    group_of,
     ints,
+    kernel_of,
     last_dim,
     panel_bytes,
+    rows_scratch,
+    scratch_reach,
     step_rows,
 )
 
@@ -80,6 +83,8 @@ def _lowering(
     made = {
         "scratch_pairs": Tensor(f"{op.node}.pairs", "value", (pairs,), "int32"),
         "scratch_hidden": Tensor(f"{op.node}.hidden", "value", (rows, top_k * inner), "float32"),
+        **rows_scratch(op, "rows", rows, width, weights_dtype),
+        **rows_scratch(op, "hidden_rows", rows.times(top_k), inner, weights_dtype),
     }
     held = {name: op.args[name] for name in (*_MATRICES, *_BIASES)}
     layouts = {held[name].name: Layout(PANELS, weights_dtype) for name in _MATRICES if held[name] is not None}
@@ -89,7 +94,7 @@ def _lowering(
     layouts |= {bias.name: PLAIN for name in ("router_bias", "correction") if (bias := args.get(name)) is not None}
     scratch = (*made.values(), *(tensor for name, tensor in args.items() if tensor and name.startswith("scratch")))
     return Lowering(
-        f"{kernel}.{SUFFIX[weights_dtype]}",
+        kernel_of(kernel, weights_dtype),
         {"x": op.args["x"], **args, **held, "out": op.results[0], **made},
         {
             "width": width,
@@ -98,22 +103,24 @@ def _lowering(
             "top_k": top_k,
             "act": _ACTS.index(op.args["act"]),
             **sizes,
+            **group_of(weights_dtype),
         },
         {"alpha": op.args["alpha"], "limit": op.args["limit"], "shift": op.args["shift"], **floats},
         rows=rows,
         layouts=layouts,
-        cost=_cost(rows, experts, inner, width, top_k, held["gate"] is not None, ELEMENT_BYTES[weights_dtype]),
+        cost=_cost(rows, experts, inner, width, top_k, held["gate"] is not None, weights_dtype),
         scratch=scratch,
     )
 
 
-def _cost(rows: Extent, experts: int, inner: int, width: int, top_k: int, gated: bool, element: int) -> Cost:
+def _cost(rows: Extent, experts: int, inner: int, width: int, top_k: int, gated: bool, storage: str) -> Cost:
     """Of T rows that choose alike by chance, E (1 - (1 - k/E)^T) experts are read. Costs are polynomials, so that curve
     is bounded from above by its tangent where every expert is chosen once on average, T = E / k.
     """
     matrix = inner * width * (3 if gated else 2)
     left = math.exp(-1.0)  # (1 - k/E)^(E/k), nearly
-    fixed, each = round(matrix * element * experts * (1 - 2 * left)), round(matrix * element * top_k * left)
+    stored = packed_bytes(inner, width, storage) * (2 if gated else 1) + packed_bytes(width, inner, storage)
+    fixed, each = round(stored * experts * (1 - 2 * left)), round(stored * top_k * left)
     moved = rows.times(each + 4 * (2 * width + experts + 2 * top_k * inner)).plus(fixed + 4 * experts * width)
     return Cost(rows.times(2 * (top_k * matrix + experts * width)), moved)
 
@@ -122,11 +129,12 @@ def _experts_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, in
     width, experts, inner, top_k = (sizes[name] for name in ("width", "experts", "inner", "top_k"))
     rows = {
         "x": 4 * width, "out": 4 * width, "index": 8 * top_k, "weights": 4 * top_k, "scratch_pairs": 8 * top_k,
-        "scratch_hidden": 4 * top_k * inner,
+        "scratch_hidden": 4 * top_k * inner, **scratch_reach("rows", width, element, sizes),
     }  # fmt: skip
+    rows |= {name: top_k * size for name, size in scratch_reach("hidden_rows", inner, element, sizes).items()}
     once = {
-        "gate": experts * panel_bytes(inner, width, element), "up": experts * panel_bytes(inner, width, element),
-        "down": experts * panel_bytes(width, inner, element), "gate_bias": 4 * experts * inner,
+        "gate": experts * panel_bytes(inner, width, element, sizes), "up": experts * panel_bytes(inner, width, element, sizes),
+        "down": experts * panel_bytes(width, inner, element, sizes), "gate_bias": 4 * experts * inner,
         "up_bias": 4 * experts * inner, "down_bias": 4 * experts * width, "scratch_pairs": 4 * (2 + 2 * experts),
     }  # fmt: skip
     return rows, once
@@ -136,7 +144,7 @@ def _moe_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], 
     rows, once = _experts_reach(sizes, element)
     experts, top_k = sizes["experts"], sizes["top_k"]
     rows |= {"scratch_index": 4 * top_k, "scratch_weights": 4 * top_k, "scratch_logits": 4 * experts}
-    once |= {"router": panel_bytes(experts, sizes["width"], 4), "router_bias": 4 * experts, "correction": 4 * experts}
+    once |= {"router": panel_bytes(experts, sizes["width"], 4, sizes), "router_bias": 4 * experts, "correction": 4 * experts}
     return rows, once
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, KVLayout, Layout, Lowering, Operation, Refusal
-from xllm.targets.cpu.rules import PANELS, PLAIN, SUFFIX, Reach, Rule, ints, panel_bytes
+from xllm.targets.cpu.rules import PANELS, PLAIN, Reach, Rule, group_of, ints, kernel_of, panel_bytes
 
 
 def _embedding(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
@@ -16,9 +16,9 @@ def _embedding(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
     vocab, width = ints(weight.shape)
     rows = ids.rows_of(len(ids.shape))
     return Lowering(
-        f"{'lookup' if computed else 'embedding'}.{SUFFIX[weights_dtype]}",
+        kernel_of("lookup" if computed else "embedding", weights_dtype),
         {"ids": ids, "weight": weight, "out": op.results[0]},
-        {"vocab": vocab, "width": width},
+        {"vocab": vocab, "width": width, **group_of(weights_dtype)},
         rows=rows,
         layouts={weight.name: Layout(PANELS, weights_dtype)},
         cost=Cost(bytes=rows.times(width * (4 + 64))),
@@ -46,7 +46,7 @@ def _rows(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal
 
 
 def _embedding_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
-    return {"out": 4 * sizes["width"]}, {"weight": panel_bytes(sizes["vocab"], sizes["width"], element)}
+    return {"out": 4 * sizes["width"]}, {"weight": panel_bytes(sizes["vocab"], sizes["width"], element, sizes)}
 
 
 def _lookup_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:

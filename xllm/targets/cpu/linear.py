@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xllm.kernels.cpu import packed_bytes
 from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
-    ELEMENT_BYTES,
     PANELS,
     PLAIN,
-    SUFFIX,
     Reach,
     Rule,
+    floating,
+    group_of,
     ints,
+    kernel_of,
     panel_bytes,
+    rows_scratch,
+    scratch_reach,
     step_rows,
 )
 
@@ -25,14 +29,16 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refus
     if (rows := step_rows(op, x)) is None:
         return Refusal("it does not multiply rows of float32")
     n, k = ints(weight.shape)
-    moved = rows.times(4 * (n + k)).plus(n * k * ELEMENT_BYTES[weights_dtype])
+    moved = rows.times(4 * (n + k)).plus(packed_bytes(n, k, weights_dtype))
+    scratch = rows_scratch(op, "rows", rows, k, weights_dtype)
     return Lowering(
-        f"linear.{SUFFIX[weights_dtype]}",
-        {"x": x, "weight": weight, "bias": bias, "out": op.results[0]},
-        {"k": k, "n": n},
+        kernel_of("linear", weights_dtype),
+        {"x": x, "weight": weight, "bias": bias, "out": op.results[0], **scratch},
+        {"k": k, "n": n, **group_of(weights_dtype)},
         rows=rows,
         layouts={weight.name: Layout(PANELS, weights_dtype), **({bias.name: PLAIN} if bias else {})},
         cost=Cost(rows.times(2 * n * k), moved),
+        scratch=tuple(scratch.values()),
     )
 
 
@@ -41,26 +47,27 @@ def _heads_linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering |
     if weight.kind != "weight" or not isinstance(x, Tensor) or x.kind != "value" or x.dtype != "float32":
         return Refusal("it does not multiply heads of float32 with a weight of the program")
     heads, n, k = ints(weight.shape)
-    rows = x.rows_of(-2)
-    moved = rows.times(4 * heads * (n + k)).plus(heads * n * k * ELEMENT_BYTES[weights_dtype])
+    rows, storage = x.rows_of(-2), floating(weights_dtype)
+    moved = rows.times(4 * heads * (n + k)).plus(heads * packed_bytes(n, k, storage))
     return Lowering(
-        f"heads_linear.{SUFFIX[weights_dtype]}",
+        kernel_of("heads_linear", storage),
         {"x": x, "weight": weight, "out": op.results[0]},
         {"k": k, "n": n, "heads": heads},
         rows=rows,
-        layouts={weight.name: Layout(PANELS, weights_dtype)},
+        layouts={weight.name: Layout(PANELS, storage)},
         cost=Cost(rows.times(2 * heads * n * k), moved),
     )
 
 
 def _linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     n, k = sizes["n"], sizes["k"]
-    return {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element), "bias": 4 * n}
+    rows, once = {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element, sizes), "bias": 4 * n}
+    return rows | scratch_reach("rows", k, element, sizes), once
 
 
 def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, n, k = sizes["heads"], sizes["n"], sizes["k"]
-    return {"x": 4 * heads * k, "out": 4 * heads * n}, {"weight": heads * panel_bytes(n, k, element)}
+    return {"x": 4 * heads * k, "out": 4 * heads * n}, {"weight": heads * panel_bytes(n, k, element, sizes)}
 
 
 RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads_linear}

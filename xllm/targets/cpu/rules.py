@@ -5,19 +5,23 @@ A family of kernels is one file with two tables: RULES, operator to rule, and RE
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from xllm.kernels.cpu import packed_bytes, quantised
+from xllm.plan import StoredWeight
 from xllm.targets.base import TOKENS, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 
 GROUP_TOKENS = 16
 PANEL_ROWS = 16
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-SUFFIX = {"float32": "f32", "bfloat16": "bf16"}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0}  # whole ones: of int4 two share a byte
+SUFFIX = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 PANELS = "panels16"
 PLAIN = Layout("plain", "float32")
 
-# The kernel for an operation, under a layout of the state and a dtype for product weights, or why there is none.
+# The kernel for an operation, under a layout of the state and a storage of product weights, or why there is none. Storage
+# is one word: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as int8.32 or int4.row.
 Rule = Callable[[Operation, KVLayout, str], Lowering | Refusal]
 # Bytes a kernel touches of each argument, from its ints and the bytes of its element type: per row, and once. Indices,
 # and tables they index, are not among them.
@@ -56,6 +60,49 @@ def every_token(x: Tensor) -> bool:
     return x.rows == TOKENS
 
 
-def panel_bytes(n: int, k: int, element: int) -> int:
-    """Bytes of an [n, k] weight in panels."""
-    return -(-n // PANEL_ROWS) * PANEL_ROWS * k * element
+def kernel_of(name: str, storage: str) -> str:
+    """The kernel of an operation for weights of this storage: linear.i8."""
+    return f"{name}.{SUFFIX[storage.partition('.')[0]]}"
+
+
+def group_of(storage: str) -> dict[str, int]:
+    """The int that kernels for quantised weights take beside those of the others."""
+    kind = quantised(storage)
+    return {"group": kind.group} if kind else {}
+
+
+def floating(storage: str) -> str:
+    """The storage of weights whose kernels know no steps, where others have this one."""
+    return "bfloat16" if quantised(storage) else storage
+
+
+def panel_bytes(n: int, k: int, element: int, sizes: Mapping[str, int]) -> int:
+    """Bytes of an [n, k] weight in panels, from the ints of a kernel and the bytes of its element type."""
+    return packed_bytes(n, k, _storage(element, sizes))
+
+
+def _storage(element: int, sizes: Mapping[str, int]) -> str:
+    dtype = next(name for name, size in ELEMENT_BYTES.items() if size == element)
+    return f"{dtype}.{sizes['group'] or 'row'}" if element < 2 else dtype
+
+
+def stored_bytes(weight: StoredWeight) -> int:
+    """Bytes of a weight in its layout; panels pad the rows of each matrix."""
+    layout, shape = weight.layout, weight.shape
+    if layout.form == "plain":
+        return math.prod(shape) * ELEMENT_BYTES[layout.dtype]
+    return math.prod(shape[:-2]) * packed_bytes(shape[-2], shape[-1], layout.dtype)
+
+
+def rows_scratch(op: Operation, name: str, rows: Extent, k: int, storage: str) -> dict[str, Tensor]:
+    """Where a kernel keeps the rows it multiplies with quantised weights, quantised themselves; by argument."""
+    kind = quantised(storage)
+    if kind is None:
+        return {}
+    return {f"scratch_{name}": Tensor(f"{op.node}.{name}", "value", (rows, kind.row_bytes(k) // 4), "int32")}
+
+
+def scratch_reach(name: str, k: int, element: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of a row in that scratch, from the same."""
+    kind = quantised(_storage(element, sizes))
+    return {f"scratch_{name}": kind.row_bytes(k)} if kind else {}
