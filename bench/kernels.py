@@ -84,11 +84,11 @@ def linear(name: str, k: int, n: int, rows: int, suffix: str) -> Case:
     if kind and scratch is not None:
         args |= {"scratch_rows": address(scratch)}
         ints |= {"group": kind.group}
-    calls = [
-        cpu.Call(f"linear.{suffix}", args | {"weight": address(weights) + i * size}, ints) for i in range(copies)
-    ]
+    calls = [cpu.Call(f"linear.{suffix}", args | {"weight": address(weights) + i * size}, ints) for i in range(copies)]
     work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}
-    return Case(f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work)
+    return Case(
+        f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work
+    )
 
 
 def attention(rows: int, context: int, suffix: str) -> Case:

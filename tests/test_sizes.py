@@ -14,19 +14,19 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 BUDGET = {
     "xllm/ir": 2400,
-    "xllm/frontend": 5150,
+    "xllm/frontend": 5500,
     "xllm/passes": 4990,
-    "xllm/targets": 2930,
+    "xllm/targets": 3050,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
     "xllm/artifact": 1300,
     "xllm/embedded": 1800,
     "xllm/inspection": 1060,
     "xllm/measure": 820,
-    "xllm": 2780,  # modules at the top, of which llm.py is what Python users see
-    "kernels": 5000,
-    "bench": 2500,
-    "tests": 16470,
+    "xllm": 2900,  # modules at the top, of which llm.py is what Python users see
+    "kernels": 6000,
+    "bench": 3200,
+    "tests": 17500,
 }
 
 

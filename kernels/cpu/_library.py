@@ -50,7 +50,18 @@ _SIGNATURES = {
     "xk_measure_fma": (c.c_double, [c.c_void_p, c.c_int64, c.c_int32]),
     "xk_pack_quantised": (
         c.c_int64,
-        [c.c_void_p, c.c_int64, c.c_int32, c.c_int64, c.c_int64, c.c_int32, c.c_int64, c.c_void_p, c.c_void_p, c.c_void_p],
+        [
+            c.c_void_p,
+            c.c_int64,
+            c.c_int32,
+            c.c_int64,
+            c.c_int64,
+            c.c_int32,
+            c.c_int64,
+            c.c_void_p,
+            c.c_void_p,
+            c.c_void_p,
+        ],
     ),
     "xk_pack_panels": (None, [c.c_void_p, c.c_int64, c.c_int32, c.c_int64, c.c_int64, c.c_int32, c.c_void_p]),
 }

@@ -15,7 +15,18 @@ from xllm.ir import Program
 from xllm.ir.effects import effects, is_symbolic, operator_of, runs_alone
 from xllm.passes.base import Context, Outcome, Pass
 from xllm.passes.operations import Reader, bytes_of, is_alias
-from xllm.targets.base import LOGIT_ROWS, Cost, Extent, KVLayout, LayerState, Layout, Lowering, Operation, Refusal, Tensor
+from xllm.targets.base import (
+    LOGIT_ROWS,
+    Cost,
+    Extent,
+    KVLayout,
+    LayerState,
+    Layout,
+    Lowering,
+    Operation,
+    Refusal,
+    Tensor,
+)
 
 
 @dataclass(frozen=True)

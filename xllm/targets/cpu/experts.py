@@ -144,7 +144,11 @@ def _moe_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], 
     rows, once = _experts_reach(sizes, element)
     experts, top_k = sizes["experts"], sizes["top_k"]
     rows |= {"scratch_index": 4 * top_k, "scratch_weights": 4 * top_k, "scratch_logits": 4 * experts}
-    once |= {"router": panel_bytes(experts, sizes["width"], 4, sizes), "router_bias": 4 * experts, "correction": 4 * experts}
+    once |= {
+        "router": panel_bytes(experts, sizes["width"], 4, sizes),
+        "router_bias": 4 * experts,
+        "correction": 4 * experts,
+    }
     return rows, once
 
 

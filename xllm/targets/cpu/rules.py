@@ -105,4 +105,4 @@ def rows_scratch(op: Operation, name: str, rows: Extent, k: int, storage: str) -
 def scratch_reach(name: str, k: int, element: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of a row in that scratch, from the same."""
     kind = quantised(_storage(element, sizes))
-    return {f"scratch_{name}": kind.row_bytes(k)} if kind else {}
+    return {f"scratch_{name}": kind.row_bytes(k) if kind else 0}
