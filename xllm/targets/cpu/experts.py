@@ -131,10 +131,11 @@ def _experts_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, in
         "x": 4 * width, "out": 4 * width, "index": 8 * top_k, "weights": 4 * top_k, "scratch_pairs": 8 * top_k,
         "scratch_hidden": 4 * top_k * inner, **scratch_reach("rows", width, element, sizes),
     }  # fmt: skip
+    inwards = experts * panel_bytes(inner, width, element, sizes)
     rows |= {name: top_k * size for name, size in scratch_reach("hidden_rows", inner, element, sizes).items()}
     once = {
-        "gate": experts * panel_bytes(inner, width, element, sizes), "up": experts * panel_bytes(inner, width, element, sizes),
-        "down": experts * panel_bytes(width, inner, element, sizes), "gate_bias": 4 * experts * inner,
+        "gate": inwards, "up": inwards, "down": experts * panel_bytes(width, inner, element, sizes),
+        "gate_bias": 4 * experts * inner,
         "up_bias": 4 * experts * inner, "down_bias": 4 * experts * width, "scratch_pairs": 4 * (2 + 2 * experts),
     }  # fmt: skip
     return rows, once

@@ -20,8 +20,8 @@ SUFFIX = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 PANELS = "panels16"
 PLAIN = Layout("plain", "float32")
 
-# The kernel for an operation, under a layout of the state and a storage of product weights, or why there is none. Storage
-# is one word: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as int8.32 or int4.row.
+# The kernel for an operation, under a layout of the state and a storage of product weights, or why there is none. A
+# storage is one word: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as int8.32 or int4.row.
 Rule = Callable[[Operation, KVLayout, str], Lowering | Refusal]
 # Bytes a kernel touches of each argument, from its ints and the bytes of its element type: per row, and once. Indices,
 # and tables they index, are not among them.
