@@ -1,7 +1,7 @@
 """Weights in the panels that kernels read, made once at compile time.
 
-How an element is stored is spelled as one word: float32, bfloat16, or int8 and int4 with the number of inputs that share
-a scale: int8.32, int4.128, and int8.row where all inputs of an output do (see simd/quantised.h).
+How an element is stored is spelled as one word: float32, bfloat16, or int8 and int4 with the number of inputs that
+share a scale: int8.32, int4.128, and int8.row where all inputs of an output do (see simd/quantised.h).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Quantised(NamedTuple):
         return padded // (self.group or padded) * SCALE_BYTES + padded * 2 * self.bits
 
     def row_bytes(self, k: int) -> int:
-        """Of a row of k activations as the products take it: int16 and a scale, or int8 and two factors for every 32."""
+        """Of a row of k activations as products take it: int16 and a scale, or int8 and two factors for every 32."""
         padded = self.padded(k)
         return -(-(2 * padded + 4 if self.bits == 8 else padded + padded // 32 * 8) // 64) * 64
 
@@ -63,8 +63,8 @@ def packed_bytes(n: int, k: int, storage: str) -> int:
 def pack_panels(weight: np.ndarray, storage: str, out: np.ndarray | None = None) -> np.ndarray:
     """Packs [n, k] float32, or bfloat16 as uint16, into panels of 16 rows.
 
-    Returns uint8[packed_bytes(n, k, storage)], which is `out` where given. Rounds to nearest even where it narrows; padding
-    is zero. Columns must be contiguous, rows may be strided. Raises KernelError where a scale is beyond float16.
+    Returns uint8[packed_bytes(n, k, storage)], which is `out` where given. Rounds to nearest even where it narrows;
+    padding is zero. Columns must be contiguous, rows may be strided. Raises KernelError where a scale is beyond float16.
     """
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
         raise KernelError(f"weight must be [n, k] float32 or uint16 (bfloat16), not {weight.dtype}{list(weight.shape)}")
@@ -84,8 +84,8 @@ def pack_panels(weight: np.ndarray, storage: str, out: np.ndarray | None = None)
 
 
 def pack_grid(steps: np.ndarray, scales: np.ndarray, storage: str, out: np.ndarray | None = None) -> np.ndarray | None:
-    """The same of a weight that is quantised already: int8 `steps` [n, k] times float32 `scales` [n, groups], taken as they
-    are. None where float16 does not hold every scale exactly.
+    """The same of a weight that is quantised already: int8 `steps` [n, k] times float32 `scales` [n, groups], taken as
+    they are. None where float16 does not hold every scale exactly.
     """
     kind = quantised(storage)
     if kind is None or steps.dtype != np.int8 or scales.dtype != np.float32 or steps.ndim != 2:
