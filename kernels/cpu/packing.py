@@ -64,8 +64,8 @@ def pack_panels(weight: np.ndarray, storage: str, out: np.ndarray | None = None)
     """Packs [n, k] float32, or bfloat16 as uint16, into panels of 16 rows.
 
     Returns uint8[packed_bytes(n, k, storage)], which is `out` where given. Rounds to nearest even where it narrows;
-    padding is zero. Columns must be contiguous, rows may be strided. Raises KernelError where float16 is too small for a
-    scale.
+    padding is zero. Columns must be contiguous, rows may be strided. Raises KernelError where a scale is beyond
+    float16.
     """
     if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
         raise KernelError(f"weight must be [n, k] float32 or uint16 (bfloat16), not {weight.dtype}{list(weight.shape)}")
