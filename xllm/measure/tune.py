@@ -21,7 +21,6 @@ from xllm.measure.machine import WRITTEN, cache_bytes, cpu_model, state_memory
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget, host_threads
 from xllm.targets.cpu.bounds import reach
-from xllm.targets.cpu.rules import SUFFIX
 from xllm.targets.cpu.tuning import Curve, Tuning
 
 LEAST_COLD_BYTES, MOST_COLD_BYTES = 96 << 20, 512 << 20
@@ -32,6 +31,8 @@ WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 4096, 16, 8, 128, 32768
 
 Sequences = tuple[tuple[int, int], ...]
 ONE: Sequences = ((1, 0),)
+
+STORAGES = ("float32", "bfloat16", "int8.32", "int4.32")
 
 
 def prompt(tokens: int, past: int = 0) -> Sequences:
@@ -199,7 +200,7 @@ def _memory(size: int) -> np.ndarray:
 
 def cases() -> Iterator[Case]:
     """The kernels that steps of language models spend their time in, of every type of weights and of state."""
-    for dtype in SUFFIX:
+    for dtype in STORAGES:
         yield linear(dtype)
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
     for dtype in ("float32", "bfloat16"):
