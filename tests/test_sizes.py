@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 BUDGET = {
-    "xllm/ir": 2400,
-    "xllm/frontend": 5150,
+    "xllm/ir": 2550,
+    "xllm/frontend": 5550,
     "xllm/passes": 4990,
     "xllm/targets": 2930,
     "xllm/runtime": 2500,
@@ -26,7 +26,7 @@ BUDGET = {
     "xllm": 2780,  # modules at the top, of which llm.py is what Python users see
     "kernels": 5000,
     "bench": 2500,
-    "tests": 16470,
+    "tests": 17050,
 }
 
 

@@ -6,12 +6,13 @@ scale and perhaps one zero. Three dimensions are a stack of matrices, whose "row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 TRANSPOSED = ("gptq", "gptq_v2", "awq")  # inputs first, as the kernels these layouts were made for want them
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of its eight outputs
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each nibble of a word is, from its lowest bits on
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def values(scheme: Scheme, parts: Parts, start: int, stop: int) -> np.ndarray:
         made = E4M3[parts.codes[..., first:last, :]]
     else:
         made = _centred(scheme, parts, first, last).astype(np.float32)
-    made *= _spread(scheme, parts, _scales(scheme, parts, first, last))
-    return made
+    return _by_group(np.multiply, scheme, parts, made, _scales(scheme, parts, first, last))
 
 
 def grid(scheme: Scheme, parts: Parts, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, int] | None:
@@ -85,11 +85,11 @@ def _cut(scheme: Scheme, parts: Parts, start: int, stop: int) -> tuple[Parts, in
 
 def _centred(scheme: Scheme, parts: Parts, first: int, last: int) -> np.ndarray:
     """code - zero of these rows, int16 [..., rows, columns]."""
-    codes = _codes(scheme, parts.codes, first, last).astype(np.int16)
+    codes = _codes(scheme, parts.codes, first, last).astype(np.int16, order="C")
     if scheme.packing == "packed" and parts.zeros is None:
         codes -= 1 << (scheme.bits - 1)
     if parts.zeros is not None:
-        codes -= _spread(scheme, parts, _zeros(scheme, parts.zeros, first, last).astype(np.int16))
+        _by_group(np.subtract, scheme, parts, codes, _zeros(scheme, parts.zeros, first, last).astype(np.int16))
     return codes
 
 
@@ -137,30 +137,34 @@ def _blocks(scheme: Scheme, first: int, last: int) -> np.ndarray:
     return np.arange(first, last) // scheme.block[0]
 
 
-def _spread(scheme: Scheme, parts: Parts, held: np.ndarray) -> np.ndarray:
-    """What a block has, for each of its columns: [..., rows, G] to [..., rows, columns]."""
+def _by_group(operation: np.ufunc, scheme: Scheme, parts: Parts, array: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """`array` [..., rows, columns], changed in place: every column with what its group has, of [..., rows, G]."""
+    columns = scheme.block[1]
     if parts.order is not None:
-        return held[..., parts.order]
-    if held.shape[-1] == 1:
-        return held
-    return np.repeat(held, scheme.block[1], axis=-1)[..., : scheme.shape[-1]]
+        return operation(array, held[..., parts.order], out=array)
+    if array.shape[-1] % columns:
+        return operation(array, np.repeat(held, columns, axis=-1)[..., : array.shape[-1]], out=array)
+    grouped = array.reshape(*held.shape, -1)  # a view: numpy repeats along the new axis without an array of it
+    operation(grouped, held[..., None], out=grouped)
+    return array
 
 
-def _unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """Words along the last axis as uint8 codes; one of 2, 4 or 8 bits never leaves its byte."""
-    held = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
-    if bits == 8:
-        return held
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = held[..., None] >> shifts
+def _unpacked(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
+    """Words along the last axis as uint8 codes; one of 2, 4 or 8 bits never leaves its byte. order: the place of each
+    field among those of its word.
+    """
+    count, per = 32 // bits, 8 // bits
+    held = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8).reshape(*words.shape, 4)
+    codes = np.empty((*words.shape, count), np.uint8)
+    for field in range(count):
+        np.right_shift(held[..., field // per], field % per * bits, out=codes[..., order[field] if order else field])
     codes &= np.uint8((1 << bits) - 1)
-    return codes.reshape(*held.shape[:-1], -1)
+    return codes.reshape(*words.shape[:-1], -1)
 
 
 def _awq(words: np.ndarray, first: int, last: int) -> np.ndarray:
     """Rows of a matrix whose rows lie along the second axis, eight in a word."""
-    codes = _unpacked(words[:, first // 8 : -(-last // 8)], 4)
-    codes = codes.reshape(len(words), -1, 8)[..., _AWQ_ORDER].reshape(len(words), -1)
+    codes = _unpacked(words[:, first // 8 : -(-last // 8)], 4, _AWQ_ORDER)
     return codes[:, first % 8 :][:, : last - first].T
 
 
