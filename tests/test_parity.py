@@ -76,8 +76,12 @@ def worst_difference(folder: Path, name: str, dtype: str, options: CompileOption
     checkpoint, path = build(folder, config, dtype=dtype, options=options)
     in_torch = [call.node for call in Artifact.open(path).plan.calls if call.kernel == "torch"]
     assert not in_torch
+    return worst_beside(path, Reference(checkpoint, at_once=name not in LENGTH_DEPENDENT), options)
+
+
+def worst_beside(path: Path, reference: Reference, options: CompileOptions) -> float:
+    """As `worst_difference`, of the artifact at `path`."""
     prompt = np.random.default_rng(7).integers(0, VOCAB, 45).tolist()
-    reference = Reference(checkpoint, at_once=name not in LENGTH_DEPENDENT)
     worst = 0.0
     with opened(path) as (executor, spans):
         greedy = SamplingParams(temperature=0)

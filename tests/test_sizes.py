@@ -13,20 +13,20 @@ ROOT = Path(__file__).parents[1]
 LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 BUDGET = {
-    "xllm/ir": 2400,
-    "xllm/frontend": 5500,
+    "xllm/ir": 2700,
+    "xllm/frontend": 5800,
     "xllm/passes": 4990,
     "xllm/targets": 3050,
     "xllm/runtime": 2500,
     "xllm/service": 3500,
-    "xllm/artifact": 1300,
+    "xllm/artifact": 1450,
     "xllm/embedded": 1800,
     "xllm/inspection": 1060,
     "xllm/measure": 820,
     "xllm": 2900,  # modules at the top, of which llm.py is what Python users see
     "kernels": 6000,
     "bench": 3200,
-    "tests": 17500,
+    "tests": 18000,
 }
 
 

@@ -169,7 +169,9 @@ def compile_checkpoint(
     with writing(out) as writer:
         tell("loading the compiler", 0, 0)
         from xllm.frontend.facts import facts as read_facts
+        from xllm.frontend.facts import quantisation
         from xllm.frontend.huggingface import capture
+        from xllm.frontend.quantised import Quantised
         from xllm.frontend.stamp import stamp
         from xllm.frontend.weights import Checkpoint
         from xllm.packing import blocks, origin
@@ -183,7 +185,9 @@ def compile_checkpoint(
         clock.lap("imports")
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
-        asked, options = options.max_len, resolved(options, facts.max_len, {tensors.dtype(name) for name in tensors})
+        quantised = Quantised(tensors, quantisation(checkpoint))
+        dtypes = {tensors.dtype(name) for name in tensors} | quantised.dtypes
+        asked, options = options.max_len, resolved(options, facts.max_len, dtypes)
         target = cpu.host_target(options.tuning)
         dtypes = str(options.weights), str(options.head), str(options.kv)
         context = Context(target, *dtypes, options.traffic, pipeline.providers)
@@ -202,8 +206,8 @@ def compile_checkpoint(
         ladder.captured(program)
         tell("rewriting", 0, 0)
         program, rewrites = run_pipeline(program, pipeline.rewrites, context, ladder.observe)
-        program = stamp(program)
-        unused = tensors.check(program)
+        program = quantised.bound(stamp(program))
+        unused = tuple(name for name in tensors.check(program) if name not in quantised.read)
         tell("planning", 0, 0)
         program, plans = run_pipeline(program, pipeline.plans, context, ladder.observe)
         plan = emit_plan(program)

@@ -3,7 +3,8 @@ stays near a block where a rule can be read by rows, near the tensor where it ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,11 @@ from xllm.ir.program import Program
 from xllm.ir.weight_rules import (
     Concat,
     Constant,
+    Dequantise,
     Shift,
     Stack,
     WeightRule,
+    dequantised,
     evaluate,
     evaluate_item,
     resolve,
@@ -100,7 +103,10 @@ class _Rows:
         self._by = rule.by if isinstance(rule, Shift) else None
         self._stacks = isinstance(rule, Stack)
         self._whole: np.ndarray | None = None
+        self._made: Callable[[int, int], np.ndarray] | None = None
         match rule:
+            case Dequantise():
+                self._made = partial(dequantised, rule, bits)
             case Concat(parts, 0) | Stack(parts):
                 self._parts = [_Rows(part, program, checkpoint, bits) for part in parts]
             case Shift(of):
@@ -121,6 +127,8 @@ class _Rows:
     def read(self, start: int, stop: int) -> np.ndarray:
         if self._whole is not None:
             return self._whole[start:stop] if self._shape else self._whole
+        if self._made is not None:
+            return self._made(start, stop)
         if self._by is not None:
             return widen(self._parts[0].read(start, stop)) + np.float32(self._by)
         if self._stacks:

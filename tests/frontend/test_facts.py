@@ -78,7 +78,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         ("[]", "bad-json"),
         ({"model_type": "nothing-of-the-kind"}, "bad-config"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "remote-code"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised-checkpoint"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised-checkpoint"),
         ({"eos_token_id": "two"}, "bad-config"),
         ({"eos_token_id": 10**6}, "bad-config"),
     ],

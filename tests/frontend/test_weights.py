@@ -106,7 +106,6 @@ def test_truncated_files_are_refused(tmp_path: Path, content: bytes) -> None:
     [
         ({}, "no-weights"),
         ({"pytorch_model.bin": b"x"}, "unsafe-checkpoint"),
-        ({"config.json": b'{"quantization_config": {"quant_method": "gptq"}}'}, "quantised-checkpoint"),
     ],
 )
 def test_folders_without_plain_weights_are_refused(tmp_path: Path, files: dict[str, bytes], code: str) -> None:

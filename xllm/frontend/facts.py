@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xllm.errors import CompileError
+from xllm.frontend.formats import Format, formats_of, refused
 
 _MAX_JSON_BYTES = 64 << 20
 
@@ -123,7 +124,7 @@ def read_config(folder: str | Path) -> Any:
             where="config.json",
             try_="a checkpoint of an architecture that transformers itself contains",
         )
-    refuse_quantised(raw)
+    quantisation(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from KeyError to validation errors here
@@ -151,7 +152,6 @@ def check_config(config: Any) -> None:
             node="is_encoder_decoder",
             try_="a decoder-only checkpoint (architecture ending in ForCausalLM)",
         )
-    refuse_quantised({"quantization_config": getattr(config, "quantization_config", None)})
     if "chunked_attention" in (getattr(text_config(config), "layer_types", None) or ()):
         raise CompileError(
             "layers attend within chunks, which the attention operator cannot express",
@@ -163,19 +163,19 @@ def check_config(config: Any) -> None:
         )
 
 
-def refuse_quantised(raw: Mapping[str, Any]) -> None:
-    """Raises CompileError when a configuration says its weights are quantised."""
-    quantisation = raw.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-        raise CompileError(
-            f"the checkpoint is quantised ({method or 'unnamed method'})",
-            code="quantised-checkpoint",
-            pass_name="capture",
-            where="config.json",
-            node="quantization_config",
-            try_="the float32, float16 or bfloat16 checkpoint it was made from",
-        )
+def quantisation(folder: str | Path) -> tuple[Format, ...]:
+    """The formats its quantised tensors may have, none for a checkpoint that says nothing of any. Raises CompileError
+    for those that are not read.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    text = raw.get("text_config")
+    said = raw.get("quantization_config") or (isinstance(text, Mapping) and text.get("quantization_config"))
+    if not said:
+        older = [Path(folder) / name for name in ("quantize_config.json", "quant_config.json")]
+        said = next((read_json(path) for path in older if path.is_file()), None)
+    if said and not isinstance(said, Mapping):
+        raise refused("and quantization_config is not an object")
+    return formats_of(said) if said else ()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,11 +18,13 @@ import numpy as np
 from blake3 import blake3
 
 from xllm.errors import CompileError
-from xllm.frontend.facts import read_json, refuse_quantised
+from xllm.frontend.facts import read_json
+from xllm.frontend.formats import PLAIN
 from xllm.ir.program import Program
 from xllm.ir.weight_rules import (
     Concat,
     Constant,
+    Dequantise,
     Either,
     Permute,
     Reshape,
@@ -38,10 +40,11 @@ from xllm.ir.weight_rules import (
 )
 
 _MAX_HEADER_BYTES = 100 << 20
-# bfloat16 has no numpy type: its bits are kept as uint16.
+# bfloat16 and eight-bit floats have no numpy type: their bits are kept as unsigned integers.
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": np.uint8, "F8_E8M0": np.uint8,
 }  # fmt: skip
 _READABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt")
@@ -73,8 +76,6 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def open(cls, folder: str | Path) -> Checkpoint:
         """Maps `model.safetensors` or, without one, the shards that its index names. Raises CompileError."""
         folder = Path(folder)
-        if (folder / "config.json").is_file():
-            refuse_quantised(read_json(folder / "config.json"))
         names = _shards(folder)
         files: list[mmap.mmap] = []
         entries: dict[str, Entry] = {}
@@ -102,7 +103,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 code="quantised-checkpoint",
                 pass_name="weights",
                 where=name,
-                try_="the float32, float16 or bfloat16 checkpoint it was made from",
+                try_=PLAIN,
             )
         return array if kind == "F32" else array.astype(np.float32)
 
@@ -217,6 +218,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 return tuple(shape[axis] for axis in axes) if len(shape) == len(axes) else shape
             case Either():
                 return self.shape_of(resolve(rule, self), program)
+            case Dequantise(scheme=scheme):
+                return scheme.shape
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
@@ -304,7 +307,7 @@ def _entry(name: str, described: Any, base: int, size: int, number: int, file: s
             code="quantised-checkpoint",
             pass_name="weights",
             where=file,
-            try_="the float32, float16 or bfloat16 checkpoint it was made from",
+            try_=PLAIN,
         )
     return Entry(number, dtype, shape, base + begin, base + end)
 

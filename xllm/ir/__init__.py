@@ -10,6 +10,7 @@ from xllm.ir.program import Dim, KVLayer, LayerSource, Program, Task, Weight
 from xllm.ir.weight_rules import (
     Concat,
     Constant,
+    Dequantise,
     Either,
     Permute,
     Reshape,
@@ -24,6 +25,7 @@ from xllm.ir.weight_rules import (
 __all__ = [
     "Concat",
     "Constant",
+    "Dequantise",
     "Dim",
     "Either",
     "KVLayer",

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from xllm.ir import quantised
+from xllm.ir.quantised import Scheme, widen
+
 
 @dataclass(frozen=True)
 class Source:
@@ -92,7 +95,22 @@ class Either:
     options: tuple[WeightRule, ...]
 
 
-WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute | Either
+@dataclass(frozen=True)
+class Dequantise:
+    """(codes - zeros) * scales in float32, of tensors stored as `scheme` says; see `quantised.py`."""
+
+    codes: WeightRule
+    scales: WeightRule
+    zeros: WeightRule | None
+    order: WeightRule | None
+    scheme: Scheme
+
+    @property
+    def parts(self) -> tuple[WeightRule, ...]:
+        return tuple(part for part in (self.codes, self.scales, self.zeros, self.order) if part is not None)
+
+
+WeightRule = Source | Constant | Concat | Stack | Sum | Shift | Slice | Reshape | Permute | Either | Dequantise
 
 
 def move_layer(rule: WeightRule, stacks: Sequence[str], to: int) -> WeightRule:
@@ -107,15 +125,23 @@ def move_layer(rule: WeightRule, stacks: Sequence[str], to: int) -> WeightRule:
 
 def renamed(rule: WeightRule, names_of: Callable[[tuple[str, ...]], tuple[str, ...]]) -> WeightRule:
     """The same rule over other tensors: the names of every source go through `names_of`."""
+    return replaced(rule, lambda source: Source(names_of(source.names)))
+
+
+def replaced(rule: WeightRule, made: Callable[[Source], WeightRule]) -> WeightRule:
+    """The same rule with what `made` makes of every source in its place."""
     match rule:
-        case Source(names):
-            return Source(names_of(names))
+        case Source():
+            return made(rule)
         case Concat(parts) | Stack(parts) | Sum(parts):
-            return replace(rule, parts=tuple(renamed(part, names_of) for part in parts))
+            return replace(rule, parts=tuple(replaced(part, made) for part in parts))
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
-            return replace(rule, of=renamed(of, names_of))
+            return replace(rule, of=replaced(of, made))
         case Either(options):
-            return Either(tuple(renamed(option, names_of) for option in options))
+            return Either(tuple(replaced(option, made) for option in options))
+        case Dequantise():
+            held = {name: getattr(rule, name) for name in ("codes", "scales", "zeros", "order")}
+            return replace(rule, **{name: replaced(part, made) for name, part in held.items() if part is not None})
     return rule
 
 
@@ -126,6 +152,9 @@ def rule_leaves(rule: WeightRule) -> Iterator[Source | Constant]:
             yield rule
         case Concat(parts) | Stack(parts) | Sum(parts) | Either(parts):
             for part in parts:
+                yield from rule_leaves(part)
+        case Dequantise():
+            for part in rule.parts:
                 yield from rule_leaves(part)
         case Shift(of) | Slice(of) | Reshape(of) | Permute(of):
             yield from rule_leaves(of)
@@ -170,6 +199,9 @@ def rule_text(rule: WeightRule) -> str:
             return "sum(" + ", ".join(rule_text(part) for part in parts) + ")"
         case Either(options):
             return " or ".join(rule_text(option) for option in options)
+        case Dequantise(codes, scheme=scheme):
+            blocks = "x".join(map(str, scheme.block))
+            return f"dequantise({rule_text(codes)}, {scheme.packing} of {scheme.bits} bits in blocks of {blocks})"
         case Shift(of, by):
             return f"{rule_text(of)} + {by!r}"
         case Slice(of, axis, start, stop, step):
@@ -213,6 +245,10 @@ def evaluate(rule: WeightRule, read: Mapping[str, np.ndarray], constants: Mappin
             return sum(others, first)
         case Either():
             return evaluate(resolve(rule, read), read, constants)
+        case Dequantise(scheme=scheme):
+            return dequantised(rule, read, 0, scheme.shape[0])
+        case Slice(Dequantise() as of, 0, start, stop, 1):
+            return dequantised(of, read, *slice(start, stop).indices(of.scheme.shape[0])[:2])
         case Shift(of, by):
             return widen(evaluate(of, read, constants)) + np.float32(by)
         case Slice(of, axis, start, stop, step):
@@ -238,11 +274,17 @@ def evaluate_item(
             return np.concatenate(items, axis=axis - 1)
         case Permute(of, axes) if axes[0] == 0:
             return evaluate_item(of, index, read, constants).transpose([axis - 1 for axis in axes[1:]])
+        case Dequantise():
+            return dequantised(rule, read, index, index + 1)[0]
     return evaluate(rule, read, constants)[index]
 
 
-def widen(array: np.ndarray) -> np.ndarray:
-    """float32 of a float32, float16 or bfloat16 (held as uint16) array; exact in every case."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32, copy=False)
+def dequantised(rule: Dequantise, read: Mapping[str, np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Rows start to stop of the result as float32, without the others in memory. `read` gives what is stored."""
+    return quantised.values(rule.scheme, stored_parts(rule, read), start, stop)
+
+
+def stored_parts(rule: Dequantise, read: Mapping[str, np.ndarray]) -> quantised.Parts:
+    """The arrays a quantised tensor is made of, as the file has them."""
+    held = (rule.codes, rule.scales, rule.zeros, rule.order)
+    return quantised.Parts(*(None if part is None else evaluate(part, read, {}) for part in held))  # pyright: ignore
