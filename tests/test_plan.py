@@ -23,7 +23,7 @@ def with_places(plan: Plan) -> Plan:
     """Weights one after the other, as an artifact lays them out."""
     placed, at = {}, 0
     for key, weight in sorted(plan.weights.items()):
-        size = weight.bytes or stored_bytes(weight)
+        size = weight.bytes or stored_bytes(weight.shape, weight.layout)
         placed[key] = replace(weight, offset=at, bytes=size)
         at += -(-size // ALIGN_BYTES) * ALIGN_BYTES
     return replace(plan, weights=placed)

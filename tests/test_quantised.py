@@ -93,3 +93,24 @@ def test_bfloat16_unless_asked(tmp_path: Path) -> None:
     compile_checkpoint(tmp_path / "plain", tmp_path / "p.xllm", CompileOptions(weights="bfloat16"))
     held = [re.sub(rb'"name":"[a-z]+"', b"", (tmp_path / f"{part}.xllm/plan.json").read_bytes()) for part in "qp"]
     assert held[0] == held[1]  # the digests of all weights are in it
+
+
+AWQ = awq(32)
+
+
+@pytest.mark.parametrize(
+    ("maker", "bits", "weights"),
+    [(gptq(4, 32, zeros="middle"), 4, "int4.32"), (gptq(4, 32), 4, "int8.32"), (AWQ, 4, "int8.32")],
+    ids=["symmetric int4", "int4 with zeros", "AWQ"],
+)
+def test_integers_stay_what_they_are(maker: Maker, bits: int, weights: str, tmp_path: Path) -> None:
+    """What a checkpoint keeps as integers is stored as the same integers: what is left is the activations' rounding."""
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    if maker is not AWQ:
+        said = {"quant_method": "gptq", "bits": bits, "group_size": 32}
+    write_checkpoint(tmp_path / "seed", DENSE, dtype="float32")
+    rewrite(tmp_path / "seed", tmp_path / "quantised", tmp_path / "plain", said, {"_proj.weight": maker})
+    options = CompileOptions(weights=weights, head="float32", kv="float32")
+    compile_checkpoint(tmp_path / "quantised", tmp_path / "q.xllm", options)
+    limit = 1e-3 if weights.startswith("int8") else 3e-2
+    assert worst_beside(tmp_path / "q.xllm", Reference(tmp_path / "plain", at_once=True), options) <= limit

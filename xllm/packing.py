@@ -11,6 +11,7 @@ import numpy as np
 from blake3 import blake3
 
 from xllm.errors import CompileError
+from xllm.ir.grids import grid
 from xllm.ir.program import Program
 from xllm.ir.weight_rules import (
     Concat,
@@ -26,7 +27,7 @@ from xllm.ir.weight_rules import (
     rule_sources,
     widen,
 )
-from xllm.kernels.cpu import KernelError, pack_panels
+from xllm.kernels.cpu import KernelError, pack_grid, pack_panels, quantised
 from xllm.plan import StoredWeight
 from xllm.targets.cpu import PANEL_ROWS
 
@@ -55,12 +56,36 @@ def blocks(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> It
             yield laid_out(block, stored)
     elif len(shape) == 3:  # matrices, one after the other: experts
         for index in range(shape[0]):
-            yield laid_out(evaluate_item(rule, index, bits, program.constants), stored)
+            kept = _kept(rule, bits, stored, index, index + 1)
+            made = evaluate_item(rule, index, bits, program.constants) if kept is None else None
+            yield kept if made is None else laid_out(made, stored)
     else:
-        for block in rows.blocks(PANEL_ROWS):
-            yield laid_out(block, stored)
+        for start, stop in rows.spans(PANEL_ROWS):
+            kept = _kept(rule, bits, stored, start, stop)
+            yield laid_out(rows.read(start, stop), stored) if kept is None else kept
     for name in _names(rule, checkpoint):
         checkpoint.release(name)
+
+
+def _kept(
+    rule: WeightRule, read: Mapping[str, np.ndarray], stored: StoredWeight, start: int, stop: int
+) -> np.ndarray | None:
+    """Rows (or one matrix of a stack) of a weight that is stored as integers and was integers, without rounding again;
+    None where its integers, groups or scales are not those of the storage."""
+    kind = quantised(stored.layout.dtype)
+    made = grid(rule, read, start, stop) if kind else None
+    if kind is None or made is None:
+        return None
+    steps, scales, columns = made
+    if steps.ndim == 3:
+        steps, scales = steps[0], scales[0]
+    most = 127 if kind.bits == 8 else 7
+    k, group = steps.shape[-1], kind.group or steps.shape[-1]
+    if columns % group or (steps.min(initial=0) < -most - (kind.bits == 4)) or steps.max(initial=0) > most:
+        return None
+    wanted = -(-k // group)
+    held = np.repeat(scales, columns // group, axis=-1)[:, :wanted]
+    return pack_grid(np.ascontiguousarray(steps), np.ascontiguousarray(held, np.float32), stored.layout.dtype)
 
 
 def laid_out(array: np.ndarray, stored: StoredWeight) -> np.ndarray:
@@ -116,13 +141,17 @@ class _Rows:
 
     def blocks(self, multiple: int) -> Iterator[np.ndarray]:
         """Blocks of rows whose number is a multiple of `multiple`, the last one aside; a scalar is one block."""
+        return (self.read(start, stop) for start, stop in self.spans(multiple))
+
+    def spans(self, multiple: int) -> Iterator[tuple[int, int]]:
+        """First row of each block, and the row behind it."""
         if not self._shape:
-            yield self.read(0, 1)
+            yield 0, 1
             return
         row_bytes = 4 * max(int(np.prod(self._shape[1:])), 1)
         step = max(BLOCK_BYTES // row_bytes // multiple, 1) * multiple
         for start in range(0, self._shape[0], step):
-            yield self.read(start, min(start + step, self._shape[0]))
+            yield start, min(start + step, self._shape[0])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self._whole is not None:

@@ -70,7 +70,9 @@ def sized(plan: Plan) -> Plan:
     """The plan with the bytes of every weight as the target stores it."""
     from xllm.targets.cpu.rules import stored_bytes
 
-    held = {key: replace(weight, bytes=stored_bytes(weight)) for key, weight in plan.weights.items()}
+    held = {
+        key: replace(weight, bytes=stored_bytes(weight.shape, weight.layout)) for key, weight in plan.weights.items()
+    }
     return replace(plan, weights=held)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from xllm.kernels.cpu import packed_bytes, quantised
-from xllm.plan import StoredWeight
 from xllm.targets.base import TOKENS, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 
 GROUP_TOKENS = 16
@@ -86,9 +85,8 @@ def _storage(element: int, sizes: Mapping[str, int]) -> str:
     return f"{dtype}.{sizes['group'] or 'row'}" if element < 2 else dtype
 
 
-def stored_bytes(weight: StoredWeight) -> int:
+def stored_bytes(shape: tuple[int, ...], layout: Layout) -> int:
     """Bytes of a weight in its layout; panels pad the rows of each matrix."""
-    layout, shape = weight.layout, weight.shape
     if layout.form == "plain":
         return math.prod(shape) * ELEMENT_BYTES[layout.dtype]
     return math.prod(shape[:-2]) * packed_bytes(shape[-2], shape[-1], layout.dtype)
