@@ -57,8 +57,9 @@ def blocks(program: Program, stored: StoredWeight, checkpoint: Checkpoint) -> It
     elif len(shape) == 3:  # matrices, one after the other: experts
         for index in range(shape[0]):
             kept = _kept(rule, bits, stored, index, index + 1)
-            made = evaluate_item(rule, index, bits, program.constants) if kept is None else None
-            yield kept if made is None else laid_out(made, stored)
+            if kept is None:
+                kept = laid_out(evaluate_item(rule, index, bits, program.constants), stored)
+            yield kept
     else:
         for start, stop in rows.spans(PANEL_ROWS):
             kept = _kept(rule, bits, stored, start, stop)

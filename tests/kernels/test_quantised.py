@@ -12,9 +12,15 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 97, 130)
 LIMIT = {8: 1e-4, 4: 1e-2}
 
 
+def kind_of(storage):
+    kind = cpu.quantised(storage)
+    assert kind is not None
+    return kind
+
+
 def unpacked(packed, n, k, storage):
     """float32 [n, k] of a packed weight, read by the layout that simd/quantised.h describes."""
-    kind = cpu.quantised(storage)
+    kind = kind_of(storage)
     padded = kind.padded(k)
     group = kind.group or padded
     out = np.zeros((-(-n // 16) * 16, padded), np.float32)
@@ -32,7 +38,7 @@ def unpacked(packed, n, k, storage):
 
 
 def linear(run, x, packed, bias, n, storage):
-    kind, k = cpu.quantised(storage), x.shape[1]
+    kind, k = kind_of(storage), x.shape[1]
     out, scratch = np.full((len(x), n), np.nan, np.float32), aligned(kind.row_bytes(k) * len(x))
     args = {"x": x, "weight": packed, "bias": bias, "out": out, "scratch_rows": scratch}
     run(f"linear.i{kind.bits}", args, {"k": k, "n": n, "group": kind.group}, rows=len(x))
@@ -40,7 +46,8 @@ def linear(run, x, packed, bias, n, storage):
 
 
 def pack(weight, storage):
-    packed = aligned(cpu.packed_bytes(*weight.shape, storage))
+    n, k = weight.shape
+    packed = aligned(cpu.packed_bytes(n, k, storage))
     return cpu.pack_panels(weight, storage, packed)
 
 
@@ -48,7 +55,7 @@ def pack(weight, storage):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (23, 37), (100, 1030)])
 def test_steps_are_the_nearest_of_their_scale(rng, storage, n, k):
     weight = rng.standard_normal((n, k), np.float32)
-    got, bits = unpacked(cpu.pack_panels(weight, storage), n, k, storage), cpu.quantised(storage).bits
+    got, bits = unpacked(cpu.pack_panels(weight, storage), n, k, storage), kind_of(storage).bits
     assert relative_error(got, weight) < {8: 0.01, 4: 0.16}[bits]
     assert np.array_equal(got, unpacked(cpu.pack_panels(got, storage), n, k, storage)) or bits == 4
 
@@ -64,7 +71,7 @@ def test_int4_leaves_less_than_rounding_by_the_greatest(rng):
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_grid_is_taken_as_it_is(rng, storage):
-    kind, n, k = cpu.quantised(storage), 33, 256
+    kind, n, k = kind_of(storage), 33, 256
     most = 127 if kind.bits == 8 else 7
     steps = rng.integers(-most, most + 1, (n, k)).astype(np.int8)
     groups = k // kind.group if kind.group else 1
@@ -91,7 +98,7 @@ def test_matches_float64(run, rng, storage, k, n):
     for rows in (1, 3, 6, 97):
         x = rng.standard_normal((rows, k), np.float32)
         want = x.astype(np.float64) @ held.T + bias
-        assert relative_error(linear(run, x, packed, bias, n, storage), want) < LIMIT[cpu.quantised(storage).bits]
+        assert relative_error(linear(run, x, packed, bias, n, storage), want) < LIMIT[kind_of(storage).bits]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -122,7 +129,7 @@ def test_a_poisoned_row_stays_alone_and_zeros_give_zeros(run, rng, storage):
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_embeddings_are_rows_of_what_is_packed(run, rng, storage):
-    vocab, width, kind = 50, 70, cpu.quantised(storage)
+    vocab, width, kind = 50, 70, kind_of(storage)
     packed = pack(rng.standard_normal((vocab, width), np.float32), storage)
     ids, out = np.array([49, 0, 16, 15], np.int64), np.empty((4, width), np.float32)
     args = {"ids": ids, "weight": packed, "out": out}

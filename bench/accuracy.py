@@ -1,0 +1,146 @@
+"""What storage of weights costs in accuracy: error of logits on random weights, held-out loss of the embedded model.
+
+    python -m bench.accuracy [--checkpoint DIR] [--conversations 40]
+
+Logits: ‖Δ‖ / ‖reference‖ against bfloat16 weights of the same checkpoint (a small one like Qwen3, unless named). Random
+weights pass errors on almost undamped, layer after layer, so the share grows with depth; trained ones damp them.
+Beside each integer type stand the weights alone: rounded by it, and rounded by the greatest of every 32, the rule of
+llama.cpp's Q8_0 (greatest / 127) and Q4_0 (greatest / -8), as a share of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer
+
+from bench.checkpoints import write_checkpoint
+from bench.report import RESULTS, console, footer, save, table
+from xllm.artifact import Artifact
+from xllm.compiler import CompileOptions, compile_checkpoint
+from xllm.embedded import checkpoint_path
+from xllm.embedded.evaluate import held_out_loss
+from xllm.kernels import cpu
+from xllm.runtime.executor import Batch, Row
+from xllm.runtime.request import Request, SamplingParams
+from xllm.targets.cpu import host_threads
+from xllm.targets.cpu.executor import CpuExecutor
+
+STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32", "int4.64", "int4.128")
+SHAPE = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096,
+    "max_position_embeddings": 512, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+class Compiled:
+    """An artifact as what `held_out_loss` asks: the logits of every token of one sequence."""
+
+    def __init__(self, artifact: Path) -> None:
+        self._executor, self._step = CpuExecutor(Artifact.open(artifact), host_threads()), 0
+        spec, length = self._executor.kv, self._executor.limits.max_len
+        self._state = mmap.mmap(-1, -(-length // spec.group_tokens) * spec.group_bytes + spec.fixed_bytes)
+        self._base = np.frombuffer(self._state, np.uint8).ctypes.data
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, V]; token by token, which gives the bits that any other cut gives."""
+        self._executor.attach(0, Request("accuracy", tuple(ids), SamplingParams(temperature=0.0)), ())
+        rows = []
+        for at, token in enumerate(ids):
+            self._executor.launch(Batch(self._step, (Row(0, self._base, at, (token,), True),))).result()
+            self._step += 1
+            rows.append(self._executor.rows(1)[0])
+        self._executor.detach(0)
+        return np.array(rows)
+
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=torch.from_numpy(self.logits(input_ids[0].tolist()))[None])
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def rounding(storage: str, weight: np.ndarray) -> tuple[float, float]:
+    """Error of a weight in this storage, and rounded by the greatest of every 32 with as many bits."""
+    kind = cpu.quantised(storage)
+    assert kind is not None
+    # A product with the identity reads the packed weight back; activations of one step are exact.
+    n, k = weight.shape
+    eye, out = np.eye(k, dtype=np.float32), np.empty((k, n), np.float32)
+    packed, rows = cpu.pack_panels(weight, storage), np.empty(kind.row_bytes(k) * k, np.uint8)
+    args = {"x": eye, "weight": packed, "out": out, "scratch_rows": rows}
+    call = cpu.Call(
+        f"linear.i{kind.bits}",
+        {**{name: held.ctypes.data for name, held in args.items()}, "bias": None},
+        {"k": k, "n": n, "group": kind.group},
+    )
+    step = np.arange(k, dtype=np.int32)
+    with cpu.Runner(1) as runner:
+        span = np.zeros(128, np.uint8)
+        base = np.array([span.ctypes.data + -span.ctypes.data % 64], np.uint64)
+        batch = cpu.Batch(step, step, np.zeros(0, np.int32), np.array([0, k], np.int32), base)
+        runner.run(runner.add_plan([call]), batch)
+    groups = weight.reshape(n, -1, 32)
+    most = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    scale = (np.abs(most) / 127 if kind.bits == 8 else most / -8).astype(np.float16).astype(np.float32)
+    low, high = (-127, 127) if kind.bits == 8 else (-8, 7)
+    plain = np.clip(np.rint(groups / scale), low, high) * scale
+    return relative(out.T, weight), relative(plain.reshape(n, k), weight)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="whose logits are compared")
+    parser.add_argument("--conversations", type=int, default=40, help="of the held-out loss")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
+    options = parser.parse_args()
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((256, 1024), np.float32)
+    story, tokenizer = checkpoint_path(), Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", SHAPE)
+        reference = np.zeros(0)
+        for storage in track(STORAGES, "measuring", console=console(), transient=True):
+            found = results[storage] = {}
+            chosen = CompileOptions(weights=storage, kv="bfloat16", max_len=512)
+            for name, source in (("logits", folder), ("loss", story)):
+                artifact = Path(scratch) / f"{name}-{storage}.xllm"
+                compile_checkpoint(source, artifact, chosen)
+                model = Compiled(artifact)
+                if name == "loss":
+                    found["loss"] = held_out_loss(model, tokenizer, options.conversations, 0)["all"]
+                else:
+                    vocab = Artifact.open(artifact).manifest["model"]["vocab"]
+                    got = model.logits(np.random.default_rng(1).integers(0, vocab, 64).tolist())
+                    reference = got if storage == STORAGES[0] else reference
+                    found["logits"] = relative(got, reference)
+                model.close()
+            if storage != STORAGES[0]:
+                found["weights"], found["plain"] = rounding(storage, weight)
+    out, view = console(), table("accuracy", "storage", "weights", "by the greatest", "logits", "held-out loss", "more")
+    first = results[STORAGES[0]]["loss"]
+    for storage, found in results.items():
+        shares = [f"{found[name]:.2%}" if name in found else "" for name in ("weights", "plain", "logits")]
+        view.add_row(storage, *shares, f"{found['loss']:.4f}", f"{found['loss'] / first - 1:+.2%}")
+    out.print(view)
+    save(options.out, "accuracy", {"conversations": options.conversations, "shape": SHAPE}, results)
+    footer(out)
+
+
+if __name__ == "__main__":
+    main()
