@@ -93,17 +93,18 @@ template <class Kv, bool Latent>
 void spread(const Kept<Kv> &from, const Spread &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
   for (int64_t g = first; g < end; g++)
     for (int64_t i = 0; i < from.key_dim; i++) store(to.keys + (g * from.key_dim + i) * 16, Kv::load(from.key(g) + i * 16));
-  for (; token < tokens; token++) {
-    const float *key = to.keys + token / 16 * 16 * from.key_dim + token % 16;
-    const auto *value = from.value(token, 0);
-    for (int64_t d = 0; d < from.value_dim; d += 16) {
-      float lane[16] = {0};
-      const int64_t some = min(16, from.value_dim - d);
-      if constexpr (Latent)
-        for (int64_t i = 0; i < some; i++) lane[i] = key[(d + i) * 16];
-      else if (some < 16)
-        for (int64_t i = 0; i < some; i++) lane[i] = Kv::decode(value[d + i]);
-      store(to.values + d * kKeyBlock + token * 16, Latent || some < 16 ? load(lane) : Kv::load(value + d));
+  for (int64_t d = 0; d < from.value_dim; d += 16) {
+    const int64_t some = min(16, from.value_dim - d);
+    for (int64_t i = token; i < tokens; i++) {
+      float lane[16] = {0}, *out = to.values + d * kKeyBlock + i * 16;
+      const float *key = to.keys + (i / 16 * from.key_dim + d) * 16 + i % 16;
+      const auto *value = from.value(i, d);
+      if (!Latent && some == 16) {
+        store(out, Kv::load(value));
+        continue;
+      }
+      for (int64_t j = 0; j < some; j++) lane[j] = Latent ? key[j * 16] : Kv::decode(value[j]);
+      store(out, load(lane));
     }
   }
 }

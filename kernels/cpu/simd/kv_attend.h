@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "kv.h"
+#include "panel.h"
 #include "vmath.h"
 
 namespace XK_LEVEL {
@@ -31,10 +32,13 @@ struct Kept {  // a block where it lies, for few rows
   int64_t value_step() const { return value_dim; }
   int64_t value_panel() const { return 16; }
   // Runs of a few KB at far apart addresses are too short for the prefetchers of the hardware: with the keys of a group its values
-  // are fetched, and with these the keys of that group in the next block. Beyond the last one there may be no memory, and a fetch
-  // that finds none costs a walk of the page tables each time.
+  // are fetched, and with the values of a block, line by line, the keys of the next. Beyond the last block there may be no memory,
+  // and a fetch that finds none costs a walk of the page tables each time.
   int64_t after_key() const { return key_bytes(); }
-  int64_t after_value(int64_t token) const { return token / 16 < groups_after ? kBlockGroups * group_bytes - key_bytes() : 0; }
+  const uint8_t *after_value(int64_t sixteen_lines) const {
+    const int64_t each = max(1, key_bytes() / 1024), group = sixteen_lines / each;
+    return group < min(kBlockGroups, groups_after) ? base + (kBlockGroups + group) * group_bytes + sixteen_lines % each * 1024 : nullptr;
+  }
 };
 
 struct Spread {  // a block brought into float32: keys [groups][key_dim][16], values [value panels][kKeyBlock][16]
@@ -49,7 +53,7 @@ struct Spread {  // a block brought into float32: keys [groups][key_dim][16], va
   int64_t value_step() const { return 16; }
   int64_t value_panel() const { return 16 * kKeyBlock; }
   int64_t after_key() const { return 0; }
-  int64_t after_value(int64_t) const { return 0; }
+  const uint8_t *after_value(int64_t) const { return nullptr; }
 };
 
 struct Tile {
@@ -65,7 +69,7 @@ XK_INLINE void multiply_add(f32x16 (&acc)[R][P], const typename Block::Element *
                             int64_t x_stride) {
   f32x16 column[P];
 #pragma GCC unroll 4
-  for (int p = 0; p < P; p++) column[p] = Block::Decode::load(at[p] + offset);
+  for (int p = 0; p < P; p++) column[p] = Block::Decode::load_apart(at[p] + offset);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     const f32x16 b = set1(x[r * x_stride]);
@@ -100,7 +104,7 @@ void score_tile(const Tile &t, const Block &block, int64_t begin, int64_t group)
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) store(t.score + (begin + r) * kKeyBlock + (group + p) * 16, acc[r][p]);
+    for (int p = 0; p < P; p++) store(t.score + (begin + r) * kKeyBlock + (group + p) * 16, Block::Decode::weave(acc[r][p]));
 }
 
 template <class Block, int R = kTileRows>
@@ -130,13 +134,9 @@ void value_tile(const Tile &t, const Block &block, int64_t begin, int64_t d, int
     const typename Block::Element *at[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) at[p] = block.value(token, d) + p * panel;
-    const int64_t ahead = block.after_value(token);
+    const uint8_t *ahead = block.after_value(d / (16 * P) * kBlockGroups + token / 16);
     for (int64_t offset = 0; token < stop; token++, offset += step) {
-      if constexpr (Block::kFetch)
-        if (ahead)
-#pragma GCC unroll 4
-          for (int p = 0; p < P; p += (int)(4 / sizeof(typename Block::Element)))
-            __builtin_prefetch((const uint8_t *)(at[p] + offset) + ahead, 0, 2);
+      if (Block::kFetch && ahead) __builtin_prefetch(ahead, 0, 2), ahead += 64;
       multiply_add<Block, R, P>(acc, at, offset, weight + token, kKeyBlock);
     }
   }
@@ -146,7 +146,7 @@ void value_tile(const Tile &t, const Block &block, int64_t begin, int64_t d, int
     float *held = t.held + (begin + r) * t.stride + d;
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++)
-      if constexpr (Whole) store(held + p * 16, fma(acc[r][p], set1(row.take), load(held + p * 16) * set1(row.keep)));
+      if constexpr (Whole) store(held + p * 16, fma(Block::Decode::weave(acc[r][p]), set1(row.take), load(held + p * 16) * set1(row.keep)));
       else store(sums + (r * P + p) * 16, acc[r][p]);
   }
 }
@@ -168,7 +168,7 @@ void value_rows(const Tile &t, const Block &block, int64_t begin, int64_t d, con
     const Row &row = t.row[begin + r];
     float *held = t.held + (begin + r) * t.stride + d;
     for (int p = 0; p < P; p++)
-      store(held + p * 16, fma(load(sums + (r * P + p) * 16), set1(row.take), load(held + p * 16) * set1(row.keep)));
+      store(held + p * 16, fma(Block::Decode::weave(load(sums + (r * P + p) * 16)), set1(row.take), load(held + p * 16) * set1(row.keep)));
   }
 }
 
@@ -184,28 +184,38 @@ void value_few(const Tile &t, const Block &block, int64_t begin, int rows, int64
   }
 }
 
-// Scores of one row become weights exp(score - block maximum), zero outside the tokens it sees; its block maximum and sum.
-static inline void soften(float *score, int64_t block, const Row &row, float softcap, float *maximum, float *sum) {
-  const f32x16 lowest = set1(-INFINITY), first = set1((float)(row.first - block)), last = set1((float)(row.position - block));
+// The highest score of one row in a block, whose scores are capped, and -inf outside the tokens that it sees.
+XK_INLINE float settle(float *score, int64_t block, const Row &row, float softcap) {
   const bool whole = row.first <= block && row.position >= block + kKeyBlock - 1;
-  f32x16 index = lane_index(), value[kBlockGroups], top = lowest;
+  f32x16 top = set1(-INFINITY);
+  if (whole && !(softcap > 0)) {
 #pragma GCC unroll 4
-  for (int g = 0; g < kBlockGroups; g++, index = index + set1(16.0f)) {
-    value[g] = load(score + g * 16);
-    if (softcap > 0) value[g] = set1(softcap) * tanh(value[g] / set1(softcap));
-    if (!whole) value[g] = select_less(index, first, lowest, select_less(last, index, lowest, value[g]));
-    top = max(value[g], top);
+    for (int g = 0; g < kBlockGroups; g++) top = max(load(score + g * 16), top);
+    return reduce_max(top);
   }
-  *maximum = reduce_max(top);
-  const f32x16 m = set1(*maximum);
+  const f32x16 lowest = set1(-INFINITY), first = set1((float)(row.first - block)), last = set1((float)(row.position - block));
+  f32x16 index = lane_index();
+  for (int g = 0; g < kBlockGroups; g++, index = index + set1(16.0f)) {
+    f32x16 value = load(score + g * 16);
+    if (softcap > 0) value = set1(softcap) * tanh(value / set1(softcap));
+    value = select_less(index, first, lowest, select_less(last, index, lowest, value));
+    store(score + g * 16, value);
+    top = max(value, top);
+  }
+  return reduce_max(top);
+}
+
+// Settled scores become weights exp(score - maximum); their sum.
+XK_INLINE float weigh(float *score, float maximum) {
+  const f32x16 m = set1(maximum);
   f32x16 total = zero();
 #pragma GCC unroll 4
   for (int g = 0; g < kBlockGroups; g++) {
-    const f32x16 weight = exp_falling(value[g] - m);
+    const f32x16 weight = exp_falling(load(score + g * 16) - m);
     store(score + g * 16, weight);
     total = total + weight;
   }
-  *sum = reduce_add(total);
+  return reduce_add(total);
 }
 
 // Of two parts, what each is multiplied by when they meet: exp(its maximum - the greater). One of the two is exp(0) = 1.
@@ -242,10 +252,10 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   for (int64_t r = begin; r < end; r += 16) {
     float maximum[16] = {0}, sum[16], factor[16] = {0};
     const int64_t some = min(16, end - r);
-    for (int64_t i = 0; i < some; i++) {
-      soften(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap, maximum + i, sum + i);
-      factor[i] = fall(row[r + i].maximum, maximum[i]);
-    }
+    // One loop for each kind of dependence: in one loop for all, a row would wait for its maximum, then for its sum.
+    for (int64_t i = 0; i < some; i++) maximum[i] = settle(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap);
+    for (int64_t i = 0; i < some; i++) sum[i] = weigh(t.score + (r + i) * kKeyBlock, maximum[i]);
+    for (int64_t i = 0; i < some; i++) factor[i] = fall(row[r + i].maximum, maximum[i]);
     store(factor, exp_falling(load(factor)));
     for (int64_t i = 0; i < some; i++) {
       Row &to = t.row[r + i];

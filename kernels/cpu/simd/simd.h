@@ -47,7 +47,7 @@ constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
 constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
 constexpr int64_t kKeyChunk = 512;   // tokens whose blocks are merged first; so too
-constexpr int64_t kQueryRows = 48;   // query rows (token x head) that share one pass over keys and values
+constexpr int64_t kQueryRows = 96;   // query rows (token x head) that share one pass over keys and values
 
 struct f32x16 {
   vf v[kParts];
