@@ -136,7 +136,7 @@ LONG = [
 @pytest.mark.parametrize("suffix", ["f32", "bf16"])
 @pytest.mark.parametrize("options", LONG)
 def test_chunks_as_units_give_the_same_bits(run, rng, suffix, options):
-    """One row of a long context: its chunks as units and merged after, or in turn by one thread, or within the prompt."""
+    """One row of a long context: its chunks as units, merged after; or in turn by one thread; or within the prompt."""
     tokens = 1600
     q, k, v = inputs(rng, tokens, 2, 1, 32)
     model = Model(run, 2, 1, 32, suffix, tokens, **options)

@@ -36,16 +36,21 @@ const char *check(const Call &c) {
   return nullptr;
 }
 
+// Query rows that share one pass over keys and values. Those of latents are long: fewer of them stay in a cache.
+template <bool Latent>
+constexpr int64_t kRows = Latent ? kQueryRows / 2 : kQueryRows;
+
 // Scratch of a thread: rows, queries, sums of the chunk and of all, scores; then a block of keys and values.
+template <bool Latent>
 int64_t scratch(const Call &c) {
-  const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]);
-  return kQueryRows * (int64_t)sizeof(Row) + (kQueryRows * (key + 2 * value + kKeyBlock) + kKeyBlock * (key + value)) * (int64_t)sizeof(float);
+  const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]), rows = kRows<Latent>;
+  return rows * (int64_t)sizeof(Row) + (rows * (key + 2 * value + kKeyBlock) + kKeyBlock * (key + value)) * (int64_t)sizeof(float);
 }
 
 // A unit is a tile of tokens under one KV head; of the many heads on a latent, as many as share a pass.
 template <bool Latent>
-int64_t units_of_tile(const Call &c) {
-  return Latent ? (xk::kQueryTile * c.ints[kQHeads] + kQueryRows - 1) / kQueryRows : c.ints[kKvHeads];
+int64_t units_of_tile(const Call &c, int64_t tokens) {
+  return Latent ? (tokens * c.ints[kQHeads] + kRows<true> - 1) / kRows<true> : c.ints[kKvHeads];
 }
 
 struct Chunks {  // that the rows of a tile see
@@ -60,7 +65,7 @@ Chunks chunks_of(const Call &c, const Step &s, int64_t tile) {
 // Chunks of all tiles if they are units of their own, else 0. That decides who computes what, never what is computed.
 template <bool Latent>
 int64_t parts(const Call &c, const Step &s) {
-  if (s.tiles * units_of_tile<Latent>(c) >= kEnoughUnits) return 0;
+  if (s.tiles * units_of_tile<Latent>(c, 1) >= kEnoughUnits) return 0;
   int64_t all = 0;
   for (int64_t tile = 0; tile < s.tiles; tile++) {
     if (s.tile_rows[tile] != 1) return 0;
@@ -72,7 +77,7 @@ int64_t parts(const Call &c, const Step &s) {
 template <bool Latent>
 int64_t units(const Call &c, const Step &s) {
   const int64_t all = parts<Latent>(c, s);
-  return (all ? all : s.tiles) * units_of_tile<Latent>(c);
+  return all ? all * units_of_tile<Latent>(c, 1) : s.tiles * units_of_tile<Latent>(c, xk::kQueryTile);
 }
 
 // A part: for each query head the values of a chunk, not yet divided, then its maximum and sum.
@@ -111,7 +116,7 @@ void spread(const Kept<Kv> &from, const Spread &to, int64_t first, int64_t end, 
 
 // Blocks from..to-1 (tokens) for the rows that see them, positions growing with the row.
 template <class Kv, bool Latent>
-void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &spreaded, int64_t from, int64_t to) {
+void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &copy, int64_t from, int64_t to) {
   const uint8_t *base = kept.base;
   const int64_t last_group = (min(to, t.row[t.rows - 1].position + 1) - 1) / 16;
   for (int64_t at = from; at < to; at += kKeyBlock) {
@@ -126,8 +131,8 @@ void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &spreaded, int64_t
       continue;
     }
     const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
-    spread<Kv, Latent>(kept, spreaded, first / 16, (seen + 15) / 16, first, seen);
-    attend_block(t, spreaded, at, begin, end, t.stride);
+    spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
+    attend_block(t, copy, at, begin, end, t.stride);
   }
 }
 
@@ -141,13 +146,13 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
   t.key_stride = padded(key_dim), t.stride = padded(value_dim);
   t.rows = rows, t.softcap = c.floats[kSoftcap];
   t.row = (Row *)memory;
-  t.query = (float *)(t.row + kQueryRows);
-  t.held = t.query + kQueryRows * t.key_stride;
-  float *all = t.held + kQueryRows * t.stride;
-  t.score = all + kQueryRows * t.stride;
-  Spread spreaded;
-  spreaded.keys = t.score + kQueryRows * kKeyBlock, spreaded.values = spreaded.keys + kKeyBlock * t.key_stride;
-  spreaded.key_dim = key_dim;
+  t.query = (float *)(t.row + kRows<Latent>);
+  t.held = t.query + kRows<Latent> * t.key_stride;
+  float *all = t.held + kRows<Latent> * t.stride;
+  t.score = all + kRows<Latent> * t.stride;
+  Spread copy;
+  copy.keys = t.score + kRows<Latent> * kKeyBlock, copy.values = copy.keys + kKeyBlock * t.key_stride;
+  copy.key_dim = key_dim;
   Kept<Kv> kept;
   kept.base = (const uint8_t *)kv_group<Kv>(s.batch.seq_kv[s.tile_seq[tile]], place_of(c, Latent), head, 0);
   kept.group_bytes = c.ints[kGroupBytes], kept.key_dim = key_dim, kept.value_dim = value_dim;
@@ -178,7 +183,7 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
       t.row[r].maximum = -INFINITY, t.row[r].sum = 0;
       for (int64_t d = 0; d < t.stride; d += 16) store(t.held + r * t.stride + d, zero());
     }
-    attend_blocks<Kv, Latent>(t, kept, spreaded, max(from, lowest), to);
+    attend_blocks<Kv, Latent>(t, kept, copy, max(from, lowest), to);
     for (int64_t r = 0; r < rows; r++) {
       Row &row = t.row[r];
       const float *held = t.held + r * t.stride;
@@ -198,20 +203,21 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
 
 template <class Kv, bool Latent>
 void run(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
-  const int64_t of_tile = units_of_tile<Latent>(c), share = c.ints[kQHeads] / c.ints[kKvHeads];
-  const int64_t head = Latent ? 0 : unit % of_tile, first = Latent ? unit % of_tile * kQueryRows : 0;
+  const bool split = parts<Latent>(c, s) > 0;
+  const int64_t of_tile = units_of_tile<Latent>(c, split ? 1 : xk::kQueryTile), share = c.ints[kQHeads] / c.ints[kKvHeads];
+  const int64_t head = Latent ? 0 : unit % of_tile, first = Latent ? unit % of_tile * kRows<Latent> : 0;
   int64_t tile = s.tiles - 1 - unit / of_tile;  // the longest rows of a prompt first, for balance
   int64_t chunk = 0;
   float *part = nullptr;
-  if (parts<Latent>(c, s)) {
+  if (split) {
     int64_t left = unit / of_tile;
     part = c.arg<float>(kParts, s) + left * c.ints[kQHeads] * part_stride(c);
     for (tile = 0; left >= chunks_of(c, s, tile).count; tile++) left -= chunks_of(c, s, tile).count;
     chunk = chunks_of(c, s, tile).first + left;
   }
   const int64_t all = s.tile_rows[tile] * share;
-  for (int64_t begin = first; begin < all; begin += kQueryRows) {
-    attend<Kv, Latent>(c, s, tile, head, begin, min(kQueryRows, all - begin), chunk, part, scratch);
+  for (int64_t begin = first; begin < all; begin += kRows<Latent>) {
+    attend<Kv, Latent>(c, s, tile, head, begin, min(kRows<Latent>, all - begin), chunk, part, scratch);
     if (Latent) break;
   }
 }
@@ -253,7 +259,7 @@ const Kernel merge = {"", "", "", "", nullptr, merge_scratch, merge_units<Latent
 
 template <class Kv, bool Latent>
 constexpr Kernel kernel(const char *name) {
-  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch, units<Latent>, run<Kv, Latent>, &merge<Latent>};
+  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch<Latent>, units<Latent>, run<Kv, Latent>, &merge<Latent>};
 }
 
 }  // namespace
