@@ -8,7 +8,7 @@
 namespace xk {
 
 constexpr int64_t kGroup = 16;      // tokens of one KV group and lanes of one panel
-constexpr int64_t kQueryTile = 16;  // most query tokens of one attention unit
+constexpr int64_t kQueryTile = 48;  // most query tokens of one attention unit
 
 struct Step {  // one step with its inputs resolved: what every kernel reads
   xk_batch batch;

@@ -20,7 +20,7 @@ class Model:
 
     def __init__(self, run, q_heads, kv_heads, dim, suffix, tokens, spans=1, value_dim=0, **options):
         self.run, self.q_heads, self.kv_heads, self.dim, self.suffix = run, q_heads, kv_heads, dim, suffix
-        self.value_dim = value_dim or dim
+        self.value_dim, self.part_count = value_dim or dim, 64
         self.options = {"window": 0, "softcap": 0.0, "sinks": None} | options
         self.scale = 1 / math.sqrt(dim)
         kept = kv_heads * (dim + self.value_dim) * 16 * (4 if suffix == "f32" else 2)
@@ -34,15 +34,20 @@ class Model:
         shape = {"layer_offset": LAYER_OFFSET, "group_bytes": self.group_bytes, "kv_heads": self.kv_heads}
         shape |= {"key_dim": self.dim, "value_dim": self.value_dim}
         out = np.full((*q.shape[:2], self.value_dim), np.nan, np.float32)
+        parts = self.parts(self.value_dim)
         self.run(f"kv_write.{self.suffix}", {"k": k, "v": v}, shape, step=step)
         self.run(
             f"attention.{self.suffix}",
-            {"q": q, "sinks": self.options["sinks"], "out": out},
-            shape | {"q_heads": self.q_heads, "window": self.options["window"]},
+            {"q": q, "sinks": self.options["sinks"], "out": out, "scratch_parts": parts},
+            shape | {"q_heads": self.q_heads, "window": self.options["window"], "parts": len(parts)},
             {"scale": self.scale, "softcap": self.options["softcap"]},
             step=step,
         )
         return out
+
+    def parts(self, value_dim):
+        """Room for the chunks of a step of few rows."""
+        return np.full((self.part_count, self.q_heads, (value_dim + 15) // 16 * 16 + 16), np.nan, np.float32)
 
     def oracle(self, q, k, v, start=0):
         k, v = rounded(k, self.suffix), rounded(v, self.suffix)
@@ -121,6 +126,41 @@ def test_long_context_with_far_apart_scores(run, rng):
     assert relative_error(got, model.oracle(q, k, v)) < 1e-5
 
 
+LONG = [
+    pytest.param({}, id="all"),
+    pytest.param({"window": 700}, id="window"),
+    pytest.param({"sinks": np.array([0.5, -2], np.float32)}, id="sinks"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("options", LONG)
+def test_chunks_as_units_give_the_same_bits(run, rng, suffix, options):
+    """One row of a long context: its chunks as units, merged after; or in turn by one thread; or within the prompt."""
+    tokens = 1600
+    q, k, v = inputs(rng, tokens, 2, 1, 32)
+    model = Model(run, 2, 1, 32, suffix, tokens, **options)
+    whole = model.step(q, k, v, [tokens], [0])
+    assert relative_error(whole, model.oracle(q, k, v)) < 1e-6
+    for row in (0, 511, 512, 1023, 1300, tokens - 1):
+        for model.part_count in (64, 1):
+            one = model.step(q[row : row + 1], k[row : row + 1], v[row : row + 1], [1], [row])
+            assert np.array_equal(one[0], whole[row]), (row, model.part_count)
+
+
+def test_chunks_of_several_sequences_do_not_meet(run, rng):
+    starts, tokens = [1500, 3, 700], 1600
+    model = Model(run, 4, 1, 16, "bf16", tokens, spans=3)
+    past = [inputs(rng, start + 1, 4, 1, 16) for start in starts]
+    alone = []
+    for n, (q, k, v) in enumerate(past):
+        one = Model(run, 4, 1, 16, "bf16", tokens)
+        one.spans = model.spans[n : n + 1]
+        alone.append(one.step(q, k, v, [len(q)], [0])[-1])
+    q, k, v = (np.concatenate([held[i][-1:] for held in past]) for i in range(3))
+    assert np.array_equal(model.step(q, k, v, [1, 1, 1], starts), np.array(alone))
+
+
 def test_a_poisoned_token_reaches_only_those_who_see_it(run, rng):
     q, k, v = inputs(rng, 80, 4, 2, 32)
     clean = Model(run, 4, 2, 32, "f32", 80, window=30).step(q, k, v, [80], [0])
@@ -152,8 +192,8 @@ class LatentModel(Model):
         shape = {"q_heads": self.q_heads, "kv_heads": 1, "key_dim": self.dim, "value_dim": self.latent}
         self.run(
             f"latent_attention.{self.suffix}",
-            query | {"out": out},
-            place | shape | {"window": self.options["window"]},
+            query | {"out": out, "scratch_parts": (parts := self.parts(self.latent))},
+            place | shape | {"window": self.options["window"], "parts": len(parts)},
             {"scale": self.scale, "softcap": self.options["softcap"]},
             step=step,
         )
@@ -178,6 +218,16 @@ def test_latent_keys_give_the_values(run, rng, suffix, heads, latent, rope, opti
     model.spans = model.spans[1:]
     chunks = [model.step(q[a:b].copy(), k[a:b].copy(), None, [b - a], [a]) for a, b in pairwise(cuts)]
     assert np.array_equal(np.concatenate(chunks), whole)
+
+
+def test_chunks_of_latent_keys_give_the_same_bits(run, rng):
+    tokens = 1100
+    q, k, _ = inputs(rng, tokens, 16, 1, 40)
+    model = LatentModel(run, 16, 32, 8, "bf16", tokens)
+    whole = model.step(q, k, None, [tokens], [0])
+    for row in (400, 600, tokens - 1):
+        one = model.step(q[row : row + 1].copy(), k[row : row + 1].copy(), None, [1], [row])
+        assert np.array_equal(one[0], whole[row])
 
 
 def test_latent_keys_of_sequences_of_a_batch_do_not_meet(run, rng):

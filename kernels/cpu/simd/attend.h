@@ -7,10 +7,6 @@
 
 namespace XK_LEVEL {
 
-constexpr int kBlockGroups = kKeyBlock / 16;
-
-static inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
-
 struct KeyTile {  // query rows of one head against one block of keys
   float *keys, *values, *query, *score, *partial;
   int64_t dim, value_dim, tokens, first;  // tokens and first: of the block, first counted from the sequence's start

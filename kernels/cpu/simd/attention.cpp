@@ -1,23 +1,22 @@
 // Causal attention over contiguous KV spans, grouped queries, optional window, soft-cap and sinks; values stored beside the keys, or
-// (latent_attention) the first numbers of the keys, formed from them block by block. Keys are taken in blocks of
-// kKeyBlock tokens at fixed absolute positions; each block gives a query row (maximum, sum, weighted values), merged into the row's
-// running state in block order. What a row computes depends on its own position alone: not on the other rows of its tile, nor on
-// how a prompt was cut. Values beyond a row's position or before its window are never used.
+// (latent_attention) the first numbers of the keys. Keys are taken in blocks of kKeyBlock tokens at fixed absolute positions; the
+// blocks of a chunk of kKeyChunk tokens are merged in order, and so are the chunks. What a row computes depends on its own position
+// alone: not on the other rows of its tile, nor on how a prompt was cut. Values beyond a row's position or before its window are never
+// used. Where a step has few rows, chunks are units of their own, and a second stage merges them.
 #include <math.h>
 
 #include "common.h"
 #include "kv.h"
-#include "vmath.h"
+#include "kv_attend.h"
 
 namespace XK_LEVEL {
 namespace {
 
-enum { kQ, kSinks, kOut };               // attention
-enum { kLatentQ, kRopeQ, kLatentOut };   // latent_attention
-enum { kLayerOffset, kGroupBytes, kQHeads, kKvHeads, kKeyDim, kValueDim, kWindow };
+enum { kQ, kSinks, kOut, kParts, kRopeQ = kSinks };
+enum { kLayerOffset, kGroupBytes, kQHeads, kKvHeads, kKeyDim, kValueDim, kWindow, kPartCount };
 enum { kScale, kSoftcap };
 
-constexpr int kBlockGroups = kKeyBlock / 16;
+constexpr int64_t kEnoughUnits = 64;  // to keep every thread busy without units for chunks
 
 KvPlace place_of(const Call &c, bool latent) {
   return {c.ints[kLayerOffset], c.ints[kGroupBytes], c.ints[kKvHeads], c.ints[kKeyDim], latent ? 0 : c.ints[kValueDim]};
@@ -27,6 +26,7 @@ template <class Kv, bool Latent>
 const char *check(const Call &c) {
   if (!c.every_token()) return "attends for every token of the step: rows must be T";
   if (c.ints[kWindow] < 0) return "window must be 0 (none) or positive";
+  if (c.ints[kPartCount] < 0) return "parts must not be negative";
   if (!(c.floats[kSoftcap] >= 0)) return "softcap must be 0 (none) or positive";
   if (const char *wrong = check_kv<Kv>(place_of(c, Latent))) return wrong;
   if (c.ints[kValueDim] < 1) return "value_dim must be positive";
@@ -36,323 +36,230 @@ const char *check(const Call &c) {
   return nullptr;
 }
 
-int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
-
-struct State {  // of one query row
-  float maximum, sum;
-  int64_t position, first;  // it sees tokens first..position
-};
-
-// Query rows (token x head) that share one pass over the keys. Forming values is work of its own: more rows share it.
+// Query rows that share one pass over keys and values. Those of latents are long: fewer of them stay in a cache.
 template <bool Latent>
-constexpr int64_t kRows = Latent ? 2 * kQueryRows : kQueryRows;
+constexpr int64_t kRows = Latent ? kQueryRows / 2 : kQueryRows;
 
-// Scratch of a thread: the rows' states, queries, running sums, block sums and scores; the values of a block, if formed.
+// Scratch of a thread: rows, queries, sums of the chunk and of all, scores; then a block of keys and values.
 template <bool Latent>
 int64_t scratch(const Call &c) {
-  const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]);
-  const int64_t formed = Latent ? kKeyBlock * value : 0;
-  return kRows<Latent> * (int64_t)sizeof(State) + (kRows<Latent> * (key + 2 * value + kKeyBlock) + formed) * (int64_t)sizeof(float);
+  const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]), rows = kRows<Latent>;
+  return rows * (int64_t)sizeof(Row) + (rows * (key + 2 * value + kKeyBlock) + kKeyBlock * (key + value)) * (int64_t)sizeof(float);
 }
 
 // A unit is a tile of tokens under one KV head; of the many heads on a latent, as many as share a pass.
 template <bool Latent>
-int64_t units_of_tile(const Call &c) {
-  return Latent ? (xk::kQueryTile * c.ints[kQHeads] + kRows<true> - 1) / kRows<true> : c.ints[kKvHeads];
+int64_t units_of_tile(const Call &c, int64_t tokens) {
+  return Latent ? (tokens * c.ints[kQHeads] + kRows<true> - 1) / kRows<true> : c.ints[kKvHeads];
 }
+
+struct Chunks {  // that the rows of a tile see
+  int64_t first, count;
+};
+Chunks chunks_of(const Call &c, const Step &s, int64_t tile) {
+  const int64_t row = s.tile_row[tile], low = s.batch.positions[row], high = low + s.tile_rows[tile] - 1, window = c.ints[kWindow];
+  const int64_t first = window > 0 ? max(0, low - window + 1) / kKeyChunk : 0;
+  return {first, high / kKeyChunk - first + 1};
+}
+
+// Chunks of all tiles if they are units of their own, else 0. That decides who computes what, never what is computed.
+template <bool Latent>
+int64_t parts(const Call &c, const Step &s) {
+  if (s.tiles * units_of_tile<Latent>(c, 1) >= kEnoughUnits) return 0;
+  int64_t all = 0;
+  for (int64_t tile = 0; tile < s.tiles; tile++) {
+    if (s.tile_rows[tile] != 1) return 0;
+    all += chunks_of(c, s, tile).count;
+  }
+  return all > s.tiles && all <= c.ints[kPartCount] ? all : 0;
+}
+
 template <bool Latent>
 int64_t units(const Call &c, const Step &s) {
-  return s.tiles * units_of_tile<Latent>(c);
+  const int64_t all = parts<Latent>(c, s);
+  return all ? all * units_of_tile<Latent>(c, 1) : s.tiles * units_of_tile<Latent>(c, xk::kQueryTile);
 }
 
-template <class Kv>
-struct Head {  // one KV head of one sequence in one layer
-  using Element = typename Kv::Element;
-  const uint8_t *base;
-  int64_t group_bytes, key_dim;
-  int64_t key_bytes() const { return key_dim * 16 * (int64_t)sizeof(Element); }  // of a group
-  const uint8_t *keys(int64_t token) const { return base + token / 16 * group_bytes; }
-};
+// A part: for each query head the values of a chunk, not yet divided, then its maximum and sum.
+int64_t part_stride(const Call &c) { return padded(c.ints[kValueDim]) + 16; }
 
-template <class Kv>
-struct StoredValues {
-  using Element = typename Kv::Element;
-  using Decode = Kv;
-  static constexpr bool kFormed = false;
-  Head<Kv> head;
-  int64_t dim;
-  // Meanwhile the keys of the next block are fetched, as its values are while those keys are read: runs of a few KB at far apart
-  // addresses are too short for the prefetchers of the hardware.
-  int64_t ahead() const { return kBlockGroups * head.group_bytes - head.key_bytes(); }
-  int64_t stride() const { return dim; }
-  const Element *at(int64_t token, int64_t) const {
-    return (const Element *)head.keys(token) + 16 * head.key_dim + token % 16 * dim;
-  }
-};
+// all = all * keep + chunk * take
+void add_chunk(float *maximum, float *sum, float *all, float chunk_maximum, float chunk_sum, const float *chunk, int64_t stride) {
+  const Meeting m = meet(maximum, sum, chunk_maximum, chunk_sum, exp(fall(*maximum, chunk_maximum)));
+  for (int64_t d = 0; d < stride; d += 16) store(all + d, fma(load(chunk + d), set1(m.take), load(all + d) * set1(m.keep)));
+}
 
-struct FormedValues {  // of the tokens of one block
-  using Element = float;
-  using Decode = KvF32;
-  static constexpr bool kFormed = true;
-  float *first;
-  int64_t dim;
-  int64_t ahead() const { return 0; }
-  int64_t stride() const { return padded(dim); }
-  const float *at(int64_t token, int64_t block) const { return first + (token - block) * padded(dim); }
-};
+void finish(float *out, const float *all, float sum, int64_t value_dim) {
+  for (int64_t d = 0; d < value_dim; d += 16) store_some(out + d, load(all + d) / set1(sum), value_dim - d);
+}
 
-// The first value_dim numbers of the keys of `groups` groups from `block` on, token by token.
-template <class Kv>
-void form_values(const Head<Kv> &head, const FormedValues &values, int64_t block, int64_t groups) {
-  float square[16][16];
-  for (int64_t g = 0; g < groups; g++) {
-    const typename Kv::Element *keys = (const typename Kv::Element *)head.keys(block + g * 16);
-    float *to = values.first + g * 16 * values.stride();
-    for (int64_t d = 0; d < values.dim; d += 16) {
-      const int64_t some = min(16, values.dim - d);
-      for (int64_t i = 0; i < some; i++) store(square[i], Kv::load(keys + (d + i) * 16));
-      for (int64_t token = 0; token < 16; token++)
-        for (int64_t i = 0; i < some; i++) to[token * values.stride() + d + i] = square[i][token];
+// Keys of groups first..end-1 and values of tokens from..to-1 of a block as float32; values of a latent are its keys, turned.
+template <class Kv, bool Latent>
+void spread(const Kept<Kv> &from, const Spread &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
+  for (int64_t g = first; g < end; g++)
+    for (int64_t i = 0; i < from.key_dim; i++) store(to.keys + (g * from.key_dim + i) * 16, Kv::load(from.key(g) + i * 16));
+  for (int64_t d = 0; d < from.value_dim; d += 16) {
+    const int64_t some = min(16, from.value_dim - d);
+    for (int64_t i = token; i < tokens; i++) {
+      float lane[16] = {0}, *out = to.values + d * kKeyBlock + i * 16;
+      const float *key = to.keys + (i / 16 * from.key_dim + d) * 16 + i % 16;
+      const auto *value = from.value(i, d);
+      if (!Latent && some == 16) {
+        store(out, Kv::load(value));
+        continue;
+      }
+      for (int64_t j = 0; j < some; j++) lane[j] = Latent ? key[j * 16] : Kv::decode(value[j]);
+      store(out, load(lane));
     }
   }
 }
 
-// sums[R][C*16] += sum over tokens first..end-1, in order, of weight[row][token] * value[token][d..d+C*16)
-template <class Values, int R, int C>
-void add_values(const Values &values, const float *weights, int64_t block, int64_t first, int64_t end, int64_t d, float *sums,
-                int64_t stride) {
-  const int64_t ahead = values.ahead(), step = values.stride();
-  f32x16 acc[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) acc[r][c] = load(sums + r * stride + d + c * 16);
-  for (int64_t token = first; token < end;) {
-    const int64_t stop = min(end, token / 16 * 16 + 16);
-    const typename Values::Element *value = values.at(token, block) + d;
-    const float *weight = weights + token - block;
-    for (; token < stop; token++, value += step, weight++) {
-      f32x16 column[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++) {
-        column[c] = Values::Decode::load(value + c * 16);
-        if constexpr (R <= kFewRows) __builtin_prefetch((const uint8_t *)(value + c * 16) + ahead, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const f32x16 w = set1(weight[r * kKeyBlock]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; c++) acc[r][c] = fma(w, column[c], acc[r][c]);
-      }
+// Blocks from..to-1 (tokens) for the rows that see them, positions growing with the row.
+template <class Kv, bool Latent>
+void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &copy, int64_t from, int64_t to) {
+  const uint8_t *base = kept.base;
+  const int64_t last_group = (min(to, t.row[t.rows - 1].position + 1) - 1) / 16;
+  for (int64_t at = from; at < to; at += kKeyBlock) {
+    int64_t begin = 0, end = t.rows;
+    while (begin < end && t.row[begin].position < at) begin++;
+    while (end > begin && t.row[end - 1].first >= at + kKeyBlock) end--;
+    if (begin == end) continue;
+    kept.base = base + at / 16 * kept.group_bytes;
+    kept.groups_after = last_group - at / 16 - kBlockGroups + 1;
+    if (!Latent && end - begin <= kTileRows && kept.value_dim % 16 == 0) {
+      attend_block(t, kept, at, begin, end, t.stride);
+      continue;
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) store(sums + r * stride + d + c * 16, acc[r][c]);
-}
-
-// The dims past the last whole sixteen: lane by lane, the same chain.
-template <class Values>
-void add_value_tail(const Values &values, const float *weights, int64_t block, int64_t first, int64_t end, int64_t d, float *sums) {
-  for (int64_t token = first; token < end; token++) {
-    float lane[16] = {0};
-    for (int64_t i = d; i < values.dim; i++) lane[i - d] = Values::Decode::decode(values.at(token, block)[i]);
-    store(sums + d, fma(set1(weights[token - block]), load(lane), load(sums + d)));
+    const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
+    spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
+    attend_block(t, copy, at, begin, end, t.stride);
   }
 }
 
-template <class Values, int R>
-void add_values_rows(const Values &values, const float *weights, int64_t block, int64_t first, int64_t end, float *sums,
-                     int64_t stride) {
-  constexpr int wide = tile_panels(R);
-  int64_t d = 0;
-  for (; d + 16 * wide <= values.dim; d += 16 * wide)
-    add_values<Values, R, wide>(values, weights, block, first, end, d, sums, stride);
-  for (; d + 16 <= values.dim; d += 16) add_values<Values, R, 1>(values, weights, block, first, end, d, sums, stride);
-  if (d < values.dim)
-    for (int r = 0; r < R; r++) add_value_tail(values, weights + r * kKeyBlock, block, first, end, d, sums + r * stride);
-}
-
-template <class Values, int R = kTileRows>
-void add_values_few(const Values &values, int rows, const float *weights, int64_t block, int64_t first, int64_t end, float *sums,
-                    int64_t stride) {
-  if (rows == R) return add_values_rows<Values, R>(values, weights, block, first, end, sums, stride);
-  if constexpr (R > 1) add_values_few<Values, R - 1>(values, rows, weights, block, first, end, sums, stride);
-}
-
-// Scores of one row become weights exp(score - block maximum), zero outside the tokens it sees; its block maximum and sum.
-void soften(float *score, int64_t block, const State &row, float softcap, float *maximum, float *sum) {
-  const f32x16 lowest = set1(-INFINITY), first = set1((float)(row.first - block)), last = set1((float)(row.position - block));
-  const bool whole = row.first <= block && row.position >= block + kKeyBlock - 1;
-  f32x16 index = lane_index(), value[kBlockGroups], top = lowest;
-#pragma GCC unroll 4
-  for (int g = 0; g < kBlockGroups; g++, index = index + set1(16.0f)) {
-    value[g] = load(score + g * 16);
-    if (softcap > 0) value[g] = set1(softcap) * tanh(value[g] / set1(softcap));
-    if (!whole) value[g] = select_less(index, first, lowest, select_less(last, index, lowest, value[g]));
-    top = max(value[g], top);
-  }
-  *maximum = reduce_max(top);
-  const f32x16 m = set1(*maximum);
-  f32x16 total = zero();
-#pragma GCC unroll 4
-  for (int g = 0; g < kBlockGroups; g++) {
-    const f32x16 weight = exp(value[g] - m);
-    store(score + g * 16, weight);
-    total = total + weight;
-  }
-  *sum = reduce_add(total);
-}
-
-// running = running * exp(old - new) + block * exp(block maximum - new)
-void merge(State *row, float maximum, float sum, float *running, const float *block, int64_t dim) {
-  // One of the two factors is exp(0) = 1.
-  const bool grows = row->maximum < maximum;
-  const float factor = exp(grows ? row->maximum - maximum : maximum - row->maximum);
-  const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
-  if (grows) row->maximum = maximum;
-  row->sum = row->sum * keep + sum * take;
-  for (int64_t d = 0; d < dim; d += 16) store(running + d, fma(load(block + d), set1(take), load(running + d) * set1(keep)));
-}
-
-template <class Kv, class Values>
-struct Tile {
-  Head<Kv> head;
-  Values values;
-  State *state;
-  float *query, *running, *partial, *score;
-  int64_t rows, key_stride, stride;  // of a query row; of its sums
-  float softcap;
-};
-
-// One key block for the rows begin..end-1, which all see at least one of its tokens.
-template <class Kv, class Values>
-void attend_rows(const Tile<Kv, Values> &t, int64_t block, int64_t begin, int64_t end) {
-  const int64_t highest = min(t.state[end - 1].position, block + kKeyBlock - 1), groups = (highest - block) / 16 + 1;
-  float maximum[kTileRows], sum[kTileRows], *partial = t.partial + begin * t.stride, *score = t.score + begin * kKeyBlock;
-  const int rows = (int)(end - begin);
-  product_few<typename Kv::Keys>({t.query + begin * t.key_stride, t.key_stride, t.head.keys(block), t.head.group_bytes,
-                                  t.head.key_dim, score, kKeyBlock, 16, false, t.head.key_bytes()},
-                                 rows, groups);
-  int64_t common_first = block, common_end = block + kKeyBlock;
-  for (int r = 0; r < rows; r++) {
-    const State &row = t.state[begin + r];
-    soften(score + r * kKeyBlock, block, row, t.softcap, maximum + r, sum + r);
-    common_first = max(common_first, row.first);
-    common_end = min(common_end, row.position + 1);
-    for (int64_t d = 0; d < t.stride; d += 16) store(partial + r * t.stride + d, zero());
-  }
-  // Tokens that every row sees go together; those that only some see, row by row, in the same order.
-  const auto alone = [&](int r, int64_t from, int64_t to) {
-    if (from < to)
-      add_values_rows<Values, 1>(t.values, score + r * kKeyBlock, block, from, to, partial + r * t.stride, t.stride);
-  };
-  const bool together = common_first < common_end;
-  for (int r = 0; r < rows; r++) {
-    const State &row = t.state[begin + r];
-    const int64_t from = max(block, row.first), to = min(block + kKeyBlock, row.position + 1);
-    alone(r, from, together ? common_first : to);
-  }
-  if (together) {
-    add_values_few<Values>(t.values, rows, score, block, common_first, common_end, partial, t.stride);
-    for (int r = 0; r < rows; r++) alone(r, common_end, min(block + kKeyBlock, t.state[begin + r].position + 1));
-  }
-  for (int r = 0; r < rows; r++)
-    merge(t.state + begin + r, maximum[r], sum[r], t.running + (begin + r) * t.stride, partial + r * t.stride, t.stride);
-}
-
-// Positions grow with the row, so the rows that see a block are consecutive.
-template <class Kv, class Values>
-void attend_block(const Tile<Kv, Values> &t, int64_t block) {
-  int64_t begin = 0, end = t.rows;
-  while (begin < end && t.state[begin].position < block) begin++;
-  while (end > begin && t.state[end - 1].first >= block + kKeyBlock) end--;
-  const int64_t rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
-  if constexpr (Values::kFormed)
-    if (rows) form_values(t.head, t.values, block, min(kBlockGroups, (t.state[end - 1].position - block) / 16 + 1));
-  for (int64_t i = 0; i < tiles; i++) attend_rows(t, block, begin + rows * i / tiles, begin + rows * (i + 1) / tiles);
-}
-
-// The `rows` query rows of tile `tile` from row `begin` on, under KV head `head`.
-template <class Kv, class Values>
-void attend(const Call &c, const Step &s, Tile<Kv, Values> &t, int64_t tile, int64_t head, int64_t begin) {
-  constexpr bool latent = Values::kFormed;
+// The `rows` query rows of tile `tile` from row `begin` on, under KV head `head`; all chunks, or one that becomes a part.
+template <class Kv, bool Latent>
+void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t begin, int64_t rows, int64_t chunk, float *part,
+            uint8_t *memory) {
   const int64_t q_heads = c.ints[kQHeads], share = q_heads / c.ints[kKvHeads], window = c.ints[kWindow];
-  const int64_t key_dim = c.ints[kKeyDim], value_dim = c.ints[kValueDim], split = latent ? value_dim : key_dim;
-  const float *sinks = latent ? nullptr : c.arg<const float>(kSinks, s);
+  const int64_t key_dim = c.ints[kKeyDim], value_dim = c.ints[kValueDim], split = Latent ? value_dim : key_dim;
+  Tile t;
+  t.key_stride = padded(key_dim), t.stride = padded(value_dim);
+  t.rows = rows, t.softcap = c.floats[kSoftcap];
+  t.row = (Row *)memory;
+  t.query = (float *)(t.row + kRows<Latent>);
+  t.held = t.query + kRows<Latent> * t.key_stride;
+  float *all = t.held + kRows<Latent> * t.stride;
+  t.score = all + kRows<Latent> * t.stride;
+  Spread copy;
+  copy.keys = t.score + kRows<Latent> * kKeyBlock, copy.values = copy.keys + kKeyBlock * t.key_stride;
+  copy.key_dim = key_dim;
+  Kept<Kv> kept;
+  kept.base = (const uint8_t *)kv_group<Kv>(s.batch.seq_kv[s.tile_seq[tile]], place_of(c, Latent), head, 0);
+  kept.group_bytes = c.ints[kGroupBytes], kept.key_dim = key_dim, kept.value_dim = value_dim;
+  const float *sinks = Latent ? nullptr : c.arg<const float>(kSinks, s);
   const f32x16 scale = set1(c.floats[kScale]);
   // Of a query row in q and out, in heads.
   const auto place = [&](int64_t row) {
     return (s.tile_row[tile] + (begin + row) / share) * q_heads + head * share + (begin + row) % share;
   };
-  for (int64_t r = 0; r < t.rows; r++) {
+  for (int64_t r = 0; r < rows; r++) {
     const int64_t position = s.batch.positions[s.tile_row[tile] + (begin + r) / share];
     const float sink = sinks ? sinks[head * share + (begin + r) % share] : -INFINITY;
-    t.state[r] = {sink, sinks ? 1.0f : 0.0f, position, window > 0 ? max(0, position - window + 1) : 0};
-    const float *q = c.arg<const float>(latent ? kLatentQ : kQ, s) + place(r) * split;
-    float *query = t.query + r * t.key_stride, *running = t.running + r * t.stride;
+    t.row[r] = {position, window > 0 ? max(0, position - window + 1) : 0, 0, 0, 0, 0, sink, sinks ? 1.0f : 0.0f};
+    const float *q = c.arg<const float>(kQ, s) + place(r) * split;
+    float *query = t.query + r * t.key_stride;
     for (int64_t d = 0; d < split; d += 16) store_some(query + d, load_some(q + d, split - d) * scale, split - d);
-    if constexpr (latent) {
+    if constexpr (Latent) {
       const int64_t rest = key_dim - split;
       q = c.arg<const float>(kRopeQ, s) + place(r) * rest;
       for (int64_t d = 0; d < rest; d += 16) store_some(query + split + d, load_some(q + d, rest - d) * scale, rest - d);
     }
-    for (int64_t d = 0; d < t.stride; d += 16) store(running + d, zero());
+    for (int64_t d = 0; d < t.stride; d += 16) store(all + r * t.stride + d, zero());
   }
-  for (int64_t block = t.state[0].first / kKeyBlock * kKeyBlock; block <= t.state[t.rows - 1].position; block += kKeyBlock)
-    attend_block(t, block);
-  for (int64_t r = 0; r < t.rows; r++) {
-    float *out = c.arg<float>(latent ? kLatentOut : kOut, s) + place(r) * value_dim;
-    const f32x16 sum = set1(t.state[r].sum);
-    for (int64_t d = 0; d < value_dim; d += 16) store_some(out + d, load(t.running + r * t.stride + d) / sum, value_dim - d);
+  const int64_t lowest = t.row[0].first / kKeyBlock * kKeyBlock, highest = t.row[rows - 1].position + 1;
+  for (int64_t from = part ? chunk * kKeyChunk : lowest / kKeyChunk * kKeyChunk; from < highest; from += kKeyChunk) {
+    const int64_t to = min(from + kKeyChunk, highest);
+    for (int64_t r = 0; r < rows; r++) {
+      t.row[r].maximum = -INFINITY, t.row[r].sum = 0;
+      for (int64_t d = 0; d < t.stride; d += 16) store(t.held + r * t.stride + d, zero());
+    }
+    attend_blocks<Kv, Latent>(t, kept, copy, max(from, lowest), to);
+    for (int64_t r = 0; r < rows; r++) {
+      Row &row = t.row[r];
+      const float *held = t.held + r * t.stride;
+      if (part) {
+        float *of = part + (head * share + begin + r) * part_stride(c);
+        for (int64_t d = 0; d < t.stride; d += 16) store(of + d, load(held + d));
+        of[t.stride] = row.maximum, of[t.stride + 1] = row.sum;
+      } else if (row.first < to && row.position >= from) {
+        add_chunk(&row.all_maximum, &row.all_sum, all + r * t.stride, row.maximum, row.sum, held, t.stride);
+      }
+    }
+    if (part) return;
   }
+  for (int64_t r = 0; r < rows; r++)
+    finish(c.arg<float>(kOut, s) + place(r) * value_dim, all + r * t.stride, t.row[r].all_sum, value_dim);
 }
-
-template <bool First, class A, class B>
-struct Choose {
-  using Type = A;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-  using Type = B;
-};
 
 template <class Kv, bool Latent>
 void run(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
-  constexpr int64_t most = kRows<Latent>;
-  const int64_t of_tile = units_of_tile<Latent>(c), part = unit % of_tile, share = c.ints[kQHeads] / c.ints[kKvHeads];
-  const int64_t tile = s.tiles - 1 - unit / of_tile;  // the longest rows of a prompt first, for balance
-  const int64_t head = Latent ? 0 : part;
-  uint8_t *span = s.batch.seq_kv[s.tile_seq[tile]];
-  const uint8_t *base = (const uint8_t *)kv_group<Kv>(span, place_of(c, Latent), head, 0);
-  using Values = typename Choose<Latent, FormedValues, StoredValues<Kv>>::Type;
-  Tile<Kv, Values> t;
-  t.head = {base, c.ints[kGroupBytes], c.ints[kKeyDim]};
-  t.key_stride = padded(c.ints[kKeyDim]);
-  t.stride = padded(c.ints[kValueDim]);
-  t.softcap = c.floats[kSoftcap];
-  t.state = (State *)scratch;
-  t.query = (float *)(t.state + most);
-  t.running = t.query + most * t.key_stride;
-  t.partial = t.running + most * t.stride;
-  t.score = t.partial + most * t.stride;
-  if constexpr (Latent) t.values = {t.score + most * kKeyBlock, c.ints[kValueDim]};
-  else t.values = {t.head, c.ints[kValueDim]};
+  const bool split = parts<Latent>(c, s) > 0;
+  const int64_t of_tile = units_of_tile<Latent>(c, split ? 1 : xk::kQueryTile), share = c.ints[kQHeads] / c.ints[kKvHeads];
+  const int64_t head = Latent ? 0 : unit % of_tile, first = Latent ? unit % of_tile * kRows<Latent> : 0;
+  int64_t tile = s.tiles - 1 - unit / of_tile;  // the longest rows of a prompt first, for balance
+  int64_t chunk = 0;
+  float *part = nullptr;
+  if (split) {
+    int64_t left = unit / of_tile;
+    part = c.arg<float>(kParts, s) + left * c.ints[kQHeads] * part_stride(c);
+    for (tile = 0; left >= chunks_of(c, s, tile).count; tile++) left -= chunks_of(c, s, tile).count;
+    chunk = chunks_of(c, s, tile).first + left;
+  }
   const int64_t all = s.tile_rows[tile] * share;
-  for (int64_t begin = Latent ? part * most : 0; begin < all; begin += most) {
-    t.rows = min(most, all - begin);
-    attend(c, s, t, tile, head, begin);
+  for (int64_t begin = first; begin < all; begin += kRows<Latent>) {
+    attend<Kv, Latent>(c, s, tile, head, begin, min(kRows<Latent>, all - begin), chunk, part, scratch);
     if (Latent) break;
   }
 }
 
-constexpr const char *kInts = "layer_offset group_bytes q_heads kv_heads key_dim value_dim window";
-constexpr const char *kArgs = "q sinks? out", *kLatentArgs = "q_latent q_rope out", *kFloats = "scale softcap";
+// ---- the second stage: a token's chunks, if they were units ----
+
+template <bool Latent>
+int64_t merge_units(const Call &c, const Step &s) {
+  return parts<Latent>(c, s) ? 1 : 0;
+}
+int64_t merge_scratch(const Call &c) { return padded(c.ints[kValueDim]) * (int64_t)sizeof(float); }
+
+template <bool Latent>
+void run_merge(const Call &c, const Step &s, int64_t, uint8_t *scratch) {
+  const int64_t q_heads = c.ints[kQHeads], value_dim = c.ints[kValueDim], stride = padded(value_dim);
+  const float *sinks = Latent ? nullptr : c.arg<const float>(kSinks, s), *part = c.arg<const float>(kParts, s);
+  float *all = (float *)scratch;
+  for (int64_t tile = 0; tile < s.tiles; tile++) {
+    const int64_t count = chunks_of(c, s, tile).count;
+    for (int64_t head = 0; head < q_heads; head++) {
+      float maximum = sinks ? sinks[head] : -INFINITY, sum = sinks ? 1.0f : 0.0f;
+      for (int64_t d = 0; d < stride; d += 16) store(all + d, zero());
+      for (int64_t i = 0; i < count; i++) {
+        const float *of = part + (i * q_heads + head) * part_stride(c);
+        add_chunk(&maximum, &sum, all, of[stride], of[stride + 1], of, stride);
+      }
+      finish(c.arg<float>(kOut, s) + (s.tile_row[tile] * q_heads + head) * value_dim, all, sum, value_dim);
+    }
+    part += count * q_heads * part_stride(c);
+  }
+}
+
+constexpr const char *kInts = "layer_offset group_bytes q_heads kv_heads key_dim value_dim window parts";
+constexpr const char *kArgs = "q sinks? out scratch_parts", *kLatentArgs = "q_latent q_rope out scratch_parts";
+constexpr const char *kFloats = "scale softcap";
+
+template <bool Latent>
+const Kernel merge = {"", "", "", "", nullptr, merge_scratch, merge_units<Latent>, run_merge<Latent>};
 
 template <class Kv, bool Latent>
 constexpr Kernel kernel(const char *name) {
-  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch<Latent>, units<Latent>, run<Kv, Latent>};
+  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch<Latent>, units<Latent>, run<Kv, Latent>, &merge<Latent>};
 }
 
 }  // namespace

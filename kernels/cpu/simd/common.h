@@ -12,6 +12,9 @@ using xk::Step;
 XK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 XK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+constexpr int kBlockGroups = kKeyBlock / 16;
+XK_INLINE int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
 static inline int64_t no_scratch(const Call &) { return 0; }
 
 // Row-wise kernels: whole rows per unit, about this many elements, so that a unit is worth handing out.

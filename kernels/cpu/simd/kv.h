@@ -3,23 +3,54 @@
 // bfloat16.
 #pragma once
 #include "../kernels.h"
-#include "panel.h"
 #include "simd.h"
 
 namespace XK_LEVEL {
 
+// Sixteen bf16 in the order that costs least, even ones before odd ones where that saves shuffles: sums of such lanes are woven into
+// their natural order once, at the end.
+XK_INLINE f32x16 load_bf16_apart(const uint16_t *p) {
+#if defined(__x86_64__) && XK_VECTOR_BYTES < 64
+  f32x16 r;
+  for (int i = 0; i < kParts; i += 2) {
+    const vu pairs = *(const vu_memory *)(p + i * kLanes);
+    r.v[i] = (vf)(pairs << 16);
+    r.v[i + 1] = (vf)(pairs & 0xffff0000u);
+  }
+  return r;
+#else
+  return load_bf16(p);
+#endif
+}
+XK_INLINE f32x16 weave_apart(f32x16 a) {
+#if defined(__x86_64__) && XK_VECTOR_BYTES == 32
+  const __m256 low = _mm256_unpacklo_ps((__m256)a.v[0], (__m256)a.v[1]), high = _mm256_unpackhi_ps((__m256)a.v[0], (__m256)a.v[1]);
+  a.v[0] = (vf)_mm256_permute2f128_ps(low, high, 0x20);
+  a.v[1] = (vf)_mm256_permute2f128_ps(low, high, 0x31);
+#elif defined(__x86_64__) && XK_VECTOR_BYTES == 16
+  for (int i = 0; i < kParts; i += 2) {
+    const __m128 even = (__m128)a.v[i], odd = (__m128)a.v[i + 1];
+    a.v[i] = (vf)_mm_unpacklo_ps(even, odd);
+    a.v[i + 1] = (vf)_mm_unpackhi_ps(even, odd);
+  }
+#endif
+  return a;
+}
+
 struct KvF32 {
   using Element = float;
-  using Keys = PanelF32;
   XK_INLINE float encode(float x) { return x; }
   XK_INLINE f32x16 load(const float *p) { return XK_LEVEL::load(p); }
+  XK_INLINE f32x16 load_apart(const float *p) { return XK_LEVEL::load(p); }
+  XK_INLINE f32x16 weave(f32x16 a) { return a; }
   XK_INLINE float decode(float x) { return x; }
 };
 struct KvBf16 {
   using Element = uint16_t;
-  using Keys = PlainBf16;
   XK_INLINE uint16_t encode(float x) { return float_to_bf16(x); }
   XK_INLINE f32x16 load(const uint16_t *p) { return load_bf16(p); }
+  XK_INLINE f32x16 load_apart(const uint16_t *p) { return load_bf16_apart(p); }
+  XK_INLINE f32x16 weave(f32x16 a) { return weave_apart(a); }
   XK_INLINE float decode(uint16_t x) { return bf16_to_float(x); }
 };
 

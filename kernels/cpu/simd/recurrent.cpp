@@ -10,7 +10,6 @@
 namespace XK_LEVEL {
 namespace {
 
-int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
 const char *check_state(const Call &c, int64_t back, int64_t offset, int64_t floats) {
   if (!c.every_token()) return "works on every token of the step: rows must be T";

@@ -46,7 +46,8 @@ constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the ro
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
 constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
-constexpr int64_t kQueryRows = 32;   // query rows (token x head) that share one pass over keys and values
+constexpr int64_t kKeyChunk = 512;   // tokens whose blocks are merged first; so too
+constexpr int64_t kQueryRows = 96;   // query rows (token x head) that share one pass over keys and values
 
 struct f32x16 {
   vf v[kParts];

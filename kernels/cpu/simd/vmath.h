@@ -5,6 +5,17 @@
 
 namespace XK_LEVEL {
 
+// e^r for |r| <= ln(2) / 2.
+XK_INLINE f32x16 exp_near(f32x16 r) {
+  f32x16 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  return fma(p, r * r, r) + set1(1.0f);
+}
+
 // e^x; 0 below -87.3 (where the result would be subnormal), infinite above 88.7; NaN stays NaN.
 XK_INLINE f32x16 exp(f32x16 x) {
   const f32x16 low = set1(-87.3365447f), high = set1(88.7228317f), input = x;
@@ -13,13 +24,7 @@ XK_INLINE f32x16 exp(f32x16 x) {
   const f32x16 magic = set1(12582912.0f), shifted = fma(x, set1(1.44269504f), magic), n = shifted - magic;
   f32x16 r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
-  f32x16 p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p, r * r, r) + set1(1.0f);
+  const f32x16 p = exp_near(r);
   // 2^n in two steps: n may be 128, which has no float of its own.
   f32x16 scaled;
   XK_PARTS {
@@ -27,6 +32,19 @@ XK_INLINE f32x16 exp(f32x16 x) {
     scaled.v[i] = p.v[i] * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
   }
   return select_less(input, low, zero(), select_less(high, input, set1(__builtin_inff()), scaled));
+}
+
+// The same numbers for x <= 0, where 2^n needs one step; what lies above gives anything.
+XK_INLINE f32x16 exp_falling(f32x16 x) {
+  const f32x16 low = set1(-87.3365447f), input = x;
+  x = max(low, x);
+  const f32x16 magic = set1(12582912.0f), shifted = fma(x, set1(1.44269504f), magic), n = shifted - magic;
+  f32x16 r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  const f32x16 p = exp_near(r);
+  f32x16 scaled;
+  XK_PARTS scaled.v[i] = p.v[i] * (vf)(((vi)shifted.v[i] << 23) + 0x3f800000);
+  return select_less(input, low, zero(), scaled);
 }
 
 XK_INLINE float exp(float x) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, within
+from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, Tensor, within
 from xllm.targets.cpu.rules import (
     ELEMENT_BYTES,
     GROUP_TOKENS,
@@ -16,6 +16,9 @@ from xllm.targets.cpu.rules import (
     kv_place,
     last_dim,
 )
+
+# Chunks (of 512 tokens) that a step may hand out as units; with more its rows are computed whole, to the same bits.
+_PARTS = 128
 
 
 def _rope(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
@@ -78,7 +81,7 @@ def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
     (heads, key_dim), value_dim = ints(q.shape[1:]), op.args["value_dim"]
     return Lowering(
         f"attention.{SUFFIX[kv.dtype]}",
-        {"q": q, "sinks": sinks, "out": op.results[0]},
+        {"q": q, "sinks": sinks, "out": op.results[0], "scratch_parts": (parts := _parts(op, heads, value_dim))},
         {
             **kv_place(op, kv),
             "q_heads": heads,
@@ -86,10 +89,12 @@ def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
             "key_dim": key_dim,
             "value_dim": value_dim,
             "window": op.args["window"],
+            "parts": _PARTS,
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
         layouts={sinks.name: PLAIN} if sinks is not None else {},
         cost=_attention_cost(op, heads, key_dim + value_dim, kv_heads * (key_dim + value_dim), kv.dtype),
+        scratch=(parts,),
     )
 
 
@@ -98,7 +103,12 @@ def _latent_attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Loweri
     (heads, value_dim), key_dim = ints(latent.shape[1:]), last_dim(latent) + last_dim(rope)
     return Lowering(
         f"latent_attention.{SUFFIX[kv.dtype]}",
-        {"q_latent": latent, "q_rope": rope, "out": op.results[0]},
+        {
+            "q_latent": latent,
+            "q_rope": rope,
+            "out": op.results[0],
+            "scratch_parts": (parts := _parts(op, heads, value_dim)),
+        },
         {
             **kv_place(op, kv),
             "q_heads": heads,
@@ -106,10 +116,21 @@ def _latent_attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Loweri
             "key_dim": key_dim,
             "value_dim": value_dim,
             "window": op.args["window"],
+            "parts": _PARTS,
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
         cost=_attention_cost(op, heads, key_dim + value_dim, key_dim, kv.dtype),
+        scratch=(parts,),
     )
+
+
+def _part_floats(value_dim: int) -> int:
+    """Of a query head in a chunk: its values in whole sixteens, maximum, sum, and filling."""
+    return -(-value_dim // 16) * 16 + 16
+
+
+def _parts(op: Operation, heads: int, value_dim: int) -> Tensor:
+    return Tensor(f"{op.node}.parts", "value", (_PARTS, heads * _part_floats(value_dim)), "float32")
 
 
 def _attention_cost(op: Operation, heads: int, pair: int, token: int, dtype: str) -> Cost:
@@ -145,14 +166,20 @@ def _fused_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int]
 
 def _attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
-    once = {"sinks": 4 * heads, "state": sizes["kv_heads"] * (key + value) * GROUP_TOKENS * element}
+    parts = 4 * sizes["parts"] * heads * _part_floats(value)
+    once = {
+        "sinks": 4 * heads,
+        "scratch_parts": parts,
+        "state": sizes["kv_heads"] * (key + value) * GROUP_TOKENS * element,
+    }
     return {"q": 4 * heads * key, "out": 4 * heads * value}, once
 
 
 def _latent_attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
     rows = {"q_latent": 4 * heads * value, "q_rope": 4 * heads * (key - value), "out": 4 * heads * value}
-    return rows, {"state": sizes["kv_heads"] * key * GROUP_TOKENS * element}
+    parts = 4 * sizes["parts"] * heads * _part_floats(value)
+    return rows, {"scratch_parts": parts, "state": sizes["kv_heads"] * key * GROUP_TOKENS * element}
 
 
 RULES: Mapping[str, Rule] = {

@@ -1,0 +1,285 @@
+// Query rows (token x head) of one KV head against one block of its keys and values. A block gives each row that sees it a maximum, a
+// sum and weighted values, which are merged into what the row holds: chains along the key's dims and along the tokens, whatever
+// the other rows are and wherever the block is read from.
+#pragma once
+#include <math.h>
+
+#include "common.h"
+#include "kv.h"
+#include "panel.h"
+#include "vmath.h"
+
+namespace XK_LEVEL {
+
+struct Row {
+  int64_t position, first;  // it sees tokens first..position
+  float maximum, sum;       // of the blocks of this chunk so far
+  float keep, take;         // factors of what it holds and of the block at hand
+  float all_maximum, all_sum;
+};
+
+template <class Kv>
+struct Kept {  // a block where it lies, for few rows
+  using Decode = Kv;
+  using Element = typename Kv::Element;
+  static constexpr bool kFetch = true;
+  const uint8_t *base;  // keys of the head in the block's first group
+  int64_t group_bytes, key_dim, value_dim, groups_after;  // groups behind this block that will be read
+
+  int64_t key_bytes() const { return key_dim * 16 * (int64_t)sizeof(Element); }
+  const Element *key(int64_t group) const { return (const Element *)(base + group * group_bytes); }
+  const Element *value(int64_t token, int64_t d) const { return key(token / 16) + 16 * key_dim + token % 16 * value_dim + d; }
+  int64_t value_step() const { return value_dim; }
+  int64_t value_panel() const { return 16; }
+  // Runs of a few KB at far apart addresses are too short for the prefetchers of the hardware: with the keys of a group its values
+  // are fetched, and with the values of a block, line by line, the keys of the next. Beyond the last block there may be no memory,
+  // and a fetch that finds none costs a walk of the page tables each time.
+  int64_t after_key() const { return key_bytes(); }
+  const uint8_t *after_value(int64_t sixteen_lines) const {
+    const int64_t each = max(1, key_bytes() / 1024), group = sixteen_lines / each;
+    return group < min(kBlockGroups, groups_after) ? base + (kBlockGroups + group) * group_bytes + sixteen_lines % each * 1024 : nullptr;
+  }
+};
+
+struct Spread {  // a block brought into float32: keys [groups][key_dim][16], values [value panels][kKeyBlock][16]
+  using Decode = KvF32;
+  using Element = float;
+  static constexpr bool kFetch = false;
+  float *keys, *values;
+  int64_t key_dim;
+
+  const float *key(int64_t group) const { return keys + group * 16 * key_dim; }
+  const float *value(int64_t token, int64_t d) const { return values + d * kKeyBlock + token * 16; }
+  int64_t value_step() const { return 16; }
+  int64_t value_panel() const { return 16 * kKeyBlock; }
+  int64_t after_key() const { return 0; }
+  const uint8_t *after_value(int64_t) const { return nullptr; }
+};
+
+struct Tile {
+  Row *row;
+  float *query, *held, *score;              // [rows][key_stride], [rows][stride], [rows][kKeyBlock]
+  int64_t rows, key_stride, stride;
+  float softcap;
+};
+
+// acc[r][p] += x[r * x_stride] * column p
+template <class Block, int R, int P>
+XK_INLINE void multiply_add(f32x16 (&acc)[R][P], const typename Block::Element *const (&at)[P], int64_t offset, const float *x,
+                            int64_t x_stride) {
+  f32x16 column[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++) column[p] = Block::Decode::load_apart(at[p] + offset);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    const f32x16 b = set1(x[r * x_stride]);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) acc[r][p] = fma(b, column[p], acc[r][p]);
+  }
+}
+
+// Scores of R rows against P groups.
+template <class Block, int R, int P>
+void score_tile(const Tile &t, const Block &block, int64_t begin, int64_t group) {
+  constexpr int64_t per_line = 64 / (16 * sizeof(typename Block::Element));
+  f32x16 acc[R][P];
+  const typename Block::Element *at[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++) at[p] = block.key(group + p);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) acc[r][p] = zero();
+  const float *x = t.query + begin * t.key_stride;
+  const int64_t dim = block.key_dim, x_stride = t.key_stride, ahead = block.after_key();
+  int64_t i = 0;
+  for (; i + per_line <= dim; i += per_line) {
+    if constexpr (Block::kFetch)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) __builtin_prefetch((const uint8_t *)(at[p] + i * 16) + ahead, 0, 2);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < per_line; j++) multiply_add<Block, R, P>(acc, at, (i + j) * 16, x + i + j, x_stride);
+  }
+  for (; i < dim; i++) multiply_add<Block, R, P>(acc, at, i * 16, x + i, x_stride);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) store(t.score + (begin + r) * kKeyBlock + (group + p) * 16, Block::Decode::weave(acc[r][p]));
+}
+
+template <class Block, int R = kTileRows>
+void score_few(const Tile &t, const Block &block, int64_t begin, int rows, int64_t group, int64_t end) {
+  if (rows == R) {
+    constexpr int wide = tile_panels(R);
+    for (; group + wide <= end; group += wide) score_tile<Block, R, wide>(t, block, begin, group);
+    for (; group < end; group++) score_tile<Block, R, 1>(t, block, begin, group);
+  } else if constexpr (R > 1) {
+    score_few<Block, R - 1>(t, block, begin, rows, group, end);
+  }
+}
+
+// Weighted values from..to-1 (of the block) of R rows, P panels from dim d on. Whole: all that these rows see of the block, merged into
+// what they hold; otherwise a part of the chains that `sums` keep.
+template <class Block, int R, int P, bool Whole>
+void value_tile(const Tile &t, const Block &block, int64_t begin, int64_t d, int64_t from, int64_t to, float *sums) {
+  f32x16 acc[R][P];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) acc[r][p] = Whole ? zero() : load(sums + (r * P + p) * 16);
+  const int64_t step = block.value_step(), panel = block.value_panel();
+  const float *weight = t.score + begin * kKeyBlock;
+  for (int64_t token = from; token < to;) {
+    const int64_t stop = Block::kFetch ? min(to, token / 16 * 16 + 16) : to;
+    const typename Block::Element *at[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) at[p] = block.value(token, d) + p * panel;
+    const uint8_t *ahead = block.after_value(d / (16 * P) * kBlockGroups + token / 16);
+    for (int64_t offset = 0; token < stop; token++, offset += step) {
+      if (Block::kFetch && ahead) __builtin_prefetch(ahead, 0, 2), ahead += 64;
+      multiply_add<Block, R, P>(acc, at, offset, weight + token, kKeyBlock);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    const Row &row = t.row[begin + r];
+    float *held = t.held + (begin + r) * t.stride + d;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++)
+      if constexpr (Whole) store(held + p * 16, fma(Block::Decode::weave(acc[r][p]), set1(row.take), load(held + p * 16) * set1(row.keep)));
+      else store(sums + (r * P + p) * 16, acc[r][p]);
+  }
+}
+
+// Tokens that every row of the tile sees go together; those that only some see, row by row, in the same order.
+template <class Block, int R, int P>
+void value_rows(const Tile &t, const Block &block, int64_t begin, int64_t d, const int64_t *from, const int64_t *to) {
+  const int64_t first = from[R - 1], end = to[0];
+  if (from[0] == first && to[R - 1] == end) return value_tile<Block, R, P, true>(t, block, begin, d, first, end, nullptr);
+  float sums[R * P * 16] = {0};
+  const bool together = first < end;
+  for (int r = 0; r < R; r++)
+    value_tile<Block, 1, P, false>(t, block, begin + r, d, from[r], together ? first : to[r], sums + r * P * 16);
+  if (together) {
+    value_tile<Block, R, P, false>(t, block, begin, d, first, end, sums);
+    for (int r = 0; r < R; r++) value_tile<Block, 1, P, false>(t, block, begin + r, d, end, to[r], sums + r * P * 16);
+  }
+  for (int r = 0; r < R; r++) {
+    const Row &row = t.row[begin + r];
+    float *held = t.held + (begin + r) * t.stride + d;
+    for (int p = 0; p < P; p++)
+      store(held + p * 16, fma(Block::Decode::weave(load(sums + (r * P + p) * 16)), set1(row.take), load(held + p * 16) * set1(row.keep)));
+  }
+}
+
+template <class Block, int R = kTileRows>
+void value_few(const Tile &t, const Block &block, int64_t begin, int rows, int64_t d, int64_t end, const int64_t *from,
+               const int64_t *to) {
+  if (rows == R) {
+    constexpr int wide = tile_panels(R);
+    for (; d + 16 * wide <= end; d += 16 * wide) value_rows<Block, R, wide>(t, block, begin, d, from, to);
+    for (; d < end; d += 16) value_rows<Block, R, 1>(t, block, begin, d, from, to);
+  } else if constexpr (R > 1) {
+    value_few<Block, R - 1>(t, block, begin, rows, d, end, from, to);
+  }
+}
+
+// The highest score of one row in a block, whose scores are capped, and -inf outside the tokens that it sees.
+XK_INLINE float settle(float *score, int64_t block, const Row &row, float softcap) {
+  const bool whole = row.first <= block && row.position >= block + kKeyBlock - 1;
+  f32x16 top = set1(-INFINITY);
+  if (whole && !(softcap > 0)) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kBlockGroups; g++) top = max(load(score + g * 16), top);
+    return reduce_max(top);
+  }
+  const f32x16 lowest = set1(-INFINITY), first = set1((float)(row.first - block)), last = set1((float)(row.position - block));
+  f32x16 index = lane_index();
+  for (int g = 0; g < kBlockGroups; g++, index = index + set1(16.0f)) {
+    f32x16 value = load(score + g * 16);
+    if (softcap > 0) value = set1(softcap) * tanh(value / set1(softcap));
+    value = select_less(index, first, lowest, select_less(last, index, lowest, value));
+    store(score + g * 16, value);
+    top = max(value, top);
+  }
+  return reduce_max(top);
+}
+
+// Settled scores become weights exp(score - maximum); their sum.
+XK_INLINE float weigh(float *score, float maximum) {
+  const f32x16 m = set1(maximum);
+  f32x16 total = zero();
+#pragma GCC unroll 4
+  for (int g = 0; g < kBlockGroups; g++) {
+    const f32x16 weight = exp_falling(load(score + g * 16) - m);
+    store(score + g * 16, weight);
+    total = total + weight;
+  }
+  return reduce_add(total);
+}
+
+// Of two parts, what each is multiplied by when they meet: exp(its maximum - the greater). One of the two is exp(0) = 1.
+struct Meeting {
+  float keep, take;
+};
+static inline Meeting meet(float *maximum, float *sum, float other, float other_sum, float factor) {
+  const bool grows = *maximum < other;
+  const Meeting m = {grows ? factor : 1.0f, grows ? 1.0f : factor};
+  if (grows) *maximum = other;
+  *sum = *sum * m.keep + other_sum * m.take;
+  return m;
+}
+static inline float fall(float a, float b) { return a < b ? a - b : b - a; }
+
+template <class Block>
+void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t value_end) {
+  const Row *row = t.row;
+  const int64_t first_group = max(0, (row[begin].first - at) / 16), groups = min(kBlockGroups, (row[end - 1].position - at) / 16 + 1);
+  // Of many rows, a group is scored for those that see some of it.
+  const auto tiles = [&](int64_t from, int64_t to, const auto &each) {
+    const int64_t rows = to - from, count = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0; i < count; i++) each(from + rows * i / count, (int)(rows * (i + 1) / count - rows * i / count));
+  };
+  if (Block::kFetch) {
+    score_few(t, block, begin, (int)(end - begin), first_group, groups);
+  } else {
+    for (int64_t g = first_group, b = begin, e = begin; g < groups; g++) {
+      while (b < end && row[b].position < at + g * 16) b++;
+      while (e < end && row[e].first < at + g * 16 + 16) e++;
+      tiles(b, e, [&](int64_t from, int rows) { score_few(t, block, from, rows, g, g + 1); });
+    }
+  }
+  for (int64_t r = begin; r < end; r += 16) {
+    float maximum[16] = {0}, sum[16], factor[16] = {0};
+    const int64_t some = min(16, end - r);
+    // One loop for each kind of dependence: in one loop for all, a row would wait for its maximum, then for its sum.
+    for (int64_t i = 0; i < some; i++) maximum[i] = settle(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap);
+    for (int64_t i = 0; i < some; i++) sum[i] = weigh(t.score + (r + i) * kKeyBlock, maximum[i]);
+    for (int64_t i = 0; i < some; i++) factor[i] = fall(row[r + i].maximum, maximum[i]);
+    store(factor, exp_falling(load(factor)));
+    for (int64_t i = 0; i < some; i++) {
+      Row &to = t.row[r + i];
+      const Meeting m = meet(&to.maximum, &to.sum, maximum[i], sum[i], factor[i]);
+      to.keep = m.keep, to.take = m.take;
+    }
+  }
+  int64_t from[kTileRows], to[kTileRows];
+  const auto seen = [&](int64_t first, int rows) {
+    for (int r = 0; r < rows; r++) {
+      from[r] = max(0, row[first + r].first - at);
+      to[r] = min(kKeyBlock, row[first + r].position + 1 - at);
+    }
+  };
+  if (Block::kFetch) {
+    seen(begin, (int)(end - begin));
+    value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
+  } else {
+    for (int64_t d = 0; d < value_end; d += 16)
+      tiles(begin, end, [&](int64_t first, int rows) {
+        seen(first, rows);
+        value_few(t, block, first, rows, d, d + 16, from, to);
+      });
+  }
+}
+
+}  // namespace XK_LEVEL
