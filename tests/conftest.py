@@ -1,5 +1,5 @@
 """Options of the whole suite: --update-golden rewrites golden files; --mutations and --graphs say how many broken plans
-and random programs to try.
+and random programs to try, --seed gives other random programs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("xllm")
     group.addoption("--update-golden", action="store_true", help="rewrite golden files with what the code gives now")
     group.addoption("--mutations", type=int, default=1500, help="mutated plans per planner test (release: 100000)")
-    group.addoption("--graphs", type=int, default=40, help="random programs per rewrite (release: 1000)")
+    group.addoption("--graphs", type=int, default=20, help="random programs per rewrite (release: 1000)")
+    group.addoption("--seed", type=int, default=0, help="which random programs: a long run is one, or several seeds")
 
 
 @pytest.fixture
@@ -39,3 +40,8 @@ def mutations(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def graphs(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--graphs"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--seed"))  # pyright: ignore[reportArgumentType]

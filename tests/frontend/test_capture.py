@@ -204,3 +204,12 @@ def test_learned_positions_of_a_decoder_begin_at_its_offset(config: Any) -> None
     program = capture_config(config, name="positions")
     rules = {name: str(weight.rule) for name, weight in program.weights.items() if "position" in name}
     assert len(rules) == 1 and "start=2" in next(iter(rules.values()))
+
+
+@pytest.mark.parametrize("kind", [transformers.DogeConfig, transformers.FalconConfig])
+def test_attention_looked_up_elsewhere_is_refused_by_name(kind: Any) -> None:
+    """Doge looks while it runs, Falcon while it is built."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(CompileError, match="a table of its own") as caught:
+        capture_config(kind(**sizes), name="other", max_len=48)
+    assert caught.value.code == "no-attention-interface"

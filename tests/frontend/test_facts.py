@@ -120,3 +120,9 @@ def test_the_language_part_of_several_says_what_tokens_are(tmp_path: Path) -> No
     found = facts(_write(tmp_path, config=whole), tokenizer=False)
     assert (found.vocab_size, found.max_len, found.eos_ids) == (77, 48, (5,))
     assert found.architecture == "Qwen3_5ForConditionalGeneration"
+
+
+def test_a_model_for_any_length_has_no_limit(tmp_path: Path) -> None:
+    from xllm.frontend.facts import _reach
+
+    assert _reach(type("Config", (), {"max_position_embeddings": -1})()) == 0

@@ -68,11 +68,11 @@ def test_running_again_only_merges_views(name: str) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(FUNCTION_REWRITES)), ids=[step.name() for step in FUNCTION_REWRITES])
-def test_a_rewrite_of_random_functions_changes_nothing_but_the_graph(index: int, graphs: int) -> None:
-    step, rng = FUNCTION_REWRITES[index], random.Random(index)
+def test_a_rewrite_of_random_functions_changes_nothing_but_the_graph(index: int, graphs: int, seed: int) -> None:
+    step, rng = FUNCTION_REWRITES[index], random.Random(seed * 1000 + index)
     served = [name for name in MODELS if stages(name)[1][index].hits]
     tried = hits = 0
-    while served and tried < graphs // 4:
+    while served and tried < graphs:
         name = rng.choice(served)
         program = mutated(stages(name)[0][index], rng, rng.choice((0, 1, 1, 2, 3)))
         if program is None:
@@ -86,4 +86,4 @@ def test_a_rewrite_of_random_functions_changes_nothing_but_the_graph(index: int,
         assert all(difference(wanted[key], got[key]) <= TOLERANCE for key in wanted), (step.name(), name, tried, sizes)
         tried += 1
         hits += record.hits
-    assert hits > graphs // 8 or not served, "the pattern is hardly ever there"
+    assert hits > graphs // 2 or not served, "the pattern is hardly ever there"

@@ -91,7 +91,7 @@ def _reach(config: Any) -> int:
     length it starts from, and the usual advice is to add yarn to a config and leave the rest. Configs of llama3 and
     longrope say the whole length.
     """
-    positions = int(getattr(config, "max_position_embeddings", None) or 0)
+    positions = max(int(getattr(config, "max_position_embeddings", None) or 0), 0)  # XLNet: -1, for any length
     rope = getattr(config, "rope_parameters", None) or {}
     factor = float(rope.get("factor") or 1.0)
     match rope.get("rope_type"):

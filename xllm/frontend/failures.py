@@ -8,6 +8,7 @@ from types import TracebackType
 from torch import nn
 
 from xllm.errors import CompileError
+from xllm.frontend.hooks import HOOK
 
 _ADVICE = {
     "shape-guard": "a model whose layers treat every number of tokens alike (recurrent and chunked layers do not)",
@@ -25,6 +26,8 @@ def explain(error: Exception, model: nn.Module) -> CompileError:
     if isinstance(error, CompileError):
         return error
     where, statement = _innermost(error.__traceback__, model)
+    if isinstance(error, KeyError) and f"`{HOOK}`" in str(error):  # of a table like the interface, but another
+        return no_interface(type(model).__name__, where)
     said = f"{type(error).__name__} {error}".lower()
     code = next((code for code, signs in _SIGNS if any(sign in said for sign in signs)), "capture-failed")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
@@ -35,6 +38,17 @@ def explain(error: Exception, model: nn.Module) -> CompileError:
         where=where,
         node=statement,
         try_=_ADVICE[code],
+    )
+
+
+def no_interface(who: str, where: str) -> CompileError:
+    """Refusal of a model that does not look attention up where ours is registered."""
+    return CompileError(
+        f"{who} chooses attention from a table of its own, not transformers' attention interface",
+        code="no-attention-interface",
+        pass_name="capture",
+        where=where,
+        try_="an architecture whose transformers class uses ALL_ATTENTION_FUNCTIONS",
     )
 
 

@@ -26,7 +26,7 @@ from xllm.frontend.alike import Watch
 from xllm.frontend.experts import lift_experts
 from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config, text_config
-from xllm.frontend.failures import explain
+from xllm.frontend.failures import explain, no_interface
 from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional
 from xllm.frontend.hooks import HOOK, Session
@@ -84,7 +84,8 @@ def capture_config(
     if max_len is not None and max_len < 1:
         raise CompileError(f"max_len is {max_len}", code="bad-option", pass_name="capture", try_="one position or more")
     text = text_config(config)
-    length = max_len or min(int(getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_LEN), DEFAULT_MAX_LEN)
+    reach = int(getattr(text, "max_position_embeddings", None) or 0)
+    length = max_len or (min(reach, DEFAULT_MAX_LEN) if reach > 0 else DEFAULT_MAX_LEN)
     dims = (Dim("T", 1, max_tokens), Dim("S", 1, max_seqs))
     if full:
         return _traced(copy.deepcopy(config), name, length, dims, task, full=True)
@@ -183,14 +184,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     except KeyError as error:
         if error.args != (HOOK,):
             raise
-        raise CompileError(
-            f"{type(config).__name__} chooses attention from a table of its own, not transformers' attention interface",
-            code="no-attention-interface",
-            pass_name="capture",
-            where=_architecture(config),
-            node="attention",
-            try_="an architecture whose transformers class uses ALL_ATTENTION_FUNCTIONS",
-        ) from error
+        raise no_interface(type(config).__name__, _architecture(config)) from error
     except Exception as error:  # transformers raises anything from ImportError to ValueError here
         raise CompileError(
             f"transformers cannot build {_architecture(config)} as {called}: {_first_line(error)}",
