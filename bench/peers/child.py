@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-ADAPTERS = ("xllm", "llamacpp", "openvino", "transformers", "onnxruntime")
+ADAPTERS = ("xllm", "llamacpp", "openvino", "transformers")
 WARM_TOKENS = (16, 4)  # prompt and output of the run that is not counted
 
 Arrivals = list[list[tuple[float, int]]]
