@@ -1,0 +1,135 @@
+"""Who runs: how each is installed under build/peers, and what it makes of a checkpoint at a weight type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.checkpoints import SHAPES, write_checkpoint
+from bench.report import ROOT
+
+HOME = ROOT / "build" / "peers"
+TORCH = "torch>=2.11,<2.14"
+WEIGHTS = ("bfloat16", "int8", "int4")
+NATIVE = HOME / "llama.cpp" / "native"
+CMAKE = (
+    "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One program. kinds: its own names of a weight type, each of which is run; server: it answers HTTP."""
+
+    name: str
+    adapter: str
+    kinds: Mapping[str, tuple[str, ...]]
+    packages: tuple[str, ...] = ()
+    server: bool = False
+
+    @property
+    def home(self) -> Path:
+        return HOME / self.name
+
+    @property
+    def python(self) -> str:
+        return str(self.home / "bin" / "python") if self.packages else sys.executable
+
+
+XLLM = Contender("xllm", "xllm", {kind: (kind,) for kind in WEIGHTS}, server=True)
+CONTENDERS = (
+    XLLM,
+    Contender(
+        "llama.cpp", "llamacpp", {"bfloat16": ("BF16", "F16"), "int8": ("Q8_0",), "int4": ("Q4_0",)},
+        ("llama-cpp-python", "gguf"), server=True,
+    ),
+    Contender(
+        "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
+        ("openvino-genai", "optimum-intel", "nncf", TORCH),
+    ),
+    Contender("transformers", "transformers", {"bfloat16": ("bfloat16",)}, ("transformers", TORCH)),
+)  # fmt: skip
+
+
+def install(contender: Contender) -> None:
+    """An environment with its packages, made once. Raises CalledProcessError when a step fails; the next call goes on
+    from there."""
+    done = contender.home / "installed"
+    if not contender.packages or done.exists():
+        return
+    if not Path(contender.python).exists():
+        venv.create(contender.home, with_pip=True)
+    variables, packages = dict(os.environ), list(contender.packages)
+    if contender.adapter == "llamacpp":
+        source = _llama_source(contender)
+        targets = ("--target", "llama", "--target", "llama-server")
+        if not (NATIVE / "build.ninja").exists():
+            _run("cmake", "-S", str(source / "vendor" / "llama.cpp"), "-B", str(NATIVE), *CMAKE)
+        _run("cmake", "--build", str(NATIVE), "--parallel", str(len(os.sched_getaffinity(0))), *targets)
+        variables["CMAKE_ARGS"], packages[0] = "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF", str(source)
+    _run(contender.python, "-m", "pip", "install", "-q", *packages, variables=variables)
+    done.touch()
+
+
+def convert(contender: Contender, shape: str, kind: str) -> Path:
+    """The checkpoint of `shape` as this contender reads it, made where it is not there yet."""
+    folder = HOME / "models" / shape
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "tokenizer_config.json").exists():
+        write_checkpoint(checkpoint, SHAPES[shape])
+    if contender.adapter == "transformers":
+        return checkpoint
+    out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
+    part = out.with_name(f"{out.name}.part")
+    if out.exists():
+        return out
+    if contender.adapter == "xllm":
+        _run(
+            contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", kind,
+            "--max-len", "8192", "--max-seqs", "32", "--quiet",
+        )  # fmt: skip
+        return out
+    if contender.adapter == "llamacpp":
+        _run(contender.python, "-m", "bench.peers.to_gguf", str(checkpoint), kind, str(part))
+    else:
+        flags = ("--sym", "--group-size", "32", "--ratio", "1.0", "--all-layers") if kind == "int4" else ()
+        _run(
+            str(contender.home / "bin" / "optimum-cli"), "export", "openvino", "--model", str(checkpoint), "--task",
+            "text-generation-with-past", "--weight-format", kind, *flags, str(part),
+        )  # fmt: skip
+    part.rename(out)
+    return out
+
+
+def environment(contender: Contender) -> dict[str, str]:
+    """Variables of a process of this contender."""
+    found = dict(os.environ)
+    if contender.adapter == "llamacpp":
+        found["LLAMA_CPP_LIB_PATH"] = str(NATIVE / "bin")
+    return found
+
+
+def _llama_source(contender: Contender) -> Path:
+    """The source distribution, unpacked: it has llama.cpp's own server, which the Python package does not build."""
+    place = HOME / "src"
+    if not (found := sorted(place.glob("llama_cpp_python-*/vendor"))):
+        _run(
+            contender.python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python",
+            "llama-cpp-python", "-d", str(place),
+        )  # fmt: skip
+        with tarfile.open(next(place.glob("llama_cpp_python-*.tar.gz"))) as archive:
+            archive.extractall(place, filter="data")
+        found = sorted(place.glob("llama_cpp_python-*/vendor"))
+    return found[-1].parent
+
+
+def _run(*command: str, variables: Mapping[str, str] | None = None) -> None:
+    subprocess.run(command, check=True, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
