@@ -187,7 +187,8 @@ def summarize(runs: Mapping[tuple[str, str, str], Sequence[Measured]]) -> list[d
             values = [one[workload.figure] for one in found if isinstance(one, dict)]
             failed = [one.why for one in found if isinstance(one, Failure)]
             cells[contender] = f"failed: {failed[-1]}" if failed else Spread.of(values)
-            versions |= {contender: one["version"] for one in found if isinstance(one, dict) and "version" in one}
+            told = [one["version"] for one in found if isinstance(one, dict) and "version" in one]
+            versions |= {contender: told[-1]} if told else {}
         good = {contender: cell for contender, cell in cells.items() if isinstance(cell, Spread)}
         best = ratio(good.pop("xllm", None), good, workload.more_is_better)
         rows.append(

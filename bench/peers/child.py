@@ -11,6 +11,7 @@ there. Every peer is given all prompts at once, decodes greedily, and ends a seq
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +65,7 @@ def figures(arrivals: Arrivals, begin: float) -> dict[str, Any]:
     """
     firsts, lasts = max(times[0][0] for times in arrivals), min(times[-1][0] for times in arrivals)
     counted = sum(firsts < at <= lasts for times in arrivals for at, _ in times)
-    gaps = [b - a for times in arrivals for (a, _), (b, _) in zip(times, times[1:], strict=False)]
+    gaps = [b - a for times in arrivals for (a, _), (b, _) in itertools.pairwise(times)]
     return {
         "prefill_seconds": firsts - begin,
         "decode_tokens_per_second": counted / (lasts - firsts) if counted else None,

@@ -76,6 +76,9 @@ def install(contender: Contender) -> None:
         _run("cmake", "--build", str(NATIVE), "--parallel", str(len(os.sched_getaffinity(0))), *targets)
         variables["CMAKE_ARGS"], packages[0] = "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF", str(source)
     _run(contender.python, "-m", "pip", "install", "-q", *packages, variables=variables)
+    if contender.adapter == "openvino":
+        # Comes along unasked, built for another torch than a CPU's; transformers then fails to import.
+        _run(contender.python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
     done.touch()
 
 
