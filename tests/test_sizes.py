@@ -25,13 +25,8 @@ BUDGET = {
     "xllm/measure": 820,
     "xllm": 2900,  # modules at the top, of which llm.py is what Python users see
     "kernels": 6000,
-<<<<<<< HEAD
     "bench": 3600,  # a third of it runs peers
     "tests": 18000,
-=======
-    "bench": 3600,  # a third of it runs peers
-    "tests": 17500,
->>>>>>> wt-peers
 }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
+import gguf  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 TYPES = ("F16", "BF16", "Q8_0", "Q4_0")

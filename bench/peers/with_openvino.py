@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-import openvino
-import openvino_genai
+import openvino  # pyright: ignore[reportMissingImports]
+import openvino_genai  # pyright: ignore[reportMissingImports]
 
 from bench.peers.child import Arrivals, Job
 
