@@ -48,14 +48,14 @@ def test_levels():
 
 
 HEADS = {"q_heads": 4, "kv_heads": 2, "key_dim": 64, "value_dim": 64}
-ATTENTION = {"layer_offset": 0, "group_bytes": 16384, **HEADS, "window": 0}
+ATTENTION = {"layer_offset": 0, "group_bytes": 16384, **HEADS, "window": 0, "parts": 128}
 
 
 def attention(ints=(), floats=()):
     address = A.ctypes.data
     return cpu.Call(
         "attention.f32",
-        {"q": address, "out": address},
+        {"q": address, "out": address, "scratch_parts": address},
         ATTENTION | dict(ints),
         {"scale": 1.0, "softcap": 0.0} | dict(floats),
     )

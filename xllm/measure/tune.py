@@ -121,6 +121,7 @@ class Bench:
         self.kernel, self._cost = one.kernel, one.cost
         most = max((StepSizes(step) for step in (*case.points, case.tiny[1])), key=lambda sizes: sizes["T"])
         rows, once = reach(one.kernel, one.ints)
+        scratch = {name: once.pop(name) for name in [*once] if name.startswith("scratch")}
         held = sum(size for name, size in once.items() if name != "state")
         per_token = 2 * KV_HEADS * HEAD_DIM * (2 if case.kv == "bfloat16" else 4) if "state" in once else 0
         self._context = max(tokens + past for step in (*case.points, case.tiny[1]) for tokens, past in step)
@@ -132,6 +133,8 @@ class Bench:
             {name: _memory(size) for name, size in once.items() if name != "state" and size} for _ in self._lowered
         ]
         sizes = {name: most["T"] * size for name, size in rows.items()} | {"table": most["T"] * rows.get("out", 0)}
+        for name, size in scratch.items():
+            sizes[name] = sizes.get(name, 0) + size
         self._values = {name: _memory(size) for name, size in sizes.items()}
         self._state = state_memory(self._kv.group_bytes * (-(-self._context // 16) + 8) if "state" in once else 1)
 
