@@ -23,7 +23,9 @@ from rich.table import Table
 from xllm.kernels import cpu
 
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936
-Q_HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
+# Query heads, KV heads, and the dims of a head; of Llama-3.2-1B too, where four query heads share the keys.
+HEADS, WIDER = (16, 8, 128), (32, 8, 64)
+PARTS = 128  # chunks of attention that a step may hand out as units
 LINEARS = {
     "qkv": (HIDDEN, 4096),
     "o": (2048, HIDDEN),
@@ -91,31 +93,52 @@ def linear(name: str, k: int, n: int, rows: int, suffix: str) -> Case:
     )
 
 
-def attention(rows: int, context: int, suffix: str) -> Case:
+def attention(rows: int, context: int, suffix: str, heads: tuple[int, int, int]) -> Case:
+    """heads: query heads, KV heads, and the dims of a head."""
+    q_heads, kv_heads, dim = heads
     element = 4 if suffix == "f32" else 2
-    group = KV_HEADS * HEAD_DIM * 32 * element
+    group = kv_heads * dim * 32 * element
     copies = max(1, min(16, COLD_BYTES // (group * context // 16))) if rows == 1 else 1
     span = aligned(group * copies * (context // 16 + 1))
-    q, out = floats(rows, Q_HEADS * HEAD_DIM), floats(rows, Q_HEADS * HEAD_DIM)
-    ints = {"group_bytes": group * copies, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "window": 0}
-    ints |= dict.fromkeys(("key_dim", "value_dim"), HEAD_DIM)
-    args = {"q": address(q), "sinks": None, "out": address(out)}
-    scale = {"scale": HEAD_DIM**-0.5, "softcap": 0.0}
+    q, out, parts = floats(rows, q_heads * dim), floats(rows, q_heads * dim), floats(PARTS, q_heads * (dim + 16))
+    ints = {"group_bytes": group * copies, "q_heads": q_heads, "kv_heads": kv_heads, "window": 0, "parts": PARTS}
+    ints |= dict.fromkeys(("key_dim", "value_dim"), dim)
+    args = {"q": address(q), "sinks": None, "out": address(out), "scratch_parts": address(parts)}
+    scale = {"scale": dim**-0.5, "softcap": 0.0}
     calls = [cpu.Call(f"attention.{suffix}", args, ints | {"layer_offset": group * i}, scale) for i in range(copies)]
     start = context - rows
     seen = rows * start + rows * (rows + 1) / 2
-    work = {"bytes": float(group * context / 16)} if rows == 1 else {"operations": 4.0 * seen * Q_HEADS * HEAD_DIM}
-    name = f"attention.{suffix} {rows} of {context} tokens"
-    return Case(name, calls, tokens(rows, start, span), keep=(span, q, out), **work)
+    work = {"bytes": float(group * context / 16)} if rows == 1 else {"operations": 4.0 * seen * q_heads * dim}
+    name = f"attention.{suffix} {q_heads}/{kv_heads} x {dim}, {rows} of {context} tokens"
+    return Case(name, calls, tokens(rows, start, span), keep=(span, q, out, parts), **work)
 
 
 def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int], rows: int) -> Case:
     """Every argument is read or written once: the bytes moved are the bytes of the arguments."""
     size = 4 * sum(int(np.prod(shape)) for shape in args.values())
-    copies = [{name: floats(*shape) for name, shape in args.items()} for _ in range(max(1, COLD_BYTES // size))]
+    count = min(64, max(1, COLD_BYTES // size))  # of one row, what a step works on is in a cache
+    copies = [{name: floats(*shape) for name, shape in args.items()} for _ in range(count)]
     epsilon = {"eps": 1e-6} if "eps" in cpu.kernels()[kernel].floats else {}
     calls = [cpu.Call(kernel, {name: address(a) for name, a in copy.items()}, ints, epsilon) for copy in copies]
     return Case(f"{kernel} {rows} rows", calls, tokens(rows), bytes=float(size), keep=(copies,))
+
+
+def norm_rope_write(rows: int, suffix: str) -> Case:
+    q_heads, kv_heads, dim = HEADS
+    group = kv_heads * dim * 32 * (4 if suffix == "f32" else 2)
+    span = aligned(group * (rows // 16 + 1))
+    shapes = {"qkv": (rows, (q_heads + 2 * kv_heads) * dim), "q_out": (rows, q_heads * dim)}
+    shapes |= {"cos": (rows, dim), "sin": (rows, dim), "q_norm": (dim,), "k_norm": (dim,)}
+    arrays = {name: floats(*shape) for name, shape in shapes.items()}
+    ints = {"layer_offset": 0, "group_bytes": group, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
+    call = cpu.Call(
+        f"qk_norm_rope_write.{suffix}",
+        {name: address(array) for name, array in arrays.items()},
+        ints | {"rotary_dim": dim, "interleaved": 0},
+        {"eps": 1e-6},
+    )
+    moved = sum(array.nbytes for array in arrays.values()) + rows * group / 16
+    return Case(f"{call.kernel} {rows} rows", [call] * 28, tokens(rows, 0, span), bytes=moved, keep=(span, arrays))
 
 
 def cases(quick: bool) -> Iterator[Callable[[], Case]]:
@@ -125,14 +148,19 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
                 yield lambda name=name, k=k, n=n, rows=rows, suffix=suffix: linear(name, k, n, rows, suffix)
         yield lambda suffix=suffix: linear("head", HIDDEN, VOCAB, 1, suffix)
     for suffix in ("bf16",) if quick else ("bf16", "f32"):
-        for rows, context in ((1, 1024), (256, 256)) if quick else ((1, 1024), (1, 8192), (256, 256), (512, 2048)):
-            yield lambda rows=rows, context=context, suffix=suffix: attention(rows, context, suffix)
-    rows = 512
-    row, gated = (rows, HIDDEN), (rows, INTERMEDIATE)
-    norm = {"x": row, "residual": row, "weight": (HIDDEN,), "out": row, "sum": row}
-    yield lambda: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows)
-    silu = {"x": (rows, 2 * INTERMEDIATE), "out": gated}
-    yield lambda: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows)
+        decodes = [(1, context) for context in ((1024,) if quick else (256, 1024, 4096, 16384))]
+        for rows, context in [*decodes, *(((256, 256),) if quick else ((512, 512), (2048, 2048), (512, 2048)))]:
+            for heads in (HEADS,) if quick else (HEADS, WIDER):
+                yield lambda rows=rows, context=context, suffix=suffix, heads=heads: attention(
+                    rows, context, suffix, heads
+                )
+    for rows in (1, 512):
+        row, gated = (rows, HIDDEN), (rows, INTERMEDIATE)
+        norm = {"x": row, "residual": row, "weight": (HIDDEN,), "out": row, "sum": row}
+        yield lambda norm=norm, rows=rows: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows)
+        silu = {"x": (rows, 2 * INTERMEDIATE), "out": gated}
+        yield lambda silu=silu, rows=rows: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows)
+        yield lambda rows=rows: norm_rope_write(rows, "bf16")
 
 
 def seconds(runner: cpu.Runner, case: Case, budget: float) -> list[float]:
