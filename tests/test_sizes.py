@@ -22,7 +22,7 @@ BUDGET = {
     "xllm/artifact": 1450,
     "xllm/embedded": 1800,
     "xllm/inspection": 1060,
-    "xllm/measure": 820,
+    "xllm/measure": 850,  # tuning places the scratch of kernels
     "xllm": 2900,  # modules at the top, of which llm.py is what Python users see
     "kernels": 6000,
     "bench": 3600,  # a third of it runs peers
