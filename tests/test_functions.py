@@ -56,6 +56,32 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("storage", "limit"),
+    [("float32", 1e-6), ("bfloat16", 4e-3), ("int8", 8e-3), ("int8.row", 2e-2), ("int4.32", 0.12)],
+)
+def test_storage_of_weights(tmp_path: Path, storage: str, limit: float) -> None:
+    rng = np.random.default_rng()
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 96])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64])
+    held = rng.standard_normal((96, 64), np.float32)
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [96, 64], held.tobytes(), raw=True)
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "m.onnx")
+    report = compile_onnx(tmp_path / "m.onnx", tmp_path / "m.xllm", {"n": 8}, weights=storage)
+    assert not report.fallbacks
+    with Session(tmp_path / "m.xllm") as session:
+        rows = rng.standard_normal((7, 96), np.float32)
+        want = rows @ held
+        error = np.linalg.norm(session.run({"x": rows})["y"] - want) / np.linalg.norm(want)
+    assert limit / 30 < error < limit or storage == "float32" and error < limit
+
+
+def test_an_unknown_storage_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"int3.*one of float32"):
+        compile_onnx(model, tmp_path / "m.xllm", {"n": 4}, weights="int3")
+
+
+@pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--task", "embed"], "--task is for language models"),
@@ -68,6 +94,8 @@ def model(tmp_path: Path) -> Path:
         (["--disable-pass", "fuse-moe"], "fuse-moe does not run here"),
         (["--share-weights", "out.xllm"], "choose one beside it"),
         (["--dim", "n=5"], "--dim names n more than once"),
+        (["--group", "64"], "--group 64 is for integer weights"),
+        (["--group", "64", "--weights", "bfloat16"], "--group 64 is for integer weights"),
     ],
 )
 def test_what_is_not_for_functions_is_refused_by_name(

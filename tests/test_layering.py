@@ -25,6 +25,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "plan": ({"targets.base"}, {"msgspec"}),
     "artifact": ({"plan"}, {"blake3", "msgspec", "numpy"}),
     "artifact.signature": ({"artifact"}, {"cryptography"}),
+    "storage": (set(), set()),
     "traffic": (set(), set()),
     "frontend": ({"ir", "errors"}, {"blake3", "torch", "transformers", "numpy"}),
     "frontend.onnx": ({"ir", "errors", "frontend"}, {"torch", "numpy", "onnx", "onnx_ir"}),
@@ -35,7 +36,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "packing": ({"errors", "frontend", "ir", "kernels", "plan", "targets"}, {"blake3", "numpy"}),
     "passes": ({"ir", "plan", "targets.base", "errors", "extensions"}, {"torch", "networkx", "sympy", "numpy"}),
     "compiler": (
-        {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "targets"},
+        {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "storage", "targets"},
         set(),
     ),
     "pipeline": ({"", "artifact", "extensions", "ir", "passes", "plan", "targets"}, set()),
@@ -50,7 +51,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.fallback": ({"artifact", "ir", "plan", "targets.arrays", "targets.base"}, {"numpy", "torch"}),
     "kernels": (set(), {"numpy"}),
     "functions": (
-        {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "plan", "targets"},
+        {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "plan", "storage", "targets"},
         {"numpy"},
     ),
     "session": ({"artifact", "targets"}, {"numpy"}),
@@ -59,7 +60,10 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
-    "commands": ({"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "targets"}, SERVING),
+    "commands": (
+        {"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "storage", "targets"},
+        SERVING,
+    ),
     "extensions": (set(), set()),
     "measure": ({"artifact", "config", "kernels", "llm", "runtime", "targets"}, {"msgspec", "numpy"}),
     "measure.commands": ({"artifact", "inspection", "measure"}, set()),
@@ -70,7 +74,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "inspection.commands": ({"artifact", "commands", "diagnose", "inspection", "measure.record"}, set()),
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
     "cli": (
-        {"", "artifact", "commands", "compiler", "config", "doctor", "inspection", "measure", "pipeline", "traffic"},
+        {"", "artifact", "commands", "compiler", "config", "doctor", "inspection", "measure", "pipeline", "storage"}
+        | {"traffic"},
         {"rich"},
     ),
     "": ({"llm", "runtime", "session"}, set()),

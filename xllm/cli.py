@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xllm import config
+from xllm.storage import FLOATS, GROUPS, INTS
 
 EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -143,15 +144,14 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
 
 
 def _compile_flags(sub: argparse.ArgumentParser) -> None:
-    dtypes = ("float32", "bfloat16")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with safetensors, or an .onnx file")
     sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
     sub.add_argument("--target", default="cpu", choices=("cpu",))
-    stored = (*dtypes, "int8", "int4")
+    stored = (*FLOATS, *INTS)
     sub.add_argument("--weights", choices=stored, help="storage of weights (default: as in the checkpoint)")
-    sub.add_argument("--group", choices=("32", "64", "128", "row"), help="inputs that share a scale (default 32)")
+    sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
     sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
-    sub.add_argument("--kv", choices=dtypes, help="storage of keys and values (default: as the weights)")
+    sub.add_argument("--kv", choices=FLOATS, help="storage of keys and values (default: as the weights)")
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
     sub.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens of one step")

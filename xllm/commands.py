@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xllm import config
+from xllm.storage import INTS, full_word
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
@@ -28,7 +29,9 @@ class UsageError(ValueError):
 def stored_as(arguments: argparse.Namespace, flag: str) -> str | None:
     """The word for a storage flag, with --group where it is an integer type."""
     name = getattr(arguments, flag)
-    return f"{name}.{arguments.group or 32}" if name in ("int8", "int4") else name
+    if arguments.group and not {arguments.weights, arguments.head_weights} & set(INTS):
+        raise UsageError(f"--group {arguments.group} is for integer weights: give --weights int8 or int4 too")
+    return full_word(name, arguments.group) if name else None
 
 
 def compile_function(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xllm.artifact import PLANNED, UNFOLDED, ArtifactWriter, check_apart, previous_weights, share, writing
 from xllm.errors import CompileError
 from xllm.pipeline import Pipeline, fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
+from xllm.storage import FLOATS, INTS, STORAGES, full_word
 from xllm.targets.predicted import TUNING
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ Progress = Callable[[str, int, int], None]  # stage or item, done, total
 class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
-    weights: storage of product weights: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as
-    int8.32, int4.128, int8.row (int8 and int4 alone mean 32). head: the same of embeddings and the head, by default as
-    weights. kv: storage of keys and values. max_seqs: sequences decoded together;
+    weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the same
+    of embeddings and the head, by default as weights. kv: storage of keys and values. max_seqs: sequences decoded together;
     max_len: tokens of one sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules,
     kernel_modules: files of others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are
     chosen for. tuning: a machine's figures that times are predicted from, and its level; they go into the artifact.
@@ -53,7 +53,8 @@ class CompileOptions:
     debug: int = 0
 
     def __post_init__(self) -> None:
-        allowed_values = {"weights": STORAGE, "head": STORAGE, "kv": DTYPES, "target": ("cpu",), "task": TASKS}
+        stored = (*INTS, *STORAGES)
+        allowed_values = {"weights": stored, "head": stored, "kv": FLOATS, "target": ("cpu",), "task": TASKS}
         for name, allowed in allowed_values.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
@@ -64,8 +65,6 @@ class CompileOptions:
                 raise CompileError(f"{name} is {value}", code="bad-option", try_=f"a {name} from 1 to {1 << 20}")
 
 
-DTYPES = ("float32", "bfloat16")
-STORAGE = (*DTYPES, *(f"{name}{group}" for name in ("int8", "int4") for group in ("", ".32", ".64", ".128", ".row")))
 TASKS = ("generate", "embed", "classify")
 DEFAULT_MAX_LEN = 4096
 
@@ -186,11 +185,11 @@ def compile_checkpoint(
         facts = read_facts(checkpoint)
         tensors = Checkpoint.open(checkpoint)
         quantised = Quantised(tensors, quantisation(checkpoint))
-        dtypes = {tensors.dtype(name) for name in tensors} | quantised.dtypes
-        asked, options = options.max_len, resolved(options, facts.max_len, dtypes)
+        kept = {tensors.dtype(name) for name in tensors} | quantised.dtypes
+        asked, options = options.max_len, resolved(options, facts.max_len, kept)
         target = cpu.host_target(options.tuning)
-        dtypes = str(options.weights), str(options.head), str(options.kv)
-        context = Context(target, *dtypes, options.traffic, pipeline.providers)
+        storages = str(options.weights), str(options.head), str(options.kv)
+        context = Context(target, *storages, options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
         program = capture(
             checkpoint,
@@ -295,13 +294,8 @@ def resolved(options: CompileOptions, trained_len: int, dtypes: set[str]) -> Com
             code="bad-option",
             try_=f"--max-len {trained_len} or less",
         )
-    kv = options.kv or (weights if weights in DTYPES else "bfloat16")
+    kv = options.kv or (weights if weights in FLOATS else "bfloat16")
     return replace(options, weights=weights, head=full_word(options.head or weights), kv=kv, max_len=max_len)
-
-
-def full_word(storage: str) -> str:
-    """int8 and int4 with the group that they mean."""
-    return f"{storage}.32" if storage in ("int8", "int4") else storage
 
 
 def _copy_tokenizer(writer: ArtifactWriter, facts: Any) -> None:

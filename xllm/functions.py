@@ -19,6 +19,7 @@ from xllm.artifact import PLANNED, check_apart, share, writing
 from xllm.errors import CompileError
 from xllm.pipeline import fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
 from xllm.plan import StoredWeight
+from xllm.storage import STORAGES, full_word
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ def compile_onnx(
 ) -> FunctionReport:  # fmt: skip
     """Compiles an ONNX file into the function artifact `out`, whole or not at all.
 
-    dims: the largest size of each dim its inputs name. weights: storage of product weights. pass_modules,
+    dims: the largest size of each dim its inputs name. weights: storage of product weights (see `xllm.storage`). pass_modules,
     kernel_modules: files of others (see `xllm.extensions`). share_weights: a folder that keeps the weight file, for
     every artifact with the same weights to share. Raises CompileError or ArtifactError.
     """
+    if (weights := full_word(weights)) not in STORAGES:
+        raise CompileError(f"weights is {weights!r}", code="bad-option", try_="one of " + ", ".join(STORAGES))
     if debug > 4:
         raise CompileError(
             "numeric checks of rewrites run steps, which a function has not",

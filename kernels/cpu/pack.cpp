@@ -60,11 +60,11 @@ float half_to_float(uint16_t half) {
   return half & 0x8000u ? -f : f;
 }
 
-uint16_t float_to_half(float x) {  // round to nearest even; infinite beyond 65504
+uint16_t float_to_half(float x) {  // round to nearest even; infinite beyond 65504, and for a NaN
   const float magnitude = fabsf(x);
   const uint16_t sign = signbit(x) ? 0x8000u : 0;
   if (!(magnitude < 65520.0f)) return sign | 0x7c00u;
-  // Adding a power of two rounds at float16's last bit: half a unit of 2^-24 for subnormals.
+  // In units of float16's last bit, which is 2^-24 for all subnormals; a carry into the exponent comes out right.
   const int exponent = magnitude < 0x1p-14f ? -14 : ilogbf(magnitude);
   const float unit = ldexpf(1.0f, exponent - 10);
   const float steps = nearbyintf(magnitude / unit);
@@ -100,10 +100,13 @@ Fit fit(const Group &g, float scale) {
 }
 
 // int8: the greatest magnitude is 127 steps. int4: of a few starts, each improved once, the one with the least error.
+// Infinite where a weight is not finite, or the scale is beyond float16.
 uint16_t scale_of(const Group &g) {
   float most = 0;
-  for (int64_t i = 0; i < g.count; i++)
-    if (!(fabsf(g.w[i]) <= fabsf(most))) most = g.w[i];
+  for (int64_t i = 0; i < g.count; i++) {
+    if (!isfinite(g.w[i])) return 0x7c00u;
+    if (fabsf(g.w[i]) > fabsf(most)) most = g.w[i];
+  }
   if (most == 0) return 0;
   if (g.high == 127) return float_to_half(fabsf(most) / 127.0f);
   uint16_t chosen = float_to_half(most / static_cast<float>(g.low));
@@ -124,7 +127,7 @@ uint16_t scale_of(const Group &g) {
 struct Target {  // one panel
   uint8_t *out;
   int bits;
-  int64_t group, k;  // inputs under one scale, all inputs, padded
+  int64_t group;  // inputs under one scale
   uint8_t *group_at(int64_t index) const { return out + index * (32 + group * 2 * bits); }
   void put_scale(int64_t index, int64_t row, uint16_t scale) const { memcpy(group_at(index) + row * 2, &scale, 2); }
   void put(int64_t index, int64_t row, int64_t i, int step) const {
@@ -147,7 +150,7 @@ int64_t pack_quantised(const uint8_t *weight, int64_t row_stride, int64_t n, int
   int64_t beyond = 0;
   memset(out, 0, static_cast<size_t>((n + 15) / 16 * panel_bytes));
   for (int64_t r = 0; r < n; r++) {
-    const Target to{out + r / 16 * panel_bytes, bits, each, padded};
+    const Target to{out + r / 16 * panel_bytes, bits, each};
     for (int64_t g = 0; g < groups; g++) {
       const int64_t begin = g * each, count = std::min(each, k - begin);
       if (count <= 0) continue;

@@ -109,6 +109,31 @@ def pack(weight: np.ndarray, dtype: str) -> np.ndarray:
     return cpu.pack_panels(np.ascontiguousarray(weight, np.float32), dtype, packed)
 
 
+def kind_of(storage: str) -> cpu.Quantised:
+    kind = cpu.quantised(storage)
+    assert kind is not None
+    return kind
+
+
+def unpacked(packed: np.ndarray, n: int, k: int, storage: str, *, scales: bool = False):
+    """float32 [n, k] of a packed int weight, read by the layout that simd/quantised.h describes; with its scales [n, k]."""
+    kind = kind_of(storage)
+    padded = kind.padded(k)
+    group = kind.group or padded
+    out, each = np.zeros((2, -(-n // 16) * 16, padded), np.float32)
+    for panel, block in enumerate(packed.reshape(-1, kind.panel_bytes(k))):
+        for index, part in enumerate(block.reshape(padded // group, -1)):
+            scale, steps = part[:32].view(np.float16).astype(np.float32), part[32:]
+            if kind.bits == 8:
+                values = steps.view(np.int8).reshape(-1, 16, 2).transpose(1, 0, 2)
+            else:
+                both = steps.reshape(-1, 16, 4).astype(np.int8)
+                values = (np.stack([both & 15, both >> 4 & 15], 1) - 8).transpose(2, 0, 1, 3)
+            place = slice(panel * 16, panel * 16 + 16), slice(index * group, (index + 1) * group)
+            out[place], each[place] = values.reshape(16, group) * scale[:, None], scale[:, None]
+    return (out[:n, :k], each[:n, :k]) if scales else out[:n, :k]
+
+
 def batch(
     lengths: Sequence[int], starts: Sequence[int] | None = None, spans: Sequence[np.ndarray] = (), ids=None, last=None
 ):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import ACTIVATIONS, KernelRun, aligned, pack, relative_error, rounded
+from tests.kernels.oracle import ACTIVATIONS, KernelRun, aligned, kind_of, pack, relative_error, rounded, unpacked
 from xllm.kernels import cpu
 
-DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+# Error against the weights as they are stored: integer weights take activations of 16 and of 8 bits.
+LIMITS = {"float32": 2e-6, "bfloat16": 2e-6, "int8.32": 1e-4, "int8.row": 1e-4, "int4.32": 2e-2, "int4.row": 2e-2}
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
 WIDTH, EXPERTS, INNER = 40, 12, 24
 ROUTERS = {  # scoring, groups, top_groups, group_top, renormalise
@@ -39,17 +40,22 @@ IMPOSSIBLE = [
 class Experts:
     """Random experts as a kernel wants them, and what they compute in float64."""
 
-    def __init__(self, rng, suffix, *, gated=True, biased=True, act=0, alpha=1.0, limit=0.0, shift=0.0):
-        self.suffix, self.gated, self.act, self.floats = suffix, gated, act, (alpha, limit, shift)
+    def __init__(self, rng, storage, *, gated=True, biased=True, act=0, alpha=1.0, limit=0.0, shift=0.0):
+        name, _, group = storage.partition(".")
+        self.suffix = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}[name]
+        self.kind = kind_of(storage) if group else None
+        self.gated, self.act, self.floats = gated, act, (alpha, limit, shift)
         shapes = {"gate": (EXPERTS, INNER, WIDTH), "up": (EXPERTS, INNER, WIDTH), "down": (EXPERTS, WIDTH, INNER)}
         self.args, self.held = {}, {}
         for name, shape in shapes.items():
             weight = rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
             bias = rng.standard_normal(shape[:2], np.float32) if biased else np.zeros(shape[:2], np.float32)
-            self.held[name] = rounded(weight, suffix).astype(np.float64), bias
+            parts = [pack(part, storage) for part in weight]
+            stored = [unpacked(part, *shape[1:], storage) for part in parts] if group else rounded(weight, storage)
+            self.held[name] = np.asarray(stored, np.float64), bias
             used = gated or name != "gate"
-            packed = aligned(sum(pack(part, DTYPES[suffix]).size for part in weight))
-            packed[:] = np.concatenate([pack(part, DTYPES[suffix]) for part in weight])
+            packed = aligned(sum(part.size for part in parts))
+            packed[:] = np.concatenate(parts)
             self.args[name] = packed if used else None
             self.args[f"{name}_bias"] = bias if biased and used else None
 
@@ -70,7 +76,7 @@ class Experts:
 
     def run(self, run, x, index, weights):
         top_k, out = index.shape[1], np.full_like(x, np.nan)
-        args = {"x": x, "index": index, "weights": weights, **self.args, "out": out, **_sorted(len(x), top_k)}
+        args = {"x": x, "index": index, "weights": weights, **self.args, "out": out, **self._scratch(len(x), top_k)}
         run(f"experts.{self.suffix}", args, self._ints(top_k), self._floats(), rows=len(x))
         return out
 
@@ -80,7 +86,7 @@ class Experts:
         index, weights = np.full((len(x), top_k), -1, np.int32), np.full((len(x), top_k), np.nan, np.float32)
         args = {
             "x": x, "scratch_index": index, "scratch_weights": weights, **self.args, "out": out, "router": router,
-            "router_bias": bias, "correction": correction, "scratch_logits": logits, **_sorted(len(x), top_k),
+            "router_bias": bias, "correction": correction, "scratch_logits": logits, **self._scratch(len(x), top_k),
         }  # fmt: skip
         ints = dict(zip(("scoring", "groups", "top_groups", "group_top", "renormalise"), how, strict=True))
         floats = {**self._floats(), "epsilon": epsilon, "scale": scale}
@@ -88,17 +94,20 @@ class Experts:
         return out, index, weights
 
     def _ints(self, top_k):
-        return {"width": WIDTH, "experts": EXPERTS, "inner": INNER, "top_k": top_k, "act": self.act}
+        group = {"group": self.kind.group} if self.kind else {}
+        return {"width": WIDTH, "experts": EXPERTS, "inner": INNER, "top_k": top_k, "act": self.act, **group}
 
     def _floats(self):
         return dict(zip(("alpha", "limit", "shift"), self.floats, strict=True))
 
-
-def _sorted(rows, top_k):
-    return {
-        "scratch_pairs": np.zeros(2 * rows * top_k + 2 + 2 * EXPERTS, np.int32),
-        "scratch_hidden": np.full((rows * top_k, INNER), np.nan, np.float32),
-    }
+    def _scratch(self, rows, top_k):
+        pairs = rows * top_k
+        return {
+            "scratch_pairs": np.zeros(2 * pairs + 2 + 2 * EXPERTS, np.int32),
+            "scratch_hidden": np.full((pairs, INNER), np.nan, np.float32),
+            "scratch_rows": aligned(rows * self.kind.row_bytes(WIDTH)) if self.kind else None,
+            "scratch_hidden_rows": aligned(pairs * self.kind.row_bytes(INNER)) if self.kind else None,
+        }
 
 
 def _choice(rng, rows, top_k):
@@ -106,19 +115,20 @@ def _choice(rng, rows, top_k):
     return np.ascontiguousarray(index), rng.random((rows, top_k), np.float32)
 
 
-@pytest.mark.parametrize("suffix", DTYPES)
+@pytest.mark.parametrize("storage", LIMITS)
 @pytest.mark.parametrize("form", FORMS)
-def test_experts_match_float64(run, rng, suffix, form):
-    experts = Experts(rng, suffix, **form)
+def test_experts_match_float64(run, rng, storage, form):
+    experts = Experts(rng, storage, **form)
     for rows in (1, 7, 230):
         x, (index, weights) = rng.standard_normal((rows, WIDTH), np.float32), _choice(rng, rows, 3)
-        assert relative_error(experts.run(run, x, index, weights), experts(x, index, weights)) < 2e-6
+        assert relative_error(experts.run(run, x, index, weights), experts(x, index, weights)) < LIMITS[storage]
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8.32", "int4.32"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_moe_matches_float64(run, rng, router):
+def test_moe_matches_float64(run, rng, router, storage):
     how = ROUTERS[router]
-    experts = Experts(rng, "f32")
+    experts = Experts(rng, storage)
     weight, bias = rng.standard_normal((EXPERTS, WIDTH), np.float32), rng.standard_normal(EXPERTS, np.float32)
     correction = rng.standard_normal(EXPERTS, np.float32) if how[0] == 1 else None
     packed = pack(weight, "float32")
@@ -128,11 +138,11 @@ def test_moe_matches_float64(run, rng, router):
         wanted = [_route(x[t] @ weight.T.astype(np.float64) + bias, correction, 2, how) for t in range(rows)]
         assert np.array_equal(index, [row for row, _ in wanted])
         assert np.allclose(weights, [2.5 * row for _, row in wanted], rtol=1e-5)
-        assert relative_error(out, experts(x, index, weights)) < 2e-6
+        assert relative_error(out, experts(x, index, weights)) < LIMITS[storage]
 
 
 def test_an_epsilon_below_zero_bounds_the_sum(run, rng):
-    experts, x = Experts(rng, "f32"), rng.standard_normal((20, WIDTH), np.float32)
+    experts, x = Experts(rng, "float32"), rng.standard_normal((20, WIDTH), np.float32)
     router, how = pack(rng.standard_normal((EXPERTS, WIDTH), np.float32), "float32"), ROUTERS["softmax"]
     plain = experts.route(run, x, router, None, None, 2, how)[2]
     got = experts.route(run, x, router, None, None, 2, (*how[:-1], 1), epsilon=-0.9)[2]
@@ -156,9 +166,9 @@ def _route(logits, correction, top_k, how):
     return index, weights / weights.sum() if renormalise else weights
 
 
-@pytest.mark.parametrize("suffix", DTYPES)
-def test_bits_do_not_depend_on_rows_or_threads(run, rng, suffix):
-    experts = Experts(rng, suffix)
+@pytest.mark.parametrize("storage", LIMITS)
+def test_bits_do_not_depend_on_rows_or_threads(run, rng, storage):
+    experts = Experts(rng, storage)
     router, x = (
         pack(rng.standard_normal((EXPERTS, WIDTH), np.float32), "float32"),
         rng.standard_normal((210, WIDTH), np.float32),
@@ -174,14 +184,14 @@ def test_bits_do_not_depend_on_rows_or_threads(run, rng, suffix):
 
 
 def test_equal_scores_choose_the_first(run, rng):
-    experts, x = Experts(rng, "f32"), rng.standard_normal((3, WIDTH), np.float32)
+    experts, x = Experts(rng, "float32"), rng.standard_normal((3, WIDTH), np.float32)
     _, index, _ = experts.route(run, x, pack(np.zeros((EXPERTS, WIDTH)), "float32"), None, None, 3, ROUTERS["softmax"])
     assert index.tolist() == [[0, 1, 2]] * 3
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_poisoned_row_stays_alone(run, rng, router):
-    experts, x = Experts(rng, "f32"), rng.standard_normal((9, WIDTH), np.float32)
+    experts, x = Experts(rng, "float32"), rng.standard_normal((9, WIDTH), np.float32)
     packed = pack(rng.standard_normal((EXPERTS, WIDTH), np.float32), "float32")
     clean, _, _ = experts.route(run, x, packed, None, None, 2, ROUTERS[router])
     x[4] = np.nan
@@ -191,7 +201,7 @@ def test_a_poisoned_row_stays_alone(run, rng, router):
 
 
 def test_a_choice_of_no_expert_adds_nothing(run, rng):
-    experts, x = Experts(rng, "f32"), rng.standard_normal((4, WIDTH), np.float32)
+    experts, x = Experts(rng, "float32"), rng.standard_normal((4, WIDTH), np.float32)
     index, weights = _choice(rng, 4, 2)
     index[0], index[1, 0], index[2, 1] = EXPERTS, -1, 1 << 40
     got = experts.run(run, x, index, weights)

@@ -1,0 +1,18 @@
+"""How weights, keys and values can be stored, as a user says it.
+
+A storage is one word: float32, bfloat16, or int8 and int4 with the number of inputs that share a scale, as int8.32,
+int4.128, or int8.row where all inputs of an output do. What lies behind a word is for the kernels to say
+(`xllm.kernels.cpu.quantised`).
+"""
+
+from __future__ import annotations
+
+FLOATS = ("float32", "bfloat16")
+INTS = ("int8", "int4")
+GROUPS = ("32", "64", "128", "row")
+STORAGES = (*FLOATS, *(f"{name}.{group}" for name in INTS for group in GROUPS))
+
+
+def full_word(name: str, group: str | None = None) -> str:
+    """The word for a type and a group, or for a word: int8 and int4 alone mean groups of 32."""
+    return f"{name}.{group or GROUPS[0]}" if name in INTS else name
