@@ -25,7 +25,7 @@ bench: $(VENV)/installed-dev
 # Seconds for each target; a finding ends the run and is written to a file here.
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/installed-dev
-	for target in safetensors artifact tokenizer config template onnx_model; do \
+	for target in safetensors artifact tokenizer config quantisation_config template onnx_model; do \
 		$(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
 

@@ -46,10 +46,10 @@ def before_write_is_fused() -> Program:
 
 
 @cache
-def compiled() -> Plan:
+def compiled(weights: str = "float32") -> Plan:
     """Two layers without the fused write, so that state is ordered by nothing but its own dependence."""
     program = stamp(before_write_is_fused())
-    program, _ = run_pipeline(program, PLANS, Context(Spread("x86-64-v3")))
+    program, _ = run_pipeline(program, PLANS, Context(Spread("x86-64-v3"), weights, weights))
     return with_places(emit_plan(program))
 
 
@@ -214,3 +214,19 @@ def test_no_broken_plan_is_accepted(mutate: Mutation, mutations: int) -> None:
         refused += plan is None
         assert plan is None or (not hopeless and is_safe(plan)), (mutate.__name__, raw)
     assert refused > tried // 10
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8.row", "int4.32"])
+def test_whatever_the_ints_of_a_call_are_the_check_says_so(weights: str) -> None:
+    """Sizes of nothing, below it and beyond memory: an error of the plan, never another."""
+    text = compiled(weights).to_json()
+    refused = tried = 0
+    kinds = {call["kernel"]: index for index, call in enumerate(json.loads(text)["calls"])}
+    for index in kinds.values():
+        for name in json.loads(text)["calls"][index]["ints"]:
+            for value in (0, -1, 33, 1 << 62):
+                raw = json.loads(text)
+                raw["calls"][index]["ints"][name] = value
+                tried += 1
+                refused += accepted(raw) is None
+    assert refused > tried // 2

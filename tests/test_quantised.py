@@ -100,8 +100,13 @@ AWQ = awq(32)
 
 @pytest.mark.parametrize(
     ("maker", "bits", "weights"),
-    [(gptq(4, 32, zeros="middle"), 4, "int4.32"), (gptq(4, 32), 4, "int8.32"), (AWQ, 4, "int8.32")],
-    ids=["symmetric int4", "int4 with zeros", "AWQ"],
+    [
+        (gptq(4, 32, zeros="middle"), 4, "int4.32"),
+        (gptq(4, 32), 4, "int8.32"),
+        (gptq(8, 32, zeros="middle"), 8, "int8.32"),
+        (AWQ, 4, "int8.32"),
+    ],
+    ids=["symmetric int4", "int4 with zeros", "symmetric int8", "AWQ"],
 )
 def test_integers_stay_what_they_are(maker: Maker, bits: int, weights: str, tmp_path: Path) -> None:
     """What a checkpoint keeps as integers is stored as the same integers: what is left is the activations' rounding."""

@@ -148,10 +148,16 @@ def _compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
     sub.add_argument("--target", default="cpu", choices=("cpu",))
     stored = (*FLOATS, *INTS)
-    sub.add_argument("--weights", choices=stored, help="storage of weights (default: as in the checkpoint)")
+    sub.add_argument(
+        "--weights",
+        choices=stored,
+        help="storage of weights (default: as in the checkpoint; bfloat16 where that is quantised)",
+    )
     sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
     sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
-    sub.add_argument("--kv", choices=FLOATS, help="storage of keys and values (default: as the weights)")
+    sub.add_argument(
+        "--kv", choices=FLOATS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
+    )
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
     sub.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens of one step")

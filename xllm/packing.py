@@ -80,9 +80,9 @@ def _kept(
     steps, scales, columns = made
     if steps.ndim == 3:
         steps, scales = steps[0], scales[0]
-    most = 127 if kind.bits == 8 else 7
+    most = (1 << kind.bits - 1) - 1
     k, group = steps.shape[-1], kind.group or steps.shape[-1]
-    if columns % group or (steps.min(initial=0) < -most - (kind.bits == 4)) or steps.max(initial=0) > most:
+    if columns % group or steps.min(initial=0) < -most - 1 or steps.max(initial=0) > most:
         return None
     wanted = -(-k // group)
     held = np.repeat(scales, columns // group, axis=-1)[:, :wanted]

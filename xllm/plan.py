@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout
+from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout, is_meeting
 
 SCHEMA = 5
 ALIGN_BYTES = 64
@@ -251,9 +251,9 @@ def _check_port(plan: Plan, name: str, port: Port) -> None:
     )
 
 
-def _check_dims(bucket: Bucket, what: str, *extents: Extent) -> None:
-    known = {"", *bucket.sizes}
-    unknown = {dim for extent in extents for name in extent.terms for dim in name.split("*")} - known
+def _check_dims(bucket: Bucket, what: str, *extents: Extent, known: Callable[[str], bool] = lambda dim: False) -> None:
+    dims = {dim for extent in extents for name in extent.terms for dim in name.split("*")} - {"", *bucket.sizes}
+    unknown = {dim for dim in dims if not known(dim)}
     _require(not unknown, f"{what} depends on {sorted(unknown)}, which is no dim of the plan")
 
 
@@ -329,6 +329,8 @@ def _check_references(plan: Plan, before: list[int]) -> dict[str, int]:
         else:
             _require(set(call.rows.terms) <= {"", "T", "S"}, f"call {call.node} runs over {dict(call.rows.terms)}")
             _require(not call.extents, f"call {call.node} has ints that depend on dims")
+        cost = call.cost.flops, call.cost.bytes
+        _check_dims(plan.buckets[-1], f"the cost of call {call.node}", *cost, known=is_meeting)
         _require(all(factor >= 0 for factor in call.rows.terms.values()), f"call {call.node} has negative rows")
         for reference in references(call):
             kind, name = reference[:1], reference[1:]

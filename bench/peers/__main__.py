@@ -53,8 +53,8 @@ WORKLOADS: Mapping[str, Workload] = {
     "decode-4096": Workload(1, 4064, 33),
     "prefill-512": Workload(1, 512, 1, "prefill_tokens_per_second"),
     "prefill-2048": Workload(1, 2048, 1, "prefill_tokens_per_second"),
-    "batch-8": Workload(8, 128, 65),
-    "batch-32": Workload(32, 128, 65),
+    "batch-8": Workload(8, 128, 129),
+    "batch-32": Workload(32, 128, 257),
     "memory": Workload(1, 512, 33, "bytes_above", "MB"),
     "http-16": Workload(16, 256, 128, "total_tokens_per_second", "tokens/s", served=True),
     "http-16-itl-p99": Workload(16, 256, 128, "itl_p99_ms", "ms", served=True),
@@ -89,14 +89,16 @@ def measure(entry: Entry, workload: Workload, vocab: int, threads: int) -> Measu
     if workload.served:
         try:
             return servers.measure(entry.contender.adapter, entry.model, workload, vocab, threads)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            return Failure(_line(str(error)))
+        except Exception as error:  # whatever a peer's server does is its figure, not the end of the run
+            return Failure(_line(f"{type(error).__name__}: {error}"))
     job = Job(str(entry.model), workload.sequences, workload.prompt, workload.output, threads, vocab)
     command = [entry.contender.python, "-m", "bench.peers.child", entry.contender.adapter, job.text()]
     found = answer(command, environment(entry.contender))
     if isinstance(found, dict):
         found["prefill_tokens_per_second"] = workload.prompt * workload.sequences / found["prefill_seconds"]
         found["bytes_above"] = (found["peak_bytes"] - size(entry.model)) / 1e6
+        if found[workload.figure] is None:
+            return Failure("the first sequence ended before the last began: no time in which all decode")
     return found
 
 
@@ -116,7 +118,8 @@ def size(model: Path) -> int:
     """Bytes of a model's weight files."""
     if model.is_file():
         return model.stat().st_size
-    return sum(f.stat().st_size for f in model.iterdir() if f.suffix in (".safetensors", ".bin", ".onnx", ".data"))
+    kinds = (".safetensors", ".bin", ".onnx", ".data")
+    return sum(file.stat().st_size for file in model.rglob("*") if file.suffix in kinds and file.is_file())
 
 
 def ratio(ours: Spread | None, peers: Mapping[str, Spread], more_is_better: bool) -> tuple[float, str] | None:

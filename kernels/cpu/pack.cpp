@@ -52,7 +52,7 @@ void pack(const uint8_t *weight, int64_t row_stride, int64_t n, int64_t k, To *o
 
 // --- quantised ---
 
-float half_to_float(uint16_t half) {
+float half_to_float(uint16_t half) {  // of a finite one
   const uint32_t bits = static_cast<uint32_t>(half & 0x7fffu) << 13;
   float f;
   memcpy(&f, &bits, 4);
@@ -157,7 +157,7 @@ int64_t pack_quantised(const uint8_t *weight, int64_t row_stride, int64_t n, int
       if (steps) {
         const float given = scales[r * groups + g];
         const uint16_t half = float_to_half(given);
-        beyond += half_to_float(half) != given;
+        beyond += half_to_float(half) != given || (half & 0x7c00u) == 0x7c00u;
         to.put_scale(g, r % 16, half);
         for (int64_t i = 0; i < count; i++) to.put(g, r % 16, i, steps[r * k + begin + i]);
         continue;

@@ -54,7 +54,9 @@ def quantised(storage: str) -> Quantised | None:
 
 
 def packed_bytes(n: int, k: int, storage: str) -> int:
-    """Size of an [n, k] weight in panels."""
+    """Size of an [n, k] weight in panels. Raises KernelError where a size or the word is none."""
+    if n < 1 or k < 1:
+        raise KernelError(f"a weight of [{n}, {k}] has no panels")
     kind = quantised(storage)
     panel = kind.panel_bytes(k) if kind else k * PANEL_ROWS * _PLAIN_BYTES[storage]
     return -(-n // PANEL_ROWS) * panel

@@ -180,6 +180,15 @@ def test_rules_of_quantised_tensors_print_and_move(tmp_path: Path) -> None:
     assert program.notes == ("1 weights dequantised from GPTQ int4 group 32",)
 
 
+def test_a_block_beyond_the_matrix_is_the_matrix(tmp_path: Path) -> None:
+    """What a file says of its groups is no reason to make room for them."""
+    tensors, plain = gptq(4, -1)("a.weight", (40, 96), np.random.default_rng(0))
+    program, opened = bound(tmp_path, {**GPTQ, "group_size": (1 << 31) - 1}, tensors, Source(("a.weight",)))
+    rule = program.weights["w"].rule
+    assert isinstance(rule, Dequantise) and rule.scheme.block == (1, 96)
+    np.testing.assert_array_equal(evaluate(rule, stored(opened), {}), plain)
+
+
 def test_configurations_of_older_tools(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert quantisation(tmp_path) == ()

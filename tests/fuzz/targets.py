@@ -13,17 +13,25 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
+import torch.fx as fx
 from onnx import TensorProto, helper
+from safetensors.torch import save_file
 
 from tests.artifacts import write_small
+from tests.quantised import awq, float8, gptq, int8, packed
 from xllm.artifact import Artifact, ArtifactError, pack
 from xllm.errors import CompileError
-from xllm.frontend.facts import facts, read_config
+from xllm.frontend.facts import facts, quantisation, read_config
 from xllm.frontend.onnx import import_onnx
+from xllm.frontend.quantised import Quantised
 from xllm.frontend.weights import Checkpoint
-from xllm.ir import Program
+from xllm.ir import Program, Source
+from xllm.ir.grids import grid
+from xllm.ir.program import Weight
 from xllm.ir.verify import verify
+from xllm.ir.weight_rules import Dequantise, evaluate
 from xllm.service.errors import ApiError
 from xllm.service.template import ChatTemplate
 from xllm.service.tokenizer import TextCodec
@@ -85,6 +93,29 @@ def config(data: bytes) -> None:
         facts(root)
 
 
+def quantisation_config(data: bytes) -> None:
+    """What a config.json says of quantised weights, and the weights read by it."""
+    root = _folder() / "quantised"
+    if not root.exists():
+        root.mkdir()
+        generator = np.random.default_rng(0)
+        makers = (gptq(4, 32), gptq(8, -1), awq(32), packed(4, 32), int8(), float8((16, 16)))
+        made = [maker(f"{name}.weight", (32, 64), generator)[0] for name, maker in zip("abcdef", makers, strict=True)]
+        save_file({name: tensor for tensors in made for name, tensor in tensors.items()}, root / "model.safetensors")
+    (root / "config.json").write_bytes(data)
+    opened, graph = Checkpoint.open(root), fx.Graph()
+    graph.output(())
+    for name in "abcdef":
+        weights = {"w": Weight((32, 64), Source((f"{name}.weight",)))}
+        program = Program("one weight", graph, (), weights, {}, ())
+        with suppress(CompileError):
+            rule = Quantised(opened, quantisation(root)).bound(program).weights["w"].rule
+            if isinstance(rule, Dequantise) and opened.shape_of(rule, program) == (32, 64):
+                read = {part: opened.raw(part) for part in opened if part.startswith(f"{name}.")}
+                assert evaluate(rule, read, {}).shape == (32, 64)
+                grid(rule, read, 3, 20)
+
+
 def template(data: bytes) -> None:
     """A chat template, compiled and rendered under its budget."""
     try:
@@ -114,7 +145,8 @@ def imported(data: bytes) -> Program:
 
 
 TARGETS: Mapping[str, Target] = {
-    each.__name__: each for each in (safetensors, artifact, tokenizer, config, template, onnx_model)
+    each.__name__: each
+    for each in (safetensors, artifact, tokenizer, config, quantisation_config, template, onnx_model)
 }
 
 
@@ -188,11 +220,23 @@ _CONFIG = {
     "num_attention_heads": 2, "vocab_size": 20, "intermediate_size": 48, "eos_token_id": 1,
     "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "chat_template": "{{ messages }}", "eos_token": "</s>",
 }  # fmt: skip
+_GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+_QUANTISED = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "dynamic": {"-:.*c": {}}},
+    {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+    {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+    {"quant_method": "fp8", "weight_block_size": [16, 16], "scale_fmt": "ue8m0"},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+     "config_groups": {"group_0": {"targets": ["Linear"], "weights": _GROUP}}},
+    {"quant_method": "compressed-tensors", "format": "int-quantized",
+     "config_groups": {"group_0": {"weights": {**_GROUP, "num_bits": 8, "strategy": "channel", "group_size": None}}}},
+)  # fmt: skip
 SEEDS: Mapping[str, tuple[bytes, ...]] = {
     "safetensors": (_safetensors_seed(),),
     "artifact": (_artifact_seed(),),
     "tokenizer": (_tokenizer_seed(),),
     "config": (json.dumps(_CONFIG).encode(),),
+    "quantisation_config": tuple(json.dumps({"quantization_config": held}).encode() for held in _QUANTISED),
     "onnx_model": _onnx_seeds(),
     "template": (
         b"{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{% endfor %}{{ eos_token }}",

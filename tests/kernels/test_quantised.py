@@ -44,12 +44,13 @@ def test_int4_leaves_less_than_rounding_by_the_greatest(rng):
 def test_a_grid_is_taken_as_it_is(rng, storage):
     kind, n, k = kind_of(storage), 33, 256
     most = 127 if kind.bits == 8 else 7
-    steps = rng.integers(-most, most + 1, (n, k)).astype(np.int8)
+    steps = rng.integers(-most - 1, most + 1, (n, k)).astype(np.int8)  # the lowest too, as most quantisers write it
     groups = k // kind.group if kind.group else 1
     scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16).astype(np.float32)
     want = steps.reshape(n, groups, -1) * scales[:, :, None]
     assert np.array_equal(unpacked(cpu.pack_grid(steps, scales, storage), n, k, storage), want.reshape(n, k))
-    assert cpu.pack_grid(steps, scales + np.float32(1e-6), storage) is None  # float16 does not hold them
+    for other in (scales + np.float32(1e-6), np.full_like(scales, 65536), np.full_like(scales, np.inf)):
+        assert cpu.pack_grid(steps, other, storage) is None  # float16 does not hold them
 
 
 def test_weights_beyond_the_scales_are_refused(rng):
@@ -64,6 +65,8 @@ def test_weights_beyond_the_scales_are_refused(rng):
                 cpu.pack_panels(spoiled, storage)
     with pytest.raises(cpu.KernelError, match=r"int8\.32"):
         cpu.packed_bytes(1, 1, "int8.33")
+    with pytest.raises(cpu.KernelError, match=r"\[4, 0\]"):
+        cpu.packed_bytes(4, 0, "int8.row")
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -39,7 +39,8 @@ def test_every_case_is_a_kernel_that_runs(short) -> None:
         }
     stems = {name.partition(".")[0] for name in kernels}
     assert {"linear", "attention", "qk_norm_rope_write", "rms_norm", "gated_silu", "embedding", "rows"} <= stems
-    assert {"linear.f32", "linear.bf16", "attention.f32", "attention.bf16"} <= kernels.keys()
+    assert {f"linear.{kind}" for kind in ("f32", "bf16", "i8", "i4")} <= kernels.keys()
+    assert {"attention.f32", "attention.bf16", "embedding.i8", "embedding.i4"} <= kernels.keys()
     for curve in kernels.values():
         assert curve.call_seconds > 0 and all(each > 0 for _, each in curve.points)
     few, many = kernels["linear.bf16"].points[0][0], kernels["linear.bf16"].points[-1][0]
@@ -117,8 +118,8 @@ def test_a_table_is_cached_asked_for_and_sealed_in_the_artifact(
 
 def test_a_table_of_another_level_is_refused(short, checkpoint: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "table.json"
-    body = {"level": "z80", "cpu": "", "threads": 1, "cache_bytes": {}, "schema": 1, "call_seconds": 1e-6}
-    body |= {"read_bytes_per_second": {"1": 1.0}, "flops_per_second": {"1": 1.0}}
+    body = {"level": "z80", "cpu": "", "threads": 1, "cache_bytes": {}, "schema": 2, "call_seconds": 1e-6}
+    body |= {"read_bytes_per_second": 1.0, "flops_per_second": 1.0}
     file.write_text(json.dumps(body))
     assert cli.main(["compile", str(checkpoint), "--quiet", "-o", str(tmp_path / "a"), "--tuning", str(file)]) == 2
     assert "the tuning table is for CPU level z80" in capsys.readouterr().err

@@ -126,7 +126,9 @@ class Quantised:
         made = self._shape_of(held, found(codes), said)
         if kind(codes) != stored or kind(scales) not in floats or made is None:
             return None
-        scheme = Scheme(held.packing, held.bits, made, (held.rows or made[-2], held.columns or made[-1]))
+        # A block larger than the matrix is all of it: nobody makes room for what a file says beyond that.
+        block = min(held.rows or made[-2], made[-2]), min(held.columns or made[-1], made[-1])
+        scheme = Scheme(held.packing, held.bits, made, block)
         code_shape, scale_shape, zero_shape = _shapes(scheme)
         if found(codes) != code_shape or _without_ones(found(scales)) != _without_ones(scale_shape):
             return None

@@ -57,13 +57,10 @@ def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: Non
     count = threads or host_threads()
     tell("instruction set levels")
     level = fastest_level(count)
-    read, flops = {}, {}
-    for some in range(1, count + 1):
-        tell(f"limits of {some} threads")
-        with cpu.Runner(some, level) as runner:
-            read[str(some)], flops[str(some)] = runner.read_bandwidth(128 << 20, 5), runner.fma_peak(20_000, 20)
     curves = {}
     with cpu.Runner(count, level) as runner:
+        tell(f"limits of {count} threads")
+        read, flops = runner.read_bandwidth(128 << 20, 5), runner.fma_peak(20_000, 20)
         for case in cases():
             try:
                 bench = Bench(runner, CpuTarget(level), case)
@@ -283,8 +280,8 @@ def _rounded(table: Tuning) -> Tuning:
     assert all(one[0] < two[0] for held in curves.values() for one, two in pairwise(held.points))
     return replace(
         table,
-        read_bytes_per_second={name: short(figure) for name, figure in table.read_bytes_per_second.items()},
-        flops_per_second={name: short(figure) for name, figure in table.flops_per_second.items()},
+        read_bytes_per_second=short(table.read_bytes_per_second),
+        flops_per_second=short(table.flops_per_second),
         call_seconds=short(table.call_seconds),
         kernels=curves,
     )

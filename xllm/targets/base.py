@@ -79,15 +79,22 @@ class StepSizes(dict[str, int]):
         return StepSizes([(share, max(0, USUAL_CONTEXT - share)) for share in shares], wanted)
 
     def __missing__(self, name: str) -> int:
-        meeting = {"K": _read, "P": _seen, "A": _both_ways}.get(name[:1])
-        if meeting is None or (name[1:] and not name[1:].isdigit()):
+        if not is_meeting(name):
             raise KeyError(name)
+        meeting = {"K": _read, "P": _seen, "A": _both_ways}[name[0]]
         window = int(name[1:] or 0) or 1 << 62
         self[name] = sum(meeting(tokens, past, window) for tokens, past in self._sequences)
         return self[name]
 
 
 USUAL_CONTEXT = 256
+
+
+def is_meeting(name: str) -> bool:
+    """Whether a dim is one that StepSizes works out."""
+    return name[:1] in ("K", "P", "A") and (
+        len(name) == 1 or len(name) < 12 and name[1:].isascii() and name[1:].isdigit()
+    )
 
 
 def within(name: str, window: int) -> Extent:

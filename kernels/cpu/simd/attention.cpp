@@ -12,7 +12,7 @@
 namespace XK_LEVEL {
 namespace {
 
-enum { kQ, kSinks, kOut, kParts, kRopeQ = kSinks };
+enum { kQ, kSinks, kOut, kPartial, kRopeQ = kSinks };
 enum { kLayerOffset, kGroupBytes, kQHeads, kKvHeads, kKeyDim, kValueDim, kWindow, kPartCount };
 enum { kScale, kSoftcap };
 
@@ -211,7 +211,7 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *scratch) {
   float *part = nullptr;
   if (split) {
     int64_t left = unit / of_tile;
-    part = c.arg<float>(kParts, s) + left * c.ints[kQHeads] * part_stride(c);
+    part = c.arg<float>(kPartial, s) + left * c.ints[kQHeads] * part_stride(c);
     for (tile = 0; left >= chunks_of(c, s, tile).count; tile++) left -= chunks_of(c, s, tile).count;
     chunk = chunks_of(c, s, tile).first + left;
   }
@@ -233,7 +233,7 @@ int64_t merge_scratch(const Call &c) { return padded(c.ints[kValueDim]) * (int64
 template <bool Latent>
 void run_merge(const Call &c, const Step &s, int64_t, uint8_t *scratch) {
   const int64_t q_heads = c.ints[kQHeads], value_dim = c.ints[kValueDim], stride = padded(value_dim);
-  const float *sinks = Latent ? nullptr : c.arg<const float>(kSinks, s), *part = c.arg<const float>(kParts, s);
+  const float *sinks = Latent ? nullptr : c.arg<const float>(kSinks, s), *part = c.arg<const float>(kPartial, s);
   float *all = (float *)scratch;
   for (int64_t tile = 0; tile < s.tiles; tile++) {
     const int64_t count = chunks_of(c, s, tile).count;

@@ -13,10 +13,6 @@ struct PanelBf16 {
   static constexpr int64_t bytes = 32;
   XK_INLINE f32x16 load(const uint8_t *p) { return load_bf16_panel(p); }
 };
-struct PlainBf16 {  // natural order: keys in the KV cache
-  static constexpr int64_t bytes = 32;
-  XK_INLINE f32x16 load(const uint8_t *p) { return load_bf16((const uint16_t *)p); }
-};
 
 struct Product {
   const float *x;     // [rows, x_stride], k columns used

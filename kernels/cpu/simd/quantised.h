@@ -16,7 +16,7 @@ namespace XK_LEVEL {
 
 constexpr int64_t kScaleBytes = 32;  // of one panel's scales
 constexpr int64_t kStretch4 = 32;    // inputs of an int4 stretch
-constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 127 * 32767 stays below 2^31
+constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 128 * 32767 stays below 2^31
 
 struct QuantisedRows {
   const uint8_t *base;

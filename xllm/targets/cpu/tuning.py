@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_BYTES = 1 << 20
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 
@@ -45,40 +45,28 @@ class Curve:
 @dataclass(frozen=True)
 class Tuning:
     """One machine: its CPU's model, the instruction set level and the threads that were measured; bytes of its caches
-    ("L1d", "L2", "L3"); bytes read and float32 operations per second, of all threads; kernels that were measured."""
+    ("L1d", "L2", "L3"); bytes read and float32 operations per second (a multiply-add counts as two) of all threads;
+    kernels that were measured."""
 
     cpu: str
     level: str
     threads: int
     cache_bytes: Mapping[str, int]
-    read_bytes_per_second: Mapping[str, Positive]  # by the number of threads, "1" to threads
-    flops_per_second: Mapping[str, Positive]
+    read_bytes_per_second: Positive
+    flops_per_second: Positive
     call_seconds: Positive
     kernels: Mapping[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for figures in (self.read_bytes_per_second, self.flops_per_second):
-            if str(self.threads) not in figures:
-                raise ValueError(f"the table has no figures of all {self.threads} threads")
         for name, curve in self.kernels.items():
             if not curve.points or list(curve.points) != sorted({point[0]: point for point in curve.points}.values()):
                 raise ValueError(f"the points of {name} do not grow")
-
-    @property
-    def read(self) -> float:
-        """Bytes per second of all threads."""
-        return self.read_bytes_per_second[str(self.threads)]
-
-    @property
-    def flops(self) -> float:
-        """Float32 operations per second of all threads, a multiply-add counting as two."""
-        return self.flops_per_second[str(self.threads)]
 
     def seconds(self, kernel: str, moved: float, computed: float) -> float:
         """Predicted time of one call: by its kernel's curve, or by whichever limit it meets."""
         if (curve := self.kernels.get(kernel)) is not None:
             return curve.seconds(moved, computed)
-        return self.call_seconds + max(moved / self.read, computed / self.flops)
+        return self.call_seconds + max(moved / self.read_bytes_per_second, computed / self.flops_per_second)
 
     def to_json(self) -> bytes:
         """Keys sorted, so that equal tables are equal bytes."""
@@ -97,4 +85,4 @@ class Tuning:
             raise ValueError(str(error)) from error
 
 
-ROUND = Tuning("", "", 2, {}, {"2": 20e9}, {"2": 150e9}, 3e-6)
+ROUND = Tuning("", "", 2, {}, 20e9, 150e9, 3e-6)
