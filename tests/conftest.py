@@ -13,7 +13,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("xllm")
     group.addoption("--update-golden", action="store_true", help="rewrite golden files with what the code gives now")
-    group.addoption("--mutations", type=int, default=1500, help="mutated plans per planner test (release: 100000)")
+    group.addoption("--mutations", type=int, default=500, help="mutated plans and graphs per checker (release: 100000)")
     group.addoption("--graphs", type=int, default=20, help="random programs per rewrite (release: 1000)")
     group.addoption("--seed", type=int, default=0, help="which random programs: a long run is one, or several seeds")
 

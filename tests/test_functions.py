@@ -73,7 +73,7 @@ def test_storage_of_weights(tmp_path: Path, storage: str, limit: float) -> None:
         rows = rng.standard_normal((7, 96), np.float32)
         want = rows @ held
         error = np.linalg.norm(session.run({"x": rows})["y"] - want) / np.linalg.norm(want)
-    assert limit / 30 < error < limit or storage == "float32" and error < limit
+    assert limit / 30 < error < limit or (storage == "float32" and error < limit)
 
 
 def test_an_unknown_storage_is_refused(model: Path, tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def compile_onnx(
 ) -> FunctionReport:  # fmt: skip
     """Compiles an ONNX file into the function artifact `out`, whole or not at all.
 
-    dims: the largest size of each dim its inputs name. weights: storage of product weights (see `xllm.storage`). pass_modules,
-    kernel_modules: files of others (see `xllm.extensions`). share_weights: a folder that keeps the weight file, for
-    every artifact with the same weights to share. Raises CompileError or ArtifactError.
+    dims: the largest size of each dim its inputs name. weights: storage of product weights (see `xllm.storage`).
+    pass_modules, kernel_modules: files of others (see `xllm.extensions`). share_weights: a folder that keeps the weight
+    file, for every artifact with the same weights to share. Raises CompileError or ArtifactError.
     """
     if (weights := full_word(weights)) not in STORAGES:
         raise CompileError(f"weights is {weights!r}", code="bad-option", try_="one of " + ", ".join(STORAGES))

@@ -9,7 +9,7 @@ are short strings: "%value" (arena; a function's inputs too), "@weight", "$input
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any

@@ -80,7 +80,8 @@ def peak_bytes() -> int:
 
 
 def measure(peer: Peer, job: Job) -> dict[str, Any]:
-    """Runs once to warm up, with as many sequences (some peers compile for a number of them), then for the figures. Raises ValueError when an answer has another length."""
+    """Runs once to warm up, with as many sequences (some peers compile for a number of them), then for the figures.
+    Raises ValueError when an answer has another length."""
     peer.run(prompts(job, job.sequences, WARM_TOKENS[0], 1), WARM_TOKENS[1])
     asked = prompts(job, job.sequences, job.prompt, 0)
     begin = time.perf_counter()

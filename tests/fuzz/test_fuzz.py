@@ -11,8 +11,8 @@ from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
 from xllm.service.tokenizer import TextCodec
 
-COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "quantisation_config": 300, "template": 500,
-          "onnx_model": 600}  # fmt: skip
+COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500,
+          "quantisation_config": 300, "onnx_model": 600}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -145,7 +145,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 def test_no_broken_program_is_accepted(mutate: Mutation, mutations: int) -> None:
     rng = random.Random(mutate.__name__)
     programs = [small(attend, layers=2), *(stage for family in SOURCES for stage in rewritten(family)[0][1:])]
-    refused, wanted = 0, max(mutations // len(MUTATIONS) // 4, 10)
+    refused, wanted = 0, max(mutations // len(MUTATIONS), 10)
     while refused < wanted:
         program = rng.choice(programs).copy()
         if mutate(program, rng):

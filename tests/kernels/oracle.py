@@ -116,7 +116,7 @@ def kind_of(storage: str) -> cpu.Quantised:
 
 
 def unpacked(packed: np.ndarray, n: int, k: int, storage: str, *, scales: bool = False):
-    """float32 [n, k] of a packed int weight, read by the layout that simd/quantised.h describes; with its scales [n, k]."""
+    """float32 [n, k] of a packed int weight, read by the layout that simd/quantised.h describes; scales: these too."""
     kind = kind_of(storage)
     padded = kind.padded(k)
     group = kind.group or padded

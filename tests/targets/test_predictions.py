@@ -84,8 +84,7 @@ def test_a_curve_is_flat_then_between_its_points_then_grows_with_the_operations(
 
 
 def table(**changes) -> Tuning:
-    read, flops = {"1": 1e10, "2": 2e10}, {"1": 4e10, "2": 8e10}
-    held = Tuning("A CPU", "x86-64-v3", 2, {"L2": 1 << 19}, read, flops, 1e-6, {"linear.bf16": CURVE})
+    held = Tuning("A CPU", "x86-64-v3", 2, {"L2": 1 << 19}, 2e10, 8e10, 1e-6, {"linear.bf16": CURVE})
     return replace(held, **changes)
 
 

@@ -92,8 +92,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     write_tuning(table, file)
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in table.cache_bytes.items())
     print(
-        f"{table.cpu}, {table.level}, {table.threads} threads: reads {table.read_bytes_per_second / 1e9:.1f} GB/s, multiplies"
-        f" {table.flops_per_second / 1e9:.0f} GFLOP/s; {caches or 'caches unknown'}"
+        f"{table.cpu}, {table.level}, {table.threads} threads: reads {table.read_bytes_per_second / 1e9:.1f} GB/s,"
+        f" multiplies {table.flops_per_second / 1e9:.0f} GFLOP/s; {caches or 'caches unknown'}"
     )
     for name, curve in table.kernels.items():
         few, (at, each) = curve.points[0], curve.points[-1]

@@ -92,9 +92,8 @@ USUAL_CONTEXT = 256
 
 def is_meeting(name: str) -> bool:
     """Whether a dim is one that StepSizes works out."""
-    return name[:1] in ("K", "P", "A") and (
-        len(name) == 1 or len(name) < 12 and name[1:].isascii() and name[1:].isdigit()
-    )
+    window = name[1:]
+    return name[:1] in ("K", "P", "A") and (not window or (len(window) < 12 and window.isascii() and window.isdigit()))
 
 
 def within(name: str, window: int) -> Extent:
