@@ -66,18 +66,18 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def fill(writer: ArtifactWriter) -> None:
+def fill(writer: ArtifactWriter, values: Callable[[StoredWeight], np.ndarray] = weight_bytes) -> None:
     writer.write("ir/00-captured.ir", "program\n")
-    written = writer.write_weights(small_plan(), lambda weight: [weight_bytes(weight)])
+    written = writer.write_weights(small_plan(), lambda weight: [values(weight)])
     writer.write("plan.json", written.plan.to_json())
     writer.write("tokenizer/tokenizer.json", '{"model": {"vocab": {}}}')
     writer.write("tokenizer/chat_template.jinja", "{{ messages }}")
-    writer.finish({**MANIFEST, "weights_header": written.header})
+    writer.finish({**MANIFEST, "weights_header": written.header, "weights_checksum": written.checksum})
 
 
-def write_small(path: Path) -> Path:
+def write_small(path: Path, values: Callable[[StoredWeight], np.ndarray] = weight_bytes) -> Path:
     with writing(path) as writer:
-        fill(writer)
+        fill(writer, values)
     return path
 
 

@@ -23,7 +23,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets": (set(), set()),
     "targets.base": (set(), set()),
     "plan": ({"targets.base"}, {"msgspec"}),
-    "artifact": ({"plan"}, {"blake3", "msgspec", "numpy"}),
+    "artifact": ({"kernels", "plan"}, {"blake3", "msgspec", "numpy"}),
     "artifact.signature": ({"artifact"}, {"cryptography"}),
     "storage": (set(), set()),
     "traffic": (set(), set()),

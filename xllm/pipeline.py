@@ -91,6 +91,7 @@ def made_by(
         "weights_dtype": context.weights_dtype,
         **({"head_dtype": context.head_dtype} if context.head_dtype not in ("", context.weights_dtype) else {}),
         "weights_header": written.header,
+        "weights_checksum": written.checksum,
         "weight_origins": dict(written.origins),
         "pipeline": pipeline_text((*pipeline.rewrites, *pipeline.plans)),
         **({"extensions": pipeline.extensions} if pipeline.extensions else {}),

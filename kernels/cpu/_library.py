@@ -63,6 +63,7 @@ _SIGNATURES = {
             c.c_void_p,
         ],
     ),
+    "xk_checksum": (c.c_int32, [c.c_void_p, c.c_int64, c.c_int32, c.c_void_p]),
     "xk_pack_panels": (None, [c.c_void_p, c.c_int64, c.c_int32, c.c_int64, c.c_int64, c.c_int32, c.c_void_p]),
 }
 

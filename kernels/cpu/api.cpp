@@ -12,6 +12,7 @@
 
 #include "levels.h"
 #include "runner.h"
+#include "threads.h"
 
 namespace {
 
@@ -37,6 +38,7 @@ double seconds_of(xk::Pool &pool, int64_t units, xk::Pool::Body body, void *cont
   return best;
 }
 
+constexpr int64_t kChecked = 1 << 20;  // bytes of a block that has a checksum of its own
 volatile float sink;  // keeps the probes' results alive
 
 }  // namespace
@@ -129,5 +131,27 @@ double xk_measure_fma(xk_runner *runner, int64_t rounds, int32_t repeats) {
     };
     const int64_t units = 16 * runner->pool.size();
     return each * static_cast<double>(units) / seconds_of(runner->pool, units, body, &job, repeats);
+  });
+}
+
+int32_t xk_checksum(const void *data, int64_t bytes, int32_t threads, uint32_t *out) {
+  return guarded<int32_t>(-1, [&] {
+    struct Job {
+      const xk::Level *level;
+      const uint8_t *data;
+      int64_t bytes;
+      uint32_t *out;
+    };
+    if (xk::levels().empty()) throw std::invalid_argument("no level of the kernels runs on this CPU");
+    const int64_t blocks = (bytes + kChecked - 1) / kChecked;
+    Job job{xk::levels().back(), static_cast<const uint8_t *>(data), bytes, out};
+    xk::Pool pool(static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1))));
+    const auto body = [](void *context, int64_t unit, int) {
+      const Job *j = static_cast<Job *>(context);
+      const int64_t at = unit * kChecked;
+      j->level->checksum(j->data + at, std::min(kChecked, j->bytes - at), j->out + unit * 64);
+    };
+    pool.run(blocks, body, &job);
+    return 0;
   });
 }

@@ -53,6 +53,7 @@ struct Level {  // all kernels compiled for one instruction set
   int count;
   float (*read)(const uint8_t *data, int64_t bytes);  // touches every byte; for measuring
   float (*fma)(int64_t rounds, int64_t *operations);  // nothing but multiply-add; for measuring
+  void (*checksum)(const uint8_t *data, int64_t bytes, uint32_t *out);  // out: [64], the same at every level
 };
 
 }  // namespace xk

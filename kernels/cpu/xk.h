@@ -47,6 +47,8 @@ XK_API int32_t xk_plan_add(xk_runner *runner, int32_t calls, const xk_call *call
 XK_API int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end, double *seconds);
 XK_API double xk_measure_read(xk_runner *runner, int64_t bytes, int32_t repeats);    // bytes per second, best of repeats
 XK_API double xk_measure_fma(xk_runner *runner, int64_t rounds, int32_t repeats);    // float operations per second, best
+// Checksums of the blocks of 1 MiB of some bytes, on so many threads: out [ceil(bytes / 2^20)][64]. 0 or -1.
+XK_API int32_t xk_checksum(const void *data, int64_t bytes, int32_t threads, uint32_t *out);
 XK_API void xk_pack_panels(const void *weight, int64_t row_stride_bytes, int32_t source_bf16, int64_t n, int64_t k,
                            int32_t target_bf16, void *out);
 // Rows of a weight to int8 (bits 8) or int4 (bits 4) panels with a scale for every `group` inputs, or one for all (0); rounds to the

@@ -64,6 +64,7 @@ class Manifest(msgspec.Struct):
     target: Target
     task: Task
     weights_header: _Digest
+    weights_checksum: _Digest | None = None
     weight_origins: dict[str, _Digest] = {}
     extensions: dict[str, list[Extension]] = {}
     kind: Literal["step"] = "step"
@@ -86,6 +87,7 @@ class FunctionManifest(msgspec.Struct):
     special_tokens: dict[str, str]
     target: Target
     weights_header: _Digest
+    weights_checksum: _Digest | None = None
     weight_origins: dict[str, _Digest] = {}
     extensions: dict[str, list[Extension]] = {}
 

@@ -17,8 +17,9 @@ from xllm.artifact.aside import built, named
 from xllm.artifact.manifest import SCHEMA
 from xllm.artifact.opened import Progress
 from xllm.artifact.reuse import Previous
-from xllm.artifact.seal import digest, sealed, spelled
-from xllm.artifact.weights import WEIGHTS, layout
+from xllm.artifact.seal import checksum, digest, sealed, spelled
+from xllm.artifact.store import Place
+from xllm.artifact.weights import WEIGHTS, MappedWeights, layout
 from xllm.plan import Plan, StoredWeight
 
 Blocks = Iterable[np.ndarray]  # uint8, one behind the other; each is used up before the next is asked for
@@ -27,11 +28,12 @@ _THREADS = 4  # more cores than that wait for memory
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the weights: the plan with places and digests, the header's digest, the origin of each, and the
-    keys of those taken from an earlier artifact."""
+    """What became of the weights: the plan with places and digests, the header's digest, the whole file's checksum, the
+    origin of each, and the keys of those taken from an earlier artifact."""
 
     plan: Plan
     header: str
+    checksum: str
     origins: Mapping[str, str] = field(default_factory=dict)
     reused: tuple[str, ...] = ()
 
@@ -106,7 +108,8 @@ class ArtifactWriter:
                 raise
         plan = replace(plan, weights={key: sealed_[key] for key in placed})
         plan.check()
-        return Written(plan, digest(header), origins, tuple(sorted(reused)))
+        mapped = MappedWeights(Place(file, 0, file.stat().st_size))
+        return Written(plan, digest(header), checksum(mapped.bytes, _threads()), origins, tuple(sorted(reused)))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""

@@ -17,7 +17,10 @@ from xllm.artifact import UNFOLDED, Artifact, ArtifactError
 from xllm.inspection.explain import owner_of
 
 # Facts that follow from the rest of the artifact, or that have a part of their own below.
-DERIVED = ("digest", "files", "passes", "pipeline", "program", "schema", "weight_origins", "weights_header")
+DERIVED = (
+    "digest", "files", "passes", "pipeline", "program", "schema", "weight_origins", "weights_checksum",
+    "weights_header",
+)  # fmt: skip
 CONTEXT_LINES = 1
 
 

@@ -1,4 +1,5 @@
 // Gathers the kernel tables of one level.
+#include "checksum.h"
 #include "common.h"
 #include "probe.h"
 
@@ -16,7 +17,7 @@ constexpr int kMaxKernels = 256;
 
 const xk::Level &level() {
   static Kernel all[kMaxKernels];
-  static xk::Level result = {nullptr, nullptr, 0, nullptr, nullptr};
+  static xk::Level result = {nullptr, nullptr, 0, nullptr, nullptr, nullptr};
   if (!result.name) {
     int count = 0;
     for (const Kernel *table : kTables)
@@ -24,7 +25,7 @@ const xk::Level &level() {
         if (count == kMaxKernels) __builtin_trap();  // raise kMaxKernels
         all[count++] = *table;
       }
-    result = {XK_TEXT(XK_LEVEL_NAME), all, count, probe_read, probe_fma};
+    result = {XK_TEXT(XK_LEVEL_NAME), all, count, probe_read, probe_fma, checksum};
   }
   return result;
 }

@@ -54,7 +54,7 @@ class CpuExecutor:
         level = usable_level(manifest["target"])
         self._plan = plan
         self._modules = kernels_of(artifact, kernel_modules)
-        self.weights = artifact.map_weights(verify, progress)
+        self.weights = artifact.map_weights(verify, progress, start_threads=threads)
         self.limits = limits_of(artifact)
         try:
             check_bounds(plan, self.limits.width, self.limits.max_len)

@@ -45,7 +45,7 @@ class CpuFunction:
         self._modules = kernels_of(artifact, kernel_modules)
         self._level, self._threads = usable_level(dict(artifact.manifest["target"])), threads
         (self._bucket,) = plan.buckets
-        self.weights = artifact.map_weights(verify, progress)
+        self.weights = artifact.map_weights(verify, progress, start_threads=threads)
         try:
             check_function(plan, self._bucket.sizes)
         except ValueError as error:
