@@ -144,8 +144,10 @@ class Plan:
             if schema != SCHEMA:
                 raise ValueError(f"plan schema {schema!r} is not {SCHEMA}")
             plan = msgspec.convert(raw, Plan)
-            for place in _differences(msgspec.to_builtins(plan), raw, "$"):
-                raise ValueError(f"plan is malformed: what {place} says is unknown here, or left out")
+            spelled = plan.to_json()
+            if spelled != (text if isinstance(text, str) else text.decode("utf-8", "replace")):
+                for place in _differences(msgspec.to_builtins(plan), raw, "$"):
+                    raise ValueError(f"plan is malformed: what {place} says is unknown here, or left out")
         except msgspec.ValidationError as error:
             raise ValueError(f"plan is malformed: {error}") from error
         except RecursionError as error:
@@ -221,9 +223,11 @@ def _check_sizes(plan: Plan) -> None:
     _check_state(plan.kv)
     for name, buffer in plan.buffers.items():
         _require(buffer.dtype in ELEMENT_BYTES, f"buffer {name} is of {buffer.dtype}")
+        _check_dims(
+            plan.buckets[0], f"buffer {name}", buffer.bytes, *(s for s in buffer.shape if isinstance(s, Extent))
+        )
         for bucket in plan.buckets:
             total = ELEMENT_BYTES[buffer.dtype]
-            _check_dims(bucket, f"buffer {name}", buffer.bytes, *(s for s in buffer.shape if isinstance(s, Extent)))
             for size in buffer.shape:
                 total *= size.at(bucket.sizes) if isinstance(size, Extent) else size
             planned = buffer.bytes.at(bucket.sizes)

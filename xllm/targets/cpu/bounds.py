@@ -6,7 +6,8 @@ What a kernel reads and writes is written down here once more, beside what it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from xllm.plan import ELEMENT_BYTES as _BYTES_OF
 from xllm.plan import Call, Plan
@@ -25,6 +26,13 @@ LARGEST = 1 << 47  # of an int: products of a few stay far from where 64 bits en
 _BYTES = {suffix: ELEMENT_BYTES[dtype] for dtype, suffix in SUFFIX.items()} | ELEMENT_SIZE
 
 
+class Place(NamedTuple):
+    """The sizes of a bucket's dims, and the bytes each buffer then has."""
+
+    sizes: Mapping[str, int]
+    buffers: Mapping[str, int]
+
+
 def check_bounds(plan: Plan, width: int, max_len: int) -> None:
     """Raises ValueError naming the first call that reads or writes beyond a buffer, a weight or the KV state.
 
@@ -37,25 +45,27 @@ def check_bounds(plan: Plan, width: int, max_len: int) -> None:
     _require(not plan.is_function, "it is a function, not a step")
     planned = plan.buffers[plan.result].shape[1]
     _require(planned == width, f"rows are {planned} wide, {width} are read of each")
-    for bucket in plan.buckets:
-        _check_calls(plan, bucket.sizes, max_len)
+    _check_calls(plan, [bucket.sizes for bucket in plan.buckets], max_len)
 
 
 def check_function(plan: Plan, sizes: Mapping[str, int]) -> None:
     """The same of a function whose dims have these sizes; checked for all sizes it is run at."""
     _require(plan.is_function, "it is a step, not a function")
-    _check_calls(plan, sizes, 0)
+    _check_calls(plan, [sizes], 0)
 
 
-def _check_calls(plan: Plan, sizes: Mapping[str, int], max_len: int) -> None:
+def _check_calls(plan: Plan, buckets: Sequence[Mapping[str, int]], max_len: int) -> None:
+    places = [
+        Place(sizes, {name: buffer.bytes.at(sizes) for name, buffer in plan.buffers.items()}) for sizes in buckets
+    ]
     for call in plan.calls:
         if call.kernel == "torch":
             continue
         try:
             if ":" in call.kernel:
-                _check_arrays(plan, call)
+                _check_arrays(plan, call, places)
             else:
-                _check_call(plan, call, sizes, max_len)
+                _check_call(plan, call, places, max_len)
         except KeyError as error:
             raise ValueError(f"call {call.node}: {call.kernel} has no {error}") from error
     _check_state_order(plan)
@@ -76,28 +86,30 @@ def is_output(name: str) -> bool:
     return name in ("out", "sum") or name.endswith("_out") or name.startswith("scratch")
 
 
-def _check_call(plan: Plan, call: Call, sizes: Mapping[str, int], max_len: int) -> None:
-    where, ints = f"call {call.node}", call.ints_at(sizes)
+def _check_call(plan: Plan, call: Call, places: Sequence[Place], max_len: int) -> None:
+    """Of several places the ints are the same: only a function, which has one, has ints that depend on dims."""
+    where, ints = f"call {call.node}", call.ints_at(places[0].sizes)
     _require(all(value >= 0 for value in ints.values()), f"{where}: a size is negative")
     _require(all(value < LARGEST for value in ints.values()), f"{where}: a size is beyond any memory")
     written = [call.args[name] for name in call.args if is_output(name)]
     _require(sorted(written) == sorted(call.results), f"{where} writes {written}, its results are {call.results}")
     rows, once = reach(call.kernel, ints)
     index, allowed = INDICES.get(call.kernel.partition(".")[0], ("", ()))
-    count = call.rows.at(sizes)
-    _require(count >= 0, f"{where}: it has {count} rows")
-    if plan.is_function and count == 0:
-        return  # it has no rows, and touches nothing
-    needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in {**rows, **once}}
-    if "table" in call.args:
-        last = sizes["T"] if call.args["index"] == "$last" else max_len
-        needs["table"] = last * rows["out"]
-    for name, reference in call.args.items():
-        if name == index:
-            _require(reference in allowed, f"{where}: {name} is {reference!r}, not one of {', '.join(allowed)}")
-        elif reference:
-            held = _held(plan, reference, sizes)
-            if needs[name] > held:
+    if index in call.args:
+        reference = call.args[index]
+        _require(reference in allowed, f"{where}: {index} is {reference!r}, not one of {', '.join(allowed)}")
+    names = {**rows, **once}
+    for sizes, buffers in places:
+        count = call.rows.at(sizes)
+        _require(count >= 0, f"{where}: it has {count} rows")
+        if plan.is_function and count == 0:
+            return  # it has no rows, and touches nothing
+        needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in names}
+        if "table" in call.args:
+            last = sizes["T"] if call.args["index"] == "$last" else max_len
+            needs["table"] = last * rows["out"]
+        for name, reference in call.args.items():
+            if reference and name != index and needs[name] > (held := _held(plan, reference, buffers)):
                 raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
     if "state" in once:
         _check_state(plan, call, ints, once["state"], where)
@@ -105,17 +117,17 @@ def _check_call(plan: Plan, call: Call, sizes: Mapping[str, int], max_len: int) 
         _check_fixed(plan, call, once["fixed"], where)
 
 
-def _check_arrays(plan: Plan, call: Call) -> None:
+def _check_arrays(plan: Plan, call: Call, places: Sequence[Place]) -> None:
     """A kernel of a module gets whole arrays: each must lie inside what it is a view of."""
     for name, operand in call.operands:
         reference = operand.get("ref", "")
         if reference[:1] not in ("%", "@"):
             continue  # inputs have the size of the step
-        for bucket in plan.buckets:
+        for sizes, buffers in places:
             needed = _BYTES_OF[operand["dtype"]]
             for size in operand["shape"]:
-                needed *= size if isinstance(size, int) else Extent(size).at(bucket.sizes)
-            held = _held(plan, reference, bucket.sizes)
+                needed *= size if isinstance(size, int) else Extent(size).at(sizes)
+            held = _held(plan, reference, buffers)
             _require(needed <= held, f"call {call.node}: {name} needs {needed} bytes, {reference!r} has {held}")
 
 
@@ -134,11 +146,11 @@ def _check_fixed(plan: Plan, call: Call, end: int, where: str) -> None:
     _require(end <= back, f"{where}: its state ends at {end}, {back} bytes lie before the groups")
 
 
-def _held(plan: Plan, reference: str, sizes: Mapping[str, int]) -> int:
+def _held(plan: Plan, reference: str, buffers: Mapping[str, int]) -> int:
     """Bytes behind a reference that are there to be read; an input of the step is nothing but an index."""
     kind, name = reference[:1], reference[1:]
     if kind == "%":
-        return plan.buffers[name].bytes.at(sizes)
+        return buffers[name]
     return plan.weights[name].bytes if kind == "@" else 0
 
 

@@ -1,4 +1,4 @@
-"""Runs the plan of an artifact on the CPU: weights mapped, arena allocated, every bucket's plan bound, once, at start.
+"""Runs the plan of an artifact on the CPU: weights mapped and checked, arena allocated, plans bound by bucket, once.
 
 A worker thread runs launched steps in order: one native call walks the plan, one samples. The native calls release
 the GIL, so that the engine builds the next step meanwhile. No torch, unless the plan names operators that have no
@@ -68,8 +68,10 @@ class CpuExecutor:
         self._eos = tuple(manifest["model"]["eos_ids"])
         self._key = os.urandom(16)
         self._arena, self.arena_address = allocate(plan.arena_bytes)
-        self._buckets = [self._bind(bucket) for bucket in plan.buckets]
         self._last_bucket = plan.buckets[-1]
+        # The largest bucket shows that every call can be bound; the others differ by addresses, and wait for their
+        # first step.
+        self._bound = {self._last_bucket.T: self._bind(self._last_bucket)}
         self._previous = np.zeros(self.limits.max_seqs, np.int32)
         self.times: list[StepTimes] | None = None  # where it is a list, every step adds what it took
         self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
@@ -126,11 +128,12 @@ class CpuExecutor:
 
     def _run(self, batch: Batch) -> StepResult:
         step = flatten(batch, self._previous, self.kv.fixed_bytes)
-        bound = next(bound for bound in self._buckets if bound.fits(step))
-        self._last_bucket = bound.bucket
+        bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
+        bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
+        self._last_bucket = bucket
         calls = bound.run(step) if self.times is None else bound.timed(step)
         began = time.perf_counter()
-        result = self._result(batch, bound.bucket)
+        result = self._result(batch, bucket)
         if self.times is not None and calls is not None:
             ended = time.perf_counter()
             self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
@@ -241,9 +244,6 @@ class BoundPlan:
     bucket: Bucket
     pieces: tuple[Piece, ...]
 
-    def fits(self, step: Step) -> bool:
-        return len(step.ids) <= self.bucket.T and len(step.last) <= self.bucket.S
-
     def run(self, step: Step) -> None:
         for piece in self.pieces:
             piece(step)
@@ -259,6 +259,10 @@ def _timed(piece: Piece, step: Step) -> np.ndarray:
     began = time.perf_counter()
     piece(step)
     return np.array([time.perf_counter() - began])
+
+
+def fits(bucket: Bucket, step: Step) -> bool:
+    return len(step.ids) <= bucket.T and len(step.last) <= bucket.S
 
 
 class Ticket:
