@@ -32,7 +32,7 @@ from xllm.embedded.evaluate import held_out_loss
 from xllm.kernels import cpu
 from xllm.runtime.executor import Batch, Row
 from xllm.runtime.request import Request, SamplingParams
-from xllm.targets.cpu import host_threads
+from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor
 
 STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32", "int4.64", "int4.128")
@@ -47,7 +47,7 @@ class Compiled:
     """An artifact as what `held_out_loss` asks: the logits of every token of one sequence."""
 
     def __init__(self, artifact: Path) -> None:
-        self._executor, self._step = CpuExecutor(Artifact.open(artifact), host_threads()), 0
+        self._executor, self._step = CpuExecutor(Artifact.open(artifact), host.threads().count), 0
         spec, length = self._executor.kv, self._executor.limits.max_len
         self._state = mmap.mmap(-1, -(-length // spec.group_tokens) * spec.group_bytes + spec.fixed_bytes)
         self._base = np.frombuffer(self._state, np.uint8).ctypes.data

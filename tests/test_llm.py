@@ -15,7 +15,7 @@ import pytest
 from tests.models import FAMILIES, build
 from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
-from xllm.llm import LLM, PROCESS_BYTES, _unused_of_group, open_engine, plan_memory
+from xllm.llm import LLM, PROCESS_BYTES, open_engine, plan_memory
 from xllm.runtime import EngineConfig, RequestRefused, SamplingParams
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -95,12 +95,3 @@ def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypa
         plan_memory(opened, 1 << 30)
     with pytest.raises(ArtifactError, match="free some"):
         plan_memory(opened, None)
-
-
-def test_a_control_group_counts_what_it_can_not_drop(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.stat").write_text("anon 300\nfile 500\nshmem 100\n")
-    assert _unused_of_group(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    with pytest.raises(ValueError, match="max"):
-        _unused_of_group(tmp_path)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from xllm.targets import host
+
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm")
 SERVING = (
@@ -65,13 +67,14 @@ def _cpu() -> Check:
 
 
 def _threads() -> Check:
-    cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    granted = float(quota) / float(period) if quota.isdigit() and period.strip().isdigit() else None
-    found = f"{usable} of {cores} cores" + (f", quota {granted:.1f}" if granted is not None else "")
-    short = granted is not None and granted < usable
-    return Check(WARN if short else OK, "threads", found, f"serve with --threads {max(1, int(granted or 1))}")
+    chosen, nodes = host.threads(), host.numa_nodes()
+    found = f"{chosen.count}: {chosen.why}"
+    if len(nodes) > 1:
+        advice = "memory of another node is slower; serve one process per node, under numactl -N 0 -m 0 for the first"
+        return Check(WARN, "threads", f"{found}, on NUMA nodes {' '.join(map(str, nodes))}", advice)
+    granted = host.cpu_quota()
+    advice = "a step that uses up the quota waits for the next period; give whole cores where you can"
+    return Check(WARN if granted is not None and granted < host.usable_cores() else OK, "threads", found, advice)
 
 
 def _memory() -> Check:
@@ -131,12 +134,12 @@ def _native() -> Iterator[Check]:
     advice = "reinstall xllm where a C++17 compiler is present"
     try:
         from xllm.kernels.cpu import Runner, level, levels
-        from xllm.targets.cpu import host_threads
 
         yield Check(OK, "native library", f"{level()} of {', '.join(levels())}")
-        with Runner(host_threads()) as runner:
+        threads = host.threads().count
+        with Runner(threads) as runner:
             gigabytes, operations = runner.read_bandwidth() / 1e9, runner.fma_peak() / 1e9
-        found = f"reads {gigabytes:.1f} GB/s, multiplies {operations:.0f} GFLOP/s on {host_threads()} threads"
+        found = f"reads {gigabytes:.1f} GB/s, multiplies {operations:.0f} GFLOP/s on {threads} threads"
         slow = "decoding reads all weights for each token: expect bytes of weights / bandwidth per token"
         yield Check(OK if gigabytes >= 1 else WARN, "speed", found, slow)
     except (ImportError, OSError, ValueError, AttributeError) as error:

@@ -26,8 +26,8 @@ from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.kv import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.targets import host
 from xllm.targets.base import StepSizes
-from xllm.targets.cpu import host_threads
 from xllm.targets.predicted import target_of
 
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
@@ -147,7 +147,7 @@ def open_engine(
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
-    executor = CpuExecutor(artifact, threads or host_threads(), progress=progress, kernel_modules=kernel_modules)
+    executor = CpuExecutor(artifact, host.threads(threads).count, progress=progress, kernel_modules=kernel_modules)
     engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
     engine.start()
     return engine, ledger
@@ -200,7 +200,7 @@ def open_encoder(artifact: Artifact, memory_bytes: int | None = None, threads: i
             f"{_mib(needed)} are needed, {_mib(room)} are there: give more, or compile with a smaller"
             " --max-batch-tokens or --max-len",
         )
-    return Encoder(CpuExecutor(artifact, threads or host_threads()))
+    return Encoder(CpuExecutor(artifact, host.threads(threads).count))
 
 
 @dataclass(frozen=True)
@@ -373,14 +373,5 @@ def _available_bytes() -> int:
     with contextlib.suppress(OSError, KeyError, ValueError):
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, KeyError, ValueError):  # no limit, or no such group
-        free = min(free, _unused_of_group(Path("/sys/fs/cgroup")))
-    return free
-
-
-def _unused_of_group(folder: Path) -> int:
-    """Bytes a control group may still take: its limit less what it holds and can't drop. Raises ValueError when there
-    is no limit."""
-    limit = int((folder / "memory.max").read_text())
-    held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return max(0, limit - int(held["anon"]) - int(held["shmem"]))
+    left = host.memory_left()
+    return free if left is None else min(free, left)

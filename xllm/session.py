@@ -30,13 +30,15 @@ class Session:
         require_signature: str | os.PathLike[str] | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
-        from xllm.targets.cpu import host_threads
+        from xllm.targets import host
         from xllm.targets.cpu.function import CpuFunction
 
         artifact = Artifact.open(path, require_signature)
         if not artifact.plan.is_function:
             raise ArtifactError("not-a-function", f"{path} is a language model: xllm.LLM or `xllm serve` run it")
-        self._function = CpuFunction(artifact, threads or host_threads(), verify=verify, kernel_modules=kernel_modules)
+        self._function = CpuFunction(
+            artifact, host.threads(threads).count, verify=verify, kernel_modules=kernel_modules
+        )
         plan = artifact.plan
         self.inputs = {name: (plan.buffers[port.buffer].dtype, _shown(port)) for name, port in plan.inputs.items()}
         self.outputs = {name: (plan.buffers[port.buffer].dtype, _shown(port)) for name, port in plan.outputs.items()}

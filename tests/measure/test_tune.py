@@ -16,6 +16,7 @@ from xllm.kernels import cpu
 from xllm.measure import tables
 from xllm.measure import tune as tuning
 from xllm.measure.machine import cache_bytes, cpu_model
+from xllm.targets import host
 from xllm.targets.cpu import CpuTarget
 from xllm.targets.predicted import target_of
 
@@ -96,7 +97,7 @@ def test_a_table_is_cached_asked_for_and_sealed_in_the_artifact(
     short, monkeypatch, checkpoint: Path, tmp_path: Path, capsys
 ) -> None:
     monkeypatch.setenv("XLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "host_threads", lambda: 1)
+    monkeypatch.setattr(tables.host, "threads", lambda *_: host.Threads(1, "one"))
     command = ["compile", str(checkpoint), "--quiet", "-o"]
     assert cli.main([*command, str(tmp_path / "none"), "--tuning", "cached"]) == 2
     assert "run `xllm tune`" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from xllm.measure.shape import DECODED, Shape, usual_shapes
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, Limits, Row
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.targets.cpu import host_threads
+from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
 
 LEAST, MOST = 3, 1000  # steps of a shape
@@ -48,7 +48,7 @@ def profile(
 
     Raises ShapeError, or ArtifactError for an artifact that this machine cannot run.
     """
-    count = threads or host_threads()
+    count = host.threads(threads).count
     executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
     limits, level, task = limits_of(artifact), artifact.manifest["target"]["level"], artifact.task
     shapes = shapes or usual_shapes(limits, task)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xllm import config
 from xllm.measure.machine import cpu_model
-from xllm.targets.cpu import host_threads
+from xllm.targets import host
 from xllm.targets.cpu.tuning import MAX_BYTES, Tuning
 
 CACHED = "cached"
@@ -21,7 +21,7 @@ def table_path(cpu: str, threads: int) -> Path:
 
 def read_tuning(which: str) -> Tuning:
     """The table in the file `which`, or, for CACHED, this machine's. Raises ValueError when there is none."""
-    file = table_path(cpu_model(), host_threads()) if which == CACHED else Path(which)
+    file = table_path(cpu_model(), host.threads().count) if which == CACHED else Path(which)
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")

@@ -18,8 +18,9 @@ import numpy as np
 
 from xllm.kernels import cpu
 from xllm.measure.machine import WRITTEN, cache_bytes, cpu_model, state_memory
+from xllm.targets import host
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
-from xllm.targets.cpu import CpuTarget, host_threads
+from xllm.targets.cpu import CpuTarget
 from xllm.targets.cpu.bounds import reach
 from xllm.targets.cpu.tuning import Curve, Tuning
 
@@ -54,7 +55,7 @@ class Case:
 
 def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: None) -> Tuning:
     """The table of this machine, for its fastest instruction set level."""
-    count = threads or host_threads()
+    count = host.threads(threads).count
     tell("instruction set levels")
     level = fastest_level(count)
     curves = {}

@@ -7,8 +7,6 @@ values as [16][value_dim] (latent layers keep no values). No torch: the serving 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,20 +99,10 @@ def host_target(tuning: Tuning | None = None) -> CpuTarget:
     return CpuTarget(tuning.level, tuning=tuning)
 
 
-def host_threads() -> int:
-    """Threads to use unless told otherwise: the cores this process may run on, within its control group's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
-        quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
 def architecture() -> str:
     """The processor family, x86_64 or aarch64, spelled alike on every system."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
-__all__ = ["GROUP_TOKENS", "PANEL_ROWS", "REACH", "RULES", "CpuTarget", "architecture", "host_target", "host_threads"]
+__all__ = ["GROUP_TOKENS", "PANEL_ROWS", "REACH", "RULES", "CpuTarget", "architecture", "host_target"]
