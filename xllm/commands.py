@@ -9,7 +9,9 @@ import os
 import queue
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from xllm.storage import INTS, full_word
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
+    from xllm.llm import Ledger
+    from xllm.runtime.engine import Engine
     from xllm.service.params import Job, ModelFacts
     from xllm.service.tokenizer import TextCodec
 
@@ -66,6 +70,7 @@ def compile_function(arguments: argparse.Namespace) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """`xllm serve`: answers until a signal ends it."""
     gc.disable()  # a start makes nothing but objects that stay
+    config.leave_the_cores_alone()
     import logging
 
     keys = None
@@ -76,10 +81,7 @@ def serve(arguments: argparse.Namespace) -> None:
     folder = _artifact_folder(arguments.model)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    from xllm.llm import open_engine, open_model
-    from xllm.service.dispatch import Dispatcher
-    from xllm.service.server import bind
-    from xllm.service.server import serve as answer
+    from xllm.service.listener import bind
 
     try:
         listener = bind(arguments.host, arguments.port)
@@ -87,23 +89,39 @@ def serve(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"can't listen on {arguments.host}:{arguments.port}: {error.strerror}; try --port 0 for a free one"
         ) from None
+    took: dict[str, float] = {}
+    with _lap(took, "runtime imported"):
+        from xllm.llm import open_engine, open_model
+        from xllm.service.dispatch import Dispatcher
+        from xllm.targets import host
     dispatcher = Dispatcher()
-    # Checking the weights runs outside the interpreter lock: beside it, the tokenizer and the HTTP stack are loaded.
-    with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
-        opened = opener.submit(open_model, folder, arguments.require_signature)
-        opening = opener.submit(
-            lambda: open_engine(opened.result(), dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
-        )
-        from xllm.service.answer import Limits
-        from xllm.service.app import load_service
-        from xllm.service.gate import Keys
-        from xllm.service.tokenizer import TextCodec
 
+    # Checking the weights runs outside the interpreter lock: beside it, the HTTP stack and the tokenizer are loaded.
+    with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
+        opened = opener.submit(_lap(took, "artifact")(open_model), folder, arguments.require_signature)
+
+        @_lap(took, "engine")
+        def open_rest() -> tuple[Engine, Ledger]:
+            settings = _engine(arguments)
+            return open_engine(opened.result(), dispatcher.sink, max_seqs=arguments.max_seqs, **settings)
+
+        opening = opener.submit(open_rest)
+        with _lap(took, "HTTP imported"):
+            from xllm.service.answer import Limits
+            from xllm.service.app import load_service
+            from xllm.service.gate import Keys
+            from xllm.service.server import serve as answer
+            from xllm.service.tokenizer import TextCodec
         artifact = opened.result()
-        codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
+        with _lap(took, "tokenizer"):
+            codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
         engine, ledger = opening.result()
     try:
+        chosen = host.threads(arguments.threads)
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
+        print(f"threads: {chosen.count} ({chosen.why})", flush=True)
+        laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
+        logging.getLogger("xllm.start").info("%s", laps)
         service = load_service(
             facts=_facts(artifact, arguments.served_model_name),
             codec=codec,
@@ -116,6 +134,14 @@ def serve(arguments: argparse.Namespace) -> None:
         answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:
         engine.stop()
+
+
+@contextmanager
+def _lap(took: dict[str, float], name: str) -> Iterator[None]:
+    """Notes the seconds of a part; parts of two threads run beside each other."""
+    begin = time.perf_counter()
+    yield
+    took[name] = time.perf_counter() - begin
 
 
 def _listening(url: str) -> None:

@@ -29,6 +29,12 @@ def environment() -> Environment:
     return Environment(cache=_cache(), debug=int(debug))
 
 
+def leave_the_cores_alone() -> None:
+    """Before numpy is imported: its linear algebra, which serving never calls, would start a thread for each core and
+    keep them busy for a tenth of a second. A setting that is there stays."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def _cache() -> Path:
     if own := os.environ.get("XLLM_CACHE"):
         return Path(own)

@@ -132,7 +132,7 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_connection_of_a_client_that_does_not_read_is_closed(tmp_path, monkeypatch, stream):
     monkeypatch.setattr("xllm.service.answer.STALL_SECONDS", 0.2)
-    monkeypatch.setattr("xllm.service.server.UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr("xllm.service.listener.UNREAD_SECONDS", 0.5)
     service = fake_service(tmp_path)
     with running(service) as (base, server):
         body = ENDLESS | {"logprobs": 20, "n": 20, "stream": stream}

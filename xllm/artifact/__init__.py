@@ -11,16 +11,29 @@ signature.json  optional: who vouches for it
 A file that is none of these, nor named by the manifest, is refused like a changed one.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from xllm.artifact.manifest import SCHEMA
 from xllm.artifact.opened import PLANNED, UNFOLDED, Artifact, Progress
-from xllm.artifact.pack import pack, unpack
-from xllm.artifact.reuse import Previous, previous_weights
 from xllm.artifact.seal import ArtifactError, digest
-from xllm.artifact.share import check_apart, share
 from xllm.artifact.signature import SIGNATURE, new_key, sign
 from xllm.artifact.store import MAGIC, PAGE_BYTES, is_artifact, is_packed
 from xllm.artifact.weights import WEIGHTS, MappedWeights
-from xllm.artifact.writer import ArtifactWriter, Blocks, Written, writing
+
+if TYPE_CHECKING:
+    from xllm.artifact.onefile import pack, unpack
+    from xllm.artifact.reuse import Previous, previous_weights
+    from xllm.artifact.sharing import check_apart, share
+    from xllm.artifact.writer import ArtifactWriter, Blocks, Written, writing
+
+# Who writes is imported when first used: a start only reads.
+_WRITING = {
+    "onefile": ("pack", "unpack"),
+    "reuse": ("Previous", "previous_weights"),
+    "sharing": ("check_apart", "share"),
+    "writer": ("ArtifactWriter", "Blocks", "Written", "writing"),
+}
 
 __all__ = [
     "MAGIC",
@@ -50,3 +63,10 @@ __all__ = [
     "unpack",
     "writing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _WRITING.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ The library that computes signatures is imported only where one is made or asked
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,8 @@ def sign(folder: Path, manifest_digest: str, key_file: str | os.PathLike[str]) -
     """Writes the signature into an artifact folder, in the place of one that was there."""
     data = sign_digest(manifest_digest, key_file)
     folder = folder.resolve()  # behind a link, what lies beside the link may be another file system
+    import secrets  # costs a start nothing
+
     aside = folder.parent / f".{folder.name}.{SIGNATURE}-{secrets.token_hex(4)}"
     try:
         aside.write_bytes(data)

@@ -20,32 +20,12 @@ from xllm.service.answer import Service
 from xllm.service.app import build_app
 from xllm.service.errors import ApiError
 from xllm.service.gate import Keys
+from xllm.service.listener import url
 
 MAX_HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 30.0
 WARM_UP_SECONDS = 1.0
 FORCED_EXIT_SECONDS = 1.0
-UNREAD_SECONDS = 60.0  # that sent bytes may wait for a client; closing alone would wait for ever
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_SECONDS * 1000))
-        listener.bind((host, port))
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(
