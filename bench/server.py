@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def serving(artifact: Path, *flags: str, interpreter: Sequence[str] = ()) -> Ite
     ]
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop a server that says much
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # What is installed has its bytecode beside it: a setting that keeps Python from writing it is not of the start.
+        settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings)
         server = Server(process, started)
         assert process.stdout is not None
         try:
