@@ -4,10 +4,13 @@ and random programs to try, --seed gives other random programs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch computes references; `make test` runs two of us side by side
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,8 @@ from xllm.ir import Program
 from xllm.passes import REWRITES, run_pipeline
 from xllm.passes.numerics import random_sources, random_steps, run_steps
 
+# Whatever is computed from positions alone is tabulated, so a change of it is no miss.
+NEVER_MISSED = {"tabulate-positions"}
 TOLERANCE = 1e-4  # of sums in another order, behind changes that may amplify it
 
 
@@ -43,7 +45,8 @@ def test_a_rewrite_changes_nothing_but_the_graph(index: int, graphs: int, seed: 
         fewer += record.hits < usual
         more += record.hits >= usual
     assert hits > graphs // 2, "the pattern is hardly ever there"
-    assert more > graphs // 10 and (fewer > 0 or graphs < 50), (fewer, more)
+    assert more > graphs // 10, (fewer, more)
+    assert fewer > 0 or graphs < 50 or step.name() in NEVER_MISSED, (fewer, more)
 
 
 def outputs(program: Program, sources: dict[str, np.ndarray]) -> list[torch.Tensor]:

@@ -189,3 +189,11 @@ def running(service: Service, keys: Keys | None = None):
         listener.close()
         fake(service).stop()
         assert not thread.is_alive()
+
+
+def wait_for(condition) -> None:
+    """Waits for what other threads do; a test fails by its own assertion when it never happens."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()

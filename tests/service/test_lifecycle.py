@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.service.fakes import EOS, fake, fake_service, ids, running
+from tests.service.fakes import EOS, fake, fake_service, ids, running, wait_for
 from xllm.service.answer import Limits
 from xllm.service.gate import PUBLIC, Keys
 
@@ -30,14 +30,6 @@ def events(text: str) -> list:
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
-
-
-def wait_for(condition) -> None:
-    """Waits for what other threads do; a test fails by its own assertion when it never happens."""
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert condition()
 
 
 def raw_request(base: str, body: dict, receive_buffer: int | None = None) -> socket.socket:

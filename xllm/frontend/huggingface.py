@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
@@ -298,7 +299,9 @@ def _export(model: nn.Module, session: Session, task: Task, watch: Watch) -> Exp
     shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None, None)
     step = Step(model, session, task)
     try:
-        return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
+        # What a cached operator gave costs more to make again with symbolic sizes than to work out: a sixth of it all.
+        with dynamo.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         if watch.explains(error):
             raise Irregular(str(error)) from error

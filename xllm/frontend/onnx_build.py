@@ -51,6 +51,7 @@ class Builder:
         self.tensors, self._limits, self._plain = tensors, limits, frozenset[str]()
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False)
+        self.mode.cache_enabled = False  # making what it holds again costs more than working it out
         self.program = Program(name, fx.Graph(), (), {}, {}, ())
         self.symbols: dict[str, Any] = {}
         self._sizes: dict[str, fx.Node] = {}
