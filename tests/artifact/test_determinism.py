@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bench.checkpoints import write_checkpoint
 from tests.models import FAMILIES
 
 ROOT = Path(__file__).parents[2]
+GOLDEN, LEVEL = ROOT / "tests/golden/artifact-digests.txt", "x86-64-v3"
 BUILD = """
 import os, sys, time
 os.umask(int(os.environ["BUILD_UMASK"], 8))
@@ -92,3 +94,32 @@ def test_a_part_of_the_checkpoint_that_is_not_read_is_one_line_of_the_report(tmp
     lines = Report(tmp_path, (), (), 0, 0, 0, (), unused=("model.extra", *tower)).text().splitlines()
     assert "  unused tensor of the checkpoint: model.extra" in lines
     assert [line for line in lines if "visual" in line] == ["  unused of the checkpoint: 40 tensors below model.visual"]
+
+
+def test_another_machine_of_the_level_gives_the_same_bytes(
+    golden: Callable[[Path, str], None], request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests of the embedded model's artifact, written on one machine and compared on whichever runs this. They are of
+    the versions that capture it; made anew (--update-golden) when these or the compiler change.
+    """
+    import torch
+    import transformers
+    from blake3 import blake3
+
+    from xllm.compiler import CompileOptions, compile_checkpoint
+    from xllm.embedded import checkpoint_path
+    from xllm.kernels import cpu
+
+    if LEVEL not in cpu.levels():
+        pytest.skip(f"this machine has no {LEVEL}")
+    monkeypatch.setattr(cpu, "level", lambda: LEVEL)
+    versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+    if not request.config.getoption("--update-golden") and versions not in GOLDEN.read_text():
+        pytest.skip(f"the digests are not of {versions}")
+    lines = [versions]
+    for weights in ("bfloat16", "int8", "int4"):
+        out = tmp_path / weights
+        compile_checkpoint(checkpoint_path(), out, CompileOptions(weights=weights))
+        files = sorted(entry for entry in out.rglob("*") if entry.is_file())
+        lines += [f"{blake3(file.read_bytes()).hexdigest()} {file.relative_to(tmp_path).as_posix()}" for file in files]
+    golden(GOLDEN, "\n".join(lines) + "\n")
