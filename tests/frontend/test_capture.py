@@ -12,7 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.frontend import zoo
 from xllm.errors import CompileError
 from xllm.frontend.hooks import Session, StepInputs
-from xllm.frontend.huggingface import capture, capture_config
+from xllm.frontend.huggingface import capture, capture_config, with_buffers
+from xllm.frontend.layers import Irregular, LastOutput, SkippedLayer, Stack, every_layer
 from xllm.frontend.masks import Mask, read_mask
 from xllm.frontend.tokens import refuse_foreign
 from xllm.ir.program import Dim, KVLayer, LayerSource
@@ -86,7 +87,7 @@ def test_capture_leaves_the_configuration_and_the_registries_alone() -> None:
 _SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
 _HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
 REFUSED = {
-    "recurrent": (
+    "recurrent": (  # its convolution is one of ours, its scan is not: the layer must not pass for lifted
         lambda: transformers.MambaConfig(**_SMALL, state_size=4),
         ("recurrent-layer", "backbone.layers.0 (MambaBlock)", "no attention call"),
     ),
@@ -109,6 +110,30 @@ REFUSED = {
         lambda: transformers.Llama4TextConfig(**{**_SMALL, "num_hidden_layers": 4}, **_HEADS),
         ("unsupported-attention", "config.json", "layer_types: chunked_attention"),
     ),
+    "mask-read": (
+        lambda: transformers.MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4),
+        (
+            "unsupported-attention",
+            "transformer (MptModel)",
+            "create_causal_mask( config=self.config, inputs_embeds=inputs_embeds, …",
+        ),
+    ),
+    "positions-with-more": (  # an embedding that returns its index too
+        lambda: transformers.ProphetNetConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_decoder_layers=1,
+            decoder_ffn_dim=32,
+            num_decoder_attention_heads=2,
+            is_decoder=True,
+            is_encoder_decoder=False,
+        ),
+        ("unsupported-positions", "prophetnet.decoder.position_embeddings", ""),
+    ),
+    "positions-without-batch": (  # taken as they are: what is refused is the attention behind them
+        lambda: transformers.RoFormerConfig(**_SMALL, num_attention_heads=2, intermediate_size=32, is_decoder=True),
+        ("recurrent-layer", "roformer.encoder.layer.0 (RoFormerLayer)", "no attention call"),
+    ),
     "experts": (
         lambda: transformers.MixtralConfig(**_SMALL, **_HEADS, num_local_experts=2, hidden_act="mish"),
         ("unsupported-experts", "model.layers.0.mlp.experts", "experts"),
@@ -124,6 +149,41 @@ def test_what_cannot_be_captured_is_refused_by_name(name: str) -> None:
     error = refused.value
     assert (error.code, error.where, error.node) == (code, where, node)
     assert error.try_ and error.why in str(error)
+
+
+def test_attention_over_other_keys_than_the_tokens_of_a_step_is_refused() -> None:
+    layer, heads, step = torch.nn.Linear(2, 2), torch.zeros(1, 2, 5, 4), torch.arange(5)
+    session = Session()
+    session.inputs = StepInputs(step, step[None], step, step, step, step)
+    session.follow(Stack("layers", (layer,)), every_layer(1))
+    keys = torch.zeros(1, 2, 7, 4)
+    with pytest.raises(CompileError, match="not the tokens of a step") as refused:
+        session.attention(layer, heads, keys, keys)
+    assert refused.value.code == "unsupported-attention"
+
+
+def test_layers_of_another_form_are_captured_one_by_one() -> None:
+    """Called past its hooks, a layer has given nothing that those skipped behind it could hand on."""
+    skipped = SkippedLayer(torch.nn.Identity(), LastOutput(), lambda *_: None)
+    with pytest.raises(Irregular, match="neither hidden states nor a tuple"):
+        skipped(torch.zeros(1, 5, 4))
+
+
+def test_a_buffer_is_filled_by_the_innermost_model_around_it() -> None:
+    config = zoo.CONFIGS["llama"]()
+
+    class Part(transformers.PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(config)
+            self.scale = 3.0
+            self.register_buffer("factor", torch.empty(2, device="meta"), persistent=False)
+
+        def _init_weights(self, module: Any) -> None:
+            module.factor.fill_(self.scale)
+
+    part, whole = Part(), torch.nn.Module()
+    whole.add_module("part", part)
+    assert with_buffers(whole, part, "part").get_buffer("factor").tolist() == [3.0, 3.0]
 
 
 def test_operators_of_others_are_refused() -> None:

@@ -104,6 +104,9 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "qwen3-next": lambda: transformers.Qwen3NextConfig(**_DELTA, head_dim=16, num_experts=0),
     "olmo-hybrid": lambda: transformers.OlmoHybridConfig(**_DELTA, linear_allow_neg_eigval=True),
     "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**_DELTA, head_dim=16),
+    "lfm2": lambda: transformers.Lfm2Config(  # convolutions alone
+        **{**_SIZES, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]}
+    ),
 }
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
 ALL = {**CONFIGS, **PARTS, **ROPES, **HYBRIDS}

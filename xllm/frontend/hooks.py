@@ -57,6 +57,7 @@ class Session:
         self.experts: dict[nn.Module, Form] = {}
         self._plain: set[bool] = set()  # whether the plain masks that the model made are causal
         self.segmented = False  # whether the model has a table of segments
+        self._doubtful: list[int] = []  # layers of which only a convolution is known
 
     @contextmanager
     def registered(self) -> Iterator[None]:
@@ -155,6 +156,8 @@ class Session:
         inputs = self.inputs
         assert inputs is not None
         layer = self._place(module, attention_mask, sliding_window, rest)
+        if query.shape[2] != inputs.positions.shape[0] or key.shape[2] != query.shape[2]:
+            raise self._refusal("attention whose queries or keys are not the tokens of a step", module, layer)
         window = attention_mask.window if isinstance(attention_mask, Mask) else 0
         window = window or int(sliding_window or 0)
         heads, width = int(key.shape[1]), int(key.shape[3])
@@ -195,10 +198,26 @@ class Session:
     def _leave(self, captured: int, *called: Any) -> None:
         """Forward hook of a captured layer: refuses one whose tokens meet by other means than our operators."""
         self._traced = None
-        recurrent = self._recurrent
-        if captured in recurrent.complete or (captured in self._kv and captured not in recurrent.floats):
+        if captured in self._recurrent.complete or (captured in self._kv and captured not in self._recurrent.floats):
             return
-        raise CompileError(
+        if captured not in self._recurrent.floats:
+            raise self._foreign(captured)
+        self._doubtful.append(captured)
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Around the trace and the check of its tokens: of a layer known by its convolution alone, these have to show
+        that the rest keeps tokens apart. Where they fail, the layer recurs by means of its own.
+        """
+        try:
+            yield
+        except CompileError as error:
+            if self._doubtful and error.code in ("mixes-tokens", "shape-guard", "data-dependent", "capture-failed"):
+                raise self._foreign(self._doubtful[0]) from error
+            raise
+
+    def _foreign(self, captured: int) -> CompileError:
+        return CompileError(
             "a layer mixes tokens by other means than transformers' attention interface or a gated delta rule",
             code="recurrent-layer",
             pass_name="capture",

@@ -121,7 +121,7 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
         constants, notes = _lift_rotary(model, session, place, length, within)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
-        with session.lifted(model):
+        with session.lifted(model), session.judged():
             exported = _export(model, session, task, watch)
     watch.check()
     make_functional(exported.graph)
@@ -144,7 +144,8 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
     join_fills(program)
     prune(program)
     refuse_foreign(program)
-    check_tokens(program)
+    with session.judged():
+        check_tokens(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
     program.constants = {key: bound.arrays[key] for key in sorted(used)}
     _type_state(program, dims[1].max, length)
@@ -244,13 +245,19 @@ def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
     }
     filled.__dict__ = {**module.__dict__, "_buffers": buffers}
     try:
-        model._init_weights(filled)  # pyright: ignore
+        _owner(model, path)._init_weights(filled)
     except Exception as error:
         raise _unknown_buffer(module, path, _first_line(error)) from error
     for name, part in buffers.items():
         if part.is_floating_point() and part.isnan().any():
             raise _unknown_buffer(module, f"{path}.{name}", "transformers has no rule that fills it")
     return filled
+
+
+def _owner(model: nn.Module, path: str) -> Any:
+    """The innermost model around the module at `path`: parts of a model fill buffers by rules of their own."""
+    around = (model.get_submodule(path[:end]) for end in range(len(path), 0, -1) if f"{path}."[end] == ".")
+    return next((module for module in around if hasattr(module, "_init_weights")), model)
 
 
 def _lift_lookups(
@@ -299,6 +306,8 @@ def _export(model: nn.Module, session: Session, task: Task, watch: Watch) -> Exp
     step = Step(model, session, task)
     try:
         return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
+    except Irregular:
+        raise
     except Exception as error:
         if watch.explains(error):
             raise Irregular(str(error)) from error
