@@ -28,6 +28,7 @@ _OPERATORS = {
     "along": "mean sum var std amax amin max min argmax argmin prod any all norm linalg_vector_norm logsumexp softmax"
     " _softmax log_softmax cumsum cumprod topk sort argsort gather scatter scatter_add index_select index_add slice"
     " select narrow split split_with_sizes chunk unbind cat concat stack roll flip repeat_interleave glu diff",
+    "tile": "repeat",
     "product": "linear matmul mm bmm addmm baddbmm einsum mv dot embedding",
     "norm": "layer_norm rms_norm native_layer_norm",
     "window": "conv1d conv2d convolution group_norm native_group_norm",
@@ -97,6 +98,8 @@ def _mixes(node: fx.Node, symbol: Any) -> str:
     axis = _axes(source, symbol)[0]
     if kind == "view":
         return _viewed(source, made[0], symbol)
+    if kind == "tile":
+        return "repeats tokens" if named_arguments(node)["repeats"][axis - source.dim()] != 1 else ""
     if kind == "along":
         return _along(node, made[0], axis, source.dim())
     if kind == "norm":

@@ -266,6 +266,29 @@ def _merge_transposes(editor: Editor, node: fx.Node) -> None:
         editor.hit(node)
 
 
+def _turn_late(editor: Editor, node: fx.Node) -> None:
+    """A cut along a turned axis, and what is computed of values turned alike, are turned afterwards: two turns then
+    meet, and undo each other.
+    """
+    parts = node.all_input_nodes
+    if not all(is_call(part, aten.transpose.int) and len(sizes(part)) == len(sizes(node)) for part in parts):
+        return
+    rank, turns = len(sizes(node)), [sorted(axis % len(sizes(node)) for axis in arguments(part)[1:]) for part in parts]
+    if is_call(node, aten.slice.Tensor) and len(parts) == 1 and len(node.args) > 1 and node.args[1] % rank in turns[0]:
+        source, axis, *bounds = arguments(node)
+        cut = [arguments(source)[0], next(other for other in turns[0] if other != axis % rank) - rank, *bounds]
+    elif len(parts) > 1 and torch.Tag.pointwise in node.target.tags and all(turn == turns[0] for turn in turns):
+        if any(sizes(part) != sizes(node) or len(part.users) > 1 for part in parts):
+            return
+        cut = [arguments(arg)[0] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    else:
+        return
+    with editor.before(node):
+        held = editor.emit(node.target, *cut, like=node)
+        node.replace_all_uses_with(editor.emit(aten.transpose.int, held, *turns[0], like=node))
+    editor.hit(node)
+
+
 def _count_from_end(editor: Editor, node: fx.Node) -> None:
     """Dimensions of slices, joins and means count from the end, -1 being the width whatever the rank; a slice says
     where it ends.
@@ -298,5 +321,6 @@ STEPS = (
     _join_dialect,
     _merge_views,
     _merge_transposes,
+    _turn_late,
     _count_from_end,
 )
