@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
+from xllm.frontend.functional import make_functional, name_plainly
 from xllm.frontend.hooks import Session, StepInputs
 from xllm.frontend.huggingface import capture, capture_config, with_buffers
 from xllm.frontend.layers import Irregular, LastOutput, SkippedLayer, Stack, every_layer
@@ -21,7 +22,7 @@ from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Constant, Source
 
 
-@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.PARTS, *zoo.ROPES])
+@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.PARTS, *zoo.ROPES, *zoo.SHARED])
 def test_chunked_mixed_steps_give_the_logits_of_transformers(name: str) -> None:
     _, _, expected = zoo.reference(name)
     for got, want in zip(zoo.mixed_logits(zoo.stamped(name), name), expected, strict=True):
@@ -56,6 +57,62 @@ def test_each_layer_carries_its_own_window() -> None:
     program = zoo.stamped("qwen2-windows")
     attention = [node for node in program.calls() if node.target is torch.ops.xllm.attention.default]
     assert [(node.args[5], node.args[9]) for node in attention] == [(i, 5 if i % 2 else 0) for i in range(8)]
+
+
+def test_layers_that_share_keys_read_them_where_they_are_kept() -> None:
+    program = zoo.stamped("gemma4")
+    attention = [node for node in program.calls() if node.target is torch.ops.xllm.attention.default]
+    written = [node.args[5] for node in program.calls() if node.target is torch.ops.xllm.kv_write.default]
+    assert [node.args[5] for node in attention] == [0, 1, 2, 3, 2, 2, 2, 2, 2, 3]
+    assert written == [0, 1, 2, 3]
+    assert [layer.kv_heads for layer in program.kv] == [2] * 4 + [0] * 6
+
+
+@pytest.mark.parametrize("read_later", [False, True])
+def test_a_sum_in_place_on_a_view_is_a_value_unless_its_memory_is_read_by_another_name(read_later: bool) -> None:
+    def add(x: torch.Tensor) -> torch.Tensor:
+        base = x * 2
+        turned, part = base.transpose(0, 1), base.split(1)[0]
+        turned += 1
+        return turned + (part if read_later else 0)
+
+    graph = torch.export.export(_Called(add), (torch.zeros(3, 3),)).graph
+    make_functional(graph)
+    assert ("aten.add_.Tensor" in {str(node.target) for node in graph.nodes}) == read_later
+
+
+def test_a_sum_in_place_on_a_cut_is_joined_with_what_stood_beside_it() -> None:
+    def add(x: torch.Tensor) -> torch.Tensor:
+        base = x * 2
+        base[1:3] += 1
+        base[:2] *= 3
+        return base + 0
+
+    program = torch.export.export(_Called(add), (torch.zeros(4, 3),))
+    make_functional(program.graph)
+    assert not any(str(node.target).endswith("_.Tensor") for node in program.graph.nodes)
+    program.graph.lint()
+    x = torch.randn(4, 3)
+    assert torch.equal(torch.fx.Interpreter(program.graph_module).run(x)[0], add(x))
+
+
+def test_operators_of_two_names_go_by_one() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return torch.multiply(torch.clip(x, 0, 1), 2.0)
+
+    graph = torch.export.export(_Called(double), (torch.zeros(3),)).graph
+    name_plainly(graph)
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert called == ["aten.clamp.default", "aten.mul.Tensor"]
+
+
+class _Called(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 def test_rotary_modules_with_several_parameterisations_give_several_tables() -> None:
@@ -246,6 +303,9 @@ def test_masks_say_what_they_are_made_of() -> None:
     assert read_mask(mask_function=both) == Mask(9, causal=False)
     assert read_mask(mask_function=masking_utils.causal_mask_function) == Mask(0, causal=True)
     assert read_mask(mask_function=masking_utils.bidirectional_mask_function) == Mask(0, causal=False)
+    windowed = read_mask(mask_function=window)
+    assert windowed[:, :, slice(0, None), :] is windowed  # cut to all of its tokens
+    assert windowed[:, 0].unknown and windowed[..., :4].unknown
     chunked = read_mask(mask_function=masking_utils.chunked_causal_mask_function(8, seen[0]))
     assert chunked.unknown == "chunked_overlay"
 

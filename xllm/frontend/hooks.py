@@ -52,6 +52,7 @@ class Session:
         self._layer_of: dict[nn.Module, int] = {}
         self._names: list[str] = []
         self._kv: dict[int, KVLayer] = {}
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # the keys and values that a captured layer keeps
         self._traced: int | None = None  # the captured layer whose forward is running
         self._recurrent = RecurrentCalls(self._tokens, self._running)
         self.experts: dict[nn.Module, Form] = {}
@@ -169,10 +170,14 @@ class Session:
             options = (float(scaling or width**-0.5), window, float(softcap or 0.0))
             out = torch.ops.xllm.encode_attention(q, k, v, inputs.positions, inputs.slots, *options)
             return out.unsqueeze(0), None
-        self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
-        torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
+        # Keys and values that another layer attended to are kept there: this one keeps none.
+        keeper = next((at for at, held in self._written.items() if held[0] is key and held[1] is value), layer)
+        self._kv[layer] = KVLayer(0, 0, 0) if keeper != layer else KVLayer(heads, width, int(value.shape[3]))
+        if keeper == layer:
+            self._written[layer] = (key, value)
+            torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
         scale = float(scaling) if scaling is not None else width**-0.5
-        options = (layer, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
+        options = (keeper, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
         out = torch.ops.xllm.attention(inputs.kv, q, inputs.positions, inputs.slots, s_aux, *options)
         return out.unsqueeze(0), None
 

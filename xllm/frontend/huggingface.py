@@ -28,7 +28,7 @@ from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config, text_config
 from xllm.frontend.failures import explain, no_interface
 from xllm.frontend.fills import join_fills
-from xllm.frontend.functional import make_functional
+from xllm.frontend.functional import make_functional, name_plainly
 from xllm.frontend.hooks import HOOK, Session
 from xllm.frontend.layers import Irregular, Stack, choose_walk, every_layer, find_stack, layer_kinds, share_tensors
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
@@ -125,6 +125,7 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
             exported = _export(model, session, task, watch)
     watch.check()
     make_functional(exported.graph)
+    name_plainly(exported.graph)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
     kv = session.kv_layers()

@@ -274,19 +274,24 @@ def _turn_late(editor: Editor, node: fx.Node) -> None:
     if not all(is_call(part, aten.transpose.int) and len(sizes(part)) == len(sizes(node)) for part in parts):
         return
     rank, turns = len(sizes(node)), [sorted(axis % len(sizes(node)) for axis in arguments(part)[1:]) for part in parts]
-    if is_call(node, aten.slice.Tensor) and len(parts) == 1 and len(node.args) > 1 and node.args[1] % rank in turns[0]:
-        source, axis, *bounds = arguments(node)
-        cut = [arguments(source)[0], next(other for other in turns[0] if other != axis % rank) - rank, *bounds]
-    elif len(parts) > 1 and torch.Tag.pointwise in node.target.tags and all(turn == turns[0] for turn in turns):
+    if is_call(node, aten.slice.Tensor) and len(parts) == 1 and len(node.args) > 2 and _axis(node) in turns[0]:
+        source, _, *bounds = arguments(node)
+        cut = [arguments(source)[0], next(other for other in turns[0] if other != _axis(node)) - rank, *bounds]
+    elif len(parts) > 1 and _pointwise(node) and all(turn == turns[0] for turn in turns):
         if any(sizes(part) != sizes(node) or len(part.users) > 1 for part in parts):
             return
         cut = [arguments(arg)[0] if isinstance(arg, fx.Node) else arg for arg in node.args]
     else:
         return
+    assert callable(node.target)
     with editor.before(node):
         held = editor.emit(node.target, *cut, like=node)
         node.replace_all_uses_with(editor.emit(aten.transpose.int, held, *turns[0], like=node))
     editor.hit(node)
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _count_from_end(editor: Editor, node: fx.Node) -> None:
