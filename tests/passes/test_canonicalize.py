@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch.fx as fx
 
-from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, small
+from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, small, xllm
 from tests.passes.test_near_misses import run
 from tests.passes.zoo import CONTEXT, FAMILIES, rewritten
 from xllm.ir.program import Program
@@ -76,6 +76,17 @@ def test_slices_say_where_they_end(start: int | None, stop: int | None, spelled:
     after, _ = run(Canonicalize(), body)
     (cut,) = (node for node in after.calls() if node.target is aten.slice.Tensor)
     assert list(cut.args[1:]) == [-1, *spelled]
+
+
+def test_rows_picked_by_an_index_with_a_batch_are_rows() -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        index = b.call(aten.unsqueeze.default, b.program.input("positions"), 0)
+        table = b.weight("table", 64, HIDDEN)
+        return b.call(aten.add.Tensor, x, b.call(aten.squeeze.dim, b.call(aten.index.Tensor, table, [index]), 0))
+
+    after, _ = run(Canonicalize(), body)
+    called = [node.target for node in after.calls()]
+    assert xllm.rows.default in called and aten.index.Tensor not in called
 
 
 def moved(program: Program) -> list[object]:

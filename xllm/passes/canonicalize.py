@@ -153,6 +153,12 @@ def _axis(cut: fx.Node) -> int:
 def _join_dialect(editor: Editor, node: fx.Node) -> None:
     """aten.linear, addmm, layer_norm, embedding and x[index] under their dialect names."""
     given = arguments(node)
+    if is_call(node, aten.index.Tensor) and len(given[1]) == 1 and (flat := _flat_index(given[1][0])) is not None:
+        with editor.before(node):  # rows picked by [1, T] numbers
+            picked = editor.emit(xllm.rows.default, given[0], flat, like=node)
+            shape = [size if isinstance(size, int) else -1 for size in sizes(node)]
+            node.replace_all_uses_with(editor.emit(aten.reshape.default, picked, shape, like=node))
+        return editor.hit(node)
     if is_call(node, aten.linear.default):
         target, args = xllm.linear.default, (*given, None)[:3]
     elif (
@@ -227,6 +233,15 @@ def _split_to_slices(editor: Editor, node: fx.Node) -> None:
             part = editor.emit(aten.slice.Tensor, source, axis, start, start + widths[index], like=node)
     node.replace_all_uses_with(part)
     editor.hit(node)
+
+
+def _flat_index(index: Any) -> fx.Node | None:
+    """The list of row numbers that an index of more dimensions, all but one of them one, is a view of."""
+    if not isinstance(index, fx.Node) or not _is_view(index):
+        return None
+    inner = arguments(index)[0]
+    long = [size for size in sizes(index) if size != 1]
+    return inner if _is_row_index(inner) and long == list(sizes(inner)) else None
 
 
 def _is_row_index(index: Any) -> bool:
