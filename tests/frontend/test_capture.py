@@ -22,7 +22,7 @@ from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Constant, Source
 
 
-@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.PARTS, *zoo.ROPES, *zoo.SHARED])
+@pytest.mark.parametrize("name", [*zoo.CONFIGS, *zoo.PARTS, *zoo.ROPES, *zoo.SHARED, *zoo.DIRECT])
 def test_chunked_mixed_steps_give_the_logits_of_transformers(name: str) -> None:
     _, _, expected = zoo.reference(name)
     for got, want in zip(zoo.mixed_logits(zoo.stamped(name), name), expected, strict=True):
@@ -326,10 +326,21 @@ def test_learned_positions_of_a_decoder_begin_at_its_offset(config: Any) -> None
     assert len(rules) == 1 and "start=2" in next(iter(rules.values()))
 
 
-@pytest.mark.parametrize("kind", [transformers.DogeConfig, transformers.FalconConfig])
+@pytest.mark.parametrize("kind", [transformers.DogeConfig, transformers.GPTNeoConfig])
 def test_attention_looked_up_elsewhere_is_refused_by_name(kind: Any) -> None:
-    """Doge looks while it runs, Falcon while it is built."""
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    """Doge looks while it runs, GPT-Neo while it is built."""
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind is transformers.GPTNeoConfig:
+        sizes |= {"num_layers": 1, "attention_types": [[["global"], 1]]}
     with pytest.raises(CompileError, match="a table of its own") as caught:
         capture_config(kind(**sizes), name="other", max_len=48)
     assert caught.value.code == "no-attention-interface"
+
+
+def test_a_bias_that_a_model_makes_of_its_mask_is_not_lost() -> None:
+    """Falcon adds its slopes to a mask, if it has one: no mask would be taken for no slopes."""
+    config = transformers.FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True
+    )
+    with pytest.raises(CompileError, match="computes with its attention mask"):
+        capture_config(config, name="alibi", max_len=48)

@@ -34,7 +34,9 @@ def explain(error: Exception, model: nn.Module) -> CompileError:
     code = next((code for code, signs in _SIGNS if any(sign in said for sign in signs)), "capture-failed")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     why = f"cannot be traced as one step over flattened tokens: {type(error).__name__}: {reason}"
-    if "'NoneType'" in reason and "mask" in statement:  # a plain mask is none, as for most of transformers' interfaces
+    if (
+        "'NoneType'" in reason or "'Mask'" in reason
+    ) and "mask" in statement:  # a plain mask is none, or says what it is
         code, why = "unsupported-attention", "computes with its attention mask, which is no tensor here"
     return CompileError(
         f"{type(model).__name__} {why}",

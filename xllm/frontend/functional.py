@@ -37,7 +37,7 @@ def make_functional(graph: fx.Graph) -> None:
         if plain is None or not isinstance(held, fx.Node):
             continue
         if not _alone(node, order, held):
-            base = _cut_of(held)
+            base = _cut_of(held) if plain is not torch.ops.aten.copy.default else None  # a fill, see `fills.py`
             if base is None or not _alone(node, order, held, base):
                 continue
             joined = _joined(graph, base, held, node)

@@ -6,7 +6,7 @@ The functions are registered on the instances transformers' modules read, for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from xllm.frontend.masks import Mask, read_mask
 from xllm.frontend.recurrent import RecurrentCalls, Tokens
 from xllm.ir.program import KVLayer
 
-HOOK = "xllm"
+HOOK, SDPA = "xllm", "sdpa"
 # Tensors models hand to every attention function although only the mask or the rotary embedding needs them.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
 
@@ -58,6 +58,7 @@ class Session:
         self.experts: dict[nn.Module, Form] = {}
         self._plain: set[bool] = set()  # whether the plain masks that the model made are causal
         self.segmented = False  # whether the model has a table of segments
+        self._layers: list[nn.Module] = []  # the captured ones
         self._doubtful: list[int] = []  # layers of which only a convolution is known
 
     @contextmanager
@@ -71,13 +72,17 @@ class Session:
         masks = (
             ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
         )  # masks are made for what stands there, not for the instance
-        masks[HOOK] = self.mask
+        # Who calls torch's function may take no mask for no bias either: this one is never none.
+        theirs, function = masks[SDPA], nn.functional.scaled_dot_product_attention
+        masks[HOOK], masks[SDPA] = self.mask, read_mask
+        nn.functional.scaled_dot_product_attention = partial(self.direct, function)
         ALL_EXPERTS_FUNCTIONS[HOOK] = experts(self.experts)
         try:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[HOOK]
             del masks[HOOK]
+            masks[SDPA], nn.functional.scaled_dot_product_attention = theirs, function
             del ALL_EXPERTS_FUNCTIONS[HOOK]
 
     def follow(self, stack: Stack, walk: Walk) -> None:
@@ -95,6 +100,7 @@ class Session:
                     node=type(layer).__name__,
                     try_="a model whose layers share tensors, not modules",
                 )
+            self._layers.append(layer)
             self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
             self._layer_of.update({module: captured for module in layer.modules()})
             layer.register_forward_pre_hook(partial(self._enter, captured))
@@ -180,6 +186,27 @@ class Session:
         options = (keeper, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
         out = torch.ops.xllm.attention(inputs.kv, q, inputs.positions, inputs.slots, s_aux, *options)
         return out.unsqueeze(0), None
+
+    def direct(
+        self,
+        theirs: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: Any = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """In the place of torch's function while a layer runs that calls it past transformers' interface; the result
+        is [1, heads, T, width]. Elsewhere it is `theirs`.
+        """
+        if self._traced is None:
+            return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        causal = attn_mask.causal if isinstance(attn_mask, Mask) else bool(is_causal)
+        layer = self._layers[self._traced]
+        return self.attention(layer, query, key, value, attn_mask, scale, is_causal=causal)[0].transpose(1, 2)
 
     def kv_layers(self) -> tuple[KVLayer, ...]:
         """What each captured layer keeps."""

@@ -29,7 +29,7 @@ from xllm.frontend.facts import check_config, read_config, text_config
 from xllm.frontend.failures import explain, no_interface
 from xllm.frontend.fills import join_fills
 from xllm.frontend.functional import make_functional, name_plainly
-from xllm.frontend.hooks import HOOK, Session
+from xllm.frontend.hooks import HOOK, SDPA, Session
 from xllm.frontend.layers import Irregular, Stack, choose_walk, every_layer, find_stack, layer_kinds, share_tensors
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
 from xllm.frontend.names import Spellings, checkpoint_tensors
@@ -156,7 +156,7 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
     return program
 
 
-def _build(config: Any, task: Task) -> nn.Module:
+def _build(config: Any, task: Task, attention: str = HOOK) -> nn.Module:
     """The model on the meta device, float32, in evaluation mode."""
     from transformers import (
         AutoModel,
@@ -173,7 +173,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     kind, called, ending = named[task.kind]
     if task.kind == "generate" and _architecture(config).endswith("ForConditionalGeneration"):
         kind = AutoModelForImageTextToText  # whose language part answers text alone
-    config._attn_implementation = HOOK
+    config._attn_implementation = attention
     config._experts_implementation = HOOK
     config.use_cache = text_config(config).use_cache = (
         False  # not every model above a body hands on what it is called with: GraniteMoe
@@ -186,8 +186,10 @@ def _build(config: Any, task: Task) -> nn.Module:
     except KeyError as error:
         if error.args != (HOOK,):
             raise
-        raise no_interface(type(config).__name__, _architecture(config)) from error
+        return _build(config, task, SDPA)  # from a table of its own, which may have torch's function
     except Exception as error:  # transformers raises anything from ImportError to ValueError here
+        if attention == SDPA:
+            raise no_interface(type(config).__name__, _architecture(config)) from error
         raise CompileError(
             f"transformers cannot build {_architecture(config)} as {called}: {_first_line(error)}",
             code="unsupported-model",
