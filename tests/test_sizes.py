@@ -14,8 +14,8 @@ LINES_PER_FILE = 400
 SUFFIXES = (".py", ".cpp", ".h")
 BUDGET = {
     "xllm/ir": 2600,
-    "xllm/frontend": 5750,
-    "xllm/passes": 4990,
+    "xllm/frontend": 5800,
+    "xllm/passes": 5050,
     "xllm/targets": 3150,  # what the machine allows: control groups, affinity, nodes
     "xllm/runtime": 2050,
     "xllm/service": 2700,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
@@ -75,10 +74,3 @@ def test_what_the_operator_does_not_compute_is_refused(extra: dict[str, torch.Te
     with pytest.raises(CompileError, match=why) as refusal:
         calls.gated_delta(**given)  # pyright: ignore
     assert refusal.value.where == "layers.0 (Net)"
-
-
-def test_a_recurrence_of_another_kind_is_still_refused() -> None:
-    """Its convolution is one of ours, its scan is not: the layer must not pass for lifted."""
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(CompileError, match="MambaBlock"):
-        capture_config(config, name="mamba", max_len=16)

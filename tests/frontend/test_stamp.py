@@ -15,6 +15,20 @@ from xllm.ir.verify import verify
 from xllm.ir.weight_rules import Concat, Constant, Source, rule_sources
 
 
+@pytest.mark.parametrize(("reader", "keeper", "read"), [(1, 0, [0, 0, 0, 0, 4]), (2, 0, [0, 1, 2, 3, 0]), (2, 1, None)])
+def test_a_layer_may_read_the_state_of_one_that_stands_for_itself(reader: int, keeper: int, read: list[int]) -> None:
+    program = zoo.captured("qwen3").copy()  # its layers stand for 0, for 1 to 3 and for 4
+    for node in list(program.calls()):
+        if node.target is torch.ops.xllm.attention.default and layer_of(node) == reader:
+            node.args = (*node.args[:5], keeper, *node.args[6:])
+    if read is None:
+        with pytest.raises(CompileError, match="stands for several"):
+            stamp(program)
+        return
+    attention = [node for node in stamp(program).calls() if node.target is torch.ops.xllm.attention.default]
+    assert [node.args[5] for node in attention] == read
+
+
 @pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_stamped_equals_captured_in_full(name: str) -> None:
     stamped, full = zoo.stamped(name), zoo.captured(name, full=True)

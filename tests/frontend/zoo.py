@@ -72,7 +72,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         swiglu_limit=1.5,
     ),
-}
+}  # fmt: skip
 # Of several parts, of which the language part is compiled; coordinates of positions as text has them.
 _TEXT: dict[str, Any] = {**_SIZES, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _PICTURES: dict[str, Any] = {
@@ -100,13 +100,32 @@ _DELTA: dict[str, Any] = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 12,
     "layer_types": [*["linear_attention"] * 4, "full_attention", "linear_attention"],
 }  # fmt: skip
+# Calls torch's function for attention, of a table of its own.
+DIRECT: dict[str, Callable[[], Any]] = {
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    ),
+}  # fmt: skip
+# Layers that attend to keys which others keep; each has an input of its own, so that all are captured.
+SHARED: dict[str, Callable[[], Any]] = {
+    "gemma4": lambda: transformers.Gemma4TextConfig(  # the last layers attend to keys that two before them keep
+        **{**_SIZES, "num_hidden_layers": 10, "global_head_dim": 16,
+           "layer_types": [*["sliding_attention"] * 3, "full_attention", *["sliding_attention"] * 5, "full_attention"]},
+        head_dim=8, sliding_window=5, num_kv_shared_layers=6, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+}  # fmt: skip
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "qwen3-next": lambda: transformers.Qwen3NextConfig(**_DELTA, head_dim=16, num_experts=0),
     "olmo-hybrid": lambda: transformers.OlmoHybridConfig(**_DELTA, linear_allow_neg_eigval=True),
     "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**_DELTA, head_dim=16),
+    "lfm2": lambda: transformers.Lfm2Config(  # convolutions alone
+        **{**_SIZES, "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]}
+    ),
 }
 ROPES: dict[str, Callable[[], Any]] = {f"llama-{rope}": _llama(rope) for rope in _ROPES}
-ALL = {**CONFIGS, **PARTS, **ROPES, **HYBRIDS}
+ALL = {**CONFIGS, **PARTS, **ROPES, **HYBRIDS, **SHARED, **DIRECT}
 STEPWISE = ("llama-dynamic",)  # families whose reference depends on how the prompt is cut
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch.fx as fx
 
-from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, small
+from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, Builder, aten, small, xllm
 from tests.passes.test_near_misses import run
 from tests.passes.zoo import CONTEXT, FAMILIES, rewritten
+from xllm.ir.program import Program
 from xllm.ir.show import text
 from xllm.passes import run_pipeline
 from xllm.passes.canonicalize import Canonicalize
@@ -75,6 +76,50 @@ def test_slices_say_where_they_end(start: int | None, stop: int | None, spelled:
     after, _ = run(Canonicalize(), body)
     (cut,) = (node for node in after.calls() if node.target is aten.slice.Tensor)
     assert list(cut.args[1:]) == [-1, *spelled]
+
+
+def test_rows_picked_by_an_index_with_a_batch_are_rows() -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        index = b.call(aten.unsqueeze.default, b.program.input("positions"), 0)
+        table = b.weight("table", 64, HIDDEN)
+        return b.call(aten.add.Tensor, x, b.call(aten.squeeze.dim, b.call(aten.index.Tensor, table, [index]), 0))
+
+    after, _ = run(Canonicalize(), body)
+    called = [node.target for node in after.calls()]
+    assert xllm.rows.default in called and aten.index.Tensor not in called
+
+
+def moved(program: Program) -> list[object]:
+    """The turns, cuts and products of a program, in order."""
+    wanted = (aten.transpose.int, aten.slice.Tensor, aten.mul.Tensor)
+    return [node.target for node in program.calls() if node.target in wanted]
+
+
+def test_turns_around_cuts_and_products_go() -> None:
+    """As gated convolutions are written: channels before tokens, cut along channels."""
+
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        turned = b.call(aten.transpose.int, x, -1, -2)
+        one, other = (b.call(aten.slice.Tensor, turned, -2, first, first + HIDDEN // 2) for first in (0, HIDDEN // 2))
+        made = b.call(aten.transpose.int, b.call(aten.mul.Tensor, one, other), -1, -2)
+        return b.call(aten.cat.default, [made, made], -1)
+
+    after, _ = run(Canonicalize(), body)
+    assert moved(after) == [aten.slice.Tensor, aten.slice.Tensor, aten.mul.Tensor]
+
+
+def test_a_cut_along_an_axis_that_is_not_turned_stays_behind_the_turn() -> None:
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        turned = b.call(aten.transpose.int, b.call(aten.reshape.default, x, [-1, HEADS, HEAD_DIM]), 0, 1)
+        cut = b.call(aten.slice.Tensor, turned, -1, 0, HEAD_DIM // 2)
+        return b.call(
+            aten.reshape.default,
+            b.call(aten.transpose.int, b.call(aten.cat.default, [cut, cut], -1), 0, 1),
+            [-1, HIDDEN],
+        )
+
+    after, _ = run(Canonicalize(), body)
+    assert moved(after) == [aten.transpose.int, aten.slice.Tensor, aten.transpose.int]
 
 
 def test_joining_with_nothing_goes() -> None:

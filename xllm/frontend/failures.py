@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import textwrap
 from types import TracebackType
 
 from torch import nn
@@ -14,6 +15,7 @@ _ADVICE = {
     "shape-guard": "a model whose layers treat every number of tokens alike (recurrent and chunked layers do not)",
     "data-dependent": "a model whose shapes and branches do not depend on token values",
     "capture-failed": "a decoder-only model whose attention goes through transformers' attention interface",
+    "unsupported-attention": "a model that hands its mask to transformers' attention interface as it is",
 }
 _SIGNS = (
     ("data-dependent", ("datadependent", "data-dependent", "unbackedsym", "could not guard")),
@@ -31,8 +33,13 @@ def explain(error: Exception, model: nn.Module) -> CompileError:
     said = f"{type(error).__name__} {error}".lower()
     code = next((code for code, signs in _SIGNS if any(sign in said for sign in signs)), "capture-failed")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    why = f"cannot be traced as one step over flattened tokens: {type(error).__name__}: {reason}"
+    if (
+        "'NoneType'" in reason or "'Mask'" in reason
+    ) and "mask" in statement:  # a plain mask is none, or says what it is
+        code, why = "unsupported-attention", "computes with its attention mask, which is no tensor here"
     return CompileError(
-        f"{type(model).__name__} cannot be traced as one step over flattened tokens: {type(error).__name__}: {reason}",
+        f"{type(model).__name__} {why}",
         code=code,
         pass_name="capture",
         where=where,
@@ -53,7 +60,7 @@ def no_interface(who: str, where: str) -> CompileError:
 
 
 def _innermost(trace: TracebackType | None, model: nn.Module) -> tuple[str, str]:
-    """Path and class of the last module on the stack, and the statement of its forward that failed."""
+    """Path and class of the last module on the stack, and the expression of its forward that failed."""
     paths = {id(module): path for path, module in model.named_modules()}
     where = type(model).__name__
     statement = ""
@@ -66,6 +73,27 @@ def _innermost(trace: TracebackType | None, model: nn.Module) -> tuple[str, str]
             where = f"{paths[id(module)]} ({type(module).__name__})"
             inside = True
         if inside and package.startswith("transformers."):
-            statement = linecache.getline(frame.f_code.co_filename, trace.tb_lineno).strip() or statement
+            statement = _expression(trace) or statement
         trace = trace.tb_next
     return where, statement
+
+
+def _expression(trace: TracebackType) -> str:
+    """The source of what a frame was evaluating, on one line; empty where it is not known."""
+    code = trace.tb_frame.f_code
+    places = list(code.co_positions())[: trace.tb_lasti // 2 + 1]
+    found = _source(code.co_filename, places[-1])
+    if found.isidentifier():  # a method: of what was evaluated before it
+        before = next((place for place in reversed(places) if place != places[-1]), places[-1])
+        found = f"{_source(code.co_filename, before)}.{found}"
+    return textwrap.shorten(found, 100, placeholder=" …")
+
+
+def _source(file: str, place: tuple[int | None, ...]) -> str:
+    first, last, begin, end = place
+    if first is None or last is None:
+        return ""
+    lines = [linecache.getline(file, number).encode() for number in range(first, last + 1)]
+    lines[-1] = lines[-1][:end]
+    lines[0] = lines[0][begin:]
+    return b" ".join(lines).decode()

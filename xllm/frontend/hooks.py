@@ -6,7 +6,7 @@ The functions are registered on the instances transformers' modules read, for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from xllm.frontend.masks import Mask, read_mask
 from xllm.frontend.recurrent import RecurrentCalls, Tokens
 from xllm.ir.program import KVLayer
 
-HOOK = "xllm"
+HOOK, SDPA = "xllm", "sdpa"
 # Tensors models hand to every attention function although only the mask or the rotary embedding needs them.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
 
@@ -52,11 +52,14 @@ class Session:
         self._layer_of: dict[nn.Module, int] = {}
         self._names: list[str] = []
         self._kv: dict[int, KVLayer] = {}
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # the keys and values that a captured layer keeps
         self._traced: int | None = None  # the captured layer whose forward is running
         self._recurrent = RecurrentCalls(self._tokens, self._running)
         self.experts: dict[nn.Module, Form] = {}
         self._plain: set[bool] = set()  # whether the plain masks that the model made are causal
         self.segmented = False  # whether the model has a table of segments
+        self._layers: list[nn.Module] = []  # the captured ones
+        self._doubtful: list[int] = []  # layers of which only a convolution is known
 
     @contextmanager
     def registered(self) -> Iterator[None]:
@@ -69,13 +72,17 @@ class Session:
         masks = (
             ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
         )  # masks are made for what stands there, not for the instance
-        masks[HOOK] = self.mask
+        # Who calls torch's function may take no mask for no bias either: this one is never none.
+        theirs, function = masks[SDPA], nn.functional.scaled_dot_product_attention
+        masks[HOOK], masks[SDPA] = self.mask, read_mask
+        nn.functional.scaled_dot_product_attention = partial(self.direct, function)
         ALL_EXPERTS_FUNCTIONS[HOOK] = experts(self.experts)
         try:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[HOOK]
             del masks[HOOK]
+            masks[SDPA], nn.functional.scaled_dot_product_attention = theirs, function
             del ALL_EXPERTS_FUNCTIONS[HOOK]
 
     def follow(self, stack: Stack, walk: Walk) -> None:
@@ -93,6 +100,7 @@ class Session:
                     node=type(layer).__name__,
                     try_="a model whose layers share tensors, not modules",
                 )
+            self._layers.append(layer)
             self._names.append(f"{stack.path}.{real} ({type(layer).__name__})")
             self._layer_of.update({module: captured for module in layer.modules()})
             layer.register_forward_pre_hook(partial(self._enter, captured))
@@ -155,6 +163,8 @@ class Session:
         inputs = self.inputs
         assert inputs is not None
         layer = self._place(module, attention_mask, sliding_window, rest)
+        if query.shape[2] != inputs.positions.shape[0] or key.shape[2] != query.shape[2]:
+            raise self._refusal("attention whose queries or keys are not the tokens of a step", module, layer)
         window = attention_mask.window if isinstance(attention_mask, Mask) else 0
         window = window or int(sliding_window or 0)
         heads, width = int(key.shape[1]), int(key.shape[3])
@@ -166,12 +176,37 @@ class Session:
             options = (float(scaling or width**-0.5), window, float(softcap or 0.0))
             out = torch.ops.xllm.encode_attention(q, k, v, inputs.positions, inputs.slots, *options)
             return out.unsqueeze(0), None
-        self._kv[layer] = KVLayer(heads, width, int(value.shape[3]))
-        torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
+        # Keys and values that another layer attended to are kept there: this one keeps none.
+        keeper = next((at for at, held in self._written.items() if held[0] is key and held[1] is value), layer)
+        self._kv[layer] = KVLayer(0, 0, 0) if keeper != layer else KVLayer(heads, width, int(value.shape[3]))
+        if keeper == layer:
+            self._written[layer] = (key, value)
+            torch.ops.xllm.kv_write(inputs.kv, k, v, inputs.positions, inputs.slots, layer)
         scale = float(scaling) if scaling is not None else width**-0.5
-        options = (layer, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
+        options = (keeper, heads, int(value.shape[3]), scale, window, float(softcap or 0.0))
         out = torch.ops.xllm.attention(inputs.kv, q, inputs.positions, inputs.slots, s_aux, *options)
         return out.unsqueeze(0), None
+
+    def direct(
+        self,
+        theirs: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: Any = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """In the place of torch's function while a layer runs that calls it past transformers' interface; the result
+        is [1, heads, T, width]. Elsewhere it is `theirs`.
+        """
+        if self._traced is None:
+            return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        causal = attn_mask.causal if isinstance(attn_mask, Mask) else bool(is_causal)
+        layer = self._layers[self._traced]
+        return self.attention(layer, query, key, value, attn_mask, scale, is_causal=causal)[0].transpose(1, 2)
 
     def kv_layers(self) -> tuple[KVLayer, ...]:
         """What each captured layer keeps."""
@@ -195,10 +230,26 @@ class Session:
     def _leave(self, captured: int, *called: Any) -> None:
         """Forward hook of a captured layer: refuses one whose tokens meet by other means than our operators."""
         self._traced = None
-        recurrent = self._recurrent
-        if captured in recurrent.complete or (captured in self._kv and captured not in recurrent.floats):
+        if captured in self._recurrent.complete or (captured in self._kv and captured not in self._recurrent.floats):
             return
-        raise CompileError(
+        if captured not in self._recurrent.floats:
+            raise self._foreign(captured)
+        self._doubtful.append(captured)
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Around the trace and the check of its tokens: of a layer known by its convolution alone, these have to show
+        that the rest keeps tokens apart. Where they fail, the layer recurs by means of its own.
+        """
+        try:
+            yield
+        except CompileError as error:
+            if self._doubtful and error.code in ("mixes-tokens", "shape-guard", "data-dependent", "capture-failed"):
+                raise self._foreign(self._doubtful[0]) from error
+            raise
+
+    def _foreign(self, captured: int) -> CompileError:
+        return CompileError(
             "a layer mixes tokens by other means than transformers' attention interface or a gated delta rule",
             code="recurrent-layer",
             pass_name="capture",

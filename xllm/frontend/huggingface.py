@@ -29,8 +29,8 @@ from xllm.frontend.exported import Place, to_graph
 from xllm.frontend.facts import check_config, read_config, text_config
 from xllm.frontend.failures import explain, no_interface
 from xllm.frontend.fills import join_fills
-from xllm.frontend.functional import make_functional
-from xllm.frontend.hooks import HOOK, Session
+from xllm.frontend.functional import make_functional, name_plainly
+from xllm.frontend.hooks import HOOK, SDPA, Session
 from xllm.frontend.layers import Irregular, Stack, choose_walk, every_layer, find_stack, layer_kinds, share_tensors
 from xllm.frontend.lookups import find_lookups, lift_lookups, rows_of
 from xllm.frontend.names import Spellings, checkpoint_tensors
@@ -122,10 +122,11 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
         constants, notes = _lift_rotary(model, session, place, length, within)
         session.follow(stack, walk)
         prepare(model, session, task, stack)
-        with session.lifted(model):
+        with session.lifted(model), session.judged():
             exported = _export(model, session, task, watch)
     watch.check()
     make_functional(exported.graph)
+    name_plainly(exported.graph)
     bound = _Tensors(model, place, tensors, constants, exported.constants)
     graph, weights = to_graph(exported, place, bound)
     kv = session.kv_layers()
@@ -145,7 +146,8 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
     join_fills(program)
     prune(program)
     refuse_foreign(program)
-    check_tokens(program)
+    with session.judged():
+        check_tokens(program)
     used = {weight.rule.name for weight in program.weights.values() if isinstance(weight.rule, Constant)}
     program.constants = {key: bound.arrays[key] for key in sorted(used)}
     _type_state(program, dims[1].max, length)
@@ -155,7 +157,7 @@ def _traced(config: Any, name: str, length: int, dims: tuple[Dim, Dim], task: Ta
     return program
 
 
-def _build(config: Any, task: Task) -> nn.Module:
+def _build(config: Any, task: Task, attention: str = HOOK) -> nn.Module:
     """The model on the meta device, float32, in evaluation mode."""
     from transformers import (
         AutoModel,
@@ -172,7 +174,7 @@ def _build(config: Any, task: Task) -> nn.Module:
     kind, called, ending = named[task.kind]
     if task.kind == "generate" and _architecture(config).endswith("ForConditionalGeneration"):
         kind = AutoModelForImageTextToText  # whose language part answers text alone
-    config._attn_implementation = HOOK
+    config._attn_implementation = attention
     config._experts_implementation = HOOK
     config.use_cache = text_config(config).use_cache = (
         False  # not every model above a body hands on what it is called with: GraniteMoe
@@ -185,8 +187,10 @@ def _build(config: Any, task: Task) -> nn.Module:
     except KeyError as error:
         if error.args != (HOOK,):
             raise
-        raise no_interface(type(config).__name__, _architecture(config)) from error
+        return _build(config, task, SDPA)  # from a table of its own, which may have torch's function
     except Exception as error:  # transformers raises anything from ImportError to ValueError here
+        if attention == SDPA:
+            raise no_interface(type(config).__name__, _architecture(config)) from error
         raise CompileError(
             f"transformers cannot build {_architecture(config)} as {called}: {_first_line(error)}",
             code="unsupported-model",
@@ -245,13 +249,19 @@ def with_buffers(model: nn.Module, module: nn.Module, path: str) -> nn.Module:
     }
     filled.__dict__ = {**module.__dict__, "_buffers": buffers}
     try:
-        model._init_weights(filled)  # pyright: ignore
+        _owner(model, path)._init_weights(filled)
     except Exception as error:
         raise _unknown_buffer(module, path, _first_line(error)) from error
     for name, part in buffers.items():
         if part.is_floating_point() and part.isnan().any():
             raise _unknown_buffer(module, f"{path}.{name}", "transformers has no rule that fills it")
     return filled
+
+
+def _owner(model: nn.Module, path: str) -> Any:
+    """The innermost model around the module at `path`: parts of a model fill buffers by rules of their own."""
+    around = (model.get_submodule(path[:end]) for end in range(len(path), 0, -1) if f"{path}."[end] == ".")
+    return next((module for module in around if hasattr(module, "_init_weights")), model)
 
 
 def _lift_lookups(
@@ -302,6 +312,8 @@ def _export(model: nn.Module, session: Session, task: Task, watch: Watch) -> Exp
         # What a cached operator gave costs more to make again with symbolic sizes than to work out: a sixth of it all.
         with dynamo.patch(fake_tensor_cache_enabled=False):
             return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
+    except Irregular:
+        raise
     except Exception as error:
         if watch.explains(error):
             raise Irregular(str(error)) from error

@@ -150,6 +150,8 @@ class SkippedLayer(nn.Module):
         self.__dict__["_record"](args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         output = self.__dict__["_last_output"].value
+        if not isinstance(output, (tuple, torch.Tensor)):  # None: the layer before was called past its hooks
+            raise Irregular(f"a layer hands on {type(output).__name__}, neither hidden states nor a tuple of them")
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

@@ -155,7 +155,16 @@ def lift_lookups(
     rule = Slice(weight.rule, 0, lookups.offset, lookups.offset + length)
     held = Weight((length, weight.shape[1]), Sum((rule, segment[0])) if segment else rule)
     _adopt(table, lookups.positions, held, tensors)
-    table.register_forward_hook(lambda module, *_: torch.ops.xllm.rows(module.rows, positions()).unsqueeze(0))
+    where = lookups.positions
+
+    def rows(module: Any, _: Any, output: Any) -> Tensor:
+        """In the form the embedding gives its own: [T, H], or [1, T, H]."""
+        if not isinstance(output, Tensor) or output.dim() not in (2, 3):
+            raise _unknown(where, "gives more than its rows")
+        found = torch.ops.xllm.rows(module.rows, positions())
+        return found if output.dim() == 2 else found.unsqueeze(0)
+
+    table.register_forward_hook(rows)
 
 
 def _segment_rows(
@@ -190,9 +199,9 @@ def accepts(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _unknown(path: str) -> CompileError:
+def _unknown(path: str, what: str = "is read neither by tokens nor by positions nor by segments") -> CompileError:
     return CompileError(
-        "an embedding is read neither by tokens nor by positions nor by segments",
+        f"an embedding {what}",
         code="unsupported-positions",
         pass_name="capture",
         where=path,

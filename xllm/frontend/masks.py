@@ -7,7 +7,7 @@ it: many models name the window nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -20,6 +20,12 @@ class Mask:
     window: int
     causal: bool
     unknown: str = ""
+
+    def __getitem__(self, parts: Any) -> Mask:
+        """Some models cut a mask to the tokens they go on with: all of them, or what no option expresses."""
+        cuts = parts if isinstance(parts, tuple) else (parts,)
+        whole = all(isinstance(cut, slice) and not cut.start and (cut.stop, cut.step) == (None, None) for cut in cuts)
+        return self if whole else replace(self, unknown="a cut")
 
 
 def read_mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> Mask:

@@ -6,7 +6,7 @@ that makes it from either spelling, the model's own or the converted one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -37,9 +37,9 @@ class Spellings:
         assert all(isinstance(there, WeightConverter) for _, there in pairs)
         return Spellings(tuple(entry for entry, there in zip(back, known, strict=True) if not _merges(there)), pairs)
 
-    def rule(self, key: str, shape: Sequence[int]) -> WeightRule:
-        """The rule for the tensor `key` of the model, of this shape. Raises CompileError for a conversion that is no
-        rearrangement.
+    def rule(self, key: str, shapes: Mapping[str, Sequence[int]]) -> WeightRule:
+        """The rule for the tensor `key` of the model; shapes: of every tensor of it. Raises CompileError for a
+        conversion that is no rearrangement.
         """
         own = Source((key,))
         for back, there in self.converters:
@@ -50,7 +50,8 @@ class Spellings:
             head, _, tail = found.partition(first)
             names = [f"{head}{pattern}{tail}" for pattern in back.target_patterns]
             part = list(back.source_patterns).index(matched)
-            other = _merged([self._renamed(name) for name in names], there.operations, tuple(shape), part, key)
+            beside = [shapes.get(key.replace(matched, pattern), ()) for pattern in back.source_patterns]
+            other = _merged([self._renamed(name) for name in names], there.operations, beside, part, key)
             return Either((own, other))
         renamed = self._renamed(key)
         return own if renamed == key else Source((key, renamed))
@@ -86,12 +87,12 @@ def checkpoint_tensors(model: Any, place: Place, spellings: Spellings) -> dict[s
         shared.setdefault(id(tensor), []).append(key)
     first = {id(parameter) for parameter in embedding.parameters(recurse=False)}
     embedding_path = next((path for path, module in model.named_modules() if module is embedding), "")
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     found: dict[str, tuple[str, Weight]] = {}
     for identity, keys in shared.items():
         if identity in first:
             keys.sort(key=lambda key: not key.startswith(f"{embedding_path}."))
-        shape = tuple(state[keys[0]].shape)
-        rules = [spellings.rule(key, shape) for key in keys]
+        rules = [spellings.rule(key, shapes) for key in keys]
         if all(isinstance(rule, Source) for rule in rules):  # tied: any spelling of any of them will do
             spelled = [rule.names for rule in rules if isinstance(rule, Source)]
             rules = [Source(tuple(dict.fromkeys(name for column in zip_longest(*spelled) for name in column if name)))]
@@ -100,7 +101,7 @@ def checkpoint_tensors(model: Any, place: Place, spellings: Spellings) -> dict[s
             names = tuple(place.renumber(name) for name in names)
             return names + tuple(f"{below}{name}" for name in names if below)
 
-        weight = Weight(shape, renamed(rules[0], names_of))
+        weight = Weight(shapes[keys[0]], renamed(rules[0], names_of))
         name = place.renumber(keys[0])
         found.update({key: (name, weight) for key in keys})
     return found
@@ -117,11 +118,14 @@ def _merges(entry: Any) -> bool:
     return hasattr(entry, "operations")
 
 
-def _merged(names: list[str], operations: Sequence[Any], shape: tuple[int, ...], part: int, key: str) -> WeightRule:
-    """What `operations` make of the tensors called `names`: the tensor of this shape, which is output `part`.
+def _merged(
+    names: list[str], operations: Sequence[Any], shapes: Sequence[Sequence[int]], part: int, key: str
+) -> WeightRule:
+    """What `operations` make of the tensors called `names`: output `part` of those of these shapes.
 
     A `*` in a name counts from 0 to the first size of the result.
     """
+    shape = shapes[part]
     rules: list[Any] = [
         [Source((name.replace("*", str(i)),)) for i in range(shape[0])] if "*" in name else Source((name,))
         for name in names
@@ -135,6 +139,9 @@ def _merged(names: list[str], operations: Sequence[Any], shape: tuple[int, ...],
             case "Chunk" if len(rules) == 1:
                 size = shape[operation.dim]
                 rules = [Slice(rules[0], operation.dim, part * size, (part + 1) * size)]
+            case "Split" if len(rules) == 1 and all(shapes):
+                start = sum(beside[operation.dim] for beside in shapes[:part])
+                rules = [Slice(rules[0], operation.dim, start, start + shape[operation.dim])]
             case "Transpose" if not operation.check_dims:
                 axes = list(range(len(shape)))
                 axes[operation.dim0], axes[operation.dim1] = axes[operation.dim1], axes[operation.dim0]

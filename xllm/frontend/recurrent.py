@@ -21,7 +21,9 @@ from xllm.ir.dialect.activation import ACTIVATIONS
 _L2_EPS = 1e-6  # of the interface: no argument changes it
 _ALIGN_FLOATS = 16
 # Arguments that choose an implementation or ask for a result that a step has no use for.
-_HARMLESS = frozenset({"chunk_size", "output_final_state", "use_cache", "position_ids", "cache_position"})
+_HARMLESS = frozenset(
+    {"chunk_size", "output_final_state", "use_cache", "position_ids", "cache_position", "position_embeddings"}
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ cross the border then.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,12 +133,23 @@ class _Stamper:
         name = node.name
         custom = dict(node.meta["custom"])
         if captured is not None:
-            args, kwargs = _with_layer(node, args, kwargs, captured, real)
+            args, kwargs = _with_layer(node, args, kwargs, lambda given: self._keeper(given, captured, real, node))
             name = self._moved_name(name, captured, real)
             custom.update(path=self._moved(f"{custom['path']}.", real)[:-1], layer=real)
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=name)
         new.meta = {**node.meta, "custom": custom}
         made[node] = new
+
+    def _keeper(self, given: int, captured: int, real: int, node: fx.Node) -> int:
+        """The real layer whose state an operator copied for layer `real` works on: its own, or that of a layer before
+        it that stands for itself alone.
+        """
+        if given == captured:
+            return real
+        stands_for = next((layer.stands_for for layer in self.program.layers if layer.index == given), ())
+        if len(stands_for) != 1 or given > captured:
+            raise _unsound(f"an operator of layer {captured} names layer {given}, which stands for several", node)
+        return stands_for[0]
 
     def _value(self, arg: fx.Node, captured: int | None, real: int, user: fx.Node) -> fx.Node:
         """What `arg` becomes for a user that is copied for layer `real` (the depth, for the epilogue)."""
@@ -236,20 +247,17 @@ def _sources(layers: Sequence[LayerSource]) -> list[int]:
 
 
 def _with_layer(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], captured: int, real: int
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], moved: Callable[[int], int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the operator's `layer`, if it has one, moved from the captured to the real index."""
+    """The arguments with the operator's `layer`, if it has one, moved to another."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "xllm":
         return args, kwargs
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name != "layer":
             continue
-        given = kwargs["layer"] if "layer" in kwargs else args[position]
-        if given != captured:
-            raise _unsound(f"an operator of layer {captured} names layer {given}", node)
         if "layer" in kwargs:
-            return args, {**kwargs, "layer": real}
-        return (*args[:position], real, *args[position + 1 :]), kwargs
+            return args, {**kwargs, "layer": moved(kwargs["layer"])}
+        return (*args[:position], moved(args[position]), *args[position + 1 :]), kwargs
     return args, kwargs
 
 
@@ -274,7 +282,10 @@ def _difference(program: Program, one: Sequence[fx.Node], other: Sequence[fx.Nod
         return type(a) is type(b) and a == b
 
     for a, b in zip(one, other, strict=True):
-        moved = _with_layer(a, a.args, dict(a.kwargs), layer_of(a) or 0, layer_of(b) or 0)
+        here, there = layer_of(a), layer_of(b) or 0
+        moved = _with_layer(
+            a, a.args, dict(a.kwargs), lambda given, here=here, there=there: there if given == here else given
+        )
         if a.target != b.target or not same((*moved[0], *moved[1].items()), (*b.args, *b.kwargs.items())):
             return b
     return None

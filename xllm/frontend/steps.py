@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from xllm.errors import CompileError
 from xllm.frontend.hooks import Session, StepInputs, with_hidden
@@ -34,9 +35,24 @@ class Step(nn.Module):
         if session.segmented:  # others may read what they are offered by another table: GPT-2 by that of its words
             offered["token_type_ids"] = torch.zeros_like(ids)
         given = {name: value for name, value in offered.items() if accepts(self.model, name)}
-        return _ROWS[self.__dict__["_task"].kind](
-            self.model, self.__dict__["_task"], inputs, {"input_ids": ids, **given}
-        )
+        with _Picks():
+            return _ROWS[self.__dict__["_task"].kind](
+                self.model, self.__dict__["_task"], inputs, {"input_ids": ids, **given}
+            )
+
+
+class _Picks(TorchFunctionMode):
+    """x[..., [-2], :] is a cut: torch makes a tensor of a list, on the device of x, where it has no value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], tuple(map(_cut, args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def _cut(index: Any) -> Any:
+    one = index[0] if isinstance(index, list) and len(index) == 1 else None
+    return slice(one, one + 1 or None) if type(one) is int else index
 
 
 def _logits(model: nn.Module, task: Task, inputs: StepInputs, given: Mapping[str, Any]) -> Tensor:

@@ -22,11 +22,13 @@ _OPERATORS = {
     "same": "clone contiguous to _to_copy alias detach dropout lift_fresh_copy type_as copy",
     "view": "view reshape _unsafe_view flatten unflatten unsqueeze squeeze view_as reshape_as",
     "expand": "expand expand_as",
+    "each": "where",  # pointwise, though not tagged so
     "turn": "transpose permute t movedim numpy_T mT",
     "pairs": "complex view_as_complex view_as_real",  # of numbers, in the last axis
     "along": "mean sum var std amax amin max min argmax argmin prod any all norm linalg_vector_norm logsumexp softmax"
     " _softmax log_softmax cumsum cumprod topk sort argsort gather scatter scatter_add index_select index_add slice"
     " select narrow split split_with_sizes chunk unbind cat concat stack roll flip repeat_interleave glu diff",
+    "tile": "repeat",
     "product": "linear matmul mm bmm addmm baddbmm einsum mv dot embedding",
     "norm": "layer_norm rms_norm native_layer_norm",
     "window": "conv1d conv2d convolution group_norm native_group_norm",
@@ -90,12 +92,14 @@ def _mixes(node: fx.Node, symbol: Any) -> str:
         return "" if kind in ("same", "view", "expand") else "counts the tokens of a step"
     if kind in ("same", "turn", "pairs", "product"):
         return ""
-    if kind == "expand" or torch.Tag.pointwise in node.target.tags:  # pyright: ignore
+    if kind in ("expand", "each") or torch.Tag.pointwise in node.target.tags:  # pyright: ignore
         return _pointwise(node, made[0], symbol)
     source = given[0].meta["val"]
     axis = _axes(source, symbol)[0]
     if kind == "view":
         return _viewed(source, made[0], symbol)
+    if kind == "tile":
+        return "repeats tokens" if named_arguments(node)["repeats"][axis - source.dim()] != 1 else ""
     if kind == "along":
         return _along(node, made[0], axis, source.dim())
     if kind == "norm":

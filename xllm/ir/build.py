@@ -51,7 +51,16 @@ def emit(
 
 def propagate(program: Program, node: fx.Node) -> None:
     """Recomputes the fake value of a call from those of its inputs. Raises what the operator raises."""
-    node.meta["val"] = fake_value(node, fake_mode(program))
+    node.meta["val"] = proven_value(node, fake_mode(program))
+
+
+def proven_value(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """The same as `fake_value`, of an operator that is right at every size. Raises where it is only at some: sizes of
+    all programs of one capture are shared, and one that is tried and dropped must not settle them for the others.
+    """
+    assert mode.shape_env is not None
+    with mode.shape_env.error_on_new_guards():
+        return fake_value(node, mode)
 
 
 def fake_value(node: fx.Node, mode: FakeTensorMode) -> Any:
@@ -66,7 +75,15 @@ def fake_value(node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)
+        return _SHAPED.get(node.target, node.target)(*args, **kwargs)
+
+
+def _complex(real: torch.Tensor, imaginary: torch.Tensor) -> torch.Tensor:
+    return (real + imaginary).to(torch.complex64)
+
+
+# Operators of torch that look at the numbers behind symbolic sizes, which are then right at these alone.
+_SHAPED: Mapping[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.complex.default: _complex}
 
 
 def emit_weight(program: Program, name: str, weight: Weight, mode: FakeTensorMode | None = None) -> fx.Node:

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xllm.ir.build import fake_mode, fake_value
+from xllm.ir.build import fake_mode, proven_value
 from xllm.ir.effects import effects, is_symbolic, named_arguments, operator_of
 from xllm.ir.program import STATES, KVLayer, Program, layer_of
 
@@ -185,7 +185,7 @@ def types_match_operators(program: Program) -> None:
         if (question := f"{node.target} {given} {type_key(node.meta['val'])}") in checked:
             continue
         try:
-            result = fake_value(node, mode)
+            result = proven_value(node, mode)
         except Exception as error:  # whatever an operator raises on arguments that do not fit
             raise VerifyError(node, f"operator refuses its arguments: {error}") from error
         if not same_type(result, node.meta["val"]):

@@ -153,6 +153,12 @@ def _axis(cut: fx.Node) -> int:
 def _join_dialect(editor: Editor, node: fx.Node) -> None:
     """aten.linear, addmm, layer_norm, embedding and x[index] under their dialect names."""
     given = arguments(node)
+    if is_call(node, aten.index.Tensor) and len(given[1]) == 1 and (flat := _flat_index(given[1][0])) is not None:
+        with editor.before(node):  # rows picked by [1, T] numbers
+            picked = editor.emit(xllm.rows.default, given[0], flat, like=node)
+            shape = [size if isinstance(size, int) else -1 for size in sizes(node)]
+            node.replace_all_uses_with(editor.emit(aten.reshape.default, picked, shape, like=node))
+        return editor.hit(node)
     if is_call(node, aten.linear.default):
         target, args = xllm.linear.default, (*given, None)[:3]
     elif (
@@ -229,6 +235,15 @@ def _split_to_slices(editor: Editor, node: fx.Node) -> None:
     editor.hit(node)
 
 
+def _flat_index(index: Any) -> fx.Node | None:
+    """The list of row numbers that an index of more dimensions, all but one of them one, is a view of."""
+    if not isinstance(index, fx.Node) or not _is_view(index):
+        return None
+    inner = arguments(index)[0]
+    long = [size for size in sizes(index) if size != 1]
+    return inner if _is_row_index(inner) and long == list(sizes(inner)) else None
+
+
 def _is_row_index(index: Any) -> bool:
     """A list of row numbers; a mask is none."""
     value = index.meta["val"] if isinstance(index, fx.Node) else None
@@ -266,6 +281,34 @@ def _merge_transposes(editor: Editor, node: fx.Node) -> None:
         editor.hit(node)
 
 
+def _turn_late(editor: Editor, node: fx.Node) -> None:
+    """A cut along a turned axis, and what is computed of values turned alike, are turned afterwards: two turns then
+    meet, and undo each other.
+    """
+    parts = node.all_input_nodes
+    if not all(is_call(part, aten.transpose.int) and len(sizes(part)) == len(sizes(node)) for part in parts):
+        return
+    rank, turns = len(sizes(node)), [sorted(axis % len(sizes(node)) for axis in arguments(part)[1:]) for part in parts]
+    if is_call(node, aten.slice.Tensor) and len(parts) == 1 and len(node.args) > 2 and _axis(node) in turns[0]:
+        source, _, *bounds = arguments(node)
+        cut = [arguments(source)[0], next(other for other in turns[0] if other != _axis(node)) - rank, *bounds]
+    elif len(parts) > 1 and _pointwise(node) and all(turn == turns[0] for turn in turns):
+        if any(sizes(part) != sizes(node) or len(part.users) > 1 for part in parts):
+            return
+        cut = [arguments(arg)[0] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    else:
+        return
+    assert callable(node.target)
+    with editor.before(node):
+        held = editor.emit(node.target, *cut, like=node)
+        node.replace_all_uses_with(editor.emit(aten.transpose.int, held, *turns[0], like=node))
+    editor.hit(node)
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
 def _count_from_end(editor: Editor, node: fx.Node) -> None:
     """Dimensions of slices, joins and means count from the end, -1 being the width whatever the rank; a slice says
     where it ends.
@@ -298,5 +341,6 @@ STEPS = (
     _join_dialect,
     _merge_views,
     _merge_transposes,
+    _turn_late,
     _count_from_end,
 )
