@@ -115,8 +115,13 @@ def kind_of(storage: str) -> cpu.Quantised:
     return kind
 
 
-def unpacked(packed: np.ndarray, n: int, k: int, storage: str, *, scales: bool = False):
-    """float32 [n, k] of a packed int weight, read by the layout that simd/quantised.h describes; scales: these too."""
+def unpacked(packed: np.ndarray, n: int, k: int, storage: str) -> np.ndarray:
+    """float32 [n, k] of a packed int weight."""
+    return unpacked_and_scales(packed, n, k, storage)[0]
+
+
+def unpacked_and_scales(packed: np.ndarray, n: int, k: int, storage: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n, k] of a packed int weight and of the scale of each, by the layout that simd/quantised.h describes."""
     kind = kind_of(storage)
     padded = kind.padded(k)
     group = kind.group or padded
@@ -131,7 +136,7 @@ def unpacked(packed: np.ndarray, n: int, k: int, storage: str, *, scales: bool =
                 values = (np.stack([both & 15, both >> 4 & 15], 1) - 8).transpose(2, 0, 1, 3)
             place = slice(panel * 16, panel * 16 + 16), slice(index * group, (index + 1) * group)
             out[place], each[place] = values.reshape(16, group) * scale[:, None], scale[:, None]
-    return (out[:n, :k], each[:n, :k]) if scales else out[:n, :k]
+    return out[:n, :k], each[:n, :k]
 
 
 def batch(

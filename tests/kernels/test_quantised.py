@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import KernelRun, aligned, kind_of, pack, relative_error, unpacked
+from tests.kernels.oracle import KernelRun, aligned, kind_of, pack, relative_error, unpacked, unpacked_and_scales
 from xllm.kernels import cpu
 
 STORAGES = ("int8.32", "int8.128", "int8.row", "int4.32", "int4.64", "int4.row")
@@ -24,7 +24,7 @@ def linear(run, x, packed, bias, n, storage):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (23, 37), (100, 1030)])
 def test_steps_are_the_nearest_of_their_scale(rng, storage, n, k):
     weight, kind = rng.standard_normal((n, k), np.float32), kind_of(storage)
-    got, scales = unpacked(pack(weight, storage), n, k, storage, scales=True)
+    got, scales = unpacked_and_scales(pack(weight, storage), n, k, storage)
     least, most = (-127, 127) if kind.bits == 8 else (-8, 7)
     # A product with the inverse may fall on the other side of a tie by a rounding.
     assert (np.abs(np.clip(weight / scales, least, most) - got / scales) < 0.50001).all()
@@ -48,7 +48,8 @@ def test_a_grid_is_taken_as_it_is(rng, storage):
     groups = k // kind.group if kind.group else 1
     scales = rng.uniform(0.01, 0.1, (n, groups)).astype(np.float16).astype(np.float32)
     want = steps.reshape(n, groups, -1) * scales[:, :, None]
-    assert np.array_equal(unpacked(cpu.pack_grid(steps, scales, storage), n, k, storage), want.reshape(n, k))
+    packed = cpu.pack_grid(steps, scales, storage)
+    assert packed is not None and np.array_equal(unpacked(packed, n, k, storage), want.reshape(n, k))
     for other in (scales + np.float32(1e-6), np.full_like(scales, 65536), np.full_like(scales, np.inf)):
         assert cpu.pack_grid(steps, other, storage) is None  # float16 does not hold them
 
