@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xllm.kernels import cpu
+from xllm.kernels.cpu.packing import Quantised
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
@@ -109,7 +110,7 @@ def pack(weight: np.ndarray, dtype: str) -> np.ndarray:
     return cpu.pack_panels(np.ascontiguousarray(weight, np.float32), dtype, packed)
 
 
-def kind_of(storage: str) -> cpu.Quantised:
+def kind_of(storage: str) -> Quantised:
     kind = cpu.quantised(storage)
     assert kind is not None
     return kind
