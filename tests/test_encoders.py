@@ -128,7 +128,7 @@ def test_segments_tell_the_texts_of_a_pair_apart(built: dict[str, tuple[Path, Pa
     assert got[2].tobytes() == got[0].tobytes()
 
 
-def test_no_command_serves_rows_yet(built: dict[str, tuple[Path, Path]]) -> None:
+def test_an_engine_of_tokens_and_too_little_memory_are_refused(built: dict[str, tuple[Path, Path]]) -> None:
     with pytest.raises(ArtifactError, match="computes embeddings"):
         open_engine(Artifact.open(built["bert"][1]), print)
     with pytest.raises(ArtifactError, match="more"):

@@ -58,7 +58,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
-    "llm": ({"artifact", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
+    "memory": ({"artifact", "runtime", "targets"}, set()),
+    "llm": ({"artifact", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": (
         {"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "storage", "targets"},

@@ -17,6 +17,7 @@ from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
+from xllm.service.rows import Embeddings
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
@@ -107,5 +108,6 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         Route("/v1/models/{name:path}", Json(one_model), methods=["GET"]),
         Route("/v1/completions", Generate(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Generate(service, chat=True), methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
     ]
     return Gate(Router(routes, redirect_slashes=False), keys, service.recorder)
