@@ -125,3 +125,65 @@ def test_what_is_not_for_embeddings_says_what_is(embedder: Server) -> None:
     assert refused.value.code == "wrong_task"
     assert "task embed" in refused.value.message
     assert "/v1/embeddings" in refused.value.message
+
+
+def sigmoid(logits: np.ndarray) -> list[float]:
+    return (1 / (1 + np.exp(-logits.astype(np.float64)))).tolist()
+
+
+def test_a_classifier_reranks_by_its_probability(reranker: Server, artifacts: Mapping[str, Path]) -> None:
+    with LLM(artifacts["bert-reranker"], threads=1) as llm:
+        wanted = sigmoid(llm.score([("who?", text) for text in TEXTS])[:, 0])
+        pairs = sum(len(llm.codec.encode_pair("who?", text)) for text in TEXTS)
+    order = sorted(range(len(TEXTS)), key=lambda at: (-wanted[at], at))
+    assert order != sorted(order)
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        answer = httpx.post(f"{reranker.url}{path}", json={"query": "who?", "documents": TEXTS, "top_n": 4}).json()
+        assert [each["index"] for each in answer["results"]] == order[:4]
+    assert [each["document"]["text"] for each in answer["results"]] == [TEXTS[at] for at in order[:4]]
+    found = [each["relevance_score"] for each in answer["results"]]
+    assert found == pytest.approx([wanted[at] for at in order[:4]], rel=1e-12)
+    assert answer["usage"] == {"prompt_tokens": pairs, "total_tokens": pairs}
+    ask = {"query": "who?", "documents": [{"text": text} for text in TEXTS], "return_documents": False}
+    bare = httpx.post(f"{reranker.url}/v1/rerank", json=ask).json()["results"]
+    assert [set(each) for each in bare] == [{"index", "relevance_score"}] * len(TEXTS)
+    assert [each["relevance_score"] for each in bare[:4]] == found  # equal texts are ties, and keep their order
+
+
+def test_scores_of_pairs_and_of_labels(reranker: Server, artifacts: Mapping[str, Path]) -> None:
+    with LLM(artifacts["bert-reranker"], threads=1) as llm:
+        wanted = sigmoid(llm.score([("a", "b"), ("a", "cd"), ("e", "b")])[:, 0])
+        [label] = llm.labels
+
+    def ask(path: str, **fields: object) -> list[dict[str, object]]:
+        answer = httpx.post(f"{reranker.url}{path}", json={"model": "bert-reranker", **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    one = ask("/v1/score", text_1="a", text_2=["b", "cd"])
+    assert [each["score"] for each in one] == pytest.approx(wanted[:2], rel=1e-12)
+    both = ask("/score", text_1=["a", "e"], text_2=["b", "b"])
+    assert [each["score"] for each in both] == pytest.approx([wanted[0], wanted[2]], rel=1e-12)
+    [found] = ask("/v1/classify", input="hello")
+    assert (found["label"], found["num_classes"]) == (label, 1)
+    cut = ask("/v1/score", text_1="a", text_2="x" * 300, truncate_prompt_tokens=9)
+    assert cut[0]["score"] == ask("/v1/score", text_1="a", text_2="x" * 5)[0]["score"]
+
+
+def test_an_embedding_model_scores_by_the_cosine(embedder: Server, artifacts: Mapping[str, Path]) -> None:
+    rows = expected(artifacts["bert"], ["who?", *TEXTS]).astype(np.float64)
+    wanted = rows[1:] @ rows[0] / np.linalg.norm(rows[1:], axis=1) / np.linalg.norm(rows[0])
+    ask = {"query": "who?", "documents": TEXTS}
+    answer = httpx.post(f"{embedder.url}/v1/rerank", json=ask).json()
+    found = {each["index"]: each["relevance_score"] for each in answer["results"]}
+    assert [found[at] for at in range(len(TEXTS))] == pytest.approx(wanted.tolist(), rel=1e-9)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert found[0] == found[4]
+    pair = {"text_1": "who?", "text_2": TEXTS[2]}
+    [alone] = httpx.post(f"{embedder.url}/v1/score", json=pair).json()["data"]
+    assert alone["score"] == found[2]  # the same bits alone
+
+
+def test_flags_of_the_scheduler_are_refused(artifacts: Mapping[str, Path]) -> None:
+    with pytest.raises(AssertionError, match="ended with"), serving(artifacts["bert"], "--chunk", "4"):
+        pass

@@ -34,7 +34,7 @@ PIECE_BYTES = 64 << 10  # of an answer that is sent whole: only so much of it li
 _TASKS = {  # what an artifact does, and the routes for it
     "generate": ("generates text", "/v1/chat/completions or /v1/completions"),
     "embed": ("computes embeddings", "/v1/embeddings, /v1/rerank or /v1/score"),
-    "classify": ("computes scores of labels", "/v1/rerank or /v1/score"),
+    "classify": ("computes scores of labels", "/v1/rerank, /v1/score or /v1/classify"),
 }
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

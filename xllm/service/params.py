@@ -186,16 +186,18 @@ def check_ids(ids: Sequence[int], path: str, facts: ModelFacts) -> tuple[int, ..
     """The ids of a prompt, which are some, of the vocabulary, and have room in the context."""
     if not ids:
         raise invalid("empty_prompt", f"{path} is empty, at least one token is needed", path)
-    if min(ids) < 0 or max(ids) >= facts.vocab * facts.segments:
-        at, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < facts.vocab * facts.segments)
-        raise invalid(
-            "token_out_of_range",
-            f"{path}[{at}] is {_number(token)}, token ids are 0 to {facts.vocab * facts.segments - 1}",
-            f"{path}[{at}]",
-        )
+    check_range(ids, path, facts.vocab * facts.segments)
     if len(ids) > facts.max_len - facts.generates:
         raise too_long(f"{path} has {len(ids)} tokens", facts, path)
     return tuple(ids)
+
+
+def check_range(ids: Sequence[int], path: str, vocab: int) -> None:
+    """Refuses the first id that is not in the vocabulary."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab):
+        at, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < vocab)
+        text = f"{path}[{at}] is {_number(token)}, token ids are 0 to {vocab - 1}"
+        raise invalid("token_out_of_range", text, f"{path}[{at}]")
 
 
 def _ids(prompt: str | list[int], path: str, facts: ModelFacts, encode: Encode, special: bool) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-"""Decides what the routes of rows ask the engine for, and what they answer: embeddings, and how well texts fit each
-other. A row depends on its prompt alone, so what is answered about a text never depends on those beside it."""
+"""Decides what routes ask an engine of rows for, and what /v1/embeddings answers. A row depends on its prompt alone, so
+what is answered about a text never depends on those beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -98,6 +98,13 @@ class Embeddings(RowsEndpoint):
         return [text], "messages", body.add_special_tokens is True
 
 
+class Text(NamedTuple):
+    """A text, and the field that it is in."""
+
+    text: str
+    path: str
+
+
 class Tokens:
     """Texts of one request to ids, cut where the request says so. Errors name the field, `path`."""
 
@@ -109,13 +116,21 @@ class Tokens:
     def of(self, prompt: str | list[int], path: str) -> tuple[int, ...]:
         """The ids of a text; of ids, the same."""
         if isinstance(prompt, str):
+            self._check(prompt, path, may_be_cut=True)
             return self._encoded(path, prompt)
         return check_ids(prompt if self._limit is None else prompt[: self._limit], path, self._facts)
 
+    def of_pair(self, first: Text, second: Text) -> tuple[int, ...]:
+        """The ids of two texts as the tokenizer joins them; it is the second that is cut."""
+        self._check(first.text, first.path, may_be_cut=False)
+        self._check(second.text, second.path, may_be_cut=True)
+        return self._encoded(second.path, first.text, second.text)
+
+    def _check(self, text: str, path: str, may_be_cut: bool) -> None:
+        if self._limit is None or not may_be_cut or not text:
+            check_text(text, path, self._facts, self._codec.encode)
+
     def _encoded(self, path: str, text: str, other: str | None = None) -> tuple[int, ...]:
-        last = text if other is None else other
-        if self._limit is None or not last:
-            check_text(last, path, self._facts, self._codec.encode)
         stride = self._facts.vocab if self._facts.segments > 1 else 0
         try:
             ids = self._codec.encode_within(self._limit, text, other, stride, self._special)
@@ -149,14 +164,15 @@ def _shown(row: np.ndarray, base64: bool) -> str | msgspec.Raw:
 
 
 def _cut(row: np.ndarray, width: int) -> np.ndarray:
-    """The first `width` numbers; of length 1 if that is not all."""
+    """The first `width` numbers; of length 1 where that is not all."""
     if width == len(row):
         return row
     wide = row[:width].astype("f8")
-    return (wide / (_length(wide) or 1.0)).astype("f4")
+    return (wide / (length(wide) or 1.0)).astype("f4")
 
 
-def _length(wide: np.ndarray) -> float:
+def length(wide: np.ndarray) -> float:
+    """Of a float64 [N] vector."""
     return float((wide * wide).sum()) ** 0.5
 
 
