@@ -66,7 +66,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         SERVING,
     ),
     "extensions": (set(), set()),
-    "measure": ({"artifact", "config", "kernels", "llm", "runtime", "targets"}, {"msgspec", "numpy"}),
+    "measure": ({"artifact", "config", "kernels", "llm", "memory", "runtime", "targets"}, {"msgspec", "numpy"}),
     "measure.commands": ({"artifact", "inspection", "measure"}, set()),
     "inspection": ({"artifact", "measure.record", "plan", "targets.base"}, set()),
     "inspection.profile": ({"artifact", "measure.record", "targets"}, set()),
