@@ -29,6 +29,7 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any], str, bool]] = {
     "modernbert": ("modernbert", "ModernBertModel", _MODERN, "cls", True),
     "qwen3-embedding": ("qwen3", "Qwen3ForCausalLM", _QWEN3, "lasttoken", True),
     "bert-classifier": ("bert", "BertForSequenceClassification", {}, "", False),
+    "bert-reranker": ("bert", "BertForSequenceClassification", {"num_labels": 1}, "", False),
     "roberta-classifier": ("roberta", "RobertaForSequenceClassification", _ROBERTA, "", False),
     "modernbert-classifier": ("modernbert", "ModernBertForSequenceClassification", _MODERN, "", False),
     "qwen3-reranker": ("qwen3", "Qwen3ForSequenceClassification", _QWEN3, "", False),

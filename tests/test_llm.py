@@ -15,7 +15,8 @@ import pytest
 from tests.models import FAMILIES, build
 from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
-from xllm.llm import LLM, PROCESS_BYTES, open_engine, plan_memory
+from xllm.llm import LLM, open_engine
+from xllm.memory import PROCESS_BYTES, plan_memory
 from xllm.runtime import EngineConfig, RequestRefused, SamplingParams
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -90,7 +91,7 @@ def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypa
     opened = Artifact.open(artifact)
     with pytest.raises(ArtifactError, match=r"256 tokens needs 2MiB: give --memory \d+MiB"):
         plan_memory(opened, PROCESS_BYTES)
-    monkeypatch.setattr("xllm.llm._available_bytes", lambda: PROCESS_BYTES)
+    monkeypatch.setattr("xllm.memory._available_bytes", lambda: PROCESS_BYTES)
     with pytest.raises(ArtifactError, match="smaller --memory"):
         plan_memory(opened, 1 << 30)
     with pytest.raises(ArtifactError, match="free some"):

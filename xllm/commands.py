@@ -20,8 +20,9 @@ from xllm.storage import INTS, full_word
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
-    from xllm.llm import Ledger
+    from xllm.memory import Ledger, RowsLedger
     from xllm.runtime.engine import Engine
+    from xllm.runtime.rows import RowEngine
     from xllm.service.params import Job, ModelFacts
     from xllm.service.tokenizer import TextCodec
 
@@ -91,7 +92,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ) from None
     took: dict[str, float] = {}
     with _lap(took, "runtime imported"):
-        from xllm.llm import open_engine, open_model
+        from xllm.llm import open_engine, open_model, open_rows
         from xllm.service.dispatch import Dispatcher
         from xllm.targets import host
     dispatcher = Dispatcher()
@@ -101,9 +102,17 @@ def serve(arguments: argparse.Namespace) -> None:
         opened = opener.submit(_lap(took, "artifact")(open_model), folder, arguments.require_signature)
 
         @_lap(took, "engine")
-        def open_rest() -> tuple[Engine, Ledger]:
-            settings = _engine(arguments)
-            return open_engine(opened.result(), dispatcher.sink, max_seqs=arguments.max_seqs, **settings)
+        def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
+            artifact = opened.result()
+            if artifact.task == "generate":
+                return open_engine(artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
+            for flag in ("chunk", "max_seqs", "no_async_scheduling"):
+                if getattr(arguments, flag):
+                    name = flag.replace("_", "-")
+                    raise UsageError(
+                        f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}"
+                    )
+            return open_rows(artifact, dispatcher.sink, **_process(arguments))
 
         opening = opener.submit(open_rest)
         with _lap(took, "HTTP imported"):
@@ -235,21 +244,28 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
 def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
     from xllm.service.params import ModelFacts, default_sampling
 
-    model = artifact.manifest["model"]
+    model, task = artifact.manifest["model"], artifact.manifest["task"]
     return ModelFacts(
         name=name or artifact.name,
         vocab=model["vocab"],
         max_len=model["max_len"],
         defaults=default_sampling(artifact.generation),
+        task=artifact.task,
+        width=task.get("width", 0),
+        labels=tuple(task.get("labels", ())),
+        segments=task.get("segments", 1),
     )
 
 
 def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    scheduling = {"chunk": arguments.chunk, "async_scheduling": not arguments.no_async_scheduling}
+    return _process(arguments) | scheduling
+
+
+def _process(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "memory_bytes": arguments.memory,
         "threads": arguments.threads,
-        "chunk": arguments.chunk,
-        "async_scheduling": not arguments.no_async_scheduling,
         "kernel_modules": tuple(arguments.kernel_module),
     }
 

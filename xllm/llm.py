@@ -1,11 +1,10 @@
-"""An artifact opened in this process: memory decided and printed before anything runs, then an engine that answers.
+"""An artifact opened in this process: memory decided before anything runs, then an engine that answers.
 
-`open_engine` is what `xllm serve` and `LLM` share. Everything that can run out is sized here; nothing runs out later.
+`open_engine` and `open_rows` are what `xllm serve` and `LLM` share.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import queue
@@ -19,21 +18,17 @@ from typing import Any
 import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError, Progress
+from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
 from xllm.runtime.config import EngineConfig
-from xllm.runtime.encoding import Encoder, state_bytes
+from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
-from xllm.runtime.executor import KVSpec
-from xllm.runtime.kv import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.runtime.rows import RowEngine
 from xllm.targets import host
 from xllm.targets.base import StepSizes
 from xllm.targets.predicted import target_of
 
-# Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
-PROCESS_BYTES = 160 << 20
-DEFAULT_KV_TOKENS = 32768
-PAGE_BYTES = 2 << 20
 _INSTEAD = {
     "generate": "generates text: call generate",
     "embed": "computes embeddings: call xllm.LLM(artifact).embed(texts)",
@@ -42,78 +37,6 @@ _INSTEAD = {
 }
 # How long a step may keep the sequences that decode in it waiting, as far as the artifact's costs can tell.
 STEP_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Where memory goes, in bytes. `weights` are mapped from the artifact and shared between processes; `pool` is what
-    the engine makes, never more than its sequences can hold together."""
-
-    weights: int
-    arena: int
-    pool: PoolPlan
-    process: int
-
-    @property
-    def kv(self) -> int:
-        return self.pool.pages * self.pool.page_bytes
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.pool.tokens_for(self.pool.pages)
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.arena + self.kv + self.process
-
-    def table(self) -> str:
-        token_bytes = self.pool.kv.group_bytes // self.pool.kv.group_tokens
-        rows = (
-            ("weights (mapped, shared)", self.weights, ""),
-            ("arena", self.arena, ""),
-            ("KV pages", self.kv, f"{self.kv_tokens:,} tokens of {token_bytes:,} bytes"),
-            ("process", self.process, "estimate"),
-            ("total", self.total, ""),
-        )
-        return "\n".join(f"  {name:<26}{size / 2**20:>10,.1f} MiB  {note}".rstrip() for name, size, note in rows)
-
-
-def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None) -> Ledger:
-    """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free).
-
-    Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
-    """
-    plan, limits = artifact.plan, artifact.manifest["limits"]
-    spec = KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
-    seqs = min(max_seqs or limits["max_seqs"], limits["max_seqs"])
-    fixed = artifact.weight_bytes + plan.arena_bytes + PROCESS_BYTES
-    free = _available_bytes()
-
-    def pages(tokens: int) -> int:
-        return -(-spec.bytes_for(tokens) // PAGE_BYTES) * PAGE_BYTES
-
-    one = pages(limits["max_len"])
-    if memory_bytes is None:
-        wanted = pages(min(DEFAULT_KV_TOKENS, limits["max_len"] * seqs))
-        kv = max(one, min(wanted, (free - fixed) // 2))
-    else:
-        kv = memory_bytes - fixed
-    if kv < one:
-        raise ArtifactError(
-            "memory-too-small",
-            f"--memory leaves {_mib(max(kv, 0))} for KV pages, one sequence of {limits['max_len']} tokens needs"
-            f" {_mib(one)}: give --memory {_mib(fixed + one)} or more, or compile with a smaller --max-len",
-        )
-    pool = plan_pool(spec, limits["max_len"], seqs, kv)
-    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES)
-    if ledger.total > free + artifact.weight_bytes:
-        knob = "give a smaller --memory" if memory_bytes else "free some, or compile with a smaller --max-len"
-        raise ArtifactError(
-            "memory-too-large",
-            f"{_mib(ledger.total)} are needed, {_mib(ledger.kv)} of them for KV pages, and the machine has {_mib(free)}"
-            f" free: {knob}",
-        )
-    return ledger
 
 
 def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
@@ -145,7 +68,7 @@ def open_engine(
     from xllm.targets.cpu.executor import CpuExecutor
 
     if artifact.task != "generate":
-        raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
+        raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs)
     executor = CpuExecutor(artifact, host.threads(threads).count, progress=progress, kernel_modules=kernel_modules)
     engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
@@ -184,23 +107,31 @@ def tokens_beside_decodes(artifact: Artifact) -> int:
     return tokens
 
 
-def open_encoder(artifact: Artifact, memory_bytes: int | None = None, threads: int | None = None) -> Encoder:
+def open_encoder(
+    artifact: Artifact,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+    kernel_modules: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> tuple[Encoder, RowsLedger]:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
     from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
 
     if artifact.task == "function":
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
+    ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
+    count = host.threads(threads).count
+    return Encoder(CpuExecutor(artifact, count, progress=progress, kernel_modules=kernel_modules)), ledger
 
-    needed = artifact.weight_bytes + artifact.plan.arena_bytes + PROCESS_BYTES
-    needed += state_bytes(limits_of(artifact), kv_of(artifact.plan))
-    room = _available_bytes() + artifact.weight_bytes if memory_bytes is None else memory_bytes
-    if needed > room:
-        raise ArtifactError(
-            "memory-too-small",
-            f"{_mib(needed)} are needed, {_mib(room)} are there: give more, or compile with a smaller"
-            " --max-batch-tokens or --max-len",
-        )
-    return Encoder(CpuExecutor(artifact, host.threads(threads).count))
+
+def open_rows(
+    artifact: Artifact, sink: Callable[[list[TokenOutput]], None], **options: Any
+) -> tuple[RowEngine, RowsLedger]:
+    """As `open_engine`, of an artifact that gives rows; `options` are those of `open_encoder`."""
+    encoder, ledger = open_encoder(artifact, **options)
+    engine = RowEngine(encoder, sink)
+    engine.start()
+    return engine, ledger
 
 
 @dataclass(frozen=True)
@@ -243,7 +174,7 @@ class LLM:
                 kernel_modules=kernel_modules,
             )
         else:
-            self._encoder = open_encoder(self.artifact, memory_bytes, threads)
+            self._encoder, _ = open_encoder(self.artifact, memory_bytes, threads, kernel_modules)
         self._turn = threading.Lock()
         self._ids = itertools.count()
 
@@ -361,17 +292,3 @@ def _submitted(engine: Engine, request: Request) -> bool:
             raise
         return False
     return True
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // 2**20)}MiB"
-
-
-def _available_bytes() -> int:
-    """Memory that may be taken without swapping, within this process's control group."""
-    free = 1 << 34
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    left = host.memory_left()
-    return free if left is None else min(free, left)

@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from xllm.runtime import EngineStats, Request, RequestRefused, TokenOutput
+from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, StepError, StepResult, TokenOutput
+from xllm.runtime import Limits as ExecutorLimits
+from xllm.runtime.encoding import Encoder
+from xllm.runtime.rows import RowEngine
 from xllm.service.answer import Limits, Service
 from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
@@ -171,6 +175,65 @@ def fake(service: Service) -> FakeEngine:
     return service.engine
 
 
+NAN, FAILS, BREAKS = 509, 510, 511  # tokens that poison their row, fail their step, break the engine
+
+
+class FakeRows:
+    """An executor whose rows are (sum of ids, tokens, last id, 1); `open` lets steps run."""
+
+    def __init__(self, labels: int = 0, max_len: int = 64) -> None:
+        self.limits = ExecutorLimits(32, 4, max_len, VOCAB, labels or 4)
+        self.kv = KVSpec(group_bytes=64)
+        self.open = threading.Event()
+        self.open.set()
+        self.batches: list[Batch] = []
+        self.closed = False
+        self._sums: dict[int, int] = {}
+
+    def launch(self, batch: Batch) -> FakeRows:
+        self.batches.append(batch)
+        return self
+
+    def result(self) -> StepResult:
+        self.open.wait(20)
+        rows = self.batches[-1].rows
+        tokens = [token for row in rows for token in row.tokens]
+        assert len(tokens) <= self.limits.max_tokens_per_step
+        if BREAKS in tokens:
+            raise ValueError("broken")
+        if FAILS in tokens:
+            raise StepError("device_error", "the step failed")
+        given = np.zeros((0, self.limits.width), np.float32)
+        for row in rows:
+            before = self._sums[row.kv_base] if row.start else 0
+            self._sums[row.kv_base] = total = before + sum(row.tokens)
+            if row.sample:
+                one = [np.nan if NAN in row.tokens else total, row.start + len(row.tokens), row.tokens[-1], 1]
+                given = np.vstack([given, np.array(one[: self.limits.width], np.float32)])
+        none = np.zeros(0, np.int32)
+        return StepResult(none, none, none, none, given)
+
+    def attach(self, slot: int, request: Request, generated: Sequence[int]) -> None: ...
+
+    def detach(self, slot: int) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096) -> tuple[Service, FakeRows]:
+    """A service over FakeRows; with `labels`, of a classifier."""
+    path = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(path))
+    dispatcher, executor = Dispatcher(), FakeRows(len(labels))
+    engine = RowEngine(Encoder(executor), dispatcher.sink, queue_limit)
+    engine.start()
+    task = "classify" if labels else "embed"
+    facts = ModelFacts("fake", VOCAB, 64, {}, task, executor.limits.width, labels)
+    codec = TextCodec.from_file(path)
+    return load_service(facts, codec, CHAT_TEMPLATE, {}, engine, dispatcher, Limits()), executor
+
+
 @contextmanager
 def running(service: Service, keys: Keys | None = None):
     """A real server on loopback in a thread; yields (base URL, server)."""
@@ -187,7 +250,7 @@ def running(service: Service, keys: Keys | None = None):
         service.draining = server.should_exit = True
         thread.join(20)
         listener.close()
-        fake(service).stop()
+        service.engine.stop()  # type: ignore[attr-defined]
         assert not thread.is_alive()
 
 

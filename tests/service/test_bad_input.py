@@ -97,6 +97,8 @@ CASES = {
     "template that loops": (CHAT, chat(chat_template_kwargs={"loops": 99_999}), 400, "template_error", None),
     "template without end": (CHAT, chat(chat_template_kwargs={"loops": 10**12}), 400, "template_error", None),
     "template argument": (CHAT, chat(chat_template_kwargs={"messages": []}), 400, "invalid_request", None),
+    "rows of a generator": ("/v1/embeddings", b'{"input":"a"}', 400, "wrong_task", None),
+    "rerank by a generator": ("/rerank", b'{"query":"a","documents":["b"]}', 400, "wrong_task", None),
     "10 MB": (COMPLETIONS, completion(prompt="x" * 10_000_000), 413, "body_too_large", None),
 }
 

@@ -20,10 +20,11 @@ import numpy as np
 
 from xllm.artifact import Artifact
 from xllm.kernels import cpu
-from xllm.llm import engine_config, plan_memory
+from xllm.llm import engine_config
 from xllm.measure.machine import Machine, ceilings, cpu_model, state_memory
 from xllm.measure.record import Profile, StepProfile
 from xllm.measure.shape import DECODED, Shape, usual_shapes
+from xllm.memory import plan_memory
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, Limits, Row
 from xllm.runtime.request import Request, SamplingParams, TokenOutput

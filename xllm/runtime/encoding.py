@@ -45,15 +45,25 @@ class Encoder:
             check_prompt(prompt, limits)
         result: np.ndarray | None = None
         with self._turn:
-            for step in cut_steps([len(prompt) for prompt in prompts], limits.max_tokens_per_step, limits.max_seqs):
-                rows = self.executor.launch(self._batch(step, prompts)).result().rows
-                assert rows is not None
+            for step in self.steps(prompts):
+                rows = self.run(step, prompts)
                 ends = [piece.index for piece in step if piece.ends]
                 if not np.isfinite(rows).all():
                     raise StepError("numeric_error", f"the row of prompt {ends[0]} or beside it holds NaN or infinity")
                 result = np.empty((len(prompts), rows.shape[1]), np.float32) if result is None else result
                 result[ends] = rows
         return np.empty((0, limits.width), np.float32) if result is None else result
+
+    def steps(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Piece, ...]]:
+        """What to `run`, one after the other and with nothing between them."""
+        limits = self.executor.limits
+        return cut_steps([len(prompt) for prompt in prompts], limits.max_tokens_per_step, limits.max_seqs)
+
+    def run(self, step: Sequence[Piece], prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [prompts that end in the step, N], as they come: NaN and infinity too. Raises StepError."""
+        rows = self.executor.launch(self._batch(step, prompts)).result().rows
+        assert rows is not None
+        return rows
 
     def close(self) -> None:
         self.executor.close()

@@ -1,4 +1,5 @@
-"""What goes into the engine and what comes out: sampling parameters, a request, one output per generated token.
+"""What goes into the engine and what comes out: sampling parameters, a request, one output per generated token (or
+one that has the row of a prompt).
 
 A request ends with exactly one `TokenOutput` that has a `finish_reason`; nothing follows it.
 """
@@ -9,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from xllm.runtime.errors import RequestRefused
 
@@ -83,6 +86,7 @@ class TokenOutput:
 
     `index` counts generated tokens from 0; a token that ends the request by EOS or stop id is delivered with
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
+    `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
     """
 
     request_id: str
@@ -94,3 +98,4 @@ class TokenOutput:
     error: str | None = None
     cached_tokens: int = 0
     prompt_tokens: int = 0
+    row: np.ndarray | None = field(default=None, compare=False)

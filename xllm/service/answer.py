@@ -1,20 +1,20 @@
-"""Decides the life of one generation: slot, body, job, sequences in the engine, answer whole or as a stream. Whatever
-ends it, its sequences are out of the engine when this returns. The status waits for the first output, so that what
-fails before has its own."""
+"""Decides the life of one request to the model: slot, task, body, job, sequences in the engine, answer. Whatever ends
+it, its sequences are out of the engine when this returns. A generation's status waits for the first output, so that
+what fails before has its own."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
-from xllm.service.body import ChatBody, CompletionBody, parse
+from xllm.service.body import Body, ChatBody, CompletionBody, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
 from xllm.service.gate import Receive, Record, Scope, Send, record
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 STALL_SECONDS = 60.0
 FAREWELL_SECONDS = 5.0
 PIECE_BYTES = 64 << 10  # of an answer that is sent whole: only so much of it lies in a connection's buffer
+_TASKS = {  # what an artifact does, and the routes for it
+    "generate": ("generates text", "/v1/chat/completions or /v1/completions"),
+    "embed": ("computes embeddings", "/v1/embeddings, /v1/rerank or /v1/score"),
+    "classify": ("computes scores of labels", "/v1/rerank, /v1/score or /v1/classify"),
+}
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -86,44 +91,78 @@ class Service:
             self.recorder.concurrent -= 1
 
 
-class Generate:
+JobOf = TypeVar("JobOf")
+
+
+class Endpoint(Generic[JobOf]):
+    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for."""
+
+    kind = ""
+    tasks: tuple[str, ...] = ("generate",)
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        with service.slot():
+            entry = record(scope)
+            entry.kind = self.kind
+            check_task(service.facts, self.tasks, scope["path"])
+            data = await read_body(scope, receive, service.limits)
+            begin = time.monotonic()
+            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data)
+            service.recorder.tokenization_seconds += time.monotonic() - begin
+            await self.run(job, entry, receive, send)
+
+    def plan(self, data: bytes) -> JobOf:
+        """The body as what is to be done; runs in the pool. Raises ApiError."""
+        raise NotImplementedError
+
+    async def run(self, job: JobOf, entry: Record, receive: Receive, send: Send) -> None:
+        """Does it and answers."""
+        raise NotImplementedError
+
+    def parse(self, data: bytes, kind: type[Body]) -> Body:
+        """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
+        body = parse(data, kind)
+        _check_model(body.model, self.service.facts)
+        return body
+
+    @asynccontextmanager
+    async def submitted(self, requests: Sequence[Request], receive: Receive) -> AsyncIterator[Subscription]:
+        """The requests in the engine, as long as the client is there."""
+        subscription = self.service.dispatcher.open(requests)
+        watcher = asyncio.create_task(_watch(receive, subscription))
+        try:
+            yield subscription
+        finally:
+            watcher.cancel()
+            self.service.dispatcher.close(subscription)
+
+
+class Generate(Endpoint[Job]):
     """POST /v1/completions (chat False) or /v1/chat/completions (chat True)."""
 
     def __init__(self, service: Service, chat: bool) -> None:
-        self._service, self._chat = service, chat
+        super().__init__(service)
+        self.kind = "chat" if chat else "completion"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.slot():
-            entry = record(scope)
-            entry.kind = "chat" if self._chat else "completion"
-            data = await read_body(scope, receive, self._service.limits)
-            begin = time.monotonic()
-            job = await asyncio.get_running_loop().run_in_executor(self._service.pool, self._plan, data)
-            self._service.recorder.tokenization_seconds += time.monotonic() - begin
-            await self._run(job, entry, receive, send)
-
-    def _plan(self, data: bytes) -> Job:
-        """Runs in the pool."""
-        service = self._service
-        if self._chat:
-            body = parse(data, ChatBody)
-            _check_model(body.model, service.facts)
+    def plan(self, data: bytes) -> Job:
+        service = self.service
+        if self.kind == "chat":
+            body = self.parse(data, ChatBody)
             return chat_job(body, service.facts, service.codec.encode, service.chat_template().render)
-        body = parse(data, CompletionBody)
-        _check_model(body.model, service.facts)
+        body = self.parse(data, CompletionBody)
         return completion_job(body, service.facts, service.codec.encode, service.codec.decode)
 
-    async def _run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
-        dispatcher = self._service.dispatcher
-        subscription = dispatcher.open(_requests(job, entry))
-        watcher = asyncio.create_task(_watch(receive, subscription))
-        answer = _Answer(self._service, job, subscription, entry)
-        try:
-            await (answer.stream(send) if job.stream else answer.whole(send))
-        finally:
-            watcher.cancel()
-            dispatcher.close(subscription)
-            answer.report()
+    async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
+        async with self.submitted(_requests(job, entry), receive) as subscription:
+            answer = _Answer(self.service, job, subscription, entry)
+            try:
+                await (answer.stream(send) if job.stream else answer.whole(send))
+            finally:
+                answer.report()
 
 
 class _Answer:
@@ -139,18 +178,7 @@ class _Answer:
             for index, delta in self._take(await self._subscription.next()):
                 self._format.gather(results[index], delta)
         data = self._format.whole(results, self._usage)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as patience:
-                self._subscription.on_failure = lambda: patience.reschedule(loop.time())
-                for at in range(0, len(data), PIECE_BYTES):
-                    end = at + PIECE_BYTES
-                    patience.reschedule(loop.time() + STALL_SECONDS)
-                    await send({"type": "http.response.body", "body": data[at:end], "more_body": end < len(data)})
-        except TimeoutError:  # as in a stream
-            self._entry.status = 499
+        await send_whole(send, data, self._subscription, self._entry)
 
     async def stream(self, send: Send) -> None:
         pending = self._take(await self._subscription.next(self._service.limits.keep_alive_seconds))
@@ -192,18 +220,10 @@ class _Answer:
 
     def report(self) -> None:
         """Writes what happened into the record of the request and the metrics."""
-        recorder, entry, job = self._service.recorder, self._entry, self._job
-        seconds = time.monotonic() - entry.started
-        entry.prompt_tokens = sum(map(len, job.prompts))
-        entry.generated_tokens = sum(choice.tokens for choice in self._choices)
+        self._entry.generated_tokens = sum(choice.tokens for choice in self._choices)
         reasons = [choice.finish_reason or "abort" for choice in self._choices]
-        entry.finish_reasons = ",".join(dict.fromkeys(reasons))
-        recorder.finished.update(reasons)
-        recorder.handling_seconds[entry.kind] += seconds
-        recorder.end_to_end.observe(seconds)
-        recorder.samples.observe(job.n)
-        recorder.prompt_tokens.observe(entry.prompt_tokens)
-        recorder.generated_tokens.observe(entry.generated_tokens)
+        self._service.recorder.samples.observe(self._job.n)
+        report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
     @property
     def _done(self) -> bool:
@@ -231,6 +251,34 @@ class _Answer:
             if choice.cut:
                 self._service.dispatcher.cancel(self._subscription, output.request_id)
         return deltas
+
+
+async def send_whole(send: Send, data: bytes, subscription: Subscription, entry: Record) -> None:
+    """Sends a JSON answer in pieces, as long as the client takes them."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as patience:
+            subscription.on_failure = lambda: patience.reschedule(loop.time())
+            for at in range(0, len(data), PIECE_BYTES):
+                end = at + PIECE_BYTES
+                patience.reschedule(loop.time() + STALL_SECONDS)
+                await send({"type": "http.response.body", "body": data[at:end], "more_body": end < len(data)})
+    except TimeoutError:  # as in a stream
+        entry.status = 499
+
+
+def report(recorder: Recorder, entry: Record, prompts: Sequence[Sequence[int]], reasons: Sequence[str]) -> None:
+    """Writes how the sequences of a request ended into its record and the metrics."""
+    seconds = time.monotonic() - entry.started
+    entry.prompt_tokens = sum(map(len, prompts))
+    entry.finish_reasons = ",".join(dict.fromkeys(reasons))
+    recorder.finished.update(reasons)
+    recorder.handling_seconds[entry.kind] += seconds
+    recorder.end_to_end.observe(seconds)
+    recorder.prompt_tokens.observe(entry.prompt_tokens)
+    recorder.generated_tokens.observe(entry.generated_tokens)
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
@@ -287,6 +335,20 @@ def _format(service: Service, job: Job) -> Format:
 
 def _shows(delta: Delta) -> bool:
     return bool(delta.text or delta.logprobs or delta.finish_reason)
+
+
+def check_task(facts: ModelFacts, tasks: Sequence[str], path: str) -> None:
+    """Raises ApiError 400 for a route that is not for what the artifact computes."""
+    if facts.task in tasks:
+        return
+    does, instead = _TASKS[facts.task]
+    wanted = " or ".join(tasks)
+    raise ApiError(
+        400,
+        "wrong_task",
+        f"{facts.name} {does} (task {facts.task}), {path} needs an artifact of task {wanted}: try {instead}",
+        hint=Hint("an artifact computes one task", "xllm compile --task", f"serve one compiled with --task {wanted}"),
+    )
 
 
 def _check_model(name: str | None, facts: ModelFacts) -> None:

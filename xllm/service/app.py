@@ -17,7 +17,10 @@ from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
+from xllm.service.relevance import Classify, Rerank, Score
+from xllm.service.rows import Embeddings
 from xllm.service.tokenizer import TextCodec
+from xllm.service.tokens import Detokenize, Tokenize
 
 if TYPE_CHECKING:
     from xllm.service.template import ChatTemplate
@@ -107,5 +110,11 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         Route("/v1/models/{name:path}", Json(one_model), methods=["GET"]),
         Route("/v1/completions", Generate(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Generate(service, chat=True), methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
+        *(Route(path, Rerank(service), methods=["POST"]) for path in ("/v1/rerank", "/v2/rerank", "/rerank")),
+        *(Route(path, Score(service), methods=["POST"]) for path in ("/v1/score", "/score")),
+        *(Route(path, Classify(service), methods=["POST"]) for path in ("/v1/classify", "/classify")),
+        Route("/tokenize", Tokenize(service), methods=["POST"]),
+        Route("/detokenize", Detokenize(service), methods=["POST"]),
     ]
     return Gate(Router(routes, redirect_slashes=False), keys, service.recorder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -76,6 +76,73 @@ class ChatBody(Sampling, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class RowsBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that all routes of rows share. truncate_prompt_tokens: what a prompt has at most (its end is cut), -1 for
+    what the context holds."""
+
+    model: str | None = None
+    truncate_prompt_tokens: int | None = None
+    user: str | None = None
+
+
+class EmbeddingBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/embeddings. `input`: text, texts, ids, or lists of ids; or `messages` that the chat template makes one
+    text of."""
+
+    input: str | list[str | int | list[int]] | None = None
+    messages: list[Message] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class Document(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+
+
+class RerankBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/rerank."""
+
+    query: str
+    documents: list[str | Document]
+    top_n: int | None = None
+    return_documents: bool | None = None
+
+
+class ScoreBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/score. One text_1 goes with every text_2; otherwise there are as many of both."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+
+class ClassifyBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/classify. `input` as in EmbeddingBody."""
+
+    input: str | list[str | int | list[int]]
+    add_special_tokens: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /tokenize: a text, or messages that the chat template makes one of."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
 # Fields of the OpenAI API that are not supported, with the values that ask for nothing and are therefore honoured.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -105,7 +172,14 @@ NOT_SUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": (None, []),
 }
 
-Body = TypeVar("Body", CompletionBody, ChatBody)
+
+class OfModel(Protocol):
+    """A body that may name the model."""
+
+    model: str | None
+
+
+Body = TypeVar("Body", bound=OfModel)
 
 
 def parse(data: bytes, kind: type[Body]) -> Body:

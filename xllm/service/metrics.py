@@ -5,7 +5,7 @@ first scrape."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Recorder:
         self.concurrent = 0
         self.statuses: Counter[str] = Counter()
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
-        self.handling_seconds = {"chat": 0.0, "completion": 0.0}
+        self.handling_seconds = defaultdict(float, chat=0.0, completion=0.0)
         self.tokenization_seconds = 0.0
         self.first_token = Histogram(SECONDS)
         self.inter_token = Histogram(SECONDS)

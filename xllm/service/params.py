@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xllm.runtime import RequestRefused, SamplingParams
-from xllm.service.body import ChatBody, CompletionBody, Sampling
+from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
 
 MAX_SEQUENCES = 128  # prompts x n of one HTTP request
@@ -29,12 +29,22 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 @dataclass(frozen=True)
 class ModelFacts:
     """What validation needs to know. max_len: tokens of prompt and answer together. defaults: sampling fields of the
-    model."""
+    model. task: "generate", "embed" or "classify"; with a task of rows, their width, the names of their columns, and
+    how many kinds of segment the texts of a prompt may be of."""
 
     name: str
     vocab: int
     max_len: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "generate"
+    width: int = 0
+    labels: tuple[str, ...] = ()
+    segments: int = 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether the context must have room for an answer."""
+        return self.task == "generate"
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def completion_job(
     body: CompletionBody, facts: ModelFacts, encode: Encode, decode: Callable[[Sequence[int]], str]
 ) -> Job:
     """Plans POST /v1/completions."""
-    prompts = _prompts(body.prompt)
+    prompts = listed(body.prompt, "prompt")
     n = _samples(body, len(prompts))
     if body.best_of is not None and body.best_of != n:
         raise invalid(
@@ -85,7 +95,7 @@ def completion_job(
         raise invalid(
             "unsupported_parameter", "echo and logprobs can't be combined: prompts have no logprobs", "logprobs"
         )
-    _within("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    within("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     special = body.add_special_tokens is not False
     ids = tuple(
         _ids(prompt, f"prompt[{at}]" if len(prompts) > 1 else "prompt", facts, encode, special)
@@ -102,21 +112,21 @@ def chat_job(
     n = _samples(body, 1)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("invalid_request", "top_logprobs needs logprobs: true", "top_logprobs")
-    _within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
-    text = render(messages(body), body.chat_template_kwargs or {})
+    within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    text = render(messages(body.messages), body.chat_template_kwargs or {})
     # The template writes the special tokens itself: adding them again would double the first one.
     ids = _ids(text, "messages", facts, encode, body.add_special_tokens is True)
     return _job(body, facts, (ids,), n, (body.top_logprobs or 0) if body.logprobs else None, chat=True, echo=None)
 
 
-def messages(body: ChatBody) -> list[dict[str, str]]:
+def messages(given: list[Message]) -> list[dict[str, str]]:
     """The messages as plain dictionaries for a template; text parts of one message are joined by line ends."""
-    if not body.messages:
+    if not given:
         raise invalid("invalid_request", "messages is empty, at least one message is needed", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
 
 
-def _message(message: Any, path: str) -> dict[str, str]:
+def _message(message: Message, path: str) -> dict[str, str]:
     if message.role not in ROLES:
         raise invalid(
             "invalid_request", f"{path}.role is {message.role[:64]!r}, allowed are {', '.join(ROLES)}", f"{path}.role"
@@ -145,7 +155,8 @@ def _part(part: dict[str, Any], path: str) -> str:
     return part["text"]
 
 
-def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+def listed(prompt: str | list[Any], name: str) -> list[str | list[int]]:
+    """The prompts of a field that holds a text, texts, ids, or lists of ids."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = set(map(type, prompt))
@@ -154,35 +165,46 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
     if kinds in ({str}, {list}):
         return prompt
     if not kinds:
-        raise invalid("empty_prompt", "prompt is empty", "prompt")
+        raise invalid("empty_prompt", f"{name} is empty", name)
     raise invalid(
         "invalid_type",
-        "prompt must be a text, a list of texts, a list of token ids or a list of lists of ids",
-        "prompt",
+        f"{name} must be a text, a list of texts, a list of token ids or a list of lists of ids",
+        name,
     )
 
 
-def _ids(prompt: str | list[int], path: str, facts: ModelFacts, encode: Encode, special: bool) -> tuple[int, ...]:
+def check_text(text: str, path: str, facts: ModelFacts, encode: Encode) -> None:
+    """Refuses a text that is empty, or whose beginning alone is far too long."""
+    if not text:
+        raise invalid("empty_prompt", f"{path} is empty, at least one token is needed", path)
     limit = CHARS_PER_TOKEN * facts.max_len
-    if (
-        isinstance(prompt, str)
-        and len(prompt) > limit
-        and (least := len(encode(prompt[:limit], special))) > facts.max_len + CHARS_PER_TOKEN
-    ):
-        raise _too_long(f"{path} has more than {least} tokens", facts, path)
-    ids = encode(prompt, special) if isinstance(prompt, str) and prompt else prompt
+    if len(text) > limit and (least := len(encode(text[:limit], True))) > facts.max_len + CHARS_PER_TOKEN:
+        raise too_long(f"{path} has more than {least} tokens", facts, path)
+
+
+def check_ids(ids: Sequence[int], path: str, facts: ModelFacts) -> tuple[int, ...]:
+    """The ids of a prompt, which are some, of the vocabulary, and have room in the context."""
     if not ids:
         raise invalid("empty_prompt", f"{path} is empty, at least one token is needed", path)
-    if min(ids) < 0 or max(ids) >= facts.vocab:
-        at, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < facts.vocab)
-        raise invalid(
-            "token_out_of_range",
-            f"{path}[{at}] is {_number(token)}, token ids are 0 to {facts.vocab - 1}",
-            f"{path}[{at}]",
-        )
-    if len(ids) >= facts.max_len:
-        raise _too_long(f"{path} has {len(ids)} tokens", facts, path)
+    check_range(ids, path, facts.vocab * facts.segments)
+    if len(ids) > facts.max_len - facts.generates:
+        raise too_long(f"{path} has {len(ids)} tokens", facts, path)
     return tuple(ids)
+
+
+def check_range(ids: Sequence[int], path: str, vocab: int) -> None:
+    """Refuses the first id that is not in the vocabulary."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab):
+        at, token = next((at, token) for at, token in enumerate(ids) if not 0 <= token < vocab)
+        text = f"{path}[{at}] is {_number(token)}, token ids are 0 to {vocab - 1}"
+        raise invalid("token_out_of_range", text, f"{path}[{at}]")
+
+
+def _ids(prompt: str | list[int], path: str, facts: ModelFacts, encode: Encode, special: bool) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        check_text(prompt, path, facts, encode)
+        prompt = encode(prompt, special)
+    return check_ids(prompt, path, facts)
 
 
 def _job(
@@ -231,8 +253,8 @@ def _check_held(logprobs: int) -> None:
 def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int | None) -> SamplingParams:
     defaults = facts.defaults
     max_tokens = _max_tokens(body, facts, prompt_tokens)
-    _within("min_tokens", body.min_tokens, 0, max_tokens)
-    _within("seed", body.seed, -INT64, INT64 - 1)
+    within("min_tokens", body.min_tokens, 0, max_tokens)
+    within("seed", body.seed, -INT64, INT64 - 1)
     for name, low, high in (
         ("temperature", 0, 2),
         ("top_p", 0, 1),
@@ -242,7 +264,7 @@ def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int
         ("repetition_penalty", 1e-3, 1e3),
         ("top_k", -INT64, INT64 - 1),
     ):
-        _within(name, getattr(body, name), low, high)
+        within(name, getattr(body, name), low, high)
     top_k = body.top_k if body.top_k is not None else defaults.get("top_k", 0)
     stop_ids = body.stop_token_ids or []
     if len(stop_ids) > MAX_STOP_IDS:
@@ -252,7 +274,7 @@ def _params(body: Sampling, facts: ModelFacts, prompt_tokens: int, logprobs: int
             "stop_token_ids",
         )
     for at, token in enumerate(stop_ids):
-        _within(f"stop_token_ids[{at}]", token, 0, facts.vocab - 1)
+        within(f"stop_token_ids[{at}]", token, 0, facts.vocab - 1)
     return SamplingParams(
         temperature=_or(body.temperature, defaults.get("temperature", 1.0)),
         top_k=min(max(top_k, 0), facts.vocab),
@@ -284,7 +306,7 @@ def _max_tokens(body: Sampling, facts: ModelFacts, prompt_tokens: int) -> int:
     if wanted < 1:
         raise invalid("invalid_request", f"{name} is {_number(wanted)}, it must be at least 1", name)
     if wanted > left:
-        raise _too_long(f"the prompt has {prompt_tokens} tokens and {name} is {_number(wanted)}", facts, name)
+        raise too_long(f"the prompt has {prompt_tokens} tokens and {name} is {_number(wanted)}", facts, name)
     return wanted
 
 
@@ -301,14 +323,14 @@ def _logit_bias(given: Mapping[str, float], vocab: int) -> dict[int, float]:
                 f"logit_bias has the key {key[:32]!r}, keys are token ids 0 to {vocab - 1}",
                 "logit_bias",
             )
-        _within(f"logit_bias.{key}", bias, -100, 100)
+        within(f"logit_bias.{key}", bias, -100, 100)
         result[int(key)] = float(bias)
     return result
 
 
 def _samples(body: Sampling, prompts: int) -> int:
     n = 1 if body.n is None else body.n
-    _within("n", n, 1, MAX_SEQUENCES)
+    within("n", n, 1, MAX_SEQUENCES)
     if prompts * n > MAX_SEQUENCES:
         raise invalid(
             "invalid_request",
@@ -318,7 +340,7 @@ def _samples(body: Sampling, prompts: int) -> int:
     return n
 
 
-def _within(name: str, value: float | None, low: float, high: float) -> None:
+def within(name: str, value: float | None, low: float, high: float) -> None:
     # Written so that NaN fails too.
     if value is not None and not low <= value <= high:
         raise invalid("invalid_request", f"{name} is {_number(value)}, allowed is {low} to {high}", name)
@@ -332,15 +354,12 @@ def _or(value: float | None, default: float) -> float:
     return float(default if value is None else value)
 
 
-def _too_long(what: str, facts: ModelFacts, param: str) -> ApiError:
-    return ApiError(
-        400,
-        "context_length_exceeded",
-        f"{what}, the context holds {facts.max_len} tokens for prompt and answer together",
-        param,
-        Hint(
-            cause="prompt and answer share the context",
-            knob="xllm compile --max-len",
-            fix="shorten the prompt or lower max_tokens",
-        ),
-    )
+def too_long(what: str, facts: ModelFacts, param: str) -> ApiError:
+    """400 `context_length_exceeded`."""
+    if facts.generates:
+        holds, fix = "tokens for prompt and answer together", "shorten the prompt or lower max_tokens"
+        hint = Hint("prompt and answer share the context", "xllm compile --max-len", fix)
+    else:
+        holds = "tokens of one prompt"
+        hint = Hint("a prompt is taken whole", "xllm compile --max-len", "shorten it, or set truncate_prompt_tokens")
+    return ApiError(400, "context_length_exceeded", f"{what}, the context holds {facts.max_len} {holds}", param, hint)

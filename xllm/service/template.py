@@ -62,8 +62,11 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, UnicodeEncodeError, SyntaxError) as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
-        """The prompt. Raises ApiError 400 `template_error` when the template refuses, fails, or uses up its budget."""
+    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any], open_answer: bool = True) -> str:
+        """The prompt; with `open_answer`, up to where the answer begins.
+
+        Raises ApiError 400 `template_error` when the template refuses, fails, or uses up its budget.
+        """
         for name in arguments:
             if name in RESERVED:
                 raise invalid(
@@ -74,7 +77,8 @@ class ChatTemplate:
         token = _budget.set(_Budget())
         try:
             variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
-            text = self._join(self._template.generate(**variables, messages=messages, add_generation_prompt=True))
+            variables |= {"messages": messages, "add_generation_prompt": open_answer}
+            text = self._join(self._template.generate(**variables))
             text.encode()  # an escape in the template can still make half of a surrogate pair
             return text
         except ApiError:

@@ -59,8 +59,23 @@ class TextCodec:
         """Both texts as one sequence, joined by the special tokens the tokenizer puts between them; `stride` is added
         to the ids of the second.
         """
-        found = self._tokenizer.encode(text, other)
-        return [token + stride * segment for token, segment in zip(found.ids, found.type_ids, strict=True)]
+        return self.encode_within(None, text, other, stride)
+
+    def encode_within(
+        self, limit: int | None, text: str, other: str | None = None, stride: int = 0, add_special_tokens: bool = True
+    ) -> list[int]:
+        """As `encode`, or `encode_pair`, less the last tokens of the last text where there are more than `limit` in
+        all. Raises ValueError when none of that text would be left."""
+        found = self._tokenizer.encode(text, other, add_special_tokens=add_special_tokens)
+        ids = [token + stride * segment for token, segment in zip(found.ids, found.type_ids, strict=True)]
+        excess = len(ids) - limit if limit is not None else 0
+        if excess <= 0:
+            return ids
+        last = [at for at, sequence in enumerate(found.sequence_ids) if sequence == (other is not None)]
+        if excess >= len(last):
+            raise ValueError(f"{len(ids) - len(last)} of the tokens are not of the text that may be cut")
+        cut = set(last[-excess:])
+        return [token for at, token in enumerate(ids) if at not in cut]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
