@@ -309,8 +309,7 @@ def _export(model: nn.Module, session: Session, task: Task, watch: Watch) -> Exp
     shapes = ({0: tokens}, {0: tokens}, {0: tokens}, {0: rows}, None, None)
     step = Step(model, session, task)
     try:
-        # What a cached operator gave costs more to make again with symbolic sizes than to work out: a sixth of it all.
-        with dynamo.patch(fake_tensor_cache_enabled=False):
+        with dynamo.patch(fake_tensor_cache_enabled=False):  # with symbolic sizes it costs a sixth more than it saves
             return torch.export.export(step, (*arguments, *state), dynamic_shapes=shapes, strict=False)
     except Irregular:
         raise
