@@ -250,6 +250,7 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "chunk": arguments.chunk,
         "async_scheduling": not arguments.no_async_scheduling,
+        "prefix_cache": not arguments.no_prefix_cache,
         "kernel_modules": tuple(arguments.kernel_module),
     }
 

@@ -24,7 +24,7 @@ from xllm.runtime.encoding import Encoder, state_bytes
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import KVSpec
-from xllm.runtime.kv import PoolPlan, plan_pool
+from xllm.runtime.pages import PoolPlan, plan_pool
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.targets import host
 from xllm.targets.base import StepSizes
@@ -53,6 +53,7 @@ class Ledger:
     arena: int
     pool: PoolPlan
     process: int
+    prefix_cache: bool = True  # asked for
 
     @property
     def kv(self) -> int:
@@ -75,10 +76,24 @@ class Ledger:
             ("process", self.process, "estimate"),
             ("total", self.total, ""),
         )
-        return "\n".join(f"  {name:<26}{size / 2**20:>10,.1f} MiB  {note}".rstrip() for name, size, note in rows)
+        lines = [f"  {name:<26}{size / 2**20:>10,.1f} MiB  {note}".rstrip() for name, size, note in rows]
+        return "\n".join([*lines, f"  prefix cache: {self.prefix_note()}"])
+
+    def prefix_note(self) -> str:
+        """Whether prompts start on what others computed, or why they do not."""
+        if not self.prefix_cache:
+            return "off, as asked"
+        kv = self.pool.kv
+        if kv.fixed_bytes:
+            return (
+                f"off, {kv.fixed_bytes:,} bytes of each sequence are state of its whole text, which no other can share"
+            )
+        return f"on, in the KV pages that nobody uses, {kv.group_tokens} tokens at a time"
 
 
-def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None) -> Ledger:
+def plan_memory(
+    artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None, prefix_cache: bool = True
+) -> Ledger:
     """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free).
 
     Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
@@ -105,7 +120,7 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | No
             f" {_mib(one)}: give --memory {_mib(fixed + one)} or more, or compile with a smaller --max-len",
         )
     pool = plan_pool(spec, limits["max_len"], seqs, kv)
-    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES)
+    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES, prefix_cache)
     if ledger.total > free + artifact.weight_bytes:
         knob = "give a smaller --memory" if memory_bytes else "free some, or compile with a smaller --max-len"
         raise ArtifactError(
@@ -133,20 +148,22 @@ def open_engine(
     async_scheduling: bool = True,
     chunk: int | None = None,
     max_seqs: int | None = None,
+    prefix_cache: bool = True,
     progress: Progress | None = None,
     kernel_modules: Sequence[str] = (),
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
-    chunk: prompt tokens of one sequence per step. kernel_modules: files whose kernels the artifact may run.
+    chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
+    the model allows it. kernel_modules: files whose kernels the artifact may run.
     Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}; no command or endpoint does yet")
-    ledger = plan_memory(artifact, memory_bytes, max_seqs)
+    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
     executor = CpuExecutor(artifact, host.threads(threads).count, progress=progress, kernel_modules=kernel_modules)
     engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
     engine.start()
@@ -167,6 +184,7 @@ def engine_config(
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
+        prefix_cache=ledger.prefix_cache,
     )
 
 
@@ -215,7 +233,8 @@ class Completion:
 
 class LLM:
     """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
-    turns. require_signature: public key file of who must have signed it."""
+    turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
+    ones have in common with them, where the model allows it; the answers are the same."""
 
     def __init__(
         self,
@@ -223,6 +242,7 @@ class LLM:
         *,
         memory_bytes: int | None = None,
         threads: int | None = None,
+        prefix_cache: bool = True,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
@@ -240,6 +260,7 @@ class LLM:
                 self._outputs.put,
                 memory_bytes=memory_bytes,
                 threads=threads,
+                prefix_cache=prefix_cache,
                 kernel_modules=kernel_modules,
             )
         else:

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.runtime.fakes import FakeMemory
 from xllm.runtime import InvariantBroken, KVSpec, MemoryFault
-from xllm.runtime.kv import KvPool, PageState, PoolPlan, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import PageState, PoolPlan, plan_pool
 from xllm.runtime.xtensor import MAX_MAPPINGS, choose_page_bytes
 
 PAGE = 4096

@@ -12,7 +12,8 @@ import pytest
 
 from xllm.runtime import KVSpec, MemoryFault
 from xllm.runtime import xtensor as module
-from xllm.runtime.kv import KvPool, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import plan_pool
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 PAGE = 64 << 10

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
-from xllm.runtime.kv import KvPool, PoolPlan
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import PageState, PoolPlan
+from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
@@ -50,6 +52,10 @@ class Core:
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
+        self._group_tokens = executor.kv.group_tokens
+        # State that does not grow is of the whole text before it: no page of it fits another text.
+        self._cache = config.prefix_cache and not executor.kv.fixed_bytes
+        self._looked_up_tokens = self._cached_tokens = 0
         self._eos = frozenset(config.eos_ids)
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._preemptions = self._wasted_rows = self._failed_steps = 0
@@ -71,8 +77,11 @@ class Core:
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         queues = Queues(self.running, self.waiting, self.pool.plan.spans - len(self.running) - len(self.leaving))
+        found = self._look_up(queues) if self._cache and self.waiting else []
         decision = decide(queues, self.budget, self.pool.free_pages, self._clock())
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
+        for sequence in found[len(decision.admitted) :]:
+            sequence.computed = 0
         for victim in decision.preempted:
             self._preempt(victim)
         self._admit(decision)
@@ -143,6 +152,10 @@ class Core:
             hidden_maps=figures.hidden_maps,
             unmaps=figures.unmaps,
             kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
+            looked_up_tokens=self._looked_up_tokens,
+            cached_tokens=self._cached_tokens,
+            cached_pages=figures.states[PageState.CACHED],
+            evictions=figures.evictions,
         )
 
     def check(self) -> None:
@@ -171,13 +184,46 @@ class Core:
             if found:
                 raise InvariantBroken(f"engine: {problem}")
 
+    def _look_up(self, queues: Queues) -> list[Sequence]:
+        """Find the cached part of those that this step could admit. At least one token is always left to compute."""
+        found, tokens = [], self.budget.tokens
+        for sequence in self.waiting[: queues.free_slots]:
+            groups = (len(sequence.tokens) - 1) // self._group_tokens
+            sequence.computed = self.pool.match(self._chain(sequence, groups)) * self._group_tokens
+            found.append(sequence)
+            tokens -= min(sequence.remaining, self.budget.max_chunk)
+            if tokens <= 0:
+                break
+        return found
+
+    def _chain(self, sequence: Sequence, groups: int) -> list[bytes]:
+        """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
+        if not self._cache:
+            return []
+        extend_chain(sequence.chain, sequence.tokens, self._group_tokens, sequence.request.cache_salt)
+        return sequence.chain[:groups]
+
+    def _publish(self, sequence: Sequence) -> None:
+        self.pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
+        sequence.publish_at = self.pool.tokens_complete(sequence.slot)
+
     def _admit(self, decision: Decision) -> None:
         del self.waiting[: len(decision.admitted)]
         for sequence in decision.admitted:
-            sequence.slot = self.pool.start(sequence.remaining)
+            found = sequence.computed
+            sequence.slot = self.pool.start(
+                found + sequence.remaining, self._chain(sequence, found // self._group_tokens)
+            )
             sequence.state = State.RUNNING
+            sequence.written = found
+            if self._cache:
+                sequence.publish_at = self.pool.tokens_complete(sequence.slot)
+                if not sequence.recompute:
+                    sequence.cached = found
+                    self._cached_tokens += found
+                    self._looked_up_tokens += sequence.prompt_tokens
             self.running.append(sequence)
-            self._recomputed_tokens += sequence.recompute
+            self._recomputed_tokens += max(0, sequence.recompute - found)
             try:
                 self.executor.attach(sequence.slot, sequence.request, sequence.generated)
             except StepError as error:
@@ -206,11 +252,15 @@ class Core:
     def _accept(self, rows: tuple[Grant, ...], result: StepResult) -> None:
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
         sampled = -1
-        for sequence, _, _, sample in rows:
+        for sequence, count, _, sample in rows:
             sequence.flights -= 1
             if sample:
                 sampled += 1
                 sequence.pending -= 1
+            if sequence.finish is None:
+                sequence.written += count
+                if sequence.written >= sequence.publish_at:
+                    self._publish(sequence)
             if sequence.finish is not None:
                 self._wasted_rows += sample
             elif sample and tokens[sampled] < 0:
@@ -230,7 +280,14 @@ class Core:
             self._prompt_tokens += sequence.prompt_tokens
         self.outputs.append(
             TokenOutput(
-                sequence.id, token, index, logprob if wanted else None, best, reason, None, 0, sequence.prompt_tokens
+                sequence.id,
+                token,
+                index,
+                logprob if wanted else None,
+                best,
+                reason,
+                cached_tokens=sequence.cached,
+                prompt_tokens=sequence.prompt_tokens,
             )
         )
         if reason is not None:
@@ -249,7 +306,8 @@ class Core:
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End without a further token."""
         index = len(sequence.tokens) - sequence.prompt_tokens
-        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, 0, sequence.prompt_tokens))
+        known = (sequence.cached, sequence.prompt_tokens)
+        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, *known))
         self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -276,9 +334,11 @@ class Core:
         """Return slot and pages. A sequence that is not finished was preempted: it waits to be computed again."""
         self.leaving.remove(sequence)
         self.executor.detach(sequence.slot)
-        self.pool.finish(sequence.slot)
+        known = 0 if sequence.finish == "error" else sequence.written // self._group_tokens
+        self.pool.finish(sequence.slot, self._chain(sequence, known))
         sequence.recompute = sequence.computed
         sequence.slot, sequence.pages, sequence.capacity, sequence.computed = -1, 0, 0, 0
+        sequence.written = 0
         if sequence.finish is None:
             sequence.state = State.WAITING
             self.add(sequence)

@@ -17,7 +17,8 @@ from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight, new_sequence
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
 from xllm.runtime.executor import Executor
-from xllm.runtime.kv import KvPool, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.xtensor import LinuxMemory, PageMemory

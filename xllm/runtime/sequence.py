@@ -2,11 +2,13 @@
 
 `computed` tokens have their KV written or being written by a launched step; `pending` sampled tokens are in flight,
 their ids not known here yet. `remaining` tokens must still pass through the model; a row that covers all of them
-samples the next token. A decode is just the case where one remains.
+samples the next token. A decode is just the case where one remains. `written` tokens have their KV written by steps
+that have ended well: these others may start on.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Ordered
 from enum import Enum
 
@@ -28,7 +30,9 @@ class Sequence:
     `max_outputs` the most tokens it may generate, known at submission."""
 
     __slots__ = (
+        "cached",
         "capacity",
+        "chain",
         "computed",
         "finish",
         "flights",
@@ -38,11 +42,13 @@ class Sequence:
         "pending",
         "pending_row",
         "prompt_tokens",
+        "publish_at",
         "recompute",
         "request",
         "slot",
         "state",
         "tokens",
+        "written",
     )
 
     def __init__(self, request: Request, max_outputs: int, order: int = 0):
@@ -61,6 +67,10 @@ class Sequence:
         self.pending_row = -1  # of the last sampled token in flight, in its step's vector
         self.flights = 0  # launched steps that refer to the slot
         self.recompute = 0  # tokens whose KV preemption has thrown away
+        self.written = 0
+        self.publish_at = sys.maxsize  # `written` then completes a page for the prefix cache
+        self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
+        self.cached = 0  # prompt tokens found in the prefix cache
 
     @property
     def id(self) -> str:
