@@ -85,9 +85,7 @@ class Ledger:
             return "off, as asked"
         kv = self.pool.kv
         if kv.fixed_bytes:
-            return (
-                f"off, {kv.fixed_bytes:,} bytes of each sequence are state of its whole text, which no other can share"
-            )
+            return f"off, {kv.fixed_bytes:,} bytes of each sequence are state of its whole text: nothing to share"
         return f"on, in the KV pages that nobody uses, {kv.group_tokens} tokens at a time"
 
 

@@ -126,9 +126,7 @@ class Recorder:
         yield _counter("vllm:num_preemptions", "preemptions", [(labels, engine.preemptions)])
         yield _counter("vllm:prompt_tokens", "prompt tokens computed", [(labels, engine.prompt_tokens)])
         looked_up, cached = engine.looked_up_tokens, engine.cached_tokens
-        yield _counter(
-            "vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache", [(labels, looked_up)]
-        )
+        yield _counter("vllm:prefix_cache_queries", "prompt tokens looked up in it", [(labels, looked_up)])
         yield _counter("vllm:prefix_cache_hits", "prompt tokens found in the prefix cache", [(labels, cached)])
         yield _counter("vllm:generation_tokens", "tokens generated", [(labels, engine.generated_tokens)])
         finished = [(labels | {"finished_reason": reason}, count) for reason, count in sorted(self.finished.items())]
