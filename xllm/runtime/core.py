@@ -76,9 +76,10 @@ class Core:
 
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
-        queues = Queues(self.running, self.waiting, self.pool.plan.spans - len(self.running) - len(self.leaving))
-        found = self._look_up(queues) if self._cache and self.waiting else []
-        decision = decide(queues, self.budget, self.pool.free_pages, self._clock())
+        slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
+        found, later = self._look_up(slots) if self._cache and self.waiting else ([], [])
+        waiting = [sequence for sequence in self.waiting if sequence not in later] if later else self.waiting
+        decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0
@@ -184,17 +185,31 @@ class Core:
             if found:
                 raise InvariantBroken(f"engine: {problem}")
 
-    def _look_up(self, queues: Queues) -> list[Sequence]:
-        """Find the cached part of those that this step could admit. At least one token is always left to compute."""
-        found, tokens = [], self.budget.tokens
-        for sequence in self.waiting[: queues.free_slots]:
-            groups = (len(sequence.tokens) - 1) // self._group_tokens
-            sequence.computed = self.pool.match(self._chain(sequence, groups)) * self._group_tokens
-            found.append(sequence)
-            tokens -= min(sequence.remaining, self.budget.max_chunk)
-            if tokens <= 0:
+    def _look_up(self, slots: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Find the cached part of those that this step could admit; at least one token is always left to compute. The
+        second list are those that had better wait: an older prompt is about to compute what they would need next."""
+        found: list[Sequence] = []
+        later: list[Sequence] = []
+        ahead = [sequence for sequence in self.running if sequence.written < sequence.prompt_tokens]
+        tokens = self.budget.tokens
+        for sequence in self.waiting:
+            if tokens <= 0 or len(found) == slots:
                 break
-        return found
+            groups = (len(sequence.tokens) - 1) // self._group_tokens
+            chain = self._chain(sequence, groups)
+            matched = self.pool.match(chain)
+            if matched < groups and any(self._will_have(other, chain, matched) for other in ahead):
+                later.append(sequence)
+                continue
+            sequence.computed = matched * self._group_tokens
+            tokens -= min(sequence.remaining, self.budget.max_chunk)
+            found.append(sequence)
+            ahead.append(sequence)
+        return found, later
+
+    def _will_have(self, older: Sequence, chain: list[bytes], group: int) -> bool:
+        """Does the prompt of a sequence that is not through with it contain this group of another text?"""
+        return group < older.prompt_tokens // self._group_tokens and older.chain[group] == chain[group]
 
     def _chain(self, sequence: Sequence, groups: int) -> list[bytes]:
         """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
@@ -205,11 +220,18 @@ class Core:
 
     def _publish(self, sequence: Sequence) -> None:
         self.pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
-        sequence.publish_at = self.pool.tokens_complete(sequence.slot)
+        self._expect(sequence)
+
+    def _expect(self, sequence: Sequence) -> None:
+        """Publish again when the next page is complete, and when the prompt is."""
+        end = self.pool.tokens_complete(sequence.slot)
+        if sequence.written < sequence.prompt_tokens:
+            end = min(end, sequence.prompt_tokens)
+        sequence.publish_at = end
 
     def _admit(self, decision: Decision) -> None:
-        del self.waiting[: len(decision.admitted)]
         for sequence in decision.admitted:
+            self.waiting.remove(sequence)
             found = sequence.computed
             sequence.slot = self.pool.start(
                 found + sequence.remaining, self._chain(sequence, found // self._group_tokens)
@@ -217,7 +239,7 @@ class Core:
             sequence.state = State.RUNNING
             sequence.written = found
             if self._cache:
-                sequence.publish_at = self.pool.tokens_complete(sequence.slot)
+                self._expect(sequence)
                 if not sequence.recompute:
                     sequence.cached = found
                     self._cached_tokens += found

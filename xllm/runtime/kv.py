@@ -132,7 +132,7 @@ class KvPool:
         return self._cache.groups_of(self._spans[slot].offered).stop * self.plan.kv.group_tokens
 
     def offer(self, slot: int, chain: Sequence[bytes]) -> None:
-        """Cache the complete pages of a live slot, whose written text is `chain`."""
+        """Cache the pages of a live slot whose written text is `chain`. From an incomplete last one others copy."""
         with self._lock:
             self._offer(slot, chain)
 
@@ -142,9 +142,6 @@ class KvPool:
         with self._lock:
             span = self._spans[slot]
             self._offer(slot, chain)
-            index = span.offered
-            if index < len(span.pages) and len(chain) > self._cache.groups_of(index).start:
-                self._cache_page(slot, index, chain)  # incomplete: to be copied from
             self._committed -= span.committed
             self._live -= 1
             self._reusable += sum(page in self._owner for page in span.pages)
@@ -337,12 +334,15 @@ class KvPool:
         while span.offered < len(span.pages) and self._cache.groups_of(span.offered).stop <= len(chain):
             self._cache_page(slot, span.offered, chain)
             span.offered += 1
+        if span.offered < len(span.pages) and self._cache.groups_of(span.offered).start < len(chain):
+            self._cache_page(slot, span.offered, chain)
 
     def _cache_page(self, slot: int, index: int, chain: Sequence[bytes]) -> None:
         span = self._spans[slot]
         added, gone = self._cache.add(span.pages[index], index, chain)
         if added:
             del self._owner[span.pages[index]]
+            self._cache.hold(span.pages[index])
             span.held.append(span.pages[index])
         for page in gone:
             self._release(page)

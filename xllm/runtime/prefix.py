@@ -87,21 +87,23 @@ class PrefixIndex:
         return Match(groups, shared, self._pages[chain[groups - 1], whole] if rest else -1, rest)
 
     def add(self, page: int, index: int, chain: Sequence[bytes]) -> tuple[bool, list[int]]:
-        """Cache page `index` of a span whose text is `chain`, used by that span. It takes the place of pages that know
-        less of the same text; the second result are those that nothing leads to now. False: all is cached already."""
+        """Cache page `index` of a span whose written text is `chain`, used by that span; again when more is written. It
+        takes the place of pages that know less of the same text; the second result are those that nothing leads to now.
+        False: all is cached already, or the page itself is."""
         keys = {(chain[group], index) for group in self.groups_of(index) if group < len(chain)}
         if all(key in self._pages for key in keys):
             return False, []
         gone = []
         for key in keys:
-            if (before := self._pages.get(key)) is not None:
+            before = self._pages.get(key, page)
+            if before != page:
                 self._keys[before].discard(key)
                 if not self._keys[before] and not self.uses[before]:
                     self._remove(before)
                     gone.append(before)
             self._pages[key] = page
-        self._keys[page], self.uses[page] = keys, 1
-        return True, gone
+        self._keys.setdefault(page, set()).update(keys)
+        return self.uses.setdefault(page, 0) == 0, gone
 
     def hold(self, page: int) -> None:
         """One more span uses a cached page."""
