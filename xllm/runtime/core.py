@@ -244,7 +244,7 @@ class Core:
                     sequence.cached = found
                     self._cached_tokens += found
                     self._looked_up_tokens += sequence.prompt_tokens
-            self.running.append(sequence)
+            insort(self.running, sequence, key=_order)
             self._recomputed_tokens += max(0, sequence.recompute - found)
             try:
                 self.executor.attach(sequence.slot, sequence.request, sequence.generated)

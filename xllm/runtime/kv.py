@@ -119,10 +119,10 @@ class KvPool:
             while len(span.pages) < needed:
                 self._map_next(slot, self._take_page(slot))
                 self._critical_maps += 1
-            if fresh and span.match.size:
-                at = span.base + len(span.match.shared) * self.plan.page_bytes
-                self._memory.copy(span.match.tail, at, span.match.size)
-                self._drop(span.held.pop())
+                if fresh and span.match.tail in span.held:
+                    at = span.base + (len(span.pages) - 1) * self.plan.page_bytes
+                    self._memory.copy(span.match.tail, at, span.match.size)
+                    self._drop(span.held.pop())
             self._committed += needed - span.committed
             span.committed = needed
             self._feed(slot)
@@ -279,7 +279,7 @@ class KvPool:
 
     def _take_page(self, slot: int) -> int:
         """A page for a step that waits: free, else from an idle span, else from the cache, else one that another
-        sequence has ahead."""
+        sequence has ahead. When all is promised, what it was to copy from is left: it goes on in that page itself."""
         if self._free:
             return self._free.pop()
         if self._reusable:
@@ -288,7 +288,10 @@ class KvPool:
             self._evictions += 1
             return self._cache.evict()
         spare = (other for other, span in enumerate(self._spans) if span.live and other != slot)
-        return self._unmap_last(max(spare, key=lambda other: self._ahead(other)))
+        richest = max(spare, key=self._ahead, default=slot)
+        if richest != slot and self._ahead(richest):
+            return self._unmap_last(richest)
+        return self._cache.take(self._spans[slot].held.pop())
 
     def _reclaim(self) -> int:
         """Take the last page of the shortest idle span: long spans stay whole for long sequences."""

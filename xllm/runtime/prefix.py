@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xllm.runtime.errors import InvariantBroken
 from xllm.runtime.executor import KVSpec
 
 
@@ -124,6 +125,14 @@ class PrefixIndex:
         """Take the page whose last use is longest ago out of the cache; at least one must be unused."""
         page = next(iter(self._unused))
         self._remove(page)
+        return page
+
+    def take(self, page: int) -> int:
+        """Take a page that one span uses out of the cache."""
+        if self.uses[page] != 1:
+            raise InvariantBroken(f"KV pool: cached page {page} was to be had by one of {self.uses[page]} users")
+        if self.drop(page):
+            self._remove(page)
         return page
 
     def _remove(self, page: int) -> None:
