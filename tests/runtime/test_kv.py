@@ -167,7 +167,7 @@ def test_an_idle_pool_gets_pages_ready():
 def test_a_failed_mapping_loses_no_page():
     pool = make_pool()
 
-    def refuse(page, address):
+    def refuse(page, address, writable=True):
         raise MemoryFault("memory_unavailable", "mmap failed")
 
     slot = pool.start(16)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xllm.runtime.config import EngineConfig, EngineStats
-from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, StepError
+from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
 from xllm.runtime.kv import KvPool
-from xllm.runtime.pages import PageState, PoolPlan
+from xllm.runtime.pages import PageState
 from xllm.runtime.prefix import extend_chain
-from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 
@@ -366,32 +366,6 @@ class Core:
             self.add(sequence)
         else:
             sequence.state = State.DONE
-
-
-def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> Sequence:
-    """A sequence for an acceptable request; its order is set when it is queued. Raises RequestRefused for one that can
-    never run."""
-    prompt, wanted = len(request.prompt), request.params.max_tokens
-    # The last token is never fed back, so its KV needs no room.
-    capacity = plan.tokens_for(plan.pages) + 1
-    if prompt == 0:
-        raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-        bad = next(token for token in request.prompt if not 0 <= token < vocab)
-        raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
-    for token in request.params.logit_bias:
-        if not 0 <= token < vocab:
-            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
-    if prompt + (wanted or 1) > max_len:
-        asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
-        raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
-    if prompt + (wanted or 1) > capacity:
-        raise RequestRefused(
-            "exceeds_capacity",
-            f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
-            "give the engine more memory",
-        )
-    return Sequence(request, wanted or min(max_len, capacity) - prompt)
 
 
 def _order(sequence: Sequence) -> int:

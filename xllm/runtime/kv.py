@@ -314,8 +314,7 @@ class KvPool:
     def _adopt(self, slot: int) -> None:
         """Map the cached pages a sequence starts on, read-only, in place of what its span had."""
         span = self._spans[slot]
-        if span.pages:
-            self._empty(slot)
+        self._empty(slot)
         for page in span.match.shared:
             self._memory.map(page, span.base + len(span.pages) * self.plan.page_bytes, writable=False)
             span.pages.append(page)
