@@ -168,7 +168,7 @@ def row_error(artifact: Path, model: Any) -> float:
     generator = np.random.default_rng(7)
     prompts = [generator.integers(3, VOCAB, length).tolist() for length in (1, 17, 45, 61)]
     worst = 0.0
-    with LLM(artifact, threads=1) as llm:
+    with LLM(artifact, threads=1, prefix_cache=False) as llm:
         embeds = llm.artifact.task == "embed"
         found = llm.embed(prompts) if embeds else llm.score(prompts)
     for prompt, got in zip(prompts, found, strict=True):

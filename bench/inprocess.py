@@ -90,7 +90,9 @@ def engine_rates(artifact: Path, threads: int, prompt_tokens: int, output_tokens
     """The engine as `xllm.LLM` and the server use it, timed where its outputs leave it."""
     arrivals: queue.SimpleQueue[tuple[float, list[TokenOutput]]] = queue.SimpleQueue()
     opened = Artifact.open(artifact)
-    engine, _ = open_engine(opened, lambda items: arrivals.put((time.perf_counter(), items)), threads=threads)
+    engine, _ = open_engine(
+        opened, lambda items: arrivals.put((time.perf_counter(), items)), threads=threads, prefix_cache=False
+    )
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_tokens)
     found = []
     try:

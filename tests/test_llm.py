@@ -87,6 +87,19 @@ def test_the_ledger_is_what_the_engine_has(artifact: Path, memory_bytes: int | N
     assert f"{ledger.kv_tokens:,} tokens" in ledger.table()
 
 
+def test_answers_are_the_same_with_and_without_the_prefix_cache(artifact: Path) -> None:
+    prompts = [[*range(1, 60), *range(last)] for last in (5, 9, 1, 9)]
+    answers = []
+    for prefix_cache in (True, False):
+        with LLM(artifact, threads=1, prefix_cache=prefix_cache) as llm:
+            answers.append([llm.generate(prompts, temperature=0, max_tokens=8, ignore_eos=True) for _ in range(2)])
+            assert llm.ledger is not None and llm._engine is not None
+            assert llm.ledger.prefix_note().startswith("on, " if prefix_cache else "off, as asked")
+            cached = llm._engine.stats().cached_tokens
+            assert cached >= 4 * 48 if prefix_cache else cached == 0
+    assert answers[0] == answers[1]
+
+
 def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Artifact.open(artifact)
     with pytest.raises(ArtifactError, match=r"256 tokens needs 2MiB: give --memory \d+MiB"):

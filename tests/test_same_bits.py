@@ -12,7 +12,7 @@ import pytest
 from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
-from xllm.runtime.config import EngineConfig
+from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, StepResult
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
@@ -60,22 +60,38 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def alone(artifact: Artifact) -> dict[str, list[bytes]]:
-    return run(artifact, Schedule(overlapped=False), one_by_one=True)[0]
+    return run(artifact, Schedule(overlapped=False), one_by_one=True, prefix_cache=False)[0]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_same_tokens_and_logit_bits(name: str, artifact: Artifact, alone: dict[str, list[bytes]]) -> None:
-    together, preemptions = run(artifact, SCHEDULES[name])
+    together, stats = run(artifact, SCHEDULES[name])
     assert together == alone
-    assert (preemptions > 0) == name.startswith("preempted")
+    assert (stats.preemptions > 0) == name.startswith("preempted")
 
 
-def requests() -> list[Request]:
-    """Prompts of 1 to 120 tokens; half of them sampled with every feature on."""
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact) -> None:
+    """Few beginnings, cut anywhere, twice each: all of them computed, or started on what others computed."""
+    asked = requests(shared=True)
+    computed, _ = run(artifact, Schedule(), asked=asked, prefix_cache=False)
+    started, stats = run(artifact, SCHEDULES[name], asked=asked)
+    assert started == computed
+    fixed = artifact.plan.kv.fixed_bytes
+    assert (stats.cached_tokens == 0) if fixed else (stats.cached_tokens > stats.looked_up_tokens // 8)
+
+
+def requests(shared: bool = False) -> list[Request]:
+    """Prompts of 1 to 120 tokens; half of them sampled with every feature on. `shared`: cut from three texts that have
+    their first 40 tokens in common, with up to two tokens of their own behind."""
     rng = np.random.default_rng(11)
     made = []
+    texts = rng.integers(0, VOCAB, (3, 120))
+    texts[:, :40] = texts[0, :40]
     for index in range(PROMPTS):
         prompt = tuple(rng.integers(0, VOCAB, int(rng.integers(1, 120))).tolist())
+        if shared:
+            prompt = (*texts[index % 3, : len(prompt)].tolist(), *prompt[: index % 3])
         params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
         if index % 2:
             params = SamplingParams(
@@ -111,8 +127,14 @@ class BitsExecutor(WatchedExecutor):
         return result
 
 
-def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tuple[dict[str, list[bytes]], int]:
-    """Every request's rows (logit bits and token) in order, and how often the engine preempted."""
+def run(
+    artifact: Artifact,
+    schedule: Schedule,
+    one_by_one: bool = False,
+    asked: list[Request] | None = None,
+    prefix_cache: bool = True,
+) -> tuple[dict[str, list[bytes]], EngineStats]:
+    """Every request's rows (logit bits and token) in order, and the engine's figures."""
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
     executor = BitsExecutor(artifact, schedule.threads)
     config = EngineConfig(
@@ -125,11 +147,12 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
         max_chunk=schedule.chunk,
         max_seqs=schedule.max_seqs,
         async_scheduling=schedule.overlapped,
+        prefix_cache=prefix_cache,
         check=True,
     )
     engine = Engine(executor, config, outputs.put)
     engine.start()
-    order = requests()
+    order = list(asked or requests())
     rng = random.Random(schedule.seed)
     rng.shuffle(order)
     waiting, live = list(order), 0
@@ -145,7 +168,7 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
                 if output.token is not None:
                     tokens[output.request_id].append(output.token)
                 live -= output.finish_reason is not None
-        preemptions = engine.stats().preemptions
+        stats = engine.stats()
     finally:
         engine.stop()
     assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
@@ -154,4 +177,4 @@ def run(artifact: Artifact, schedule: Schedule, one_by_one: bool = False) -> tup
         name: [executor.bits[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)]
         for name in sorted(prompts)
     }
-    return rows, preemptions
+    return rows, stats

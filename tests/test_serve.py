@@ -55,8 +55,12 @@ def test_streamed_equals_whole(client: openai.OpenAI) -> None:
         "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         == whole.choices[0].message.content
     )
-    assert parts[-1].usage == whole.usage
+    streamed = parts[-1].usage
     assert whole.usage is not None and whole.usage.completion_tokens == 24
+    assert streamed is not None and streamed.prompt_tokens_details is not None
+    prompt = whole.usage.prompt_tokens
+    assert streamed.prompt_tokens_details.cached_tokens == (prompt - 1) // 16 * 16, "it asked the same again"
+    assert (streamed.prompt_tokens, streamed.completion_tokens) == (prompt, 24)
 
 
 def test_seed_gives_the_same_samples_in_any_company(client: openai.OpenAI) -> None:

@@ -183,6 +183,7 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens of one sequence per step")
     sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels; repeatable")
     sub.add_argument("--no-async-scheduling", action="store_true", help="prepare a step only after the one before")
+    sub.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
 
 
 def _serve_flags(sub: argparse.ArgumentParser) -> None:

@@ -106,7 +106,7 @@ def serve(arguments: argparse.Namespace) -> None:
             artifact = opened.result()
             if artifact.task == "generate":
                 return open_engine(artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
-            for flag in ("chunk", "max_seqs", "no_async_scheduling"):
+            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache"):
                 if getattr(arguments, flag):
                     name = flag.replace("_", "-")
                     raise UsageError(
@@ -258,8 +258,11 @@ def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
 
 
 def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
-    scheduling = {"chunk": arguments.chunk, "async_scheduling": not arguments.no_async_scheduling}
-    return _process(arguments) | scheduling
+    return _process(arguments) | {
+        "chunk": arguments.chunk,
+        "async_scheduling": not arguments.no_async_scheduling,
+        "prefix_cache": not arguments.no_prefix_cache,
+    }
 
 
 def _process(arguments: argparse.Namespace) -> dict[str, Any]:

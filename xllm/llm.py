@@ -56,20 +56,22 @@ def open_engine(
     async_scheduling: bool = True,
     chunk: int | None = None,
     max_seqs: int | None = None,
+    prefix_cache: bool = True,
     progress: Progress | None = None,
     kernel_modules: Sequence[str] = (),
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
-    chunk: prompt tokens of one sequence per step. kernel_modules: files whose kernels the artifact may run.
+    chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
+    the model allows it. kernel_modules: files whose kernels the artifact may run.
     Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
-    ledger = plan_memory(artifact, memory_bytes, max_seqs)
+    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
     executor = CpuExecutor(artifact, host.threads(threads).count, progress=progress, kernel_modules=kernel_modules)
     engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
     engine.start()
@@ -90,6 +92,7 @@ def engine_config(
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
+        prefix_cache=ledger.prefix_cache,
     )
 
 
@@ -146,7 +149,8 @@ class Completion:
 
 class LLM:
     """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
-    turns. require_signature: public key file of who must have signed it."""
+    turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
+    ones have in common with them, where the model allows it; the answers are the same."""
 
     def __init__(
         self,
@@ -154,6 +158,7 @@ class LLM:
         *,
         memory_bytes: int | None = None,
         threads: int | None = None,
+        prefix_cache: bool = True,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
@@ -171,6 +176,7 @@ class LLM:
                 self._outputs.put,
                 memory_bytes=memory_bytes,
                 threads=threads,
+                prefix_cache=prefix_cache,
                 kernel_modules=kernel_modules,
             )
         else:

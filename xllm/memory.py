@@ -11,7 +11,7 @@ from pathlib import Path
 from xllm.artifact import Artifact, ArtifactError
 from xllm.runtime.encoding import state_bytes
 from xllm.runtime.executor import KVSpec, Limits
-from xllm.runtime.kv import PoolPlan, plan_pool
+from xllm.runtime.pages import PoolPlan, plan_pool
 from xllm.targets import host
 
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
@@ -29,6 +29,7 @@ class Ledger:
     arena: int
     pool: PoolPlan
     process: int
+    prefix_cache: bool = True  # asked for
 
     @property
     def kv(self) -> int:
@@ -45,7 +46,17 @@ class Ledger:
     def table(self) -> str:
         token_bytes = self.pool.kv.group_bytes // self.pool.kv.group_tokens
         note = f"{self.kv_tokens:,} tokens of {token_bytes:,} bytes"
-        return _table(self.weights, self.arena, ("KV pages", self.kv, note), self.process)
+        table = _table(self.weights, self.arena, ("KV pages", self.kv, note), self.process)
+        return f"{table}\n  prefix cache: {self.prefix_note()}"
+
+    def prefix_note(self) -> str:
+        """Whether prompts start on what others computed, or why they do not."""
+        if not self.prefix_cache:
+            return "off, as asked"
+        kv = self.pool.kv
+        if kv.fixed_bytes:
+            return f"off, {kv.fixed_bytes:,} bytes of each sequence are state of its whole text: nothing to share"
+        return f"on, in the KV pages that nobody uses, {kv.group_tokens} tokens at a time"
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,9 @@ class RowsLedger:
         return _table(self.weights, self.arena, ("state of a step", self.state, ""), self.process)
 
 
-def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None) -> Ledger:
+def plan_memory(
+    artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None, prefix_cache: bool = True
+) -> Ledger:
     """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free).
 
     Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
@@ -92,7 +105,7 @@ def plan_memory(artifact: Artifact, memory_bytes: int | None, max_seqs: int | No
             f" {_mib(one)}: give --memory {_mib(fixed + one)} or more, or compile with a smaller --max-len",
         )
     pool = plan_pool(spec, limits["max_len"], seqs, kv)
-    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES)
+    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES, prefix_cache)
     if ledger.total > free + artifact.weight_bytes:
         knob = "give a smaller --memory" if memory_bytes else "free some, or compile with a smaller --max-len"
         raise ArtifactError(

@@ -18,7 +18,10 @@ class Xllm:
         self.version = version("xllm")
         self._outputs: queue.SimpleQueue[tuple[float, list[TokenOutput]]] = queue.SimpleQueue()
         self._engine, _ = open_engine(
-            Artifact.open(job.model), lambda items: self._outputs.put((time.perf_counter(), items)), threads=job.threads
+            Artifact.open(job.model),
+            lambda items: self._outputs.put((time.perf_counter(), items)),
+            threads=job.threads,
+            prefix_cache=False,
         )
         self._runs = 0
 

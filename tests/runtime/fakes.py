@@ -36,7 +36,7 @@ class FakeMemory:
     def __init__(self, page_bytes: int):
         self.page_bytes = page_bytes
         self.mapped: dict[int, int] = {}  # address -> page
-        self.where: dict[int, int] = {}  # page -> address
+        self.writable: dict[int, int] = {}  # page -> the one address where it may be written
         self.content: dict[tuple[int, int], int] = {}
         self.end = page_bytes
         self.pages = 0
@@ -49,16 +49,29 @@ class FakeMemory:
         self.pages += count
         return range(self.pages - count, self.pages)
 
-    def map(self, page: int, address: int) -> None:
-        assert address % self.page_bytes == 0 and address not in self.mapped and page not in self.where
-        self.mapped[address], self.where[page] = page, address
+    def map(self, page: int, address: int, writable: bool = True) -> None:
+        assert address % self.page_bytes == 0 and address not in self.mapped
+        self.mapped[address] = page
+        if writable:
+            assert list(self.mapped.values()).count(page) == 1, "a page that others read"
+            assert page not in self.writable, "a page writable by two"
+            self.writable[page] = address
+
+    def copy(self, page: int, address: int, size: int) -> None:
+        assert 0 < size < self.page_bytes and self.writable[self.mapped[address]] == address
+        for (source, offset), value in list(self.content.items()):
+            if source == page and offset < size:
+                self.content[self.mapped[address], offset] = value
 
     def populate(self, address: int) -> None:
         assert address % self.page_bytes == 0
 
     def unmap(self, address: int, pages: int = 1) -> None:
         for offset in range(pages):
-            del self.where[self.mapped.pop(address + offset * self.page_bytes)]
+            at = address + offset * self.page_bytes
+            page = self.mapped.pop(at)
+            if self.writable.get(page) == at:
+                del self.writable[page]
 
     def export_page(self, page: int) -> PageTicket:
         raise NotImplementedError
@@ -67,10 +80,11 @@ class FakeMemory:
         raise NotImplementedError
 
     def release(self) -> None:
-        self.mapped, self.where = {}, {}
+        self.mapped, self.writable = {}, {}
 
     def write(self, address: int, value: int) -> None:
         base = address // self.page_bytes * self.page_bytes
+        assert self.writable.get(self.mapped[base]) == base, "a write to a shared page"
         self.content[self.mapped[base], address - base] = value
 
     def read(self, address: int) -> int:
@@ -154,6 +168,8 @@ class FakeExecutor:
         self.largest_step = max(self.largest_step, total)
         for row in batch.rows:
             sequence = self.sequences[row.slot]
+            if sequence.launched < 0:
+                sequence.launched = row.start  # what is before it was cached
             assert row.start == sequence.launched, "positions are not contiguous"
             assert row.start + len(row.tokens) <= self.limits.max_len
             assert len(row.tokens) >= 1
@@ -206,7 +222,7 @@ class FakeExecutor:
 class _Slot:
     request: Request
     length: int  # tokens known or sampled in flight
-    launched: int = 0
+    launched: int = -1
 
 
 @dataclass
@@ -226,6 +242,7 @@ class Rig:
     queue_limit: int = 1000
     real_memory: bool = False
     premap: bool = False
+    prefix_cache: bool = True
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
@@ -242,6 +259,7 @@ class Rig:
             admit_below=self.admit_below,
             async_scheduling=self.async_scheduling,
             premap=self.premap,
+            prefix_cache=self.prefix_cache,
             check=True,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))

@@ -181,7 +181,7 @@ def test_a_mapping_that_fails_ends_one_request(overlap):
     for _ in range(3):
         rig.turn()
 
-    def refuse(page, address):
+    def refuse(page, address, writable=True):
         raise MemoryFault("memory_unavailable", "mmap failed")
 
     rig.memory.map, works = refuse, rig.memory.map

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.runtime.fakes import FakeMemory
 from xllm.runtime import InvariantBroken, KVSpec, MemoryFault
-from xllm.runtime.kv import KvPool, PageState, PoolPlan, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import PageState, PoolPlan, plan_pool
 from xllm.runtime.xtensor import MAX_MAPPINGS, choose_page_bytes
 
 PAGE = 4096
@@ -166,7 +167,7 @@ def test_an_idle_pool_gets_pages_ready():
 def test_a_failed_mapping_loses_no_page():
     pool = make_pool()
 
-    def refuse(page, address):
+    def refuse(page, address, writable=True):
         raise MemoryFault("memory_unavailable", "mmap failed")
 
     slot = pool.start(16)

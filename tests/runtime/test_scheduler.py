@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.runtime.fakes import request
 from xllm.runtime import KVSpec
-from xllm.runtime.kv import PoolPlan
+from xllm.runtime.pages import PoolPlan
 from xllm.runtime.scheduler import Budget, Decision, Queues, chunk, decide
 from xllm.runtime.sequence import Sequence, State
 

@@ -12,7 +12,8 @@ import pytest
 
 from xllm.runtime import KVSpec, MemoryFault
 from xllm.runtime import xtensor as module
-from xllm.runtime.kv import KvPool, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import plan_pool
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 PAGE = 64 << 10
@@ -66,6 +67,30 @@ def test_writing_a_hole_is_a_fault_not_corruption():
         "ctypes.memset(a, 1, 1)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -11
+
+
+@linux
+def test_writing_where_a_page_is_shared_is_a_fault():
+    code = (
+        "import ctypes; from xllm.runtime.xtensor import LinuxMemory; m = LinuxMemory(65536); a = m.reserve(131072)\n"
+        "(p,) = m.create_pages(1); m.map(p, a); ctypes.memset(a, 1, 65536); m.map(p, a + 65536, writable=False)\n"
+        "print(ctypes.string_at(a + 65536, 2), flush=True)\n"
+        "ctypes.memset(a + 65536, 2, 1)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (ran.returncode, ran.stdout) == (-11, b"b'\\x01\\x01'\n")
+
+
+@linux
+def test_the_start_of_a_page_is_copied_wherever_it_is_mapped(memory):
+    base = memory.reserve(2 * PAGE)
+    source, target = memory.create_pages(2)
+    memory.map(source, base)
+    view(base, PAGE)[:] = 7
+    memory.unmap(base)
+    memory.map(target, base + PAGE)
+    memory.copy(source, base + PAGE, 1000)
+    assert (view(base + PAGE, 1000) == 7).all() and not view(base + PAGE + 1000, PAGE - 1000).any()
 
 
 @linux

@@ -66,7 +66,9 @@ def profile(
                 held.append(ceilings(probe))
         if any(shape.decode for shape in shapes):
             arrivals: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-            engine = Engine(executor, engine_config(artifact, plan_memory(artifact, None)), arrivals.put)
+            engine = Engine(
+                executor, engine_config(artifact, plan_memory(artifact, None, prefix_cache=False)), arrivals.put
+            )
             engine.start()
             for at, shape in enumerate(shapes):
                 if shape.decode:

@@ -18,7 +18,9 @@ class EngineConfig:
     memory is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
-    a background thread. check: assert all invariants after each step (for tests; cost grows with pages).
+    a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
+    for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
+    cost grows with pages).
     """
 
     kv_bytes: int
@@ -32,6 +34,7 @@ class EngineConfig:
     admit_below: float = 0.95
     async_scheduling: bool = True
     premap: bool = True
+    prefix_cache: bool = True
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -59,7 +62,9 @@ class EngineStats:
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
-    background thread. refusal: "code: message" once no request is taken any more (stopping, draining, failed).
+    background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
+    in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
+    once no request is taken any more (stopping, draining, failed).
     """
 
     running: int = 0
@@ -83,4 +88,8 @@ class EngineStats:
     hidden_maps: int = 0
     unmaps: int = 0
     kv_waste_bytes: int = 0
+    looked_up_tokens: int = 0
+    cached_tokens: int = 0
+    cached_pages: int = 0
+    evictions: int = 0
     refusal: str | None = None

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xllm.runtime.config import EngineConfig, EngineStats
-from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, StepError
+from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
-from xllm.runtime.kv import KvPool, PoolPlan
-from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import PageState
+from xllm.runtime.prefix import extend_chain
+from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 
@@ -50,6 +52,10 @@ class Core:
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
+        self._group_tokens = executor.kv.group_tokens
+        # State that does not grow is of the whole text before it: no page of it fits another text.
+        self._cache = config.prefix_cache and not executor.kv.fixed_bytes
+        self._looked_up_tokens = self._cached_tokens = 0
         self._eos = frozenset(config.eos_ids)
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._preemptions = self._wasted_rows = self._failed_steps = 0
@@ -70,9 +76,13 @@ class Core:
 
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
-        queues = Queues(self.running, self.waiting, self.pool.plan.spans - len(self.running) - len(self.leaving))
-        decision = decide(queues, self.budget, self.pool.free_pages, self._clock())
+        slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
+        found, later = self._look_up(slots) if self._cache and self.waiting else ([], [])
+        waiting = [sequence for sequence in self.waiting if sequence not in later] if later else self.waiting
+        decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
+        for sequence in found[len(decision.admitted) :]:
+            sequence.computed = 0
         for victim in decision.preempted:
             self._preempt(victim)
         self._admit(decision)
@@ -143,6 +153,10 @@ class Core:
             hidden_maps=figures.hidden_maps,
             unmaps=figures.unmaps,
             kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
+            looked_up_tokens=self._looked_up_tokens,
+            cached_tokens=self._cached_tokens,
+            cached_pages=figures.states[PageState.CACHED],
+            evictions=figures.evictions,
         )
 
     def check(self) -> None:
@@ -171,13 +185,67 @@ class Core:
             if found:
                 raise InvariantBroken(f"engine: {problem}")
 
+    def _look_up(self, slots: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Find the cached part of those that this step could admit; at least one token is always left to compute. The
+        second list are those that had better wait: an older prompt is about to compute what they would need next."""
+        found: list[Sequence] = []
+        later: list[Sequence] = []
+        ahead = [sequence for sequence in self.running if sequence.written < sequence.prompt_tokens]
+        tokens = self.budget.tokens
+        for sequence in self.waiting:
+            if tokens <= 0 or len(found) == slots:
+                break
+            groups = (len(sequence.tokens) - 1) // self._group_tokens
+            chain = self._chain(sequence, groups)
+            matched = self.pool.match(chain)
+            if matched < groups and any(self._will_have(other, chain, matched) for other in ahead):
+                later.append(sequence)
+                continue
+            sequence.computed = matched * self._group_tokens
+            tokens -= min(sequence.remaining, self.budget.max_chunk)
+            found.append(sequence)
+            ahead.append(sequence)
+        return found, later
+
+    def _will_have(self, older: Sequence, chain: list[bytes], group: int) -> bool:
+        """Does the prompt of a sequence that is not through with it contain this group of another text?"""
+        return group < older.prompt_tokens // self._group_tokens and older.chain[group] == chain[group]
+
+    def _chain(self, sequence: Sequence, groups: int) -> list[bytes]:
+        """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
+        if not self._cache:
+            return []
+        extend_chain(sequence.chain, sequence.tokens, self._group_tokens, sequence.request.cache_salt)
+        return sequence.chain[:groups]
+
+    def _publish(self, sequence: Sequence) -> None:
+        self.pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
+        self._expect(sequence)
+
+    def _expect(self, sequence: Sequence) -> None:
+        """Publish again when the next page is complete, and when the prompt is."""
+        end = self.pool.tokens_complete(sequence.slot)
+        if sequence.written < sequence.prompt_tokens:
+            end = min(end, sequence.prompt_tokens)
+        sequence.publish_at = end
+
     def _admit(self, decision: Decision) -> None:
-        del self.waiting[: len(decision.admitted)]
         for sequence in decision.admitted:
-            sequence.slot = self.pool.start(sequence.remaining)
+            self.waiting.remove(sequence)
+            found = sequence.computed
+            sequence.slot = self.pool.start(
+                found + sequence.remaining, self._chain(sequence, found // self._group_tokens)
+            )
             sequence.state = State.RUNNING
-            self.running.append(sequence)
-            self._recomputed_tokens += sequence.recompute
+            sequence.written = found
+            if self._cache:
+                self._expect(sequence)
+                if not sequence.recompute:
+                    sequence.cached = found
+                    self._cached_tokens += found
+                    self._looked_up_tokens += sequence.prompt_tokens
+            insort(self.running, sequence, key=_order)
+            self._recomputed_tokens += max(0, sequence.recompute - found)
             try:
                 self.executor.attach(sequence.slot, sequence.request, sequence.generated)
             except StepError as error:
@@ -206,11 +274,15 @@ class Core:
     def _accept(self, rows: tuple[Grant, ...], result: StepResult) -> None:
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
         sampled = -1
-        for sequence, _, _, sample in rows:
+        for sequence, count, _, sample in rows:
             sequence.flights -= 1
             if sample:
                 sampled += 1
                 sequence.pending -= 1
+            if sequence.finish is None:
+                sequence.written += count
+                if sequence.written >= sequence.publish_at:
+                    self._publish(sequence)
             if sequence.finish is not None:
                 self._wasted_rows += sample
             elif sample and tokens[sampled] < 0:
@@ -230,7 +302,14 @@ class Core:
             self._prompt_tokens += sequence.prompt_tokens
         self.outputs.append(
             TokenOutput(
-                sequence.id, token, index, logprob if wanted else None, best, reason, None, 0, sequence.prompt_tokens
+                sequence.id,
+                token,
+                index,
+                logprob if wanted else None,
+                best,
+                reason,
+                cached_tokens=sequence.cached,
+                prompt_tokens=sequence.prompt_tokens,
             )
         )
         if reason is not None:
@@ -249,7 +328,8 @@ class Core:
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End without a further token."""
         index = len(sequence.tokens) - sequence.prompt_tokens
-        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, 0, sequence.prompt_tokens))
+        known = (sequence.cached, sequence.prompt_tokens)
+        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, *known))
         self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -276,40 +356,16 @@ class Core:
         """Return slot and pages. A sequence that is not finished was preempted: it waits to be computed again."""
         self.leaving.remove(sequence)
         self.executor.detach(sequence.slot)
-        self.pool.finish(sequence.slot)
+        known = 0 if sequence.finish == "error" else sequence.written // self._group_tokens
+        self.pool.finish(sequence.slot, self._chain(sequence, known))
         sequence.recompute = sequence.computed
         sequence.slot, sequence.pages, sequence.capacity, sequence.computed = -1, 0, 0, 0
+        sequence.written = 0
         if sequence.finish is None:
             sequence.state = State.WAITING
             self.add(sequence)
         else:
             sequence.state = State.DONE
-
-
-def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> Sequence:
-    """A sequence for an acceptable request; its order is set when it is queued. Raises RequestRefused for one that can
-    never run."""
-    prompt, wanted = len(request.prompt), request.params.max_tokens
-    # The last token is never fed back, so its KV needs no room.
-    capacity = plan.tokens_for(plan.pages) + 1
-    if prompt == 0:
-        raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-        bad = next(token for token in request.prompt if not 0 <= token < vocab)
-        raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
-    for token in request.params.logit_bias:
-        if not 0 <= token < vocab:
-            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
-    if prompt + (wanted or 1) > max_len:
-        asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
-        raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
-    if prompt + (wanted or 1) > capacity:
-        raise RequestRefused(
-            "exceeds_capacity",
-            f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
-            "give the engine more memory",
-        )
-    return Sequence(request, wanted or min(max_len, capacity) - prompt)
 
 
 def _order(sequence: Sequence) -> int:

@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import get_args
 
 from xllm.runtime.config import EngineConfig, EngineStats
-from xllm.runtime.core import Core, Flight, new_sequence
+from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
 from xllm.runtime.executor import Executor
-from xllm.runtime.kv import KvPool, plan_pool
+from xllm.runtime.kv import KvPool
+from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
-from xllm.runtime.sequence import Sequence
+from xllm.runtime.sequence import Sequence, new_sequence
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
 
 log = logging.getLogger("xllm.runtime")

@@ -3,79 +3,25 @@
 A slot is a virtual span of max_len tokens. Its pages are mapped from the front; the first `committed` ones are promised
 to the sequence, later ones are mapped ahead and may be taken back. Finished spans keep their pages mapped (Reusable)
 for the next sequence of like length. A reused page still holds old bytes: nobody reads them, because kernels read
-positions 0..p of a span only, and all of those were written by its present owner.
+positions 0..p of a span only, and all of those were written by its present owner, or by the one it shares a page with.
+
+Complete pages become part of the prefix cache while their writer still lives (see prefix); other spans map them
+read-only. When their writer ends its span is emptied, and they wait, mapped nowhere, for the next use or to be evicted.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from xllm.runtime.errors import InvariantBroken, MemoryFault
-from xllm.runtime.executor import KVSpec
-from xllm.runtime.xtensor import PageMemory, choose_page_bytes
+from xllm.runtime.pages import PageState, PoolFigures, PoolPlan
+from xllm.runtime.prefix import NO_MATCH, Match, PrefixIndex
+from xllm.runtime.xtensor import PageMemory
 
 AHEAD_PAGES = 8
-
-
-class PageState(IntEnum):
-    """Free: nobody's. Allocated: taken, about to be mapped. Mapped: in the span of a live sequence. Reusable: in the
-    span of no sequence, still mapped."""
-
-    FREE = 0
-    ALLOCATED = 1
-    MAPPED = 2
-    REUSABLE = 3
-
-
-@dataclass(frozen=True)
-class PoolPlan:
-    """Sizes of a pool, all fixed before serving. A span is `span_pages` long; there are `spans` of them."""
-
-    kv: KVSpec
-    page_bytes: int
-    pages: int
-    span_pages: int
-    spans: int
-
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens of one sequence, in whole token groups."""
-        return -(-self.kv.bytes_for(tokens) // self.page_bytes)
-
-    def tokens_for(self, pages: int) -> int:
-        """Most tokens of one sequence that `pages` pages hold."""
-        return self.kv.tokens_in(pages * self.page_bytes)
-
-    def waste_bytes(self, tokens: int) -> int:
-        """Memory a sequence of `tokens` tokens is promised but does not use: always less than one page."""
-        return self.pages_for(tokens) * self.page_bytes - self.kv.bytes_for(tokens)
-
-
-def plan_pool(kv: KVSpec, max_len: int, max_seqs: int, kv_bytes: int, page_bytes: int | None = None) -> PoolPlan:
-    """Divide `kv_bytes` into pages for `max_seqs` spans of `max_len` tokens. Raises MemoryFault (pool_too_small) when
-    not even one page fits. More pages than all spans can hold together are not made."""
-    span_bytes = kv.bytes_for(max_len)
-    page_bytes = page_bytes or choose_page_bytes(kv_bytes, span_bytes, max_seqs)
-    span_pages = -(-span_bytes // page_bytes)
-    pages = min(kv_bytes // page_bytes, span_pages * max_seqs)
-    if pages < 1:
-        raise MemoryFault(
-            "pool_too_small", f"{kv_bytes} bytes of KV memory hold no page of {page_bytes} bytes; raise it"
-        )
-    return PoolPlan(kv, page_bytes, pages, span_pages, max_seqs)
-
-
-@dataclass(frozen=True)
-class PoolFigures:
-    """Pages by state now, and counters since start: critical maps happened while a step waited, hidden ones in the
-    background."""
-
-    states: dict[PageState, int]
-    critical_maps: int
-    hidden_maps: int
-    unmaps: int
 
 
 @dataclass
@@ -85,6 +31,9 @@ class _Span:
     live: bool = False
     committed: int = 0
     goal: int = 0  # pages worth having mapped, known from the prompt
+    match: Match = NO_MATCH  # what the sequence starts on
+    held: list[int] = field(default_factory=list)  # cached pages it uses: those of the match, then its own
+    offered: int = 0  # pages up to here are complete and were offered to the cache
 
 
 class KvPool:
@@ -103,14 +52,15 @@ class KvPool:
         self._spans = [_Span(base + slot * span_bytes, []) for slot in range(plan.spans)]
         self._free = list(reversed(memory.create_pages(plan.pages)))
         self._state = {page: PageState.FREE for page in self._free}
-        self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is
+        self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is, if it is not cached
+        self._cache = PrefixIndex(plan.kv, plan.page_bytes)
         self._committed = 0
         self._live = 0
         self._reusable = 0
         # Idle slots by how many pages they have: a start looks at a handful of lengths, not at every slot.
         self._idle: dict[int, list[int]] = {0: list(reversed(range(plan.spans)))}
         self._hungry: dict[int, None] = {}  # live slots with fewer pages ahead than they should have, longest first
-        self._critical_maps = self._hidden_maps = self._unmaps = 0
+        self._critical_maps = self._hidden_maps = self._unmaps = self._evictions = 0
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -121,18 +71,31 @@ class KvPool:
         """Pages no sequence was promised (whether or not something is mapped)."""
         return self.plan.pages - self._committed
 
-    def start(self, tokens: int) -> int:
-        """Give a span to a new sequence that will soon need `tokens` tokens; returns its slot. At most `spans` live."""
+    def match(self, chain: Sequence[bytes]) -> int:
+        """How many groups of a text are cached. They stay until the next `grow` at least."""
+        with self._lock:
+            return self._cache.match(chain).groups
+
+    def start(self, tokens: int, chain: Sequence[bytes] = ()) -> int:
+        """Give a span to a new sequence that will soon need `tokens` tokens; returns its slot. At most `spans` live.
+        `chain` is the cached text it starts on, as long as `match` found it: the first `grow` maps it."""
         with self._lock:
             wanted = self.plan.pages_for(tokens)
-            slot = self._take_idle(min(self._idle, key=lambda length: self._cost_of(length, wanted)))
+            match = self._cache.match(chain)
+            cost = self._cost_of if not match.groups else lambda length, _: (length,)
+            slot = self._take_idle(min(self._idle, key=lambda length: cost(length, wanted)))
             span = self._spans[slot]
-            span.live, span.goal, span.committed = True, wanted, 0
+            span.live, span.goal, span.committed, span.offered = True, wanted, 0, len(match.shared)
+            span.match, span.held = match, [*match.shared, *([match.tail] if match.size else [])]
             self._live += 1
             self._reusable -= len(span.pages)
             for page in span.pages:
                 self._state[page] = PageState.MAPPED
-            self._feed(slot)
+            for page in span.held:
+                self._cache.hold(page)
+                self._state[page] = PageState.MAPPED
+            if not match.groups:
+                self._feed(slot)
             self._work.notify()
             return slot
 
@@ -150,23 +113,47 @@ class KvPool:
         with self._lock:
             if self._committed + needed - span.committed > self.plan.pages:
                 raise MemoryFault("memory_unavailable", f"slot {slot} needs {needed} pages, {self.free_pages} are free")
+            fresh = span.match.groups > 0 and not span.committed
+            if fresh:
+                self._adopt(slot)
             while len(span.pages) < needed:
                 self._map_next(slot, self._take_page(slot))
                 self._critical_maps += 1
+                if fresh and span.match.tail in span.held:
+                    at = span.base + (len(span.pages) - 1) * self.plan.page_bytes
+                    self._memory.copy(span.match.tail, at, span.match.size)
+                    self._drop(span.held.pop())
             self._committed += needed - span.committed
             span.committed = needed
             self._feed(slot)
 
-    def finish(self, slot: int) -> None:
-        """End a sequence: its pages stay mapped for the next one. No launched step may still reference the slot."""
+    def tokens_complete(self, slot: int) -> int:
+        """Tokens of a live slot that must be written until its next page can be cached."""
+        return self._cache.groups_of(self._spans[slot].offered).stop * self.plan.kv.group_tokens
+
+    def offer(self, slot: int, chain: Sequence[bytes]) -> None:
+        """Cache the pages of a live slot whose written text is `chain`. From an incomplete last one others copy."""
+        with self._lock:
+            self._offer(slot, chain)
+
+    def finish(self, slot: int, chain: Sequence[bytes] = ()) -> None:
+        """End a sequence: its pages stay mapped for the next one, or in the cache where `chain` names the text written
+        to them. No launched step may still reference the slot."""
         with self._lock:
             span = self._spans[slot]
+            self._offer(slot, chain)
             self._committed -= span.committed
             self._live -= 1
-            self._reusable += len(span.pages)
-            span.live, span.committed, span.goal = False, 0, 0
+            self._reusable += sum(page in self._owner for page in span.pages)
+            span.live, span.committed, span.goal, span.match = False, 0, 0, NO_MATCH
             for page in span.pages:
-                self._state[page] = PageState.REUSABLE
+                if page in self._owner:
+                    self._state[page] = PageState.REUSABLE
+            if span.held:
+                # The last page first: what comes later in a text is useless without what comes before it.
+                self._empty(slot)
+                while span.held:
+                    self._drop(span.held.pop())
             self._add_idle(slot)
             self._hungry.pop(slot, None)
             self._work.notify()
@@ -217,24 +204,32 @@ class KvPool:
 
     def figures(self) -> PoolFigures:
         with self._lock:
-            mapped = len(self._owner) - self._reusable
-            allocated = self.plan.pages - len(self._free) - len(self._owner)
-            states = (len(self._free), allocated, mapped, self._reusable)
+            cached = self._cache.unused
+            mapped = len(self._owner) - self._reusable + len(self._cache) - cached
+            allocated = self.plan.pages - len(self._free) - len(self._owner) - len(self._cache)
+            states = (len(self._free), allocated, mapped, self._reusable, cached)
             by_state = dict(zip(PageState, states, strict=True))
-            return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps)
+            return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps, self._evictions)
 
     def check(self) -> None:
         """Assert the invariants: every page has one state and one owner, and all counters agree. Raises
         InvariantBroken."""
         with self._lock:
             counts = Counter(self._state.values())
-            held = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
+            placed = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
+            held = [(slot, page) for slot, page in placed if page not in self._cache]
+            uses = Counter(page for span in self._spans for page in span.held)
             live = [span for span in self._spans if span.live]
             _require(len(self._state) == self.plan.pages == sum(counts.values()), "states do not sum up to the pool")
             _require({page: slot for slot, page in held} == self._owner, "a page is in a span that does not own it")
             _require(len(held) == len(self._owner), "a page is in two places")
             _require(len(set(self._free)) == len(self._free) == counts[PageState.FREE], "the free list is wrong")
             _require(not self._owner.keys() & set(self._free), "a free page has an owner")
+            _require(self._cache.uses == {page: uses[page] for page in self._cache.uses}, "uses are miscounted")
+            _require(uses.keys() <= self._cache.uses.keys(), "a page in use is not cached any more")
+            _require(not self._cache.uses.keys() & {*self._free, *self._owner}, "a cached page is somebody's")
+            _require(counts[PageState.CACHED] == self._cache.unused, "cached pages are in the wrong state")
+            _require(all(page in self._spans[slot].held for slot, page in placed if page in self._cache), "unheld page")
             for slot, page in held:
                 state = PageState.MAPPED if self._spans[slot].live else PageState.REUSABLE
                 _require(self._state[page] == state, f"page {page} is {self._state[page].name}, not {state.name}")
@@ -283,13 +278,20 @@ class KvPool:
         span.pages.append(page)
 
     def _take_page(self, slot: int) -> int:
-        """A page for a step that waits: free, else from an idle span, else one that another sequence has ahead."""
+        """A page for a step that waits: free, else from an idle span, else from the cache, else one that another
+        sequence has ahead. When all is promised, what it was to copy from is left: it goes on in that page itself."""
         if self._free:
             return self._free.pop()
         if self._reusable:
             return self._reclaim()
+        if self._cache.unused:
+            self._evictions += 1
+            return self._cache.evict()
         spare = (other for other, span in enumerate(self._spans) if span.live and other != slot)
-        return self._unmap_last(max(spare, key=lambda other: self._ahead(other)))
+        richest = max(spare, key=self._ahead, default=slot)
+        if richest != slot and self._ahead(richest):
+            return self._unmap_last(richest)
+        return self._cache.take(self._spans[slot].held.pop())
 
     def _reclaim(self) -> int:
         """Take the last page of the shortest idle span: long spans stay whole for long sequences."""
@@ -308,6 +310,54 @@ class KvPool:
         page = span.pages.pop()
         del self._owner[page]
         return page
+
+    def _adopt(self, slot: int) -> None:
+        """Map the cached pages a sequence starts on, read-only, in place of what its span had."""
+        span = self._spans[slot]
+        self._empty(slot)
+        for page in span.match.shared:
+            self._memory.map(page, span.base + len(span.pages) * self.plan.page_bytes, writable=False)
+            span.pages.append(page)
+
+    def _empty(self, slot: int) -> None:
+        """Turn a span into one hole; its pages are free then, except for cached ones."""
+        span = self._spans[slot]
+        if span.pages:
+            self._memory.unmap(span.base, len(span.pages))
+        self._unmaps += bool(span.pages)
+        for page in span.pages:
+            if self._owner.pop(page, None) is not None:
+                self._reusable -= not span.live
+                self._release(page)
+        span.pages = []
+
+    def _offer(self, slot: int, chain: Sequence[bytes]) -> None:
+        span = self._spans[slot]
+        while span.offered < len(span.pages) and self._cache.groups_of(span.offered).stop <= len(chain):
+            self._cache_page(slot, span.offered, chain)
+            span.offered += 1
+        if span.offered < len(span.pages) and self._cache.groups_of(span.offered).start < len(chain):
+            self._cache_page(slot, span.offered, chain)
+
+    def _cache_page(self, slot: int, index: int, chain: Sequence[bytes]) -> None:
+        span = self._spans[slot]
+        added, gone = self._cache.add(span.pages[index], index, chain)
+        if added:
+            del self._owner[span.pages[index]]
+            self._cache.hold(span.pages[index])
+            span.held.append(span.pages[index])
+        for page in gone:
+            self._release(page)
+
+    def _drop(self, page: int) -> None:
+        if not self._cache.drop(page):
+            self._release(page)
+        elif not self._cache.uses[page]:
+            self._state[page] = PageState.CACHED
+
+    def _release(self, page: int) -> None:
+        self._state[page] = PageState.FREE
+        self._free.append(page)
 
     def _ahead(self, slot: int) -> int:
         return len(self._spans[slot].pages) - self._spans[slot].committed

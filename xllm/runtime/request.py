@@ -71,13 +71,14 @@ def _within(name: str, value: float, low: float, high: float, finite: bool = Fal
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
     apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
-    order: order is that of `submit`)."""
+    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix."""
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     sample_index: int = 0
     arrival: float = 0.0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class TokenOutput:
     `index` counts generated tokens from 0; a token that ends the request by EOS or stop id is delivered with
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
+    `cached_tokens` of the prompt were found in the prefix cache.
     """
 
     request_id: str

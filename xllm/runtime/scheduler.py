@@ -14,7 +14,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from xllm.runtime.kv import PoolPlan
+from xllm.runtime.pages import PoolPlan
 from xllm.runtime.sequence import Sequence
 
 
@@ -32,7 +32,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Queues:
-    """The scheduler's view. `running` (they hold slots) and `waiting` are in order of arrival."""
+    """The scheduler's view. `running` (they hold slots) and `waiting` are in order of arrival; what is `computed` of a
+    waiting one is cached."""
 
     running: Ordered[Sequence]
     waiting: Ordered[Sequence]
@@ -155,14 +156,14 @@ class _Step:
             if len(admitted) == self.queues.free_slots:
                 self.why.append(f"{sequence.id}: no free slot")
                 break
-            needed = self.pool.pages_for(sequence.remaining)
+            needed = self.pool.pages_for(sequence.computed + sequence.remaining)
             alone = not self.queues.running and not admitted
             limit = self.pool.pages if alone else self.limits.admit_pages
             if used + promised + needed > limit:
                 self.why.append(f"{sequence.id}: needs {needed} pages, {limit - used - promised} may be promised")
                 break
             tokens = chunk(0, sequence.remaining, self.limits.max_chunk, self.tokens)
-            pages = self.pool.pages_for(tokens)
+            pages = self.pool.pages_for(sequence.computed + tokens)
             self.grant(sequence, tokens, pages)
             used, promised = used + pages, promised + needed - pages
             admitted.append(sequence)

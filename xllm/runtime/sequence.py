@@ -2,14 +2,18 @@
 
 `computed` tokens have their KV written or being written by a launched step; `pending` sampled tokens are in flight,
 their ids not known here yet. `remaining` tokens must still pass through the model; a row that covers all of them
-samples the next token. A decode is just the case where one remains.
+samples the next token. A decode is just the case where one remains. `written` tokens have their KV written by steps
+that have ended well: these others may start on.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Ordered
 from enum import Enum
 
+from xllm.runtime.errors import RequestRefused
+from xllm.runtime.pages import PoolPlan
 from xllm.runtime.request import FinishReason, Request
 
 
@@ -28,7 +32,9 @@ class Sequence:
     `max_outputs` the most tokens it may generate, known at submission."""
 
     __slots__ = (
+        "cached",
         "capacity",
+        "chain",
         "computed",
         "finish",
         "flights",
@@ -38,11 +44,13 @@ class Sequence:
         "pending",
         "pending_row",
         "prompt_tokens",
+        "publish_at",
         "recompute",
         "request",
         "slot",
         "state",
         "tokens",
+        "written",
     )
 
     def __init__(self, request: Request, max_outputs: int, order: int = 0):
@@ -61,6 +69,10 @@ class Sequence:
         self.pending_row = -1  # of the last sampled token in flight, in its step's vector
         self.flights = 0  # launched steps that refer to the slot
         self.recompute = 0  # tokens whose KV preemption has thrown away
+        self.written = 0
+        self.publish_at = sys.maxsize  # `written` then completes a page for the prefix cache
+        self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
+        self.cached = 0  # prompt tokens found in the prefix cache
 
     @property
     def id(self) -> str:
@@ -98,3 +110,29 @@ class Sequence:
         if stops and generated >= params.min_tokens:
             return "stop"
         return "length" if generated >= self.max_outputs else None
+
+
+def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> Sequence:
+    """A sequence for an acceptable request; its order is set when it is queued. Raises RequestRefused for one that can
+    never run."""
+    prompt, wanted = len(request.prompt), request.params.max_tokens
+    # The last token is never fed back, so its KV needs no room.
+    capacity = plan.tokens_for(plan.pages) + 1
+    if prompt == 0:
+        raise RequestRefused("empty_prompt", "the prompt has no tokens")
+    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
+        bad = next(token for token in request.prompt if not 0 <= token < vocab)
+        raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
+    for token in request.params.logit_bias:
+        if not 0 <= token < vocab:
+            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
+    if prompt + (wanted or 1) > max_len:
+        asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
+        raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
+    if prompt + (wanted or 1) > capacity:
+        raise RequestRefused(
+            "exceeds_capacity",
+            f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
+            "give the engine more memory",
+        )
+    return Sequence(request, wanted or min(max_len, capacity) - prompt)

@@ -64,8 +64,13 @@ class PageMemory(Protocol):
         """Ids of `count` new pages. Memory is taken when a page is first touched or populated."""
         ...
 
-    def map(self, page: int, address: int) -> None:
-        """Put a page at an address of a reserved range, in place of the hole or page that was there."""
+    def map(self, page: int, address: int, writable: bool = True) -> None:
+        """Put a page at an address of a reserved range, in place of the hole or page that was there. Where it is not
+        writable, a write is a fault."""
+        ...
+
+    def copy(self, page: int, address: int, size: int) -> None:
+        """Copy the first `size` bytes of a page, mapped anywhere or not, to a writable address."""
         ...
 
     def populate(self, address: int) -> None:
@@ -150,13 +155,23 @@ class LinuxMemory:
         self._created += count
         return range(first, first + count)
 
-    def map(self, page: int, address: int) -> None:
-        ticket = self._imported.get(page)
-        fd, offset = (self._fd, page * self._page_bytes) if ticket is None else (ticket.fd, ticket.offset)
-        self._mmap(address, self._page_bytes, _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED, fd, offset)
+    def map(self, page: int, address: int, writable: bool = True) -> None:
+        ticket = self.export_page(page)
+        protection = _PROT_READ | _PROT_WRITE if writable else _PROT_READ
+        self._mmap(address, self._page_bytes, protection, _MAP_SHARED | _MAP_FIXED, ticket.fd, ticket.offset)
         if self._huge_pages == "transparent":
             # Advice only: a refusal leaves ordinary pages, which work.
             self._libc.madvise(address, self._page_bytes, _MADV_HUGEPAGE)
+
+    def copy(self, page: int, address: int, size: int) -> None:
+        ticket = self.export_page(page)
+        there = (ctypes.c_ubyte * size).from_address(address)
+        try:
+            copied = os.preadv(ticket.fd, [there], ticket.offset)
+        except OSError as error:
+            raise _fault("preadv", error.errno, f"{size} bytes of a page") from None
+        if copied != size:
+            raise MemoryFault("memory_unavailable", f"{copied} of {size} bytes of a page could be copied")
 
     def populate(self, address: int) -> None:
         if self._libc.madvise(address, self._page_bytes, _MADV_POPULATE_WRITE) == 0:

@@ -42,6 +42,7 @@ class Record:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finish_reasons: str = ""
+    tenant: str = ""  # digest of the API key
 
 
 def record(scope: Scope) -> Record:
@@ -84,7 +85,7 @@ class Gate:
 
         self._recorder.requests_in += 1
         try:
-            self._authorize(scope, headers)
+            entry.tenant = self._authorize(scope, headers)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             failure = _api_error(error)
@@ -95,9 +96,10 @@ class Gate:
             self._recorder.status(entry.status)
             _write_log(scope, entry)
 
-    def _authorize(self, scope: Scope, headers: dict[bytes, str]) -> None:
+    def _authorize(self, scope: Scope, headers: dict[bytes, str]) -> str:
+        """The tenant: a digest of the key, empty where none is needed."""
         if self._keys is None or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
-            return
+            return ""
         scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
         if not key:
@@ -105,6 +107,7 @@ class Gate:
             raise ApiError(401, "missing_api_key", message, headers={"www-authenticate": "Bearer"})
         if key not in self._keys:
             raise ApiError(401, "invalid_api_key", "the API key is not valid", headers={"www-authenticate": "Bearer"})
+        return hashlib.sha256(key.encode()).hexdigest()
 
 
 async def send_json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:

@@ -109,6 +109,8 @@ class Recorder:
         yield _gauge("num_waiting_requests", "sequences waiting for admission", engine.waiting)
         yield _gauge("num_free_blocks", "free KV pages", engine.free_pages)
         yield _gauge("num_used_blocks", "used KV pages", used)
+        yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)
+        yield _plain("prefix_cache_evicted_blocks_total", "pages the prefix cache gave up", engine.evictions)
         yield _gauge("kv_cache_utilization_perc", "share of KV pages in use, 0 to 1", share)
         yield _histogram("time_to_first_token_latency_milliseconds", "time to first token", self.first_token, 1000)
         yield _histogram("inter_token_latency_milliseconds", "time between tokens", self.inter_token, 1000)
@@ -123,6 +125,9 @@ class Recorder:
         yield _gauge("vllm:kv_cache_usage_perc", "share of KV pages in use, 0 to 1", share, labels)
         yield _counter("vllm:num_preemptions", "preemptions", [(labels, engine.preemptions)])
         yield _counter("vllm:prompt_tokens", "prompt tokens computed", [(labels, engine.prompt_tokens)])
+        looked_up, cached = engine.looked_up_tokens, engine.cached_tokens
+        yield _counter("vllm:prefix_cache_queries", "prompt tokens looked up in it", [(labels, looked_up)])
+        yield _counter("vllm:prefix_cache_hits", "prompt tokens found in the prefix cache", [(labels, cached)])
         yield _counter("vllm:generation_tokens", "tokens generated", [(labels, engine.generated_tokens)])
         finished = [(labels | {"finished_reason": reason}, count) for reason, count in sorted(self.finished.items())]
         yield _counter("vllm:request_success", "finished sequences", finished)
