@@ -73,7 +73,10 @@ def tokenizer(data: bytes) -> None:
         codec = TextCodec.from_bytes(data)
     except ValueError:
         return
-    ids = codec.encode("ab c\n\u00e9", True)
+    try:
+        ids = codec.encode("ab c\n\u00e9", True)
+    except ApiError:  # no token for some of it
+        ids = []
     codec.decode(ids)
     for token in (*ids, 0, 1 << 20):
         codec.token_bytes(token)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
+from xllm.service.errors import ApiError
 from xllm.service.tokenizer import TextCodec
 
 COUNTS = {"safetensors": 500, "artifact": 400, "tokenizer": 1500, "config": 50, "template": 500,
@@ -34,6 +35,14 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_ours() -> None:
     held["model"] |= {"continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
     with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
         TextCodec.from_bytes(json.dumps(held).encode())
+
+
+def test_a_text_without_tokens_is_an_error_of_the_request() -> None:
+    """Found by fuzzing: a vocabulary without an unknown token, of a kind that wants one."""
+    codec = TextCodec.from_bytes(b'{"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": null}}')
+    assert codec.encode("a", False) == [0]
+    with pytest.raises(ApiError, match="400 untokenizable_text: the text has no tokens under this tokenizer"):
+        codec.encode("b", False)
 
 
 def test_the_seeds_of_what_must_be_refused_are_accepted() -> None:

@@ -41,7 +41,7 @@ class KvPool:
     background.
 
     Commitments alone decide what fits: as long as they sum up to no more than the pool, `grow` succeeds, whatever has
-    been mapped ahead. So scheduling never depends on the background thread's timing.
+    been mapped ahead. What is found in the cache may depend on the background thread's timing; no answer does.
     """
 
     def __init__(self, plan: PoolPlan, memory: PageMemory):

@@ -12,6 +12,7 @@ from os import PathLike, fspath
 
 import tokenizers
 
+from xllm.service.errors import invalid
 from xllm.service.text import Detokenizer
 
 REMEMBERED_TOKENS = 1 << 14  # whose text and bytes are looked up once; logprobs ask for the same ones over and over
@@ -53,7 +54,8 @@ class TextCodec:
         return cls.from_bytes(data)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises ApiError for a text that the tokenizer has no tokens for."""
+        return self._encoding(text, None, add_special_tokens).ids
 
     def encode_pair(self, text: str, other: str, stride: int = 0) -> list[int]:
         """Both texts as one sequence, joined by the special tokens the tokenizer puts between them; `stride` is added
@@ -66,7 +68,7 @@ class TextCodec:
     ) -> list[int]:
         """As `encode`, or `encode_pair`, less the last tokens of the last text where there are more than `limit` in
         all. Raises ValueError when none of that text would be left."""
-        found = self._tokenizer.encode(text, other, add_special_tokens=add_special_tokens)
+        found = self._encoding(text, other, add_special_tokens)
         ids = [token + stride * segment for token, segment in zip(found.ids, found.type_ids, strict=True)]
         excess = len(ids) - limit if limit is not None else 0
         if excess <= 0:
@@ -76,6 +78,13 @@ class TextCodec:
             raise ValueError(f"{len(ids) - len(last)} of the tokens are not of the text that may be cut")
         cut = set(last[-excess:])
         return [token for at, token in enumerate(ids) if at not in cut]
+
+    def _encoding(self, text: str, other: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            with _refusing("the text has no tokens under this tokenizer"):
+                return self._tokenizer.encode(text, other, add_special_tokens=add_special_tokens)
+        except ValueError as error:
+            raise invalid("untokenizable_text", str(error)) from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -125,14 +134,14 @@ class TextCodec:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Whatever the library raises about a file as a ValueError: bare Exception, and for some a panic, which is none."""
+def _refusing(what: str = "tokenizer.json can't be read") -> Iterator[None]:
+    """Whatever the library raises as a ValueError: bare Exception, and for some a panic, which is none."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"tokenizer.json can't be read: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
 
 
 def _has_decoder(tokenizer: tokenizers.Tokenizer, kind: str) -> bool:
