@@ -17,7 +17,7 @@ BUDGET = {
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
     "xllm/targets": 3150,  # what the machine allows: control groups, affinity, nodes
-    "xllm/runtime": 2550,
+    "xllm/runtime": 2600,
     "xllm/service": 3250,
     "xllm/artifact": 1400,
     "xllm/embedded": 1300,
@@ -26,7 +26,7 @@ BUDGET = {
     "xllm": 3050,  # modules at the top, of which llm.py is what Python users see
     "kernels": 6050,
     "bench": 3500,  # a third of it runs peers
-    "tests": 18900,
+    "tests": 19100,
 }
 
 
