@@ -108,6 +108,21 @@ def test_turns_around_cuts_and_products_go() -> None:
     assert moved(after) == [aten.slice.Tensor, aten.slice.Tensor, aten.mul.Tensor]
 
 
+def test_a_sum_that_is_more_than_a_sum_of_turned_values_stays() -> None:
+    """alpha is a keyword: x + 2 y must not become x + y, nor 0 + 2 y become y."""
+
+    def body(b: Builder, x: fx.Node) -> fx.Node:
+        other = b.call(aten.neg.default, x)
+        one, two = (b.call(aten.transpose.int, part, -1, -2) for part in (x, other))
+        summed = b.call(aten.transpose.int, b.call(aten.add.Tensor, one, two, alpha=2), -1, -2)
+        nothing = b.call(aten.zeros_like.default, x)
+        return b.call(aten.add.Tensor, summed, b.call(aten.add.Tensor, nothing, x, alpha=2))
+
+    after, _ = run(Canonicalize(), body)
+    kept = [node.kwargs for node in after.calls() if node.target is aten.add.Tensor and node.kwargs]
+    assert kept == [{"alpha": 2}, {"alpha": 2}]
+
+
 def test_a_cut_along_an_axis_that_is_not_turned_stays_behind_the_turn() -> None:
     def body(b: Builder, x: fx.Node) -> fx.Node:
         turned = b.call(aten.transpose.int, b.call(aten.reshape.default, x, [-1, HEADS, HEAD_DIM]), 0, 1)

@@ -79,7 +79,7 @@ def fake_value(node: fx.Node, mode: FakeTensorMode) -> Any:
 
 
 def _complex(real: torch.Tensor, imaginary: torch.Tensor) -> torch.Tensor:
-    return (real + imaginary).to(torch.complex64)
+    return (real + imaginary).to(real.dtype.to_complex())
 
 
 # Operators of torch that look at the numbers behind symbolic sizes, which are then right at these alone.

@@ -89,7 +89,7 @@ def _drop_identities(editor: Editor, node: fx.Node) -> None:
     off = is_call(node, aten.dropout.default) and node.args[2] is False
     if off or is_call(node, *_IDENTITIES):
         source = node.args[0]
-    elif is_call(node, aten.add.Tensor) and any(map(_is_zero, node.args)):
+    elif is_call(node, aten.add.Tensor) and not node.kwargs and any(map(_is_zero, node.args)):
         source = node.args[0] if _is_zero(node.args[1]) else node.args[1]
     elif is_call(node, aten.cat.default):
         held = [part for part in arguments(node)[0] if 0 not in sizes(part)]
@@ -292,7 +292,7 @@ def _turn_late(editor: Editor, node: fx.Node) -> None:
     if is_call(node, aten.slice.Tensor) and len(parts) == 1 and len(node.args) > 2 and _axis(node) in turns[0]:
         source, _, *bounds = arguments(node)
         cut = [arguments(source)[0], next(other for other in turns[0] if other != _axis(node)) - rank, *bounds]
-    elif len(parts) > 1 and _pointwise(node) and all(turn == turns[0] for turn in turns):
+    elif len(parts) > 1 and _pointwise(node) and not node.kwargs and all(turn == turns[0] for turn in turns):
         if any(sizes(part) != sizes(node) or len(part.users) > 1 for part in parts):
             return
         cut = [arguments(arg)[0] if isinstance(arg, fx.Node) else arg for arg in node.args]

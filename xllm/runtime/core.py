@@ -78,7 +78,8 @@ class Core:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
         found, later = self._look_up(slots) if self._cache and self.waiting else ([], [])
-        waiting = [sequence for sequence in self.waiting if sequence not in later] if later else self.waiting
+        put_off = {sequence.order for sequence in later}
+        waiting = [sequence for sequence in self.waiting if sequence.order not in put_off] if later else self.waiting
         decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for sequence in found[len(decision.admitted) :]:
@@ -190,21 +191,27 @@ class Core:
         second list are those that had better wait: an older prompt is about to compute what they would need next."""
         found: list[Sequence] = []
         later: list[Sequence] = []
-        ahead = [sequence for sequence in self.running if sequence.written < sequence.prompt_tokens]
-        tokens = self.budget.tokens
+        ahead = {sequence.order: sequence for sequence in self.running if sequence.written < sequence.prompt_tokens}
+        tokens, pages = self.budget.tokens, self.pool.free_pages
         for sequence in self.waiting:
-            if tokens <= 0 or len(found) == slots:
+            if tokens <= 0 or pages < 0 or len(found) == slots:
                 break
+            if (behind := sequence.behind) and ahead.get(behind[0]) and ahead[behind[0]].publish_at == behind[1]:
+                later.append(sequence)  # the older one published nothing since
+                continue
             groups = (len(sequence.tokens) - 1) // self._group_tokens
             chain = self._chain(sequence, groups)
             matched = self.pool.match(chain)
-            if matched < groups and any(self._will_have(other, chain, matched) for other in ahead):
+            having = (other for other in ahead.values() if self._will_have(other, chain, matched))
+            if matched < groups and (older := next(having, None)) is not None:
+                sequence.behind = older.order, older.publish_at
                 later.append(sequence)
                 continue
             sequence.computed = matched * self._group_tokens
             tokens -= min(sequence.remaining, self.budget.max_chunk)
+            pages -= self.pool.plan.pages_for(len(sequence.tokens))
             found.append(sequence)
-            ahead.append(sequence)
+            ahead[sequence.order] = sequence
         return found, later
 
     def _will_have(self, older: Sequence, chain: list[bytes], group: int) -> bool:
@@ -281,7 +288,8 @@ class Core:
                 sequence.pending -= 1
             if sequence.finish is None:
                 sequence.written += count
-                if sequence.written >= sequence.publish_at:
+                bad = sample and tokens[sampled] < 0
+                if sequence.written >= sequence.publish_at and not bad:
                     self._publish(sequence)
             if sequence.finish is not None:
                 self._wasted_rows += sample

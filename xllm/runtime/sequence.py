@@ -32,6 +32,7 @@ class Sequence:
     `max_outputs` the most tokens it may generate, known at submission."""
 
     __slots__ = (
+        "behind",
         "cached",
         "capacity",
         "chain",
@@ -71,6 +72,7 @@ class Sequence:
         self.recompute = 0  # tokens whose KV preemption has thrown away
         self.written = 0
         self.publish_at = sys.maxsize  # `written` then completes a page for the prefix cache
+        self.behind: tuple[int, int] | None = None  # order and `publish_at` of the older prompt it waits for
         self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
         self.cached = 0  # prompt tokens found in the prefix cache
 

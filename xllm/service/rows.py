@@ -20,6 +20,7 @@ from xllm.service.errors import from_output, invalid
 from xllm.service.gate import Receive, Record, Send
 from xllm.service.params import ModelFacts, check_ids, check_text, listed, messages, within
 from xllm.service.tokenizer import TextCodec
+from xllm.service.tokens import MAX_CHARS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,6 +130,8 @@ class Tokens:
     def _check(self, text: str, path: str, may_be_cut: bool) -> None:
         if self._limit is None or not may_be_cut or not text:
             check_text(text, path, self._facts, self._codec.encode)
+        elif len(text) > MAX_CHARS:
+            raise invalid("invalid_request", f"{path} has {len(text)} characters, {MAX_CHARS} are tokenized", path)
 
     def _encoded(self, path: str, text: str, other: str | None = None) -> tuple[int, ...]:
         stride = self._facts.vocab if self._facts.segments > 1 else 0

@@ -82,7 +82,9 @@ class TextCodec:
     def _encoding(self, text: str, other: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
             with _refusing("the text has no tokens under this tokenizer"):
-                return self._tokenizer.encode(text, other, add_special_tokens=add_special_tokens)
+                # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+                given = text if other is None else (text, other)
+                return self._tokenizer.encode_batch([given], add_special_tokens=add_special_tokens)[0]
         except ValueError as error:
             raise invalid("untokenizable_text", str(error)) from None
 
