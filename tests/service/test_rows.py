@@ -19,6 +19,7 @@ from tests.service.test_params import VALUES
 from xllm.runtime import Request, RequestRefused, TokenOutput
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.rows import RowEngine
+from xllm.service import rows
 from xllm.service.answer import Service
 from xllm.service.body import ClassifyBody, DetokenizeBody, EmbeddingBody, RerankBody, ScoreBody, TokenizeBody
 from xllm.service.errors import ApiError
@@ -79,6 +80,8 @@ CASES = {
     "rank_fields": ("one", RERANK, {"query": "a", "documents": ["b"], "rank_fields": []}, "unknown_parameter", None),
     "many characters": ("embed one", RERANK, {"query": "a" * (MAX_PAIR_CHARS // 2000), "documents": ["b"] * 2000},
                         "invalid_request", "documents[0]"),
+    "a long text to cut": ("embed", EMBED, {"input": "a" * (MAX_CHARS + 1), "truncate_prompt_tokens": 9},
+                           "invalid_request", "input"),
     "query to cut": ("one", RERANK, {"query": "a" * 20, "documents": ["b"], "truncate_prompt_tokens": 9},
                      "invalid_request", "truncate_prompt_tokens"),
     "two labels": ("two", RERANK, {"query": "a", "documents": ["b"]}, "wrong_task", None),
@@ -113,6 +116,14 @@ def test_bad_input_has_a_typed_answer_and_the_server_lives(served: Served, case:
         assert "xllm compile --task" in error["hint"]["knob"]
     assert http.post(TOKENIZE, json={"prompt": "hi"}).json()["count"] == 2
     wait_for(lambda: not service.recorder.concurrent and not service.dispatcher.live)
+
+
+@pytest.mark.parametrize("served", ["embed"], indirect=True, scope="module")
+def test_the_tokens_of_a_request_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_TOKENS", 9)
+    assert served[0].post(EMBED, json={"input": ["a" * 5, "b" * 4]}).status_code == 200
+    error = served[0].post(EMBED, json={"input": ["a" * 5, "b" * 5]}).json()["error"]
+    assert error["param"] == "input[1]" and "more than 9 tokens together" in error["message"]
 
 
 @pytest.mark.parametrize("served", LABELS, indirect=True, scope="module")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Rows = Sequence[np.ndarray]  # float32 [N] each, in the order of their prompts
 
 MAX_PROMPTS = 2048  # of one HTTP request, as OpenAI takes
+MAX_TOKENS = 1 << 21  # of one HTTP request
 MAX_FLOATS = 1 << 21  # of one answer: as text they take twenty times their bytes
 
 
@@ -113,13 +114,14 @@ class Tokens:
         self._facts, self._codec, self._special = facts, codec, special
         self._limit = facts.max_len if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
         within("truncate_prompt_tokens", self._limit, 1, facts.max_len)
+        self._left = MAX_TOKENS
 
     def of(self, prompt: str | list[int], path: str) -> tuple[int, ...]:
         """The ids of a text; of ids, the same."""
         if isinstance(prompt, str):
             self._check(prompt, path, may_be_cut=True)
             return self._encoded(path, prompt)
-        return check_ids(prompt if self._limit is None else prompt[: self._limit], path, self._facts)
+        return self._taken(prompt if self._limit is None else prompt[: self._limit], path)
 
     def of_pair(self, first: Text, second: Text) -> tuple[int, ...]:
         """The ids of two texts as the tokenizer joins them; it is the second that is cut."""
@@ -140,6 +142,13 @@ class Tokens:
         except ValueError as error:
             message = f"truncate_prompt_tokens leaves nothing of {path}: {error}"
             raise invalid("invalid_request", message, "truncate_prompt_tokens") from None
+        return self._taken(ids, path)
+
+    def _taken(self, ids: Sequence[int], path: str) -> tuple[int, ...]:
+        self._left -= len(ids)
+        if self._left < 0:
+            message = f"the prompts up to {path} have more than {MAX_TOKENS} tokens together: ask for them in parts"
+            raise invalid("invalid_request", message, path)
         return check_ids(ids, path, self._facts)
 
 
