@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm.artifact import Artifact, ArtifactError, Progress
+from xllm.artifact import Artifact, ArtifactError
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
 from xllm.runtime.config import EngineConfig
 from xllm.runtime.encoding import Encoder
@@ -57,7 +57,6 @@ def open_engine(
     chunk: int | None = None,
     max_seqs: int | None = None,
     prefix_cache: bool = True,
-    progress: Progress | None = None,
     kernel_modules: Sequence[str] = (),
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
@@ -72,7 +71,7 @@ def open_engine(
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
-    executor = CpuExecutor(artifact, host.threads(threads).count, progress=progress, kernel_modules=kernel_modules)
+    executor = CpuExecutor(artifact, host.threads(threads).count, kernel_modules=kernel_modules)
     engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
     engine.start()
     return engine, ledger
@@ -115,7 +114,6 @@ def open_encoder(
     memory_bytes: int | None = None,
     threads: int | None = None,
     kernel_modules: Sequence[str] = (),
-    progress: Progress | None = None,
 ) -> tuple[Encoder, RowsLedger]:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
     from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
@@ -124,7 +122,7 @@ def open_encoder(
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
     ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
     count = host.threads(threads).count
-    return Encoder(CpuExecutor(artifact, count, progress=progress, kernel_modules=kernel_modules)), ledger
+    return Encoder(CpuExecutor(artifact, count, kernel_modules=kernel_modules)), ledger
 
 
 def open_rows(

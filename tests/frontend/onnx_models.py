@@ -25,6 +25,7 @@ MODELS = {
     "bert": (23, ("batch", "seq")),
     "qwen3": (18, ("batch", "seq")),
     "llama-past": (20, ("batch", "seq", "total", "past")),
+    "norms": (18, ("batch", "seq")),
 }
 PAST = ("k0", "v0", "k1", "v1")
 
@@ -55,6 +56,22 @@ class WithPast(nn.Module):
         return (out.logits, *held[0], *held[1])
 
 
+class Norms(nn.Module):
+    """Layer norms spelled out, as models write them whose norms have no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.empty(32)) for _ in range(2)])
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for scale in self.scales:
+            centred = x - x.mean(-1, keepdim=True)
+            normed = scale * (centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5))
+            x = x + self.inner(normed)
+        return torch.cat([x[..., 16:], x[..., :16]], -1)
+
+
 def module(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The module called `name`, and which dims of its inputs are free."""
     if name == "vit":
@@ -70,6 +87,8 @@ def module(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return Logits(
             transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**DECODER, "num_hidden_layers": 1}))
         ), TEXT
+    if name == "norms":
+        return Norms(), {"x": {0: "batch", 1: "seq"}}
     free = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "total"}}
     held = {key: {0: "batch", 2: "past"} for key in PAST}
     return WithPast(transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))), {**free, **held}
@@ -80,6 +99,8 @@ def feeds(name: str, batch: int, seq: int, past: int = 3) -> dict[str, np.ndarra
     rng = np.random.default_rng([batch, seq, past])
     if name in ("vit", "siglip"):
         return {"pixel_values": rng.standard_normal((batch, 3, 16, 16), np.float32)}
+    if name == "norms":
+        return {"x": rng.standard_normal((batch, seq, 32), np.float32)}
     made = {"input_ids": rng.integers(0, 99, (batch, seq)), "attention_mask": np.ones((batch, seq), np.int64)}
     if name == "llama-past":
         made["attention_mask"] = np.ones((batch, past + seq), np.int64)

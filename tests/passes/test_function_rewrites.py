@@ -28,6 +28,7 @@ HITS = {
     "vit": {"fold-weights", "fuse-activation", "fuse-sdpa"},
     "siglip": {"fold-weights", "fuse-activation", "fuse-sdpa"},
     "bert": {"fold-weights", "fold-indices", "fuse-sdpa"},
+    "norms": {"fold-weights", "fuse-layer-norm"},
     "qwen3": DECODER,
     "llama-past": DECODER,
 }
@@ -72,7 +73,8 @@ def test_a_rewrite_of_random_functions_changes_nothing_but_the_graph(index: int,
     step, rng = FUNCTION_REWRITES[index], random.Random(seed * 1000 + index)
     served = [name for name in MODELS if stages(name)[1][index].hits]
     tried = hits = 0
-    while served and tried < graphs:
+    assert served, "no model of these tests has the pattern"
+    while tried < graphs:
         name = rng.choice(served)
         program = mutated(stages(name)[0][index], rng, rng.choice((0, 1, 1, 2, 3)))
         if program is None:
@@ -86,4 +88,4 @@ def test_a_rewrite_of_random_functions_changes_nothing_but_the_graph(index: int,
         assert all(difference(wanted[key], got[key]) <= TOLERANCE for key in wanted), (step.name(), name, tried, sizes)
         tried += 1
         hits += record.hits
-    assert hits > graphs // 2 or not served, "the pattern is hardly ever there"
+    assert hits > graphs // 2, "the pattern is hardly ever there"

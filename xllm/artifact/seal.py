@@ -31,8 +31,8 @@ def digest(data: Any, more: bytes = b"") -> str:
 
 
 def checksum(data: np.ndarray, threads: int) -> str:
-    """A name of uint8 bytes that finds every accident as fast as memory is read, and no malice: who may write the
-    bytes may write the name. blake3 of the native checksum of each block, and of the length."""
+    """A name of uint8 bytes that tells accidents as fast as memory is read, and no malice: that is what signatures are
+    for. blake3 of the native checksum of each block, and of the length."""
     from xllm.kernels import cpu
 
     return digest(cpu.checksum(data, threads).tobytes(), len(data).to_bytes(8, "little"))

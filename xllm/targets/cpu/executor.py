@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xllm.artifact import Artifact, ArtifactError, Progress
+from xllm.artifact import Artifact, ArtifactError
 from xllm.kernels import cpu
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
 from xllm.plan import Bucket, Plan
@@ -44,7 +44,6 @@ class CpuExecutor:
         threads: int,
         *,
         verify: bool = True,
-        progress: Progress | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
         manifest, plan = artifact.manifest, artifact.plan
@@ -54,7 +53,7 @@ class CpuExecutor:
         level = usable_level(manifest["target"])
         self._plan = plan
         self._modules = kernels_of(artifact, kernel_modules)
-        self.weights = artifact.map_weights(verify, progress, start_threads=threads)
+        self.weights = artifact.map_weights(verify, start_threads=threads)
         self.limits = limits_of(artifact)
         try:
             check_bounds(plan, self.limits.width, self.limits.max_len)

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from xllm.artifact import Artifact, ArtifactError, Progress
+from xllm.artifact import Artifact, ArtifactError
 from xllm.kernels import cpu
 from xllm.plan import Plan, Port
 from xllm.targets.arrays import KINDS, array_at
@@ -38,14 +38,13 @@ class CpuFunction:
         threads: int,
         *,
         verify: bool = True,
-        progress: Progress | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
         self._plan = plan = artifact.plan
         self._modules = kernels_of(artifact, kernel_modules)
         self._level, self._threads = usable_level(dict(artifact.manifest["target"])), threads
         (self._bucket,) = plan.buckets
-        self.weights = artifact.map_weights(verify, progress, start_threads=threads)
+        self.weights = artifact.map_weights(verify, start_threads=threads)
         try:
             check_function(plan, self._bucket.sizes)
         except ValueError as error:
