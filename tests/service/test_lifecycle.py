@@ -32,14 +32,14 @@ def events(text: str) -> list:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def raw_request(base: str, body: dict, receive_buffer: int | None = None) -> socket.socket:
+def raw_request(base: str, body: dict, receive_buffer: int | None = None, route: str = COMPLETIONS) -> socket.socket:
     parts = urlsplit(base)
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.connect((parts.hostname, parts.port))
     data = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {route} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -132,6 +132,18 @@ def test_the_connection_of_a_client_that_does_not_read_is_closed(tmp_path, monke
         wait_for(lambda: service.recorder.statuses["cancelled"] + service.recorder.statuses["deadline_exceeded"] == 1)
         wait_for(lambda: service.recorder.concurrent == 0 and not server.server_state.connections)
         connection.close()
+
+
+def test_an_answer_about_text_waits_for_its_reader_so_long_and_keeps_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("xllm.service.answer.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("xllm.service.listener.UNREAD_SECONDS", 0.5)
+    service = fake_service(tmp_path)
+    with running(service) as (base, server):
+        body = {"prompt": "a" * (1 << 20), "return_token_strs": True}
+        with raw_request(base, body, receive_buffer=2048, route="/tokenize"):
+            wait_for(lambda: service.recorder.statuses["cancelled"] + service.recorder.statuses["deadline_exceeded"])
+            wait_for(lambda: service.recorder.concurrent == 0 and not server.server_state.connections)
+        assert ask(base).status_code == 200
 
 
 def test_the_loop_s_own_lag_is_not_the_client_s(tmp_path):

@@ -34,9 +34,8 @@ def explain(error: Exception, model: nn.Module) -> CompileError:
     code = next((code for code, signs in _SIGNS if any(sign in said for sign in signs)), "capture-failed")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     why = f"cannot be traced as one step over flattened tokens: {type(error).__name__}: {reason}"
-    if (
-        "'NoneType'" in reason or "'Mask'" in reason
-    ) and "mask" in statement:  # a plain mask is none, or says what it is
+    # A plain mask is none, or one of ours that is no tensor: a model that computes with it fails on either.
+    if "mask" in statement and ("'NoneType'" in reason or "'Mask'" in reason):
         code, why = "unsupported-attention", "computes with its attention mask, which is no tensor here"
     return CompileError(
         f"{type(model).__name__} {why}",

@@ -253,14 +253,15 @@ class _Answer:
         return deltas
 
 
-async def send_whole(send: Send, data: bytes, subscription: Subscription, entry: Record) -> None:
-    """Sends a JSON answer in pieces, as long as the client takes them."""
+async def send_whole(send: Send, data: bytes, subscription: Subscription | None, entry: Record) -> None:
+    """Sends a JSON answer in pieces, as long as the client takes them and what it subscribes to has not failed."""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(None) as patience:
-            subscription.on_failure = lambda: patience.reschedule(loop.time())
+            if subscription is not None:
+                subscription.on_failure = lambda: patience.reschedule(loop.time())
             for at in range(0, len(data), PIECE_BYTES):
                 end = at + PIECE_BYTES
                 patience.reschedule(loop.time() + STALL_SECONDS)

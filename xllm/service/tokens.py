@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from xllm.service.answer import Endpoint
+import msgspec
+
+from xllm.service.answer import Endpoint, send_whole
 from xllm.service.body import DetokenizeBody, TokenizeBody
 from xllm.service.errors import invalid
-from xllm.service.gate import Receive, Record, Send, send_json
+from xllm.service.gate import Receive, Record, Send
 from xllm.service.params import check_range, messages
 
 MAX_CHARS = 1 << 20  # of a text, and ids of a list: they may be more than the context holds, to be counted
 
 
-class TextEndpoint(Endpoint[dict[str, Any]]):
-    """A route that answers with what was planned."""
+class TextEndpoint(Endpoint[bytes]):
+    """A route that answers with what was planned, which may be many times the question."""
 
     tasks = ("generate", "embed", "classify")
 
@@ -24,14 +26,21 @@ class TextEndpoint(Endpoint[dict[str, Any]]):
             what = "characters" if isinstance(given, str) else "ids"
             raise invalid("invalid_request", f"{name} has {len(given)} {what}, at most {MAX_CHARS} are taken", name)
 
-    async def run(self, job: dict[str, Any], entry: Record, receive: Receive, send: Send) -> None:
-        await send_json(send, 200, job)
+    def plan(self, data: bytes) -> bytes:
+        return msgspec.json.encode(self.answer(data))
+
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """What is answered to a body; runs in the pool. Raises ApiError."""
+        raise NotImplementedError
+
+    async def run(self, job: bytes, entry: Record, receive: Receive, send: Send) -> None:
+        await send_whole(send, job, None, entry)
 
 
 class Tokenize(TextEndpoint):
     """POST /tokenize."""
 
-    def plan(self, data: bytes) -> dict[str, Any]:
+    def answer(self, data: bytes) -> dict[str, Any]:
         body, codec = self.parse(data, TokenizeBody), self.service.codec
         if (body.prompt is None) == (body.messages is None):
             raise invalid("missing_parameter", "give either `prompt` or `messages`", "prompt")
@@ -53,7 +62,7 @@ class Tokenize(TextEndpoint):
 class Detokenize(TextEndpoint):
     """POST /detokenize: the text of all tokens, special ones too."""
 
-    def plan(self, data: bytes) -> dict[str, Any]:
+    def answer(self, data: bytes) -> dict[str, Any]:
         body = self.parse(data, DetokenizeBody)
         self.check_size(body.tokens, "tokens")
         check_range(body.tokens, "tokens", self.service.facts.vocab)
