@@ -3,7 +3,8 @@
     python -m bench.compile [--shape qwen3-0.6b] [--checkpoint DIR] [--large] [--repeats 3] [--depths 4 28 64]
 
 Each compile runs in a process of its own. Beside those of whole checkpoints the machine's own time for the data is
-taken: read the checkpoint, write as many bytes as the artifact has. Depths are compiled from sparse files of zeros.
+taken, before and after: read the checkpoint, write as many bytes as the artifact has. Depths are compiled from sparse
+files of zeros.
 `--large` adds the shape of Qwen3-8B, once, from sparse shards: 17 GB are written and removed.
 """
 
@@ -71,14 +72,17 @@ class Compile:
 
 
 def compile_once(source: Path, out: Path) -> Compile:
-    """A compile in a fresh process, then the plain copy."""
-    files = [file for file in source.iterdir() if file.suffix == ".safetensors"]
+    """A compile in a fresh process between two plain copies, whose mean is kept: what memory and disk give away changes
+    from one minute to the next."""
+    files, copy = [file for file in source.iterdir() if file.suffix == ".safetensors"], out.parent / "copy"
+    expected = sum(file.stat().st_size for file in files)
+    before = copy_seconds(files, copy, expected)
     begin = time.perf_counter()
     done, peak = _watched([sys.executable, "-m", "bench.compile", "--child", str(source), str(out)])
     wall = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    copied = copy_seconds(files, out.parent / "copy", size)
-    return Compile(done["seconds"], wall, peak, copied, size, done["weight_bytes"])
+    copied = before * size / expected + copy_seconds(files, copy, size)
+    return Compile(done["seconds"], wall, peak, copied / 2, size, done["weight_bytes"])
 
 
 def copy_seconds(files: Sequence[Path], out: Path, size: int) -> float:

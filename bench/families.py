@@ -33,16 +33,24 @@ _SIZES: Mapping[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 _EXPERTS: Mapping[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GROUPED: Mapping[str, Any] = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
 _LATENT: Mapping[str, Any] = {
-    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-    "v_head_dim": 16, "head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    **_GROUPED, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8,
 }  # fmt: skip
 _DELTA: Mapping[str, Any] = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 _LINEAR: Mapping[str, Any] = {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32}
 _HEADS: Mapping[str, Any] = {"num_key_value_heads": None, "head_dim": None}
+_OLD: Mapping[str, Any] = {**_HEADS, "intermediate_size": None}
+_WINDOWS: Mapping[str, Any] = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_SHARED: Mapping[str, Any] = {
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB,
+}  # fmt: skip
 # Shown name -> model_type, the class that transformers builds, sizes beside the common ones (None leaves one out).
 FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "Qwen2": ("qwen2", "AutoModelForCausalLM", {}),
@@ -73,6 +81,28 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
                                                "cls_token_id": 1, "sep_token_id": 2}),
     "BERT classifier": ("bert", "AutoModelForSequenceClassification", _HEADS),
     "Qwen3 reranker": ("qwen3", "AutoModelForSequenceClassification", {"num_labels": 1}),
+    "GPT-2": ("gpt2", "AutoModelForCausalLM", _OLD),
+    "GPT-J": ("gptj", "AutoModelForCausalLM", {**_OLD, "rotary_dim": 8}),
+    "Falcon": ("falcon", "AutoModelForCausalLM", {"head_dim": None, "intermediate_size": None}),
+    "Phi": ("phi", "AutoModelForCausalLM", {"num_key_value_heads": None, "head_dim": None}),
+    "StarCoder2": ("starcoder2", "AutoModelForCausalLM", {"head_dim": None}),
+    "Nemotron": ("nemotron", "AutoModelForCausalLM", {}),
+    "SmolLM3": ("smollm3", "AutoModelForCausalLM", {}),
+    "EXAONE 4": ("exaone4", "AutoModelForCausalLM", _WINDOWS),
+    "Cohere 2": ("cohere2", "AutoModelForCausalLM", _WINDOWS),
+    "Gemma 3n": ("gemma3n_text", "AutoModelForCausalLM", {**_WINDOWS, **_SHARED, "laurel_rank": 8,
+                                                          "altup_num_inputs": 2}),
+    "Gemma 4": ("gemma4_text", "AutoModelForCausalLM", {**_WINDOWS, **_SHARED, "global_head_dim": 16}),
+    "OLMoE": ("olmoe", "AutoModelForCausalLM", _EXPERTS),
+    "Qwen2-MoE": ("qwen2_moe", "AutoModelForCausalLM", {**_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "Granite MoE": ("granitemoe", "AutoModelForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "GLM-4-MoE": ("glm4_moe", "AutoModelForCausalLM", {**_GROUPED, "num_key_value_heads": 2, "head_dim": 16}),
+    "Ernie 4.5 MoE": ("ernie4_5_moe", "AutoModelForCausalLM", {"moe_num_experts": 8, "moe_k": 2,
+                                                               "moe_intermediate_size": 32}),
+    "PhiMoE": ("phimoe", "AutoModelForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "LFM2": ("lfm2", "AutoModelForCausalLM", {"layer_types": ["conv", "full_attention"] * 2}),
+    "Bloom": ("bloom", "AutoModelForCausalLM", _OLD),
+    "Mamba 2": ("mamba2", "AutoModelForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16}),
 }  # fmt: skip
 
 

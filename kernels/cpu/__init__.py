@@ -19,7 +19,7 @@ from .packing import pack_grid, pack_panels, packed_bytes, quantised
 
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
-_CHECKED_BYTES = 1 << 20
+CHECKED_BYTES = 1 << 20  # a block of a checksum
 TOKENS, LOGIT_ROWS = (1, 0, 0), (0, 1, 0)
 
 
@@ -186,7 +186,7 @@ def checksum(data: np.ndarray, threads: int) -> np.ndarray:
     Finds accidents: one changed word always changes it, several by all but one in 2^32 in each lane they touch. It is
     no protection against somebody who wants equal sums.
     """
-    out = np.empty((-(-len(data) // _CHECKED_BYTES), 64), np.uint32)
+    out = np.empty((-(-len(data) // CHECKED_BYTES), 64), np.uint32)
     if library().xk_checksum(data.ctypes.data, len(data), threads, out.ctypes.data):
         raise KernelError(_last_error())
     return out
@@ -245,6 +245,7 @@ def _last_error() -> str:
 
 
 __all__ = [
+    "CHECKED_BYTES",
     "LOGIT_ROWS",
     "TOKENS",
     "Arg",

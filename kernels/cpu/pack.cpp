@@ -32,17 +32,76 @@ uint16_t narrow<uint16_t>(float x) {  // round to nearest even; a NaN stays a Na
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+// Eight columns of 16 rows of bfloat16, as panels have them: row i beside row i + 8. Zipping the halves three times, by units that
+// double, transposes.
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define XK_ZIP(type, a, b, ...) __builtin_shufflevector((type)(a), (type)(b), __VA_ARGS__)
+#else
+#define XK_ZIP(type, a, b, ...) __builtin_shuffle((type)(a), (type)(b), (type){__VA_ARGS__})
+#endif
+
+void transpose(const u16x8 *rows, uint16_t *out) {
+  u32x4 pairs[2][8];
+  for (int r = 0; r < 8; r++) {
+    pairs[0][r] = (u32x4)XK_ZIP(u16x8, rows[r], rows[r + 8], 0, 8, 1, 9, 2, 10, 3, 11);
+    pairs[1][r] = (u32x4)XK_ZIP(u16x8, rows[r], rows[r + 8], 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+  for (int half = 0; half < 2; half++)
+    for (int quarter = 0; quarter < 2; quarter++) {
+      const u32x4 *four = pairs[half] + quarter * 4;
+      const u64x2 low[2] = {(u64x2)XK_ZIP(u32x4, four[0], four[1], 0, 4, 1, 5), (u64x2)XK_ZIP(u32x4, four[2], four[3], 0, 4, 1, 5)};
+      const u64x2 high[2] = {(u64x2)XK_ZIP(u32x4, four[0], four[1], 2, 6, 3, 7), (u64x2)XK_ZIP(u32x4, four[2], four[3], 2, 6, 3, 7)};
+      const u64x2 columns[4] = {XK_ZIP(u64x2, low[0], low[1], 0, 2), XK_ZIP(u64x2, low[0], low[1], 1, 3),
+                                XK_ZIP(u64x2, high[0], high[1], 0, 2), XK_ZIP(u64x2, high[0], high[1], 1, 3)};
+      for (int i = 0; i < 4; i++) memcpy(out + (half * 4 + i) * 16 + quarter * 8, &columns[i], 16);
+    }
+}
+
+inline u16x8 eight(const uint16_t *from) {
+  u16x8 columns;
+  memcpy(&columns, from, sizeof columns);
+  return columns;
+}
+inline u16x8 eight(const float *from) {
+  uint16_t columns[8];
+  for (int i = 0; i < 8; i++) columns[i] = narrow<uint16_t>(from[i]);
+  return eight(columns);
+}
+
+// Whole panels, where the machine's vectors do it: 32 columns at a time, as rows that lie a power of two apart share few places in
+// cache and one line of each should be read once. Returns the columns done.
+template <class From>
+int64_t pack_whole(const uint8_t *weight, int64_t row_stride, int64_t k, uint16_t *to) {
+  int64_t done = 0;
+  for (; done + 32 <= k; done += 32) {
+    u16x8 rows[4][16];
+    for (int r = 0; r < 16; r++)
+      for (int i = 0; i < 4; i++) rows[i][r] = eight(reinterpret_cast<const From *>(weight + r * row_stride) + done + i * 8);
+    for (int i = 0; i < 4; i++) transpose(rows[i], to + (done + i * 8) * 16);
+  }
+  return done;
+}
+template <class From>
+int64_t pack_whole(const uint8_t *, int64_t, int64_t, float *) {
+  return 0;
+}
+
 template <class From, class To>
 void pack(const uint8_t *weight, int64_t row_stride, int64_t n, int64_t k, To *out) {
   for (int64_t panel = 0; panel * 16 < n; panel++) {
     To *to = out + panel * k * 16;
+    const uint8_t *first = weight + panel * 16 * row_stride;
     const int64_t rows = std::min<int64_t>(16, n - panel * 16);
     if (rows < 16) memset(to, 0, static_cast<size_t>(k * 16) * sizeof(To));
     // Sixteen columns at a time, so that the lines being written stay in cache while the rows pass.
-    for (int64_t begin = 0; begin < k; begin += 16) {
+    for (int64_t begin = rows < 16 ? 0 : pack_whole<From>(first, row_stride, k, to); begin < k; begin += 16) {
       const int64_t end = std::min(k, begin + 16);
       for (int64_t r = 0; r < rows; r++) {
-        const From *from = reinterpret_cast<const From *>(weight + (panel * 16 + r) * row_stride);
+        const From *from = reinterpret_cast<const From *>(first + r * row_stride);
         const int64_t lane = sizeof(To) == 2 ? r % 8 * 2 + r / 8 : r;  // bf16: row i beside row i + 8
         for (int64_t i = begin; i < end; i++) to[i * 16 + lane] = narrow<To>(widen(from[i]));
       }

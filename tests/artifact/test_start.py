@@ -3,6 +3,7 @@ for. Nothing is said before."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.artifacts import reseal, weight_bytes, write_small
 from xllm.artifact import WEIGHTS, Artifact, ArtifactError, MappedWeights, digest, new_key, pack, sign
+from xllm.artifact.seal import Checksums, checksum
 from xllm.artifact.store import Place
 
 
@@ -29,6 +32,21 @@ def held(request: pytest.FixtureRequest, path: Path, tmp_path: Path) -> Path:
         return path
     pack(path, tmp_path / "small.pack")
     return tmp_path / "small.pack"
+
+
+@pytest.mark.parametrize("size", [0, 5, 1 << 20, (5 << 20) + 17])
+def test_a_checksum_taken_in_parts_is_that_of_the_whole(size: int) -> None:
+    """Parts of any size and order, a gap that nobody took among them."""
+    rng = np.random.default_rng(size)
+    data = rng.integers(0, 256, size, np.uint8)
+    for count in (0, 1, 7):
+        cuts = [0, *sorted(rng.integers(0, size + 1, count).tolist()), size]
+        parts = list(itertools.pairwise(cuts))
+        rng.shuffle(parts)
+        sums = Checksums(data)
+        for start, stop in parts[count // 4 :]:
+            sums.take(start, stop)
+        assert sums.name() == checksum(data, 2)
 
 
 def place_of(path: Path) -> Place:

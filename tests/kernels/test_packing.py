@@ -16,7 +16,7 @@ def unpacked(panels, n, k, dtype):
     return rows[:n]
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (17, 40), (33, 7)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (17, 40), (33, 7), (32, 32), (48, 101)])
 def test_layout(rng, n, k):
     weight = rng.standard_normal((n, k), np.float32)
     assert np.array_equal(unpacked(cpu.pack_panels(weight, "float32"), n, k, "float32"), weight)
@@ -36,8 +36,10 @@ def test_strided_rows_and_a_given_buffer(rng):
 def test_special_values():
     special = [np.inf, -np.inf, np.nan, 0.0, -0.0, 3.4e38, 1e-45, 1 + 2**-8, 1 + 3 * 2**-8]
     want = [0x7F80, 0xFF80, 0x7FC0, 0, 0x8000, 0x7F80, 0, 0x3F80, 0x3F82]
-    got = unpacked(cpu.pack_panels(np.array([special], np.float32), "bfloat16"), 1, 9, "bfloat16")
-    assert got[0].tolist() == want
+    for rows, times in ((1, 1), (16, 4)):  # a panel in part, and a whole one with 32 columns at a time
+        weight = np.tile(np.array(special, np.float32), (rows, times))
+        got = unpacked(cpu.pack_panels(weight, "bfloat16"), rows, 9 * times, "bfloat16")
+        assert got.tolist() == [want * times] * rows
 
 
 @pytest.mark.parametrize(

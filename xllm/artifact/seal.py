@@ -33,9 +33,40 @@ def digest(data: Any, more: bytes = b"") -> str:
 def checksum(data: np.ndarray, threads: int) -> str:
     """A name of uint8 bytes that tells accidents as fast as memory is read, and no malice: that is what signatures are
     for. blake3 of the native checksum of each block, and of the length."""
-    from xllm.kernels import cpu
+    sums = Checksums(data)
+    sums.take(0, len(data), threads)
+    return sums.name()
 
-    return digest(cpu.checksum(data, threads).tobytes(), len(data).to_bytes(8, "little"))
+
+class Checksums:
+    """The checksum of uint8 bytes taken part by part, in any order and by several threads, each part once it is whole.
+
+    Blocks that no part covers are read at the end.
+    """
+
+    def __init__(self, data: np.ndarray) -> None:
+        from xllm.kernels import cpu
+
+        self._data, self._take, self._block = data, cpu.checksum, cpu.CHECKED_BYTES
+        self._sums: dict[int, np.ndarray] = {}  # first block of a run -> uint32 [blocks, 64]
+
+    def take(self, start: int, stop: int, threads: int = 1) -> None:
+        """Reads the blocks that lie in bytes start to stop; where those end, so does the last block."""
+        first, behind = -(-start // self._block), stop // self._block
+        if stop == len(self._data):
+            behind = -(-stop // self._block)
+        if first < behind:
+            self._sums[first] = self._take(self._data[first * self._block : behind * self._block], threads)
+
+    def name(self) -> str:
+        """The checksum of all bytes."""
+        at, runs = 0, []
+        for first in (*sorted(self._sums), -(-len(self._data) // self._block)):
+            runs.append(self._take(self._data[at * self._block : first * self._block], 1))
+            if first in self._sums:
+                runs.append(self._sums[first])
+                at = first + len(runs[-1])
+        return digest(np.concatenate(runs).tobytes(), len(self._data).to_bytes(8, "little"))
 
 
 def spelled(value: Mapping[str, Any]) -> bytes:

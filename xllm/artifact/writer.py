@@ -17,7 +17,7 @@ from xllm.artifact.aside import built, named
 from xllm.artifact.manifest import SCHEMA
 from xllm.artifact.opened import Progress
 from xllm.artifact.reuse import Previous
-from xllm.artifact.seal import checksum, digest, sealed, spelled
+from xllm.artifact.seal import Checksums, digest, sealed, spelled
 from xllm.artifact.store import Place
 from xllm.artifact.weights import WEIGHTS, MappedWeights, layout
 from xllm.plan import Plan, StoredWeight
@@ -79,6 +79,12 @@ class ArtifactWriter:
         done = 0
 
         def stream(key: str) -> tuple[str, bool]:
+            found, taken = put(key)
+            sums.take(placed[key].offset, ends[key])  # while the system still holds what was written
+            mapped.release(placed[key].offset, ends[key])
+            return found, taken
+
+        def put(key: str) -> tuple[str, bool]:
             weight, gap = placed[key], ends[key] - placed[key].offset - placed[key].bytes
             if origin is not None:
                 origins[key] = origin(weight)
@@ -93,6 +99,8 @@ class ArtifactWriter:
             out = sink.fileno()
             os.truncate(out, total)  # gaps are zero, and a limit on sizes is met before the work
             os.pwrite(out, header, 0)
+            mapped = MappedWeights(Place(file, 0, total))
+            sums = Checksums(mapped.bytes)
             largest_first = sorted(placed, key=lambda key: -placed[key].bytes)
             pending = {key: pool.submit(stream, key) for key in largest_first}
             try:
@@ -108,8 +116,7 @@ class ArtifactWriter:
                 raise
         plan = replace(plan, weights={key: sealed_[key] for key in placed})
         plan.check()
-        mapped = MappedWeights(Place(file, 0, file.stat().st_size))
-        return Written(plan, digest(header), checksum(mapped.bytes, _threads()), origins, tuple(sorted(reused)))
+        return Written(plan, digest(header), sums.name(), origins, tuple(sorted(reused)))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""
