@@ -109,7 +109,7 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 @dataclass(frozen=True)
 class Found:
     """One row: captured layers of all, hits by rewrite, operators left to torch, largest relative error, seconds of
-    the compile; `refused` is the code where the model is not taken.
+    the compile; `refused` says why the model is not taken.
     """
 
     captured: str = ""
@@ -138,7 +138,7 @@ def measure(name: str, folder: Path) -> Found:
         program = capture(checkpoint)
         report = compile_checkpoint(checkpoint, artifact, CompileOptions(max_len=128, max_batch_tokens=64, max_seqs=4))
     except CompileError as error:
-        return Found(refused=error.code)
+        return Found(refused=error.why)
     real = sum(len(layer.stands_for) for layer in program.layers)
     generates = Artifact.open(artifact).task == "generate"
     error = generation_error(artifact, model) if generates else row_error(artifact, model)

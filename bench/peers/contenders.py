@@ -16,6 +16,7 @@ from bench.report import ROOT
 
 HOME = ROOT / "build" / "peers"
 TORCH = "torch>=2.11,<2.14"
+TRANSFORMERS = ("transformers", "psutil", TORCH)
 WEIGHTS = ("bfloat16", "int8", "int4")
 NATIVE = HOME / "llama.cpp" / "native"
 CMAKE = (
@@ -27,17 +28,19 @@ CMAKE = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One program. kinds: its own names of a weight type, each of which is run; server: it answers HTTP."""
+    """One program. kinds: its own names of a weight type, each of which is run; server: it answers HTTP; of: the
+    contender whose environment and models it shares."""
 
     name: str
     adapter: str
     kinds: Mapping[str, tuple[str, ...]]
     packages: tuple[str, ...] = ()
     server: bool = False
+    of: str = ""
 
     @property
     def home(self) -> Path:
-        return HOME / self.name
+        return HOME / (self.of or self.name)
 
     @property
     def python(self) -> str:
@@ -55,7 +58,14 @@ CONTENDERS = (
         "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
         ("openvino-genai", "optimum-intel", "nncf", TORCH),
     ),
-    Contender("transformers", "transformers", {"bfloat16": ("bfloat16",)}, ("transformers", TORCH)),
+    Contender(
+        "onnxruntime-genai", "onnxruntime", {"int8": ("int8",), "int4": ("int4",)},
+        ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH),
+    ),
+    Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS),
+    Contender(
+        "transformers.generate_batch", "transformers_batch", {"bfloat16": ("paged",)}, TRANSFORMERS, of="transformers"
+    ),
 )  # fmt: skip
 
 
@@ -88,7 +98,7 @@ def convert(contender: Contender, shape: str, kind: str) -> Path:
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
         write_checkpoint(checkpoint, SHAPES[shape])
-    if contender.adapter == "transformers":
+    if contender.packages == TRANSFORMERS:
         return checkpoint
     out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
     part = out.with_name(f"{out.name}.part")
@@ -102,6 +112,12 @@ def convert(contender: Contender, shape: str, kind: str) -> Path:
         return out
     if contender.adapter == "llamacpp":
         _run(contender.python, "-m", "bench.peers.to_gguf", str(checkpoint), kind, str(part))
+    elif contender.adapter == "onnxruntime":
+        _run(
+            contender.python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(part),
+            "-p", kind, "-e", "cpu", "-c", str(folder), "--extra_options", "block_size=32", "accuracy_level=4",
+            "is_symmetric=true", "op_types_to_quantize=MatMul/Gather", "shared_embeddings=true",
+        )  # fmt: skip
     else:
         flags = ("--sym", "--group-size", "32", "--ratio", "1.0", "--all-layers") if kind == "int4" else ()
         _run(

@@ -19,10 +19,19 @@ def test_every_family_has_its_row() -> None:
     assert set(written()) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "BERT"])
+# Two that everybody has, and those that no other test captures at this size.
+MEASURED = ("Qwen3", "BERT", "Gemma 3n", "GPT-J", "EXAONE 4", "Cohere 2", "GLM-4-MoE", "Falcon", "PhiMoE")
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_rows_are_what_is_measured(name: str, tmp_path: Path) -> None:
     found = measure(name, tmp_path)
-    captured, _, in_torch, error, _ = written()[name]
-    assert (captured, in_torch) == (found.captured, "none")
-    assert found.fallbacks == 0
+    captured, hits, in_torch, error, _ = written()[name]
+    assert (captured, in_torch) == (found.captured, str(found.fallbacks or "none"))
+    assert [hit.split()[0] for hit in hits.split(", ")] == [hit.split()[0] for hit in found.hits.split(", ")]
     assert max(found.error, float(error)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Mamba 2"])
+def test_families_that_are_not_taken_say_why(name: str, tmp_path: Path) -> None:
+    assert written()[name][0] == f"not taken: {measure(name, tmp_path).refused}"

@@ -42,27 +42,34 @@ def run(step: Pass, body: Body, layers: int = 1) -> tuple[Program, tuple[int, li
 
 def norm(
     b: Builder, x: fx.Node, *, square: str = "pow", axis: int = -1, weight: int = HIDDEN, shift: float = 0.0,
-    use_mean: bool = False, alpha: float = 1.0, other: fx.Node | None = None,
+    use_mean: bool = False, alpha: float = 1.0, other: fx.Node | None = None, power: float | None = None,
 ) -> fx.Node:  # fmt: skip
     squared = {"pow": lambda: (aten.pow.Tensor_Scalar, x, 2), "mul": lambda: (aten.mul.Tensor, x, x),
                "cube": lambda: (aten.pow.Tensor_Scalar, x, 3)}[square]()  # fmt: skip
     squared = b.call(*squared)
     mean = b.call(aten.mean.dim, b.call(aten.abs.default, squared) if square == "cube" else squared, [axis], True)
-    inverse = b.call(aten.rsqrt.default, b.call(aten.add.Tensor, mean, 1e-5, **_alpha(alpha)))
+    total = b.call(aten.add.Tensor, mean, 1e-5, **_alpha(alpha))
+    root = b.call(aten.rsqrt.default, total) if power is None else b.call(aten.pow.Tensor_Scalar, total, power)
     scale = b.weight("norm.weight", weight) if weight else None
     if scale is not None and shift:
         scale = b.call(aten.add.Tensor, scale, shift)
-    normed = b.call(aten.mul.Tensor, other if other is not None else x, inverse)
+    normed = b.call(aten.mul.Tensor, other if other is not None else x, root)
     normed = b.call(aten.mul.Tensor, normed, scale) if scale is not None else normed
     return b.call(aten.mul.Tensor, normed, mean) if use_mean else normed
 
 
 @pytest.mark.parametrize("square", ["pow", "mul"])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_rms_norm_fires(square: str, shift: float) -> None:
-    after, (hits, misses) = run(FuseRmsNorm(), lambda b, x: norm(b, x, square=square, shift=shift))
+@pytest.mark.parametrize("power", [None, -0.5])
+def test_rms_norm_fires(square: str, shift: float, power: float | None) -> None:
+    after, (hits, misses) = run(FuseRmsNorm(), lambda b, x: norm(b, x, square=square, shift=shift, power=power))
     assert (hits, misses) == (1, [])
     assert ("model.layers.0.norm.weight+1.0" in after.weights) == bool(shift)
+
+
+def test_another_power_is_no_norm() -> None:
+    _, found = run(FuseRmsNorm(), lambda b, x: norm(b, x, power=-0.25))
+    assert found == (0, [])
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from xllm.ir.build import emit
 from xllm.ir.program import Program, arguments
 
 aten = torch.ops.aten
-_EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
+EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 
 
 def join_fills(program: Program) -> None:
     """Rewrites every such tensor whose parts, along one axis, are each filled once before anything reads it."""
     for node in list(program.calls()):
-        if node.target in _EMPTY and (parts := _parts(node)):
+        if node.target in EMPTY and (parts := _parts(node)):
             _join(program, node, parts)
 
 

@@ -13,6 +13,8 @@ import operator
 import torch
 import torch.fx as fx
 
+from xllm.frontend.fills import EMPTY
+
 _SAME = {
     "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs",
     "clip": "clamp", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
@@ -31,16 +33,21 @@ def name_plainly(graph: fx.Graph) -> None:
 def make_functional(graph: fx.Graph) -> None:
     """Replaces in-place calls in `graph`, a torch.export graph, which is changed."""
     order = {node: place for place, node in enumerate(graph.nodes)}
+    placed: dict[fx.Node, tuple[object, ...]] = {}  # a join -> what was put into it and where
     for node in list(graph.nodes):
         plain = _plain(node.target)
         held = node.args[0] if node.args else None
         if plain is None or not isinstance(held, fx.Node):
             continue
         if not _alone(node, order, held):
-            base = _cut_of(held) if plain is not torch.ops.aten.copy.default else None  # a fill, see `fills.py`
-            if base is None or not _alone(node, order, held, base):
+            base = _cut_of(held)
+            if base is None or base.target in EMPTY or not _alone(node, order, held, base):
+                continue  # where it is a fill, `join_fills` follows
+            if not node.users and placed.get(base) == (node.args[1], *held.args[1:]):
+                graph.erase_node(node)  # `x[1:] += y` stores what it has added in place once more
                 continue
             joined = _joined(graph, base, held, node)
+            placed[joined] = node, *held.args[1:]
             order.update((made, order[node]) for made in (joined, *joined.all_input_nodes) if made not in order)
             for user in list(base.users):
                 if order[user] > order[node]:

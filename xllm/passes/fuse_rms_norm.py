@@ -40,10 +40,16 @@ def _patterns() -> list[Any]:
         for square in _SQUARES:
             mean = Op((aten.mean.dim,), (square, [-1], True))
             shifted = Op((aten.add.Tensor,), (mean, Num("eps")), commutes=True)
-            inverse = Op((aten.rsqrt.default,), (shifted,), name="anchor")
-            normed = Op((aten.mul.Tensor,), (x, inverse), commutes=True)
-            found.append(Op((aten.mul.Tensor,), (scale, normed), commutes=True))
+            for inverse in _inverses(shifted):
+                normed = Op((aten.mul.Tensor,), (x, inverse), commutes=True)
+                found.append(Op((aten.mul.Tensor,), (scale, normed), commutes=True))
     return found
+
+
+def _inverses(shifted: Any) -> tuple[Op, ...]:
+    """One over the root, as an operator of its own or as a power."""
+    root, power = (aten.rsqrt.default,), (aten.pow.Tensor_Scalar,)
+    return Op(root, (shifted,), name="anchor"), Op(power, (shifted, Num(equals=-0.5)), name="anchor")
 
 
 PATTERNS = _patterns()
@@ -56,7 +62,7 @@ class FuseRmsNorm(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         editor = Editor(program)
         for node in list(program.calls()):
-            if node.target is aten.rsqrt.default:
+            if node.target is aten.rsqrt.default or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5):
                 self._fuse(editor, node)
         for node in list(program.calls()):
             if is_call(node, xllm.rms_norm.default) and is_call(node.args[0], aten.transpose.int):
