@@ -24,7 +24,7 @@ class TransformersBatch:
             inputs=[list(prompt) for prompt in prompts], generation_config=settings, record_timestamps=True
         )
         ordered = sorted(found.values(), key=lambda one: int(one.request_id.rsplit("_", 1)[-1]))
-        return [list(zip(one.timestamps, one.generated_tokens, strict=True)) for one in ordered]
+        return [list(zip(one.timestamps or (), one.generated_tokens, strict=True)) for one in ordered]
 
 
 def open_peer(job: Job) -> TransformersBatch:
