@@ -86,8 +86,8 @@ def measure(peer: Peer, job: Job) -> dict[str, Any]:
     asked = prompts(job, job.sequences, job.prompt, 0)
     begin = time.perf_counter()
     arrivals = peer.run(asked, job.output)
-    if wrong := [len(times) for times in arrivals if len(times) != job.output]:
-        raise ValueError(f"sequences of {wrong} tokens came instead of {job.output}")
+    if (found := [len(times) for times in arrivals]) != [job.output] * job.sequences:
+        raise ValueError(f"sequences of {found} tokens came instead of {job.sequences} of {job.output}")
     return {**figures(arrivals, begin), "peak_bytes": peak_bytes(), "version": peer.version}
 
 

@@ -72,8 +72,8 @@ CONTENDERS = (
 def install(contender: Contender) -> None:
     """An environment with its packages, made once. Raises CalledProcessError when a step fails; the next call goes on
     from there."""
-    done = contender.home / "installed"
-    if not contender.packages or done.exists():
+    done, wanted = contender.home / "installed", "\n".join(contender.packages)
+    if not contender.packages or (done.exists() and done.read_text() == wanted):
         return
     if not Path(contender.python).exists():
         venv.create(contender.home, with_pip=True)
@@ -89,7 +89,7 @@ def install(contender: Contender) -> None:
     if contender.adapter == "openvino":
         # Comes along unasked, built for another torch than a CPU's; transformers then fails to import.
         _run(contender.python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
-    done.touch()
+    done.write_text(wanted)
 
 
 def convert(contender: Contender, shape: str, kind: str) -> Path:

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "xk.h"
@@ -103,7 +104,9 @@ void pack(const uint8_t *weight, int64_t row_stride, int64_t n, int64_t k, To *o
       for (int64_t r = 0; r < rows; r++) {
         const From *from = reinterpret_cast<const From *>(first + r * row_stride);
         const int64_t lane = sizeof(To) == 2 ? r % 8 * 2 + r / 8 : r;  // bf16: row i beside row i + 8
-        for (int64_t i = begin; i < end; i++) to[i * 16 + lane] = narrow<To>(widen(from[i]));
+        for (int64_t i = begin; i < end; i++)
+          if constexpr (std::is_same_v<From, To>) to[i * 16 + lane] = from[i];
+          else to[i * 16 + lane] = narrow<To>(widen(from[i]));
       }
     }
   }

@@ -48,7 +48,7 @@ def test_a_short_answer_is_an_error():
         def run(self, asked, output):
             return [[(0.0, 1)] for _ in asked]
 
-    with pytest.raises(ValueError, match="instead of 5"):
+    with pytest.raises(ValueError, match="instead of 1 of 5"):
         measure(cast(Any, Short()), Job("model", 1, 8, 5, 1, 100))
 
 

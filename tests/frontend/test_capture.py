@@ -11,7 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.frontend import zoo
 from xllm.errors import CompileError
-from xllm.frontend.functional import make_functional, name_plainly
 from xllm.frontend.hooks import Session, StepInputs
 from xllm.frontend.huggingface import capture, capture_config, with_buffers
 from xllm.frontend.layers import Irregular, LastOutput, SkippedLayer, Stack, every_layer
@@ -66,53 +65,6 @@ def test_layers_that_share_keys_read_them_where_they_are_kept() -> None:
     assert [node.args[5] for node in attention] == [0, 1, 2, 3, 2, 2, 2, 2, 2, 3]
     assert written == [0, 1, 2, 3]
     assert [layer.kv_heads for layer in program.kv] == [2] * 4 + [0] * 6
-
-
-@pytest.mark.parametrize("read_later", [False, True])
-def test_a_sum_in_place_on_a_view_is_a_value_unless_its_memory_is_read_by_another_name(read_later: bool) -> None:
-    def add(x: torch.Tensor) -> torch.Tensor:
-        base = x * 2
-        turned, part = base.transpose(0, 1), base.split(1)[0]
-        turned += 1
-        return turned + (part if read_later else 0)
-
-    graph = torch.export.export(_Called(add), (torch.zeros(3, 3),)).graph
-    make_functional(graph)
-    assert ("aten.add_.Tensor" in {str(node.target) for node in graph.nodes}) == read_later
-
-
-def test_a_sum_in_place_on_a_cut_is_joined_with_what_stood_beside_it() -> None:
-    def add(x: torch.Tensor) -> torch.Tensor:
-        base = x * 2
-        base[1:3] += 1
-        base[:2] *= 3
-        return base + 0
-
-    program = torch.export.export(_Called(add), (torch.zeros(4, 3),))
-    make_functional(program.graph)
-    assert not any(str(node.target).endswith("_.Tensor") for node in program.graph.nodes)
-    program.graph.lint()
-    x = torch.randn(4, 3)
-    assert torch.equal(torch.fx.Interpreter(program.graph_module).run(x)[0], add(x))
-
-
-def test_operators_of_two_names_go_by_one() -> None:
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return torch.multiply(torch.clip(x, 0, 1), 2.0)
-
-    graph = torch.export.export(_Called(double), (torch.zeros(3),)).graph
-    name_plainly(graph)
-    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert called == ["aten.clamp.default", "aten.mul.Tensor"]
-
-
-class _Called(torch.nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
 
 
 def test_rotary_modules_with_several_parameterisations_give_several_tables() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from blake3 import blake3
 
 DIGEST = r"^[0-9a-f]{64}$"
 _SHARED_BYTES = 1 << 20  # from here on, digests are worth more than one core
+_RUN_BLOCKS = 64  # read before they are released
+_NO_BLOCKS = np.empty((0, 64), np.uint32)
 
 
 class ArtifactError(Exception):
@@ -33,40 +35,44 @@ def digest(data: Any, more: bytes = b"") -> str:
 def checksum(data: np.ndarray, threads: int) -> str:
     """A name of uint8 bytes that tells accidents as fast as memory is read, and no malice: that is what signatures are
     for. blake3 of the native checksum of each block, and of the length."""
-    sums = Checksums(data)
-    sums.take(0, len(data), threads)
-    return sums.name()
+    return Checksums(data).name(threads)
 
 
 class Checksums:
     """The checksum of uint8 bytes taken part by part, in any order and by several threads, each part once it is whole.
 
-    Blocks that no part covers are read at the end.
+    Blocks that no part covers are read at the end. `release` is told of (start, stop) that were read.
     """
 
-    def __init__(self, data: np.ndarray) -> None:
+    def __init__(self, data: np.ndarray, release: Callable[[int, int], None] = lambda start, stop: None) -> None:
         from xllm.kernels import cpu
 
-        self._data, self._take, self._block = data, cpu.checksum, cpu.CHECKED_BYTES
+        self._data, self._release, self._sum, self._block = data, release, cpu.checksum, cpu.CHECKED_BYTES
+        self._blocks = -(-len(data) // self._block)
         self._sums: dict[int, np.ndarray] = {}  # first block of a run -> uint32 [blocks, 64]
 
     def take(self, start: int, stop: int, threads: int = 1) -> None:
         """Reads the blocks that lie in bytes start to stop; where those end, so does the last block."""
-        first, behind = -(-start // self._block), stop // self._block
-        if stop == len(self._data):
-            behind = -(-stop // self._block)
+        first = -(-start // self._block)
+        behind = self._blocks if stop == len(self._data) else stop // self._block
         if first < behind:
-            self._sums[first] = self._take(self._data[first * self._block : behind * self._block], threads)
+            self._sums[first] = self._read(first, behind, threads)
 
-    def name(self) -> str:
+    def name(self, threads: int = 1) -> str:
         """The checksum of all bytes."""
         at, runs = 0, []
-        for first in (*sorted(self._sums), -(-len(self._data) // self._block)):
-            runs.append(self._take(self._data[at * self._block : first * self._block], 1))
-            if first in self._sums:
-                runs.append(self._sums[first])
-                at = first + len(runs[-1])
+        for first in (*sorted(self._sums), self._blocks):
+            runs += [self._read(at, first, threads), self._sums.get(first, _NO_BLOCKS)]
+            at = first + len(runs[-1])
         return digest(np.concatenate(runs).tobytes(), len(self._data).to_bytes(8, "little"))
+
+    def _read(self, first: int, behind: int, threads: int) -> np.ndarray:
+        found = [_NO_BLOCKS]
+        for at in range(first, behind, _RUN_BLOCKS):
+            start, stop = at * self._block, min(min(at + _RUN_BLOCKS, behind) * self._block, len(self._data))
+            found.append(self._sum(self._data[start:stop], threads))
+            self._release(start, stop)
+        return np.concatenate(found)
 
 
 def spelled(value: Mapping[str, Any]) -> bytes:

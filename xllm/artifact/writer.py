@@ -81,7 +81,6 @@ class ArtifactWriter:
         def stream(key: str) -> tuple[str, bool]:
             found, taken = put(key)
             sums.take(placed[key].offset, ends[key])  # while the system still holds what was written
-            mapped.release(placed[key].offset, ends[key])
             return found, taken
 
         def put(key: str) -> tuple[str, bool]:
@@ -100,7 +99,7 @@ class ArtifactWriter:
             os.truncate(out, total)  # gaps are zero, and a limit on sizes is met before the work
             os.pwrite(out, header, 0)
             mapped = MappedWeights(Place(file, 0, total))
-            sums = Checksums(mapped.bytes)
+            sums = Checksums(mapped.bytes, mapped.release)
             largest_first = sorted(placed, key=lambda key: -placed[key].bytes)
             pending = {key: pool.submit(stream, key) for key in largest_first}
             try:
@@ -116,7 +115,7 @@ class ArtifactWriter:
                 raise
         plan = replace(plan, weights={key: sealed_[key] for key in placed})
         plan.check()
-        return Written(plan, digest(header), sums.name(), origins, tuple(sorted(reused)))
+        return Written(plan, digest(header), sums.name(_threads()), origins, tuple(sorted(reused)))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, with the digests of all files and its own."""

@@ -34,20 +34,23 @@ def make_functional(graph: fx.Graph) -> None:
     """Replaces in-place calls in `graph`, a torch.export graph, which is changed."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     placed: dict[fx.Node, tuple[object, ...]] = {}  # a join -> what was put into it and where
+    twins: dict[fx.Node, fx.Node] = {}  # that and the join, either way: two values of what was one memory
     for node in list(graph.nodes):
         plain = _plain(node.target)
         held = node.args[0] if node.args else None
         if plain is None or not isinstance(held, fx.Node):
             continue
-        if not _alone(node, order, held):
+        if not _alone(node, order, twins, held):
             base = _cut_of(held)
-            if base is None or base.target in EMPTY or not _alone(node, order, held, base):
-                continue  # where it is a fill, `join_fills` follows
+            fill = plain is torch.ops.aten.copy.default and base is not None and base.target in EMPTY
+            if base is None or fill or not _alone(node, order, twins, held, base):
+                continue  # of fills, `join_fills` takes care
             if not node.users and placed.get(base) == (node.args[1], *held.args[1:]):
                 graph.erase_node(node)  # `x[1:] += y` stores what it has added in place once more
                 continue
             joined = _joined(graph, base, held, node)
             placed[joined] = node, *held.args[1:]
+            twins |= {joined: node, node: joined}
             order.update((made, order[node]) for made in (joined, *joined.all_input_nodes) if made not in order)
             for user in list(base.users):
                 if order[user] > order[node]:
@@ -85,7 +88,7 @@ def _joined(graph: fx.Graph, base: fx.Node, cut: fx.Node, new: fx.Node) -> fx.No
     return joined
 
 
-def _alone(node: fx.Node, order: dict[fx.Node, int], *held: fx.Node) -> bool:
+def _alone(node: fx.Node, order: dict[fx.Node, int], twins: dict[fx.Node, fx.Node], *held: fx.Node) -> bool:
     """Whether nothing behind `node` reads the memory of what is held but through these, and nobody else owns it."""
     root = held[0]
     while _is_view(root):
@@ -94,7 +97,8 @@ def _alone(node: fx.Node, order: dict[fx.Node, int], *held: fx.Node) -> bool:
         return False
     names, seen = [root], {root}
     for name in names:
-        views = [user for user in name.users if _is_view(user) and order[user] < order[node] and user not in seen]
+        views = [user for user in name.users if _is_view(user) and order[user] < order[node]]
+        views = [view for view in (*views, *filter(None, (twins.get(name),))) if view not in seen]
         names += views
         seen.update(views)
     return all(name in held or order[user] <= order[node] for name in names for user in name.users)

@@ -62,7 +62,9 @@ class FuseRmsNorm(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         editor = Editor(program)
         for node in list(program.calls()):
-            if node.target is aten.rsqrt.default or (is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5):
+            if node.target is aten.rsqrt.default or (
+                is_call(node, aten.pow.Tensor_Scalar) and arguments(node)[1] == -0.5
+            ):
                 self._fuse(editor, node)
         for node in list(program.calls()):
             if is_call(node, xllm.rms_norm.default) and is_call(node.args[0], aten.transpose.int):
