@@ -73,7 +73,7 @@ class Compile:
 
 def compile_once(source: Path, out: Path) -> Compile:
     """A compile in a fresh process between two plain copies, whose mean is kept: what memory and disk give away changes
-    from one minute to the next."""
+    from one minute to the next. The first copy leaves the checkpoint in the page cache, as far as it fits."""
     files, copy = [file for file in source.iterdir() if file.suffix == ".safetensors"], out.parent / "copy"
     expected = sum(file.stat().st_size for file in files)
     before = copy_seconds(files, copy, expected)
