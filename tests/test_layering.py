@@ -76,7 +76,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
     "cli": (
         {"", "artifact", "commands", "compiler", "config", "doctor", "inspection", "measure", "pipeline", "storage"}
-        | {"traffic"},
+        | {"service.parsers", "traffic"},
         {"rich"},
     ),
     "": ({"llm", "runtime", "session"}, set()),

@@ -187,6 +187,8 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _serve_flags(sub: argparse.ArgumentParser) -> None:
+    from xllm.service.parsers import REASONING_PARSERS, TOOL_PARSERS
+
     sub.add_argument("model", type=Path, metavar="ARTIFACT_OR_CHECKPOINT")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     sub.add_argument("--port", type=_port, default=8000, help="port (default 8000; 0 takes a free one)")
@@ -202,6 +204,12 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
     sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
+    for what, flag, names in (
+        ("calls of tools", "--tool-call-parser", TOOL_PARSERS),
+        ("reasoning", "--reasoning-parser", REASONING_PARSERS),
+    ):
+        told = f"how {what} are written (default: what the chat template shows): {', '.join(names)}"
+        sub.add_argument(flag, choices=names, metavar="NAME", help=told)
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

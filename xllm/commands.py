@@ -119,6 +119,7 @@ def serve(arguments: argparse.Namespace) -> None:
             from xllm.service.answer import Limits
             from xllm.service.app import load_service
             from xllm.service.gate import Keys
+            from xllm.service.parsers.reading import choose
             from xllm.service.server import serve as answer
             from xllm.service.tokenizer import TextCodec
         artifact = opened.result()
@@ -126,9 +127,12 @@ def serve(arguments: argparse.Namespace) -> None:
             codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
         engine, ledger = opening.result()
     try:
+        dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
         chosen = host.threads(arguments.threads)
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
         print(f"threads: {chosen.count} ({chosen.why})", flush=True)
+        if artifact.task == "generate":
+            print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
         service = load_service(
@@ -139,6 +143,7 @@ def serve(arguments: argparse.Namespace) -> None:
             engine=engine,
             dispatcher=dispatcher,
             limits=Limits(max_concurrent_requests=arguments.max_concurrent_requests, max_body_bytes=arguments.max_body),
+            dialect=dialect,
         )
         answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:

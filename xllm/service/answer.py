@@ -22,6 +22,7 @@ from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
 from xllm.service.openai import DONE, KEEP_ALIVE, ChatFormat, CompletionFormat, Format, Usage, Whole, frame
 from xllm.service.params import Job, ModelFacts, chat_job, completion_job
+from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Service:
     dispatcher: Dispatcher
     recorder: Recorder
     limits: Limits = Limits()
+    dialect: Dialect = NO_DIALECT
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
@@ -152,7 +154,7 @@ class Generate(Endpoint[Job]):
         service = self.service
         if self.kind == "chat":
             body = self.parse(data, ChatBody)
-            return chat_job(body, service.facts, service.codec.encode, service.chat_template().render)
+            return chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
         body = self.parse(data, CompletionBody)
         return completion_job(body, service.facts, service.codec.encode, service.codec.decode)
 
@@ -168,7 +170,9 @@ class Generate(Endpoint[Job]):
 class _Answer:
     def __init__(self, service: Service, job: Job, subscription: Subscription, entry: Record) -> None:
         self._service, self._job, self._subscription, self._entry = service, job, subscription, entry
-        self._choices = [Choice(service.codec, job.stops, job.skip_special_tokens) for _ in subscription.ids]
+        self._choices = [
+            Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
+        ]
         self._last = [entry.started] * len(self._choices)
         self._format = _format(service, job)
 
@@ -184,6 +188,7 @@ class _Answer:
         pending = self._take(await self._subscription.next(self._service.limits.keep_alive_seconds))
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         loop = asyncio.get_running_loop()
+        said = loop.time()
         try:
             async with asyncio.timeout(None) as patience:
                 self._subscription.on_failure = lambda: patience.reschedule(loop.time() + FAREWELL_SECONDS)
@@ -195,12 +200,15 @@ class _Answer:
                     if data:
                         patience.reschedule(loop.time() + STALL_SECONDS)
                         await send({"type": "http.response.body", "body": data, "more_body": not self._done})
+                        said = loop.time()
                     if self._done:
                         return
                     patience.reschedule(None)
                     outputs = await self._subscription.next(self._service.limits.keep_alive_seconds)
                     pending = self._take(outputs)
-                    data = b"" if outputs else KEEP_ALIVE
+                    # A call is held until it is complete, which may take longer than a client waits.
+                    quiet = loop.time() - said >= self._service.limits.keep_alive_seconds
+                    data = KEEP_ALIVE if quiet or not outputs else b""
         except ApiError as error:
             self._entry.status = error.status
             if error.status == 499:
@@ -235,6 +243,7 @@ class _Answer:
             prompt_tokens=sum(map(len, self._job.prompts)),
             completion_tokens=sum(choice.tokens for choice in self._choices),
             cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.n]),
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in self._choices),
         )
 
     def _take(self, outputs: Sequence[tuple[int, TokenOutput]]) -> list[tuple[int, Delta]]:
@@ -329,7 +338,7 @@ def _requests(job: Job, entry: Record) -> list[Request]:
 def _format(service: Service, job: Job) -> Format:
     logprobs = job.params[0].logprobs is not None
     if job.chat:
-        return ChatFormat(service.facts.name, service.codec, logprobs, job.include_usage)
+        return ChatFormat(service.facts.name, service.codec, logprobs, job.include_usage, bool(job.reading.tools))
     echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
     return CompletionFormat(service.facts.name, service.codec, logprobs, job.include_usage, echo)
 

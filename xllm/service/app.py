@@ -17,6 +17,7 @@ from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
+from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
 from xllm.service.rows import Embeddings
 from xllm.service.tokenizer import TextCodec
@@ -34,8 +35,10 @@ def load_service(
     engine: Engine,
     dispatcher: Dispatcher,
     limits: Limits,
+    dialect: Dialect | None = None,
 ) -> Service:
-    """Everything the routes share. The chat template is compiled by its first use."""
+    """Everything the routes share. The chat template is compiled by its first use; `dialect` is what it shows, or
+    what else its answers are read as."""
 
     @cache
     def template() -> ChatTemplate:
@@ -56,6 +59,7 @@ def load_service(
         dispatcher=dispatcher,
         recorder=Recorder(facts.name),
         limits=limits,
+        dialect=dialect or choose(chat_template),
     )
 
 

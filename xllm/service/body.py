@@ -59,12 +59,36 @@ class CompletionBody(Sampling, forbid_unknown_fields=True, kw_only=True):
     logprobs: int | None = None
 
 
+class Function(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    function: Function
+
+
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str  # a JSON object
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    function: CalledFunction
+    id: str | None = None
+    type: str = "function"
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[dict[str, Any]] | None = None  # parts are checked in params, to name what the model can't read
     name: str | None = None
     reasoning_content: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatBody(Sampling, forbid_unknown_fields=True, kw_only=True):
@@ -74,6 +98,9 @@ class ChatBody(Sampling, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class RowsBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -152,15 +179,12 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_json": (None,),
     "metadata": (None,),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
     "web_search_options": (None,),
 }
 
@@ -169,7 +193,6 @@ NOT_SUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "function_call": (None,),
     "refusal": (None,),
-    "tool_calls": (None, []),
 }
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from xllm.runtime import TokenOutput
 from xllm.service.errors import from_output
+from xllm.service.parsers.parts import Call, Part
+from xllm.service.parsers.reading import PLAIN, Reading
 from xllm.service.text import StopStrings
 from xllm.service.tokenizer import TextCodec
 
@@ -23,9 +25,11 @@ class TokenLogprob:
 
 
 class Delta(NamedTuple):
-    """What one step added to a choice (a tuple: one is built per token). finish_reason: None, "stop" or "length"."""
+    """What one step added to a choice (a tuple: one is built per token). text: as the model wrote it. parts: the same
+    told apart. finish_reason: None, "stop", "length" or "tool_calls"."""
 
     text: str
+    parts: tuple[Part, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
 
@@ -33,16 +37,21 @@ class Delta(NamedTuple):
 class Choice:
     """The answer of one sequence as it grows."""
 
-    def __init__(self, codec: TextCodec, stops: tuple[str, ...], skip_special_tokens: bool) -> None:
-        self._detokenizer = codec.detokenizer(skip_special_tokens)
+    def __init__(
+        self, codec: TextCodec, stops: tuple[str, ...], skip_special_tokens: bool, reading: Reading = PLAIN
+    ) -> None:
+        self._detokenizer = codec.detokenizer(skip_special_tokens, reading.markers)
+        self._reader = reading.reader()
+        self._called = False
         self._stops = StopStrings(stops)
         self._decoded = 0  # characters of all tokens so far
         self._shown = 0  # characters that left
         self._waiting: list[TokenLogprob] = []
         self.tokens = 0
+        self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: str | None = None
-        self.cut = False  # a stop string ended the answer, the engine still works on it
+        self.cut = False  # the answer has ended, the engine still works on it
 
     def push(self, output: TokenOutput) -> Delta:
         """Takes one output; must not be called after the finish. Raises ApiError when the sequence failed."""
@@ -54,6 +63,7 @@ class Choice:
         piece = ""
         if output.token is not None:
             self.tokens += 1
+            self.reasoning_tokens += self._reader.thinking
             if not stopper:
                 if output.logprob is not None:
                     logprob = TokenLogprob(output.token, output.logprob, output.top_logprobs, self._decoded)
@@ -73,8 +83,16 @@ class Choice:
         elif finish_reason is not None:
             text += self._stops.finish()
         self._shown += len(text)
-        self.finish_reason = finish_reason
-        return Delta(text, self._release(everything=finish_reason is not None and not result.stopped), finish_reason)
+        released = self._release(everything=finish_reason is not None and not result.stopped)
+        parts = self._reader.push(text) if text else []
+        if self._reader.ended:
+            self.cut |= finish_reason is None
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            parts += self._reader.finish()
+        self._called |= any(isinstance(part, Call) for part in parts)
+        self.finish_reason = "tool_calls" if self._called and finish_reason == "stop" else finish_reason
+        return Delta(text, tuple(parts), released, self.finish_reason)
 
     def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:
         """The logprobs whose token begins in text that has left; all of them when nothing is held back."""

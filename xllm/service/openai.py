@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from xllm.service.generation import Delta, TokenLogprob
+from xllm.service.parsers.parts import Call, Content, Part, Reasoning
 from xllm.service.tokenizer import TextCodec
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON doesn't have (OpenAI's value)
@@ -28,6 +29,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int
 
     def body(self) -> dict[str, Any]:
         return {
@@ -35,7 +37,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -54,7 +56,7 @@ class Format:
 
     def gather(self, choice: Whole, delta: Delta) -> None:
         """Adds to an answer that is sent whole."""
-        choice.text.append(delta.text)
+        choice.parts.extend(delta.parts)
         choice.logprobs.extend(map(self._token, delta.logprobs))
         choice.finish_reason = delta.finish_reason
 
@@ -95,7 +97,7 @@ class Format:
 class Whole:
     """A choice on its way to be sent whole. logprobs: what the format makes of each token."""
 
-    text: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -116,7 +118,7 @@ class CompletionFormat(Format):
         return self._event(self._choice(index, delta.text, logprobs, delta.finish_reason))
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
-        text = self._echo[index] + "".join(choice.text)
+        text = self._echo[index] + _joined(choice.parts, Content)
         return self._choice(index, text, choice.logprobs, choice.finish_reason)
 
     def _choice(self, index: int, text: str, logprobs: Sequence[tuple[Any, ...]], reason: str | None) -> dict[str, Any]:
@@ -138,22 +140,34 @@ class CompletionFormat(Format):
 class ChatFormat(Format):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool, tools: bool) -> None:
+        """tools: whether the answer may be calls, without content then."""
+        super().__init__(model, codec, logprobs, include_usage)
+        self._nothing = None if tools else ""
+
     def first(self, choices: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
+        delta = {"role": "assistant", "content": self._nothing}
         return b"".join(self._event(self._choice(at, {"delta": delta}, (), None)) for at in range(choices))
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         """A text and how it ended are two events: clients take the last one for the end of the choice."""
+        shown = [_delta(part) for part in delta.parts] or ([{}] if delta.logprobs else [])
+        logprobs = [self._token(item) for item in delta.logprobs]
         event = b""
-        if delta.text or delta.logprobs:
-            logprobs = [self._token(item) for item in delta.logprobs]
-            event = self._event(self._choice(index, {"delta": {"content": delta.text}}, logprobs, None))
+        for body in shown:
+            event += self._event(self._choice(index, {"delta": body}, logprobs, None))
+            logprobs = []
         if delta.finish_reason is not None:
             event += self._event(self._choice(index, {"delta": {}}, (), delta.finish_reason))
         return event
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        content = _joined(choice.parts, Content) or self._nothing
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning := _joined(choice.parts, Reasoning):
+            message["reasoning_content"] = reasoning
+        if calls := [_call(part) for part in choice.parts if isinstance(part, Call)]:
+            message["tool_calls"] = calls
         return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
 
     def _choice(
@@ -171,6 +185,20 @@ class ChatFormat(Format):
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._codec.token_bytes(token)
         return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    if isinstance(part, Call):
+        return {"tool_calls": [{"index": part.index} | _call(part)]}
+    return {"content" if isinstance(part, Content) else "reasoning_content": part.text}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _joined(parts: Sequence[Part], kind: type[Content] | type[Reasoning]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, kind))
 
 
 def _encoded(value: Any) -> msgspec.Raw:

@@ -4,12 +4,14 @@ limits of the context. Pure; the result is a Job, or an ApiError 400 that names 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xllm.runtime import RequestRefused, SamplingParams
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
+from xllm.service.parsers.reading import NO_DIALECT, PLAIN, Dialect, Reading
+from xllm.service.tools import earlier_calls, offered
 
 MAX_SEQUENCES = 128  # prompts x n of one HTTP request
 MAX_STOPS = 4
@@ -60,6 +62,7 @@ class Job:
     stream: bool
     include_usage: bool
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
+    reading: Reading = PLAIN
 
 
 Encode = Callable[[str, bool], list[int]]
@@ -106,27 +109,30 @@ def completion_job(
 
 
 def chat_job(
-    body: ChatBody, facts: ModelFacts, encode: Encode, render: Callable[[list[dict[str, str]], dict[str, Any]], str]
+    body: ChatBody, facts: ModelFacts, encode: Encode, render: Callable[..., str], dialect: Dialect = NO_DIALECT
 ) -> Job:
-    """Plans POST /v1/chat/completions. `render(messages, template arguments)` makes the prompt text."""
+    """Plans POST /v1/chat/completions. `render(messages, template arguments, tools=...)` makes the prompt text."""
     n = _samples(body, 1)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("invalid_request", "top_logprobs needs logprobs: true", "top_logprobs")
     within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
-    text = render(messages(body.messages), body.chat_template_kwargs or {})
+    offer = offered(body, dialect)
+    text = render(messages(body.messages), body.chat_template_kwargs or {}, tools=offer and offer.shown)
+    reading = dialect.reading(text, offer and offer.schemas, body.parallel_tool_calls is False)
     # The template writes the special tokens itself: adding them again would double the first one.
     ids = _ids(text, "messages", facts, encode, body.add_special_tokens is True)
-    return _job(body, facts, (ids,), n, (body.top_logprobs or 0) if body.logprobs else None, chat=True, echo=None)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return replace(_job(body, facts, (ids,), n, logprobs, chat=True, echo=None), reading=reading)
 
 
-def messages(given: list[Message]) -> list[dict[str, str]]:
+def messages(given: list[Message]) -> list[dict[str, Any]]:
     """The messages as plain dictionaries for a template; text parts of one message are joined by line ends."""
     if not given:
         raise invalid("invalid_request", "messages is empty, at least one message is needed", "messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
 
 
-def _message(message: Message, path: str) -> dict[str, str]:
+def _message(message: Message, path: str) -> dict[str, Any]:
     if message.role not in ROLES:
         raise invalid(
             "invalid_request", f"{path}.role is {message.role[:64]!r}, allowed are {', '.join(ROLES)}", f"{path}.role"
@@ -136,7 +142,11 @@ def _message(message: Message, path: str) -> dict[str, str]:
     content = message.content or ""
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{path}.content[{index}]") for index, part in enumerate(content))
-    result = {"role": message.role, "content": content}
+    result: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        if message.role != "assistant":
+            raise invalid("invalid_request", f"{path}.tool_calls needs the role assistant", f"{path}.tool_calls")
+        result["tool_calls"] = earlier_calls(message.tool_calls, f"{path}.tool_calls")
     optional = ("name", "reasoning_content", "tool_call_id")
     return result | {name: value for name in optional if (value := getattr(message, name)) is not None}
 

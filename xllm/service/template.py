@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jinja2
@@ -56,27 +57,67 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self._special_tokens = dict(special_tokens or {})
         self._knows_developer = "developer" in source
+        self._knows_tools = "tools" in source
         try:
             source.encode()  # no tokenizer takes half of a surrogate pair
             self._template = _Environment().from_string(source)
         except (jinja2.TemplateError, RecursionError, UnicodeEncodeError, SyntaxError) as error:
             raise ValueError(f"the chat template does not compile: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any], open_answer: bool = True) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        arguments: Mapping[str, Any],
+        open_answer: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         """The prompt; with `open_answer`, up to where the answer begins.
 
-        Raises ApiError 400 `template_error` when the template refuses, fails, or uses up its budget.
+        Raises ApiError 400 `unsupported_parameter` for tools that the template would not mention, `template_error` when
+        it refuses, fails, or uses up its budget.
         """
         for name in arguments:
             if name in RESERVED:
                 raise invalid(
                     "invalid_request", f"chat_template_kwargs can't set {name}", f"chat_template_kwargs.{name}"
                 )
+        if tools and not self._knows_tools:
+            raise invalid("unsupported_parameter", "the chat template does not tell the model about tools", "tools")
+        if any("tool_calls" in message for message in messages) and self._takes_text:
+            messages = [_with_text(message) for message in messages]
+        return self._render(messages, arguments, open_answer, tools)
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether calls of earlier turns have their arguments as a text, because the template joins them to others.
+        Most write an object as JSON, and some look into it."""
+        function = {"name": "f", "arguments": {"a": "b"}}
+        calls = [{"id": "123456789", "type": "function", "function": function}]
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+        messages = [{"role": "user", "content": "a"}, answer]
+        try:
+            if str(function["arguments"]) not in self._render(messages, {}, False, None):
+                return False
+        except ApiError:
+            pass
+        try:
+            self._render([_with_text(message) for message in messages], {}, False, None)
+        except ApiError:
+            return False
+        return True
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        arguments: Mapping[str, Any],
+        open_answer: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> str:
         if not self._knows_developer:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         token = _budget.set(_Budget())
         try:
-            variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
+            variables = {"tools": tools, "documents": None, **self._special_tokens, **arguments}
             variables |= {"messages": messages, "add_generation_prompt": open_answer}
             text = self._join(self._template.generate(**variables))
             text.encode()  # an escape in the template can still make half of a surrogate pair
@@ -95,6 +136,18 @@ class ChatTemplate:
             _check_size(size)
             result.append(piece)
         return "".join(result)
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of calls as JSON texts."""
+    if "tool_calls" not in message:
+        return message
+    texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in message["tool_calls"]]
+    calls = [
+        call | {"function": call["function"] | {"arguments": text}}
+        for call, text in zip(message["tool_calls"], texts, strict=True)
+    ]
+    return message | {"tool_calls": calls}
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):

@@ -118,7 +118,7 @@ class StopStrings:
         if matches:
             self._held = ""
             return StopResult(text[: min(matches)[1]], True)
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]
         return StopResult(text[:cut], False)
@@ -129,7 +129,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that is a proper beginning of stop."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):

@@ -91,10 +91,13 @@ class TextCodec:
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
-        if skip_special_tokens:
+    def detokenizer(self, skip_special_tokens: bool, shown: Sequence[str] = ()) -> Detokenizer:
+        """`shown`: texts of special tokens that are not skipped, whatever is said."""
+        kept = [token for token in self._special if self._added[token] in shown]
+        if skip_special_tokens and not kept:
             return Detokenizer(self._tokenizer.decode, self._textless)
-        return Detokenizer(lambda tokens: self._tokenizer.decode(tokens, skip_special_tokens=False), self._unknown)
+        hidden = (lambda token: self._textless(token) and token not in kept) if skip_special_tokens else self._unknown
+        return Detokenizer(lambda tokens: self._tokenizer.decode(tokens, skip_special_tokens=False), hidden)
 
     def _unknown(self, token: int) -> bool:
         """Models pad the vocabulary, and a sampler may draw a padding row."""
