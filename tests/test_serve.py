@@ -63,6 +63,22 @@ def test_streamed_equals_whole(client: openai.OpenAI) -> None:
     assert (streamed.prompt_tokens, streamed.completion_tokens) == (prompt, 24)
 
 
+def test_reasoning_that_was_asked_for_is_told_apart(artifact: Path) -> None:
+    """The parser says that answers begin inside of it; this model never ends it."""
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 24, "temperature": 0}
+    with serving(artifact, "--memory", "256MiB", "--reasoning-parser", "deepseek-r1") as running:
+        assert "answers: calls of tools as none, reasoning as deepseek-r1" in running.said
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused", max_retries=0) as client:
+            whole = client.chat.completions.create(**ask)
+            chunks = list(client.chat.completions.create(**ask, stream=True))
+    message = whole.choices[0].message
+    streamed = "".join(getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks)
+    assert not message.content
+    assert message.reasoning_content == streamed != ""  # pyright: ignore[reportAttributeAccessIssue]
+    assert whole.usage is not None and whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 24
+
+
 def test_seed_gives_the_same_samples_in_any_company(client: openai.OpenAI) -> None:
     prompt = list(range(300, 340))
     ask = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "seed": 7, "temperature": 1.0, "n": 3, "logprobs": 2}

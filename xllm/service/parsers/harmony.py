@@ -26,6 +26,7 @@ class Harmony:
         self._tools, self._calls = tools, Calls(one)
         self._marks, self._body_ends = Markers(MARKERS), Markers((*ENDS, START, CHANNEL))
         self._text = ""  # not decided on; of a call all of its body
+        self._scanned = 0  # characters of a call without a marker
         self._tool: str | None = None
         self._state = "header"  # or what the body of this message is: "content", "reasoning", "call"
 
@@ -73,9 +74,10 @@ class Harmony:
         return True
 
     def _body(self, parts: list[Part]) -> bool:
-        marker = self._body_ends.find(self._text)
+        marker = self._body_ends.find(self._text, self._scanned)
         end = marker.start() if marker else len(self._text) - self._body_ends.unfinished(self._text)
         if self._state == "call":
+            self._scanned = 0 if marker else end
             if marker is None:
                 return False
             self._call(self._text[:end], parts)
