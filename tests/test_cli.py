@@ -52,6 +52,8 @@ def test_every_help_has_examples(name, capsys):
         (["serve", "x", "--memory", "lots"], "is not a size"),
         (["serve", "x", "--port", "99999"], "0 to 65535"),
         (["serve", "x", "--threads", "0"], "--threads"),
+        (["serve", "x", "--tool-call-parser", "qwen"], "'qwen3_coder'"),
+        (["serve", "x", "--reasoning-parser", "r1"], "'deepseek-r1'"),
         (["serve", "x", "--host", "0.0.0.0"], "--api-key-file"),
         (["serve", "x", "--api-key-file", "/does/not/exist"], "/does/not/exist"),
         (["generate", "/does/not/exist", "-p", "x"], "manifest.json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -333,6 +334,12 @@ def test_names_that_are_not_there_are_refused_with_the_list():
             shape(choose("", name).tools)
     for name in REASONING_PARSERS:
         choose("", None, name).reading().reader()
+
+
+def test_every_name_is_in_the_table():
+    table = Path(__file__).parents[2].joinpath("docs", "calls.md").read_text(encoding="utf-8")
+    for name in (*TOOL_PARSERS, *REASONING_PARSERS):
+        assert f"`{name}`" in table
 
 
 def test_special_tokens_that_are_markers_are_seen_and_others_are_not():

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, running
+from xllm.service.answer import Limits
 from xllm.service.body import ChatBody, parse
 from xllm.service.errors import ApiError
 from xllm.service.parsers.reading import Dialect
@@ -157,6 +158,16 @@ def test_tools_and_earlier_calls_reach_the_template(client, script, served):
     assert f"assistant\n<think>Where? There.</think>{call}<|end|><|start|>tool\nsunny<|end|>" in prompt
     ask(client, tool_choice="none")
     assert b"weather?" in served[1].codec.decode(fake(served[1]).seen[-1].prompt).encode().split(b"\n", 1)[1]
+
+
+def test_a_call_that_is_long_in_coming_keeps_the_connection_alive(tmp_path):
+    text = "</think>" + CALL.replace("Zürich", "x" * 200)
+    limits = Limits(keep_alive_seconds=0.1)
+    service = fake_service(tmp_path, limits, TEMPLATE, reply=lambda request: [*ids(text), EOS], tick=0.004)
+    with running(service) as (base, _):
+        body = {"messages": SAY, "tools": TOOLS, "stream": True}
+        answer = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60).text
+    assert answer.index("keep-alive") < answer.index("tool_calls")
 
 
 @pytest.mark.parametrize("stream", [False, True])
