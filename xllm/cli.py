@@ -205,10 +205,10 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
     sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
     for what, flag, names in (
-        ("calls of tools", "--tool-call-parser", TOOL_PARSERS),
-        ("reasoning", "--reasoning-parser", REASONING_PARSERS),
+        ("tool calls are", "--tool-call-parser", TOOL_PARSERS),
+        ("reasoning is", "--reasoning-parser", REASONING_PARSERS),
     ):
-        told = f"how {what} are written (default: what the chat template shows): {', '.join(names)}"
+        told = f"how {what} written (default: what the chat template shows): {', '.join(names)}"
         sub.add_argument(flag, choices=names, metavar="NAME", help=told)
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
