@@ -13,7 +13,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TORCH = {"torch", "sympy", "networkx", "transformers"}
 SERVING = {"blake3", "msgspec", "numpy"}
-HTTP = {"httptools", "jinja2", "msgspec", "prometheus_client", "starlette", "tokenizers", "uvicorn", "uvloop"}
+HTTP = {
+    "httptools",
+    "jinja2",
+    "llguidance",
+    "msgspec",
+    "numpy",
+    "prometheus_client",
+    "starlette",
+    "tokenizers",
+    "uvicorn",
+    "uvloop",
+}
 
 # Package (or module): what of ours it may import besides itself, and which libraries besides the standard one.
 MAY: dict[str, tuple[set[str], set[str]]] = {

@@ -63,10 +63,10 @@ class Params(Protocol):
 class SampleResult:
     """One step, S rows. Fresh arrays, so that a result may be read while the next step runs.
 
-    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf that its mask lets pass. logprobs float32[S]: of the chosen
-    token in the raw distribution, NaN where the slot asked for none. top_ids int32[S, W], top_logprobs float32[S, W]:
-    the best tokens of the raw distribution, by falling logit, then id; W is the most that a slot of this step asked
-    for; unused cells are -1 and -inf.
+    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf that its mask lets pass. logprobs
+    float32[S]: of the chosen token in the raw distribution, NaN where the slot asked for none. top_ids int32[S, W],
+    top_logprobs float32[S, W]: the best tokens of the raw distribution, by falling logit, then id; W is the most that a
+    slot of this step asked for; unused cells are -1 and -inf.
     """
 
     tokens: np.ndarray

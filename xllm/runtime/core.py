@@ -22,7 +22,6 @@ from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 
-
 _FAULTS = {
     -1: "numeric_error: the logits hold NaN or infinity",
     GRAMMAR_FAILED: "grammar_failed: the grammar became too costly at this token; make its schema or pattern simpler",

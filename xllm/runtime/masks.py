@@ -17,6 +17,7 @@ from xllm.runtime.request import Grammar, Matcher
 
 log = logging.getLogger("xllm.runtime")
 STUCK_SECONDS = 5.0  # a mask takes microseconds, rarely milliseconds
+WAITS = 50  # in so many parts, so that a process that was stopped for long takes nobody for stuck
 GRAMMAR_FAILED = -2
 
 
@@ -80,7 +81,7 @@ class Masks:
         """Until all masks are there. One that does not come is given up, and its thread with it."""
         left = [slot for slot in found if slot is not None]
         for at, slot in enumerate(left):
-            if not slot.filled.wait(STUCK_SECONDS):
+            if not any(slot.filled.wait(STUCK_SECONDS / WAITS) for _ in range(WAITS)):
                 slot.failed, slot.filled = True, threading.Event()
                 log.error("a grammar's mask did not come within %g s: its request ends", STUCK_SECONDS)
                 self._work = None

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
@@ -25,6 +25,7 @@ from xllm.service.params import Job, ModelFacts, chat_job, completion_job
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
@@ -61,6 +62,7 @@ class Service:
     facts: ModelFacts
     codec: TextCodec
     chat_template: Callable[[], ChatTemplate]
+    grammars: Callable[[], Grammars]
     engine: Engine
     dispatcher: Dispatcher
     recorder: Recorder
@@ -152,9 +154,18 @@ class Generate(Endpoint[Job]):
         service = self.service
         if self.kind == "chat":
             body = self.parse(data, ChatBody)
-            return chat_job(body, service.facts, service.codec.encode, service.chat_template().render)
-        body = self.parse(data, CompletionBody)
-        return completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+            job = chat_job(body, service.facts, service.codec.encode, service.chat_template().render)
+        else:
+            body = self.parse(data, CompletionBody)
+            job = completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+        if body.response_format is None and body.structured_outputs is None:
+            return job
+        from xllm.service.grammar import form_of
+
+        if (form := form_of(body)) is None:
+            return job
+        grammar = service.grammars().compile(form)
+        return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         async with self.submitted(_requests(job, entry), receive) as subscription:

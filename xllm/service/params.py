@@ -30,7 +30,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class ModelFacts:
     """What validation needs to know. max_len: tokens of prompt and answer together. defaults: sampling fields of the
     model. task: "generate", "embed" or "classify"; with a task of rows, their width, the names of their columns, and
-    how many kinds of segment the texts of a prompt may be of."""
+    how many kinds of segment the texts of a prompt may be of. eos_ids: tokens that end an answer."""
 
     name: str
     vocab: int
@@ -40,6 +40,7 @@ class ModelFacts:
     width: int = 0
     labels: tuple[str, ...] = ()
     segments: int = 1
+    eos_ids: tuple[int, ...] = ()
 
     @property
     def generates(self) -> bool:
