@@ -6,6 +6,7 @@ What becomes of a slot depends on its own tokens only. A grammar that fails, or 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -72,19 +73,19 @@ class Masks:
         """Starts on the masks of a step that will sample these slots; `wait` and `take` get what this returns."""
         found = [self._slots.get(slot) for slot in slots]
         for slot in found:
-            if slot is not None:
+            if slot is not None and not slot.failed:
                 slot.filled.clear()
                 self._queue().put(slot)
         return found
 
     def wait(self, found: list[_Slot | None]) -> None:
         """Until all masks are there. One that does not come is given up, and its thread with it."""
-        left = [slot for slot in found if slot is not None]
+        left = [slot for slot in found if slot is not None and not slot.failed]
         for at, slot in enumerate(left):
             if not any(slot.filled.wait(STUCK_SECONDS / WAITS) for _ in range(WAITS)):
-                slot.failed, slot.filled = True, threading.Event()
+                slot.failed = True
                 log.error("a grammar's mask did not come within %g s: its request ends", STUCK_SECONDS)
-                self._work = None
+                self._leave_thread()
                 for other in left[at + 1 :]:
                     self._queue().put(other)
 
@@ -102,6 +103,15 @@ class Masks:
     def close(self) -> None:
         if self._work is not None:
             self._work.put(None)
+
+    def _leave_thread(self) -> None:
+        """Should it come back, it finds nothing to do and ends."""
+        assert self._work is not None
+        work, self._work = self._work, None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                work.get_nowait()
+        work.put(None)
 
     def _queue(self) -> queue.SimpleQueue[_Slot | None]:
         if self._work is None:
