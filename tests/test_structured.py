@@ -86,9 +86,8 @@ def client(server: Server) -> openai.OpenAI:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_keeps_to_its_schema(llm: LLM, name: str) -> None:
-    for seed, options in enumerate(
-        ({"temperature": 0}, {"temperature": 1.5}, {"top_p": 0.9, "repetition_penalty": 1.3})
-    ):
+    asked: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1.5}, {"top_p": 0.9, "repetition_penalty": 1.3}]
+    for seed, options in enumerate(asked):
         [answer] = llm.generate(ASK, structured_outputs={"json": SCHEMAS[name]}, seed=seed, max_tokens=400, **options)
         if answer.finish_reason == "stop":  # what recurs may do so for ever
             jsonschema.validate(json.loads(answer.text), SCHEMAS[name])
