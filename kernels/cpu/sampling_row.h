@@ -155,14 +155,15 @@ class Row {
   // The row becomes a copy in which every token whose bit is not set is -inf; as open().
   bool mask(const uint32_t *words) {
     Ints nan = {};
-    for (int b = 0; b < blocks; b++) {
-      const int begin = b * kBlock, end = std::min(vocab, begin + kBlock);
-      uint32_t any = 0;
-      for (int i = begin; i < end; i += 32) any |= words[i / 32];
-      if (any)
-        for (int i = begin; i < end; i++) masked[i] = words[i / 32] >> i % 32 & 1 ? x[i] : -kInf;
-      else
+    for (int begin = 0; begin < vocab; begin += 32) {
+      const int end = std::min(vocab, begin + 32);
+      const uint32_t word = words[begin / 32];
+      if (word == 0)
         std::fill(masked.begin() + begin, masked.begin() + end, -kInf);
+      else if (word == 0xffffffffu)
+        std::copy(x + begin, x + end, masked.begin() + begin);
+      else
+        for (int i = begin; i < end; i++) masked[i] = word >> (i - begin) & 1 ? x[i] : -kInf;
     }
     x = masked.data();
     for (int b = 0; b < blocks; b++) maxima[b] = block_max(block(b), &nan);
