@@ -57,6 +57,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"artifact", "targets"}, {"numpy"}),
     "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
+    "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),
+    "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "memory": ({"artifact", "runtime", "targets"}, set()),
     "llm": ({"artifact", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
@@ -201,7 +203,7 @@ import xllm.runtime, xllm.service
 for package in (xllm.runtime, xllm.service):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)
-heavy = {"torch", "transformers", "networkx", "sympy"} & set(sys.modules)
+heavy = {"torch", "transformers", "networkx", "sympy", "llguidance"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
 

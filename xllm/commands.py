@@ -259,6 +259,7 @@ def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
         width=task.get("width", 0),
         labels=tuple(task.get("labels", ())),
         segments=task.get("segments", 1),
+        eos_ids=tuple(model.get("eos_ids", ())),
     )
 
 

@@ -10,10 +10,11 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,11 +24,14 @@ from xllm.runtime.config import EngineConfig
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
-from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
 from xllm.targets.base import StepSizes
 from xllm.targets.predicted import target_of
+
+if TYPE_CHECKING:
+    from xllm.service.grammar import Grammars
 
 _INSTEAD = {
     "generate": "generates text: call generate",
@@ -226,10 +230,14 @@ class LLM:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | None = None,
+        *,
+        structured_outputs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Completes each prompt (text, or token ids). `options` are fields of SamplingParams, beside the defaults of
-        the model; or give `params` whole. Order is kept.
+        the model; or give `params` whole. Order is kept. structured_outputs: the form each answer must have, one of
+        {"json": schema}, {"json_object": True}, {"regex": text}, {"choice": [text, ...]} and {"grammar": Lark's
+        notation}.
 
         Raises RequestRefused for what can never run, RuntimeError when a request fails; the other prompts then end.
         """
@@ -240,6 +248,8 @@ class LLM:
         from xllm.service.params import default_sampling
 
         chosen = params or SamplingParams(**default_sampling(self.artifact.generation) | options)
+        if structured_outputs is not None:
+            chosen = replace(chosen, grammar=self._grammar(structured_outputs))
         items: Iterable[Any] = [prompts] if isinstance(prompts, str) else prompts
         requests = [
             Request(f"llm-{next(self._ids)}", tuple(self.codec.encode(p, True) if isinstance(p, str) else p), chosen)
@@ -253,6 +263,21 @@ class LLM:
                     self._engine.cancel(request.id)
                 raise
         return [self._completion(gathered[request.id]) for request in requests]
+
+    def _grammar(self, outputs: Mapping[str, Any]) -> Grammar:
+        from xllm.service.errors import ApiError
+
+        try:
+            return self._grammars.of(outputs)
+        except ApiError as error:
+            raise RequestRefused(error.code, error.message) from None
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from xllm.service.grammar import Grammars
+
+        model = self.artifact.manifest["model"]
+        return Grammars(self.codec, model["vocab"], model["eos_ids"])
 
     def _run(self, engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
         gathered: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}

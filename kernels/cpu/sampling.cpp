@@ -1,6 +1,6 @@
-// The sampler: one row of logits and one slot's state in, one token out. Order: penalties, repetition, bias,
-// min_tokens, temperature, top-k, top-p, min-p, draw. Penalties and masks touch few values: they are written into the
-// row and taken back.
+// The sampler: one row of logits and one slot's state in, one token out. Order: mask, penalties, repetition, bias,
+// min_tokens, temperature, top-k, top-p, min-p, draw. What is masked is -inf and stays so, whatever follows. Penalties
+// touch few values: they are written into the row and taken back; a masked row is a copy.
 #include "sampling.h"
 
 #include <new>
@@ -49,10 +49,12 @@ struct Slot {
   }
 };
 
-// Penalties, bias and min_tokens, in this order, on the few values that they touch. False: nothing is left to draw.
+// The mask; then penalties, bias and min_tokens, in this order, on the few values that they touch. False: nothing is
+// left to draw. Where the mask leaves nothing but what min_tokens suppresses, the mask has its way.
 bool edit(Row &row, const Slot &slot) {
   const xk_sampling_params &p = slot.params;
   const bool suppress = slot.position < static_cast<uint32_t>(p.min_tokens) && !slot.suppress_ids.empty();
+  if (p.mask && !row.mask(p.mask)) return false;
   if (slot.seen.empty() && slot.bias.empty() && !suppress) return true;
   for (const Seen &s : slot.seen) {
     float x = row[s.token];
@@ -60,8 +62,12 @@ bool edit(Row &row, const Slot &slot) {
     row.set(s.token, x > 0 ? x / p.repetition : x * p.repetition);
   }
   for (size_t i = 0; i < slot.bias.size(); i++) row.set(slot.bias_ids[i], row[slot.bias_ids[i]] + slot.bias[i]);
+  const size_t kept = row.edits();
   if (suppress)
     for (const int32_t token : slot.suppress_ids) row.set(token, -xs::kInf);
+  if (row.refresh()) return true;
+  if (!suppress || !p.mask) return false;
+  row.take_back(kept);
   return row.refresh();
 }
 
@@ -112,7 +118,7 @@ int32_t sample(Row &row, float *logits, Slot &slot, float *logprob, int32_t widt
     }
   }
   const int32_t token = edit(row, slot) ? choose(row, slot) : -1;
-  row.restore();
+  row.take_back(0);
   if (token < 0) return -1;
   if (wanted >= 0) *logprob = static_cast<float>(row[token] - base);
   slot.remember(token);

@@ -63,10 +63,10 @@ class Params(Protocol):
 class SampleResult:
     """One step, S rows. Fresh arrays, so that a result may be read while the next step runs.
 
-    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf. logprobs float32[S]: of the chosen
-    token in the raw distribution, NaN where the slot asked for none. top_ids int32[S, W], top_logprobs float32[S, W]:
-    the best tokens of the raw distribution, by falling logit, then id; W is the most that a slot of this step asked
-    for; unused cells are -1 and -inf.
+    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf that its mask lets pass. logprobs
+    float32[S]: of the chosen token in the raw distribution, NaN where the slot asked for none. top_ids int32[S, W],
+    top_logprobs float32[S, W]: the best tokens of the raw distribution, by falling logit, then id; W is the most that a
+    slot of this step asked for; unused cells are -1 and -inf.
     """
 
     tokens: np.ndarray
@@ -97,6 +97,7 @@ class _CParams(c.Structure):
         ("suppress_ids", c.c_void_p),
         ("prompt_ids", c.c_void_p),
         ("generated_ids", c.c_void_p),
+        ("mask", c.c_void_p),
     )
 
 
@@ -113,6 +114,7 @@ class Sampler:
         self.vocab, self.max_slots, self.max_logprobs = vocab, max_slots, max_logprobs
         self._runner = runner
         self._wanted = np.zeros(max_slots, np.int32)
+        self._masks: dict[int, np.ndarray] = {}  # by slot; the native side reads them
         self._library = _typed(library())
         self._handle = self._library.xk_sampler_new(vocab, max_slots, runner.threads)
         if not self._handle:
@@ -127,11 +129,14 @@ class Sampler:
         generated_ids: Sequence[int] | np.ndarray = (),
         sample_index: int = 0,
         suppress_ids: Sequence[int] | np.ndarray = (),
+        mask: np.ndarray | None = None,
     ) -> None:
         """Starts, or after a preemption resumes, a sequence in `slot`, replacing what was there.
 
         The next draw has position len(generated_ids). `suppress_ids` (EOS and stop ids) are never drawn before
-        `params.min_tokens` tokens exist. Raises SamplingError naming the field.
+        `params.min_tokens` tokens exist, unless `mask` leaves nothing else. `mask` is uint32[ceil(vocab / 32)], written
+        by the caller between draws: token t may be drawn where bit t % 32 of word t // 32 is set; the distribution is
+        that of the tokens left, the logprobs stay those of all. Raises SamplingError naming the field.
         """
         _integer("slot", slot, 0, self.max_slots - 1)
         if params.seed is None:
@@ -144,6 +149,8 @@ class Sampler:
         repetition = _real("repetition_penalty", params.repetition_penalty, 0, math.inf)
         if repetition == 0:
             raise SamplingError("repetition_penalty", "must be above 0")
+        if mask is not None and (mask.dtype, mask.shape) != (np.uint32, (-(-self.vocab // 32),)):
+            raise SamplingError("mask", f"is {mask.dtype}{list(mask.shape)}, it must be uint32[{-(-self.vocab // 32)}]")
         native = _CParams(
             seed=_integer("seed", params.seed, -(2**63), 2**64 - 1) & (2**64 - 1),
             top_p=_real("top_p", params.top_p, 0, 1),
@@ -165,16 +172,21 @@ class Sampler:
             suppress_ids=suppress.ctypes.data,
             prompt_ids=prompt.ctypes.data,
             generated_ids=generated.ctypes.data,
+            mask=None if mask is None else mask.ctypes.data,
         )
         if self._library.xk_sampler_attach(self._open(), slot, c.byref(native)):
             raise MemoryError(f"the history of slot {slot} does not fit in memory")
         self._wanted[slot] = max(wanted, 0)
+        self._masks.pop(slot, None)
+        if mask is not None:
+            self._masks[slot] = mask
 
     def detach(self, slot: int) -> None:
         """Frees the slot; sampling it raises until it is attached again."""
         _integer("slot", slot, 0, self.max_slots - 1)
         self._library.xk_sampler_detach(self._open(), slot)
         self._wanted[slot] = 0
+        self._masks.pop(slot, None)
 
     def sample(self, logits_address: int, slots: np.ndarray) -> SampleResult:
         """Draws row j of float32[S, vocab] at `logits_address` for slot slots[j] (int32[S], distinct).

@@ -142,12 +142,30 @@ class Row {
  public:
   explicit Row(int v)
       : vocab(v), blocks((v + kBlock - 1) / kBlock), maxima(blocks), order(blocks), sums(blocks), dirty(blocks),
-        value(v + kBlock), id(v + kBlock), keys(v + kBlock), histogram(1 << (64 - kBucketShift)) {}
+        value(v + kBlock), id(v + kBlock), keys(v + kBlock), histogram(1 << (64 - kBucketShift)), masked(v) {}
 
   // False for a row that nothing can be drawn from: a NaN, +inf, or nothing above -inf.
   bool open(float *logits) {
     x = logits;
     Ints nan = {};
+    for (int b = 0; b < blocks; b++) maxima[b] = block_max(block(b), &nan);
+    return find_peak(nan);
+  }
+
+  // The row becomes a copy in which every token whose bit is not set is -inf; as open().
+  bool mask(const uint32_t *words) {
+    Ints nan = {};
+    for (int begin = 0; begin < vocab; begin += 32) {
+      const int end = std::min(vocab, begin + 32);
+      const uint32_t word = words[begin / 32];
+      if (word == 0)
+        std::fill(masked.begin() + begin, masked.begin() + end, -kInf);
+      else if (word == 0xffffffffu)
+        std::copy(x + begin, x + end, masked.begin() + begin);
+      else
+        for (int i = begin; i < end; i++) masked[i] = word >> (i - begin) & 1 ? x[i] : -kInf;
+    }
+    x = masked.data();
     for (int b = 0; b < blocks; b++) maxima[b] = block_max(block(b), &nan);
     return find_peak(nan);
   }
@@ -159,7 +177,7 @@ class Row {
     x[token] = value_now;
   }
 
-  // After the last set(): as open().
+  // After the last set() or take_back(): as open().
   bool refresh() {
     for (const auto &was : undo) dirty[was.first / kBlock] = 1;
     Ints nan = {};
@@ -168,8 +186,14 @@ class Row {
     return find_peak(nan);
   }
 
-  void restore() {
-    for (; !undo.empty(); undo.pop_back()) x[undo.back().first] = undo.back().second;
+  size_t edits() const { return undo.size(); }
+
+  // Undoes every set() but the first `kept`; the blocks keep their maxima until they are refreshed.
+  void take_back(size_t kept) {
+    for (; undo.size() > kept; undo.pop_back()) {
+      x[undo.back().first] = undo.back().second;
+      dirty[undo.back().first / kBlock] = 1;
+    }
   }
 
   int32_t argmax() const {
@@ -350,6 +374,7 @@ class Row {
   std::vector<float> value;                     // [vocab + kBlock] their logits, later their softmax numerators
   std::vector<int32_t> id;                      // [vocab + kBlock]
   std::vector<uint64_t> keys, histogram;        // of keep_best
+  std::vector<float> masked;                    // [vocab] the row as its mask leaves it
   float tail[kBlock] = {};
 };
 

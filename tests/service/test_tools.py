@@ -196,8 +196,9 @@ def function(**fields: Any) -> dict[str, Any]:
 
 FORCED = {"type": "function", "function": {"name": "clock"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "required": ({"tool_choice": "required"}, "tool_choice"),
-    "named": ({"tool_choice": FORCED}, "tool_choice"),
+    "a call and a form": (
+        {"tool_choice": FORCED, "response_format": {"type": "json_object"}}, "tool_choice"
+    ),
     "named, absent": ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
     "choice": ({"tool_choice": "any"}, "tool_choice"),
     "choice of another kind": ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),

@@ -15,11 +15,17 @@ from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
 from xllm.runtime.kv import KvPool
+from xllm.runtime.masks import GRAMMAR_FAILED
 from xllm.runtime.pages import PageState
 from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
+
+_FAULTS = {
+    -1: "numeric_error: the logits hold NaN or infinity",
+    GRAMMAR_FAILED: "grammar_failed: the grammar became too costly at this token; make its schema or pattern simpler",
+}
 
 
 @dataclass(frozen=True)
@@ -294,7 +300,7 @@ class Core:
             if sequence.finish is not None:
                 self._wasted_rows += sample
             elif sample and tokens[sampled] < 0:
-                self._end(sequence, "error", "numeric_error: the logits hold NaN or infinity")
+                self._end(sequence, "error", _FAULTS[tokens[sampled]])
             elif sample:
                 self._append(sequence, tokens[sampled], logprobs[sampled], _best(sequence, result, sampled))
             if sequence.state is State.LEAVING and not sequence.flights:

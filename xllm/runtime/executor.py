@@ -71,7 +71,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits;
+    """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits, -2
+    (GRAMMAR_FAILED) one whose grammar could not go on;
     logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then."""

@@ -7,9 +7,9 @@ A request ends with exactly one `TokenOutput` that has a `finish_reason`; nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -18,13 +18,35 @@ from xllm.runtime.errors import RequestRefused
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+class Matcher(Protocol):
+    """Where one sequence stands in its grammar. Raises ValueError when it cannot go on."""
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """These came next."""
+        ...
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Sets bit t % 32 of word t // 32 (uint32) for each token that may come next; the end tokens when the text is
+        complete."""
+        ...
+
+
+class Grammar(Protocol):
+    """What form an answer must have, compiled; shared by all who ask for the same."""
+
+    def start(self) -> Matcher:
+        """A matcher at the beginning; the same tokens lead every matcher to the same masks."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. Values out of range raise RequestRefused (invalid_parameter) naming the field.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `max_tokens` None means up to the context limit.
     `min_tokens` generated tokens must exist before an EOS or stop id ends the request. `logprobs` None is off, k asks
-    for the chosen token and the k best ones. `seed` None lets the sampler choose one.
+    for the chosen token and the k best ones. `seed` None lets the sampler choose one. With a `grammar` a token is drawn
+    among those it allows, before everything else; an end token it forces ends the request before `min_tokens` too.
     """
 
     temperature: float = 1.0
@@ -41,6 +63,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, math.inf, finite=True)
@@ -52,6 +75,8 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0.0, math.inf, finite=True)
         if self.repetition_penalty == 0:
             raise RequestRefused("invalid_parameter", "repetition_penalty must be above 0")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestRefused("invalid_parameter", "ignore_eos cannot be combined with a grammar, which ends by EOS")
         _within("min_tokens", self.min_tokens, 0, math.inf)
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 1, math.inf)

@@ -105,11 +105,12 @@ class Sequence:
         return self.tokens[self.computed : self.computed + count]
 
     def end_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
-        """Does the token just appended end the sequence, and how? EOS and stop ids count from min_tokens on."""
+        """Does the token just appended end the sequence, and how? EOS and stop ids count from min_tokens on, or
+        when a grammar left nothing else."""
         params = self.request.params
         generated = len(self.tokens) - self.prompt_tokens
         stops = token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos)
-        if stops and generated >= params.min_tokens:
+        if stops and (generated >= params.min_tokens or params.grammar is not None):
             return "stop"
         return "length" if generated >= self.max_outputs else None
 

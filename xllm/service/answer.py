@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
@@ -26,6 +26,7 @@ from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
@@ -62,6 +63,7 @@ class Service:
     facts: ModelFacts
     codec: TextCodec
     chat_template: Callable[[], ChatTemplate]
+    grammars: Callable[[], Grammars]
     engine: Engine
     dispatcher: Dispatcher
     recorder: Recorder
@@ -154,9 +156,14 @@ class Generate(Endpoint[Job]):
         service = self.service
         if self.kind == "chat":
             body = self.parse(data, ChatBody)
-            return chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
-        body = self.parse(data, CompletionBody)
-        return completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+            job = chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
+        else:
+            body = self.parse(data, CompletionBody)
+            job = completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+        if job.form is None:
+            return job
+        grammar = service.grammars().compile(job.form)
+        return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         async with self.submitted(_requests(job, entry), receive) as subscription:

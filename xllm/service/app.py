@@ -24,6 +24,7 @@ from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
 
 if TYPE_CHECKING:
+    from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
 
@@ -51,10 +52,17 @@ def load_service(
         except ValueError as error:
             raise invalid("template_error", str(error)) from None
 
+    @cache
+    def grammars() -> Grammars:
+        from xllm.service.grammar import Grammars
+
+        return Grammars(codec, facts.vocab, facts.eos_ids)
+
     return Service(
         facts=facts,
         codec=codec,
         chat_template=template,
+        grammars=grammars,
         engine=engine,
         dispatcher=dispatcher,
         recorder=Recorder(facts.name),

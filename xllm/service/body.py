@@ -23,6 +23,30 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """`strict` changes nothing: the schema is always kept to."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's field; exactly one is given. `grammar` is in Lark's notation."""
+
+    json: dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields both routes share; None means "not given". Ranges are checked in params."""
 
@@ -43,6 +67,8 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
@@ -176,12 +202,14 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "chat_template": (None,),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_choice": (None,),  # these four became structured_outputs
+    "guided_grammar": (None,),
     "guided_json": (None,),
+    "guided_regex": (None,),
     "metadata": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),

@@ -30,6 +30,7 @@ ENGINE_STATUS = {
     "token_out_of_range": 400,
     "context_length_exceeded": 400,
     "exceeds_capacity": 400,
+    "grammar_failed": 400,
     "queue_full": 429,
     "duplicate_request": 409,
     "shutting_down": 503,

@@ -10,8 +10,9 @@ from typing import Any
 from xllm.runtime import RequestRefused, SamplingParams
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
+from xllm.service.forms import Form, form_of
 from xllm.service.parsers.reading import NO_DIALECT, PLAIN, Dialect, Reading
-from xllm.service.tools import earlier_calls, offered
+from xllm.service.tools import call_schema, earlier_calls, offered
 
 MAX_SEQUENCES = 128  # prompts x n of one HTTP request
 MAX_STOPS = 4
@@ -32,7 +33,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class ModelFacts:
     """What validation needs to know. max_len: tokens of prompt and answer together. defaults: sampling fields of the
     model. task: "generate", "embed" or "classify"; with a task of rows, their width, the names of their columns, and
-    how many kinds of segment the texts of a prompt may be of."""
+    how many kinds of segment the texts of a prompt may be of. eos_ids: tokens that end an answer."""
 
     name: str
     vocab: int
@@ -42,6 +43,7 @@ class ModelFacts:
     width: int = 0
     labels: tuple[str, ...] = ()
     segments: int = 1
+    eos_ids: tuple[int, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -63,6 +65,7 @@ class Job:
     include_usage: bool
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
     reading: Reading = PLAIN
+    form: Form | None = None  # that each answer must have
 
 
 Encode = Callable[[str, bool], list[int]]
@@ -105,7 +108,7 @@ def completion_job(
         for at, prompt in enumerate(prompts)
     )
     echo = tuple(prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts) if body.echo else None
-    return _job(body, facts, ids, n, body.logprobs, chat=False, echo=echo)
+    return replace(_job(body, facts, ids, n, body.logprobs, chat=False, echo=echo), form=form_of(body))
 
 
 def chat_job(
@@ -118,11 +121,17 @@ def chat_job(
     within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
     offer = offered(body, dialect)
     text = render(messages(body.messages), body.chat_template_kwargs or {}, tools=offer and offer.shown)
-    reading = dialect.reading(text, offer and offer.schemas, body.parallel_tool_calls is False)
+    one, call = body.parallel_tool_calls is False, None
+    if offer and offer.forced:
+        dialect, one = replace(dialect, tools="json"), one or offer.named
+        call = Form("json", call_schema(offer.schemas, one), "tool_choice")
+    reading, form = dialect.reading(text, offer and offer.schemas, one), form_of(body, call)
+    if form and reading.inside and dialect.thoughts:
+        form = form._replace(after=dialect.thoughts.close)
     # The template writes the special tokens itself: adding them again would double the first one.
     ids = _ids(text, "messages", facts, encode, body.add_special_tokens is True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return replace(_job(body, facts, (ids,), n, logprobs, chat=True, echo=None), reading=reading)
+    return replace(_job(body, facts, (ids,), n, logprobs, chat=True, echo=None), reading=reading, form=form)
 
 
 def messages(given: list[Message]) -> list[dict[str, Any]]:

@@ -106,6 +106,14 @@ class TextCodec:
     def _textless(self, token: int) -> bool:
         return token in self._special or self._unknown(token)
 
+    def vocabulary(self, size: int) -> list[bytes]:
+        """The bytes of every token below `size`; none for rows that pad the vocabulary."""
+        return [self._bytes_of(token) for token in range(size)]
+
+    @property
+    def special_ids(self) -> list[int]:
+        return sorted(self._special)
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; joined over an answer they are its text in UTF-8 (up to a leading space some models
         drop)."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from xllm.service.body import ChatBody, Tool, ToolCall
 from xllm.service.errors import ApiError, Hint, invalid
+from xllm.service.parsers import HARMONY
 from xllm.service.parsers.parts import Tools
 from xllm.service.parsers.reading import Dialect
 
@@ -21,10 +22,13 @@ NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 @dataclass(frozen=True)
 class Offer:
-    """Tools that the model may call. shown: as the template gets them."""
+    """Tools that the model may call. shown: as the template gets them, all of them. forced: one must be called; named:
+    the only one in `schemas`."""
 
     shown: list[dict[str, Any]]
     schemas: Tools
+    forced: bool = False
+    named: bool = False
 
 
 def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
@@ -32,19 +36,23 @@ def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
     tools, choice = body.tools or [], body.tool_choice
     if len(tools) > MAX_TOOLS:
         raise invalid("invalid_request", f"tools has {len(tools)} tools, at most {MAX_TOOLS} are taken", "tools")
-    shown = [_shown(tool, f"tools[{at}]") for at, tool in enumerate(tools)]
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
+    forced = _is_forced(choice, schemas)
+    shown = [_shown(tool, f"tools[{at}]", forced) for at, tool in enumerate(tools)]
     if len(text := json.dumps(shown, ensure_ascii=False)) > MAX_TOOLS_CHARS:
         message = f"tools has {len(text)} characters as JSON, at most {MAX_TOOLS_CHARS} are taken"
         raise invalid("invalid_request", message, "tools")
-    schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
     if len(schemas) < len(tools):
         raise invalid("invalid_request", "two of the tools have the same name", "tools")
-    forced = _is_forced(choice, schemas)
     if not tools or choice == "none":
         return None
-    if forced:
-        text = f"tool_choice {json.dumps(choice)[:128]} is not supported: only auto and none are"
+    if forced and HARMONY in (dialect.tools, dialect.reasoning):
+        text = "tool_choice can't force a call here: this model writes in channels, which no grammar holds yet"
         raise invalid("unsupported_parameter", text, "tool_choice")
+    if forced:  # in a form of ours, which every model can be held to
+        if isinstance(choice, dict):
+            schemas = {name: schema for name, schema in schemas.items() if name == choice["function"]["name"]}
+        return Offer(shown, schemas, forced=True, named=isinstance(choice, dict))
     if dialect.tools == "none":
         text = "tools can't be called: it is not known how this model writes calls"
         hint = Hint("its chat template shows no form of calls", "xllm serve --tool-call-parser", "name the form")
@@ -52,15 +60,15 @@ def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
     return Offer(shown, schemas)
 
 
-def _shown(tool: Tool, path: str) -> dict[str, Any]:
+def _shown(tool: Tool, path: str, held: bool) -> dict[str, Any]:
     function = tool.function
     if tool.type != "function":
         raise invalid("unsupported_parameter", f"{path}.type is not function, other tools are not here", f"{path}.type")
     if not NAME.fullmatch(function.name):
         text = f"{path}.function.name has 1 to 64 letters, digits, underscores, dots and dashes"
         raise invalid("invalid_request", text, f"{path}.function.name")
-    if function.strict:
-        text = f"{path}.function.strict is not supported: arguments are not held to the schema"
+    if function.strict and not held:
+        text = f"{path}.function.strict needs a tool_choice that forces a call: else arguments are not held to the schema"
         raise invalid("unsupported_parameter", text, f"{path}.function.strict")
     fields = {"name": function.name, "description": function.description, "parameters": function.parameters}
     return {"type": "function", "function": {name: value for name, value in fields.items() if value is not None}}

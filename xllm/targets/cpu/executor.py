@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
+from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request
 from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.modules import ModuleCall, kernels_of
@@ -64,6 +66,7 @@ class CpuExecutor:
         self._sampler = None
         if samples:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
+        self._masks = Masks(self.limits.vocab)
         self._eos = tuple(manifest["model"]["eos_ids"])
         self._key = os.urandom(16)
         self._arena, self.arena_address = allocate(plan.arena_bytes)
@@ -85,8 +88,9 @@ class CpuExecutor:
         try:
             if params.seed is None:
                 params = replace(params, seed=self._seed_for(request.id))
+            mask = self._masks.attach(slot, params.grammar, generated)
             self._sampler.attach(
-                slot, params, request.prompt, generated, request.sample_index, (*stops, *params.stop_token_ids)
+                slot, params, request.prompt, generated, request.sample_index, (*stops, *params.stop_token_ids), mask
             )
         except SamplingError as error:
             raise StepError("invalid_parameter", str(error)) from error
@@ -94,6 +98,7 @@ class CpuExecutor:
     def detach(self, slot: int) -> None:
         if self._sampler is not None:
             self._sampler.detach(slot)
+            self._masks.detach(slot)
 
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
@@ -103,6 +108,7 @@ class CpuExecutor:
     def close(self) -> None:
         self._steps.put(None)
         self._worker.join()
+        self._masks.close()
         if self._sampler is not None:
             self._sampler.close()
         self._runner.close()
@@ -126,29 +132,32 @@ class CpuExecutor:
                 ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
 
     def _run(self, batch: Batch) -> StepResult:
+        slots = [row.slot for row in batch.rows if row.sample]
+        masks = self._masks.begin(slots)
         step = flatten(batch, self._previous, self.kv.fixed_bytes)
         bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
         bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
         self._last_bucket = bucket
         calls = bound.run(step) if self.times is None else bound.timed(step)
         began = time.perf_counter()
-        result = self._result(batch, bucket)
+        result = self._result(slots, masks, bucket)
         if self.times is not None and calls is not None:
             ended = time.perf_counter()
             self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
         return result
 
-    def _result(self, batch: Batch, bucket: Bucket) -> StepResult:
-        slots = np.array([row.slot for row in batch.rows if row.sample], np.int32)
-        if self._sampler is None or not len(slots):
+    def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
+        if self._sampler is None or not slots:
             empty = np.zeros((0, 0), np.float32)
             rows = self.rows(len(slots)) if self._sampler is None else None
             return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty, rows)
         address = self.arena_address + bucket.offsets[self._plan.result]
-        sampled = self._sampler.sample(address, slots)
+        self._masks.wait(masks)
+        sampled = self._sampler.sample(address, np.array(slots, np.int32))
+        tokens = self._masks.take(masks, sampled.tokens)
         # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
-        self._previous = np.maximum(sampled.tokens, 0)
-        return StepResult(sampled.tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+        self._previous = np.maximum(tokens, 0)
+        return StepResult(tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
 
     # --- binding ------------------------------------------------------------------------------------------------------
 
