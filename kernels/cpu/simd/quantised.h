@@ -63,7 +63,7 @@ struct Int8 {
     *(float *)(to + 2 * padded) = span.step;
   }
 
-  XK_INLINE vs weights_at(const uint8_t *p, int i) {
+  XK_INLINE vs weights_at(const uint8_t *p, [[maybe_unused]] int i) {
 #if XK_VECTOR_BYTES == 64
     return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif XK_VECTOR_BYTES == 32
@@ -97,7 +97,7 @@ struct Int8 {
       for (int r = 0; r < R; r++) {
         const vs pair = (vs)broadcast32(x[r] + 2 * k);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] += multiply_pairs(pair, line[p][i]);
+        for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_pairs(sum[r][p][i], pair, line[p][i]);
       }
     }
 #pragma GCC unroll 4
@@ -139,13 +139,13 @@ struct Int4 {
 
   template <int R, int P>
   XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
-    vs sum[R][P][kParts];
+    ByteSums sum[R][P][kParts];
     const uint8_t *x[R], *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       x[r] = t.x_row(row + r) + s.at;
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vs){};
+      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (ByteSums){};
     }
 #pragma GCC unroll 1  // unrolled, the compiler loads all of a stretch first and keeps it on the stack
     for (int64_t k = 0; k < kStretch4; k += 8, w += 64) {
@@ -165,7 +165,7 @@ struct Int4 {
         for (int j = 0; j < 2; j++) {
           const vb four = (vb)broadcast32(x[r] + k + 4 * j);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] += multiply_byte_pairs(line[p][j][i], four);
+          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][j][i], four);
         }
     }
 #pragma GCC unroll 4
@@ -175,9 +175,9 @@ struct Int4 {
       for (int r = 0; r < R; r++) {
         const float *factors = (const float *)(t.x_row(row + r) + t.x.k) + s.at / kStretch4 * 2;
         float *to = s.c + (row + r) * s.c_row + p * s.c_stride;
-        vi whole[kParts];
-        XK_PARTS whole[i] = multiply_pairs(sum[r][p][i], (vs){} + 1);
-        store(to, fma(fma(to_float(whole), set1(factors[0]), set1(factors[1])), scale, s.at ? load(to) : zero()));
+        vi steps[kParts];
+        XK_PARTS steps[i] = whole(sum[r][p][i]);
+        store(to, fma(fma(to_float(steps), set1(factors[0]), set1(factors[1])), scale, s.at ? load(to) : zero()));
       }
     }
   }
