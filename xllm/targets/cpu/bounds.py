@@ -150,9 +150,7 @@ def _check_fixed(plan: Plan, call: Call, end: int, where: str) -> None:
     _require(end <= back, f"{where}: its state ends at {end}, {back} bytes lie before the groups")
 
 
-def _check_held(
-    plan: Plan, where: str, name: str, reference: str, needed: int, buffers: Mapping[str, int]
-) -> None:
+def _check_held(plan: Plan, where: str, name: str, reference: str, needed: int, buffers: Mapping[str, int]) -> None:
     if needed > (held := _held(plan, reference, buffers)):
         raise ValueError(f"{where}: {name} needs {needed} bytes, {reference!r} has {held}")
 
