@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TORCH = {"torch", "sympy", "networkx", "transformers"}
 SERVING = {"blake3", "msgspec", "numpy"}
-HTTP = {"httptools", "jinja2", "msgspec", "prometheus_client", "starlette", "tokenizers", "uvicorn", "uvloop"}
+HTTP = {"httptools", "jinja2", "msgspec", "prometheus_client", "tokenizers", "uvicorn", "uvloop"}
 
 # Package (or module): what of ours it may import besides itself, and which libraries besides the standard one.
 MAY: dict[str, tuple[set[str], set[str]]] = {
@@ -214,6 +214,14 @@ def test_serving_loads_no_torch() -> None:
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    code = "import sys, xllm.cli; print(*{'numpy', 'torch', 'starlette', 'blake3', 'asyncio'} & set(sys.modules))"
+    code = "import sys, xllm.cli; print(*{'numpy', 'torch', 'uvicorn', 'blake3', 'asyncio'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_server_loads_only_what_its_first_answer_needs() -> None:
+    """Each of these costs every start milliseconds: an HTTP framework, templates, metrics, files of others."""
+    code = "import sys, xllm.commands, xllm.service.server, xllm.targets.cpu.executor; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions"}
+    assert late & set(done.stdout.split()) == set()

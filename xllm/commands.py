@@ -126,6 +126,7 @@ def serve(arguments: argparse.Namespace) -> None:
         with _lap(took, "tokenizer"):
             codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
         engine, ledger = opening.result()
+    _give_back()
     try:
         dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
         chosen = host.threads(arguments.threads)
@@ -156,6 +157,14 @@ def _lap(took: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     took[name] = time.perf_counter() - begin
+
+
+def _give_back() -> None:
+    """What loading took and freed goes back to the system now: the C library (glibc) would keep it for ever."""
+    import ctypes
+
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _listening(url: str) -> None:

@@ -18,8 +18,8 @@ from xllm.targets import host
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm")
 SERVING = (
-    "blake3", "httptools", "jinja2", "msgspec", "numpy", "prometheus-client", "rich", "safetensors", "starlette",
-    "tokenizers", "uvicorn", "uvloop",
+    "blake3", "httptools", "jinja2", "msgspec", "numpy", "prometheus-client", "rich", "safetensors", "tokenizers",
+    "uvicorn", "uvloop",
 )  # fmt: skip
 COMPILING = ("torch", "transformers", "networkx")
 LEAST_MAPS = 65530  # Linux's default; each KV page of a running sequence is a mapping

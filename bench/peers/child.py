@@ -3,9 +3,9 @@ imports nothing of ours but the adapter, which is named on the command line.
 
     build/peers/NAME/bin/python -m bench.peers.child ADAPTER JOB.json
 
-An adapter is a module with `open_peer(job)`, which gives an object with `version` and
-`run(prompts, output) -> arrivals`: for each prompt, the tokens and the times (time.perf_counter) at which they were
-there. Every peer is given all prompts at once, decodes greedily, and ends a sequence by length alone.
+An adapter is a module with `open_peer(job)`, which gives an object with `run(prompts, output) -> arrivals`: for each
+prompt, the tokens and the times (time.perf_counter) at which they were there. Every peer is given all prompts at once,
+decodes greedily, and ends a sequence by length alone.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ class Job:
 
 
 class Peer(Protocol):
-    version: str
-
     def run(self, prompts: Sequence[Sequence[int]], output: int) -> Arrivals: ...
 
 
@@ -88,7 +86,7 @@ def measure(peer: Peer, job: Job) -> dict[str, Any]:
     arrivals = peer.run(asked, job.output)
     if (found := [len(times) for times in arrivals]) != [job.output] * job.sequences:
         raise ValueError(f"sequences of {found} tokens came instead of {job.sequences} of {job.output}")
-    return {**figures(arrivals, begin), "peak_bytes": peak_bytes(), "version": peer.version}
+    return {**figures(arrivals, begin), "peak_bytes": peak_bytes()}
 
 
 def main() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from bench.checkpoints import SHAPES, write_checkpoint
 from bench.report import ROOT
+from xllm.artifact import digest
+from xllm.kernels import cpu
 
 HOME = ROOT / "build" / "peers"
 TORCH = "torch>=2.11,<2.14"
@@ -28,8 +33,9 @@ CMAKE = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One program. kinds: its own names of a weight type, each of which is run; server: it answers HTTP; of: the
-    contender whose environment and models it shares."""
+    """One program. kinds: its own names of a weight type, each of which is run; packages: the first one names its
+    version; server: it answers HTTP; of: the contender whose environment it shares; as_it_is: it reads the checkpoint
+    without a conversion; kv_bytes: of one key or value as it keeps them."""
 
     name: str
     adapter: str
@@ -37,6 +43,8 @@ class Contender:
     packages: tuple[str, ...] = ()
     server: bool = False
     of: str = ""
+    as_it_is: bool = False
+    kv_bytes: int = 2
 
     @property
     def home(self) -> Path:
@@ -56,22 +64,23 @@ CONTENDERS = (
     ),
     Contender(
         "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
-        ("openvino-genai", "optimum-intel", "nncf", TORCH),
+        ("openvino-genai", "optimum-intel", "nncf", TORCH), kv_bytes=1,
     ),
     Contender(
         "onnxruntime-genai", "onnxruntime", {"int8": ("int8",), "int4": ("int4",)},
-        ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH),
+        ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH), kv_bytes=4,
     ),
-    Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS),
+    Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS, as_it_is=True),
     Contender(
-        "transformers.generate_batch", "transformers_batch", {"bfloat16": ("paged",)}, TRANSFORMERS, of="transformers"
+        "transformers.generate_batch", "transformers_batch", {"bfloat16": ("paged",)}, TRANSFORMERS, of="transformers",
+        as_it_is=True,
     ),
 )  # fmt: skip
 
 
 def install(contender: Contender) -> None:
-    """An environment with its packages, made once. Raises CalledProcessError when a step fails; the next call goes on
-    from there."""
+    """An environment with its packages, made once. Raises RuntimeError when a step fails; the next call goes on from
+    there."""
     done, wanted = contender.home / "installed", "\n".join(contender.packages)
     if not contender.packages or (done.exists() and done.read_text() == wanted):
         return
@@ -92,19 +101,44 @@ def install(contender: Contender) -> None:
     done.write_text(wanted)
 
 
+def version_of(contender: Contender) -> str:
+    """Of what is installed for it."""
+    if not contender.packages:
+        return metadata.version(contender.name)
+    places = [str(place) for place in contender.home.glob("lib/python*/site-packages")]
+    return next(iter(metadata.distributions(name=contender.packages[0], path=places))).version
+
+
+@cache
+def sources() -> str:
+    """A digest of the Python that compiles and runs us, and of the kernels as built."""
+    files = [file for package in ("xllm", "kernels") for file in (ROOT / package).rglob("*.py")]
+    files += [file for folder in cpu.__path__ for file in Path(folder).glob("*.so")]
+    return digest_of(*sorted(set(files)))
+
+
+def digest_of(*files: Path) -> str:
+    return digest("".join(digest(file.read_bytes()) for file in files).encode())
+
+
 def convert(contender: Contender, shape: str, kind: str) -> Path:
-    """The checkpoint of `shape` as this contender reads it, made where it is not there yet."""
+    """The checkpoint of `shape` as this contender reads it, made where it is not there yet; ours is compiled again when
+    `sources` have changed. Raises RuntimeError with the reason that a tool gave."""
     folder = HOME / "models" / shape
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
         write_checkpoint(checkpoint, SHAPES[shape])
-    if contender.packages == TRANSFORMERS:
+    if contender.as_it_is:
         return checkpoint
     out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
+    if contender is XLLM:
+        out = out.with_name(f"{kind}-{sources()[:12]}.xllm")
     part = out.with_name(f"{out.name}.part")
     if out.exists():
         return out
-    if contender.adapter == "xllm":
+    if contender is XLLM:
+        for stale in folder.glob(f"{kind}*.xllm"):
+            shutil.rmtree(stale)
         _run(
             contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", kind,
             "--max-len", "8192", "--max-seqs", "32", "--quiet",
@@ -150,5 +184,15 @@ def _llama_source(contender: Contender) -> Path:
     return found[-1].parent
 
 
+def last_line(text: str) -> str:
+    """The last line that says something, cut to fit a cell, without folders of this machine."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].replace(f"{ROOT}{os.sep}", "")[:160] if lines else ""
+
+
 def _run(*command: str, variables: Mapping[str, str] | None = None) -> None:
-    subprocess.run(command, check=True, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(last_line(done.stderr) or f"{Path(command[0]).name} ended with {done.returncode}")

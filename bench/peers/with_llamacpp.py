@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -18,7 +17,6 @@ BATCH = 2048  # its default for what one call may bring; it computes 512 at a ti
 
 class LlamaCpp:
     def __init__(self, job: Job) -> None:
-        self.version = version("llama_cpp_python")
         self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()

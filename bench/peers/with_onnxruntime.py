@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 import onnxruntime_genai  # pyright: ignore[reportMissingImports]
@@ -15,7 +14,6 @@ from bench.peers.child import Arrivals, Job
 
 class OnnxRuntime:
     def __init__(self, job: Job) -> None:
-        self.version = version("onnxruntime-genai")
         config = onnxruntime_genai.Config(job.model)
         threads = {"intra_op_num_threads": job.threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 import openvino  # pyright: ignore[reportMissingImports]
@@ -15,7 +14,6 @@ from bench.peers.child import Arrivals, Job
 
 class OpenVino:
     def __init__(self, job: Job) -> None:
-        self.version = version("openvino-genai")
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = 4  # GiB
         scheduler.max_num_seqs = max(job.sequences, 2)

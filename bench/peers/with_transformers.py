@@ -13,7 +13,6 @@ from bench.peers.child import Arrivals, Job
 
 class Transformers:
     def __init__(self, job: Job) -> None:
-        self.version = transformers.__version__
         torch.set_num_threads(job.threads)
         model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
         self._model, self._job = model.eval(), job

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from bench.peers.child import Arrivals, Job
 from xllm.artifact import Artifact
@@ -15,7 +14,6 @@ from xllm.runtime.request import Request, SamplingParams, TokenOutput
 
 class Xllm:
     def __init__(self, job: Job) -> None:
-        self.version = version("xllm")
         self._outputs: queue.SimpleQueue[tuple[float, list[TokenOutput]]] = queue.SimpleQueue()
         self._engine, _ = open_engine(
             Artifact.open(job.model),

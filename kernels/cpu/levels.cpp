@@ -31,7 +31,8 @@ std::vector<const Level *> detect() {
   const bool v2 = bits(c1, bit_SSE3 | bit_SSSE3 | bit_SSE4_1 | bit_SSE4_2 | bit_POPCNT);
   const bool v3 = v2 && bits(saved, 0x6) && bits(c1, bit_AVX | bit_FMA | bit_F16C | bit_MOVBE) &&
                   bits(b7, bit_AVX2 | bit_BMI | bit_BMI2) && bits(cx, 1u << 5 /* lzcnt */);
-  const bool v4 = v3 && bits(saved, 0xe6) && bits(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
+  const bool v4 = v3 && bits(saved, 0xe6) && bits(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL) &&
+                  bits(c7, bit_AVX512VNNI);  // the first CPUs with AVX-512 lack it and slow down for wide vectors: v3 serves them
   std::vector<const Level *> found;
   if (v2) found.push_back(&xk_v2::level());
   if (v3) found.push_back(&xk_v3::level());

@@ -4,12 +4,14 @@ for. Nothing is said before."""
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +54,15 @@ def test_a_checksum_taken_in_parts_is_that_of_the_whole(size: int) -> None:
             sums.take(start, stop)
         assert sums.name() == wanted
         assert sum(stop - start for start, stop in released) == size
+
+
+def test_a_checksum_of_the_whole_is_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two, a start would wait for the interpreter, which reading a tokenizer holds for long."""
+    calls: list[int] = []
+    monkeypatch.setattr("xllm.artifact.seal._RUN_BLOCKS", 1)
+    monkeypatch.setattr(cpu, "checksum", lambda data, threads: calls.append(len(data)) or np.zeros((3, 64), np.uint32))
+    checksum(np.zeros(3 << 20, np.uint8), 2)
+    assert calls == [3 << 20]
 
 
 def place_of(path: Path) -> Place:
@@ -154,3 +165,24 @@ def test_a_tokenizer_that_can_not_be_read_is_one_line(compiled: Path, tmp_path: 
     (held / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
     reseal(held, lambda manifest: manifest["files"].update({"tokenizer/tokenizer.json": digest(b"{}")}))
     refused(held, "tokenizer.json can't be read", "serve", "--port", "0")
+
+
+# Merges as given, and as kept where that is another way.
+QUICK = (([["a", "b"], ["ab", "c"]], ["a b", "ab c"]), ([["a", "b"], ["a", " "]], None), ([["#version", "b"]], None))
+KEPT = (b'{"model": {"type": "Unigram", "vocab": [["a", -1.20]]}}', b'{"model": {"type": "BPE", "merges": [["a", 1]]}}')
+
+
+@pytest.mark.parametrize(("merges", "kept"), QUICK)
+def test_a_tokenizer_that_is_quick_to_load_is_the_same(merges: list[Any], kept: list[Any] | None) -> None:
+    from tokenizers import Tokenizer
+
+    from xllm.compiler import quick_to_load
+
+    pieces = ["a", "b", "c", " ", "ab", "abc", "a ", "#version", "#versionb", "ä"]
+    model = {"type": "BPE", "vocab": {piece: at for at, piece in enumerate(pieces)}, "merges": merges}
+    given = json.dumps({"version": "1.0", "model": model, "added_tokens": []}, indent=2).encode()
+    quick = quick_to_load(given)
+    assert json.loads(quick)["model"]["merges"] == (kept or merges)
+    assert Tokenizer.from_buffer(quick).to_str() == Tokenizer.from_buffer(given).to_str()
+    for other in (*KEPT, b"{", b'{"model": 1}', b"[" * 100_000):
+        assert quick_to_load(other) == other

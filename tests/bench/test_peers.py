@@ -1,5 +1,5 @@
-"""What compares peers: rates of arrivals, the protocol of a child, ratios and rows; and the conversion to GGUF, number
-by number."""
+"""What compares peers: rates, the protocol of a child, what is kept and what comes next, ratios and rows; and the
+conversion to GGUF, number by number."""
 
 import json
 import os
@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from bench.checkpoints import write_checkpoint
-from bench.peers.__main__ import Failure, answer, ratio, summarize
+from bench.peers import __main__ as peers
+from bench.peers.__main__ import Entry, answer, identity
 from bench.peers.child import Job, figures, measure, prompts
+from bench.peers.contenders import CONTENDERS, XLLM
+from bench.peers.rounds import Cell, Failure, Found, Log, following, left_out, ratio, summarize
+from bench.peers.workloads import WORKLOADS
 from bench.report import Spread
 
 TINY = {
@@ -43,8 +47,6 @@ def test_prompts_are_the_same_for_all_and_differ_within():
 
 def test_a_short_answer_is_an_error():
     class Short:
-        version = "1"
-
         def run(self, asked, output):
             return [[(0.0, 1)] for _ in asked]
 
@@ -61,6 +63,8 @@ def test_a_child_that_breaks_says_why():
     found = answer([sys.executable, "-c", "raise ValueError('no such type')"], os.environ)
     assert found == Failure("ValueError: no such type")
     assert answer([sys.executable, "-c", "import os; os.abort()"], os.environ) == Failure("ended with -6")
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert answer(sleeps, os.environ, seconds=0.1) == Failure("no answer in 0.1 s")  # idle: not its last word
 
 
 def test_ratio_is_of_the_best_peer_in_either_direction():
@@ -70,15 +74,80 @@ def test_ratio_is_of_the_best_peer_in_either_direction():
     assert ratio(Spread.of([5.0]), {}, more_is_better=True) is None
 
 
+def rates(*values: float) -> Found:
+    return Found({"decode_tokens_per_second": value} for value in values)
+
+
 def test_a_failed_peer_is_a_cell_and_no_rival():
-    runs = {
-        ("decode", "int8", "xllm"): [{"decode_tokens_per_second": 20.0}, {"decode_tokens_per_second": 22.0}],
-        ("decode", "int8", "slow"): [{"decode_tokens_per_second": 10.0, "version": "3"}] * 2,
-        ("decode", "int8", "fast"): [{"decode_tokens_per_second": 99.0}, Failure("it crashed")],
+    cells = {
+        Cell("decode", "int8", "xllm"): rates(20, 22),
+        Cell("decode", "int8", "slow"): rates(10, 10),
+        Cell("decode", "int8", "broken"): Found([Failure("it crashed")]),
+        Cell("decode", "int8", "late"): Found(),
     }
-    [row] = summarize(runs)
-    assert row["cells"]["fast"] == "failed: it crashed"
-    assert (row["ratio"], row["best_peer"], row["versions"]) == (2.1, "slow", {"slow": "3"})
+    cells[Cell("decode", "int8", "xllm")].figures[0]["ceiling"] = {"read": 7.0}
+    [row] = summarize(cells, WORKLOADS)
+    assert row["ceiling"] == {"read": Spread.of([7.0])}
+    assert (row["cells"]["broken"], row["cells"]["late"]) == ("failed: it crashed", "not yet")
+    assert (row["cells"]["xllm"].count, row["ratio"], row["best_peer"]) == (2, 2.1, "slow")
+
+
+def test_a_run_goes_on_where_the_last_one_was_cut(tmp_path):
+    file, cell, known = tmp_path / "runs" / "shape.jsonl", Cell("decode", "int8", "peer"), {"version": "1", "n": (1, 2)}
+    Log(file).add(cell, known, {"a": 1.5})
+    file.write_text(file.read_text() + '\n{"workload": "deco')
+    Log(file).add(cell, known, Failure("it crashed"))
+    again = Log(file)
+    assert again.found(cell, known) == [{"a": 1.5}, Failure("it crashed")]
+    assert again.found(cell, {**known, "version": "2"}) == []
+    other = cell._replace(workload="batch-8")
+    again.add(other, known, {"a": 2.5})
+    again.forget(["decode"], ["int8"])
+    assert (Log(file).found(cell, known), Log(file).found(other, known)) == ([], [{"a": 2.5}])
+
+
+def test_every_cell_has_its_turn_before_any_has_another():
+    order = [Cell(name, "int8", who) for name in ("decode", "batch-8") for who in ("xllm", "peer")]
+    cells = {order[0]: rates(9), order[1]: rates(9), order[2]: rates(9), order[3]: rates()}  # cut within a round
+    turns = []
+    while cell := following(cells, 3):
+        turns.append(cell)
+        cells[cell].extend(rates(9))
+    assert turns == [order[3], *order, *order]
+
+
+def test_a_cell_is_given_up_where_trying_is_of_no_use():
+    cell = Cell("decode", "int8", "peer")
+    assert following({cell: Found([Failure("a port was taken")])}, 1) == cell
+    assert following({cell: Found([Failure("it crashed")] * 2)}, 1) is None
+    assert following({cell: Found([Failure("no answer", final=True)])}, 1) is None
+
+
+def test_later_rounds_leave_out_who_cannot_be_best():
+    cells = {
+        Cell("decode", "int8", who): rates(rate) for who, rate in (("xllm", 5), ("far", 19), ("near", 21), ("b", 30))
+    }
+    out = left_out(cells, WORKLOADS)
+    assert out == {Cell("decode", "int8", "far")}  # and never us
+    assert following(cells, 1, out) is None and following(cells, 2, out) == Cell("decode", "int8", "xllm")
+    [row] = summarize(cells, WORKLOADS, out)
+    assert (row["left_out"], row["cells"]["far"].count, row["best_peer"]) == (["far"], 1, "b")
+    late = {Cell("start", "int8", who): Found([{"first_token_seconds": s}]) for who, s in (("a", 1.0), ("b", 2.0))}
+    assert left_out(late, WORKLOADS) == {Cell("start", "int8", "b")}
+
+
+def test_figures_of_other_code_are_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "version_of", lambda contender: "1")
+    (tmp_path / "manifest.json").write_text('{"digest": "d"}')
+    ours, asked = Entry(XLLM, "int8", "int8", tmp_path), WORKLOADS["decode"]
+    held = identity(ours, asked, 2)
+    assert held == identity(ours, asked, 2) != identity(ours, asked, 1)
+    assert held != identity(ours, WORKLOADS["decode-4096"], 2)
+    (tmp_path / "manifest.json").write_text('{"digest": "e"}')
+    compiled_anew = identity(ours, asked, 2)
+    monkeypatch.setattr(peers, "sources", lambda: "changed")
+    assert len({json.dumps(one) for one in (held, compiled_anew, identity(ours, asked, 2))}) == 3
+    assert "changed" not in identity(Entry(CONTENDERS[1], "int8", "Q8_0"), asked, 2).values()
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])

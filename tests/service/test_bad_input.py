@@ -135,7 +135,10 @@ def test_unknown_routes_methods_and_media_types(http):
     assert http.get("/nowhere").json()["error"]["code"] == "unknown_route"
     wrong = http.get(COMPLETIONS)
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
-    assert http.post("/health").status_code == 405
+    other = http.post("/health")
+    assert (other.status_code, other.headers["allow"]) == (405, "GET, HEAD")
+    assert (http.head("/health").status_code, http.head("/health").content) == (200, b"")
+    assert http.get("/v1/models/").json()["error"]["code"] == "model_not_found"
     plain = http.post(COMPLETIONS, content=completion(), headers={"content-type": "text/plain"})
     assert (plain.status_code, plain.json()["error"]["code"]) == (415, "unsupported_media_type")
     zipped = http.post(COMPLETIONS, content=b"x", headers=JSON | {"content-encoding": "gzip"})

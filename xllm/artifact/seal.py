@@ -41,10 +41,10 @@ def checksum(data: np.ndarray, threads: int) -> str:
 class Checksums:
     """The checksum of uint8 bytes taken part by part, in any order and by several threads, each part once it is whole.
 
-    Blocks that no part covers are read at the end. `release` is told of (start, stop) that were read.
+    Blocks that no part covers are read at the end. `release` is told of (start, stop) that were read, a run at a time.
     """
 
-    def __init__(self, data: np.ndarray, release: Callable[[int, int], None] = lambda start, stop: None) -> None:
+    def __init__(self, data: np.ndarray, release: Callable[[int, int], None] | None = None) -> None:
         from xllm.kernels import cpu
 
         self._data, self._release, self._sum, self._block = data, release, cpu.checksum, cpu.CHECKED_BYTES
@@ -68,10 +68,13 @@ class Checksums:
 
     def _read(self, first: int, behind: int, threads: int) -> np.ndarray:
         found = [_NO_BLOCKS]
-        for at in range(first, behind, _RUN_BLOCKS):
-            start, stop = at * self._block, min(min(at + _RUN_BLOCKS, behind) * self._block, len(self._data))
+        # One call where nothing is released: between two, a start would wait for whoever holds the interpreter.
+        run = _RUN_BLOCKS if self._release else max(behind - first, 1)
+        for at in range(first, behind, run):
+            start, stop = at * self._block, min(min(at + run, behind) * self._block, len(self._data))
             found.append(self._sum(self._data[start:stop], threads))
-            self._release(start, stop)
+            if self._release:
+                self._release(start, stop)
         return np.concatenate(found)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from starlette.exceptions import HTTPException
 
 from xllm.service.errors import ApiError
 from xllm.service.metrics import Recorder
@@ -74,7 +73,6 @@ class Gate:
         request_id = headers.get(b"x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = f"req-{uuid.uuid4().hex}"
-        scope["app"] = self  # asks Starlette's router to raise instead of answering in plain text
         entry = scope["xllm.record"] = Record(request_id, time.monotonic())
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
@@ -111,9 +109,13 @@ class Gate:
 
 
 async def send_json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-    data = msgspec.json.encode(body)
+    await send_data(send, status, msgspec.json.encode(body), b"application/json", headers)
+
+
+async def send_data(send: Send, status: int, data: bytes, kind: bytes, headers: dict[str, str] | None = None) -> None:
+    """A whole answer whose media type is `kind`."""
     pairs = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    pairs += [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    pairs += [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": data})
 
@@ -125,14 +127,6 @@ async def send_error(send: Send, error: ApiError, request_id: str) -> None:
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, HTTPException):
-        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-        if error.status_code == 404:
-            return ApiError(404, "unknown_route", "there is no such route")
-        if error.status_code == 405:
-            allowed = headers.get("allow", "other methods")
-            return ApiError(405, "method_not_allowed", f"this route takes {allowed}", headers=headers)
-        return ApiError(error.status_code, "http_error", error.detail, headers=headers)
     logging.getLogger("xllm.service").error("a request failed by a fault of the server", exc_info=error)
     return ApiError(500, "internal_error", "the server failed to handle this request; its log has the reason")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from xllm import extensions
 from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.plan import Bucket, Call, Plan
 from xllm.targets.arrays import StepArrays, array_at
@@ -24,6 +23,10 @@ def kernels_of(artifact: Artifact, named: Sequence[str]) -> dict[str, Callable[.
     Raises ArtifactError for one that was not named, or that has changed; ExtensionError for one that can't be loaded.
     """
     wanted = dict.fromkeys(call.kernel for call in artifact.plan.calls if ":" in call.kernel)
+    if not wanted and not named:
+        return {}  # as almost every start, which then does without the importing of files
+    from xllm import extensions
+
     sources = extensions.read(named)
     recorded = _recorded(artifact)
     for name in dict.fromkeys(kernel.partition(":")[0] for kernel in wanted):
@@ -82,8 +85,10 @@ class ModuleCall:
         try:
             self._function(**arrays, **self._call.ints_at(sizes), **self._call.floats)
         except (Exception, SystemExit) as error:
+            from xllm.extensions import ExtensionError
+
             why = f"{type(error).__name__}: {error}"
-            raise extensions.ExtensionError(f"{self._call.kernel} failed at {self._call.node}: {why}") from error
+            raise ExtensionError(f"{self._call.kernel} failed at {self._call.node}: {why}") from error
 
     def _array(
         self, operand: Mapping[str, Any], step: StepArrays | None, sizes: Mapping[str, int]

@@ -85,10 +85,10 @@ struct Ints {
     return int_panel_bytes<Type>(padded_inputs(k, group), group);
   }
   static void product(const Call &c, const Step &s, int, int x, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
-                      int64_t panels, float *sums, uint8_t *expanded) {
+                      int64_t panels, float *sums, uint8_t *) {
     const int64_t group = group_of(c, Moe), padded = padded_inputs(k, group);
     int_product<Type>({{c.arg<const uint8_t>(x, s), Type::row_bytes(padded), padded}, first, w, panel_bytes(c, k), group, sums, 16, rows * 16, pick},
-                      rows, panels, expanded);
+                      rows, panels);
   }
   static void quantise(const Call &c, const Step &s, int x, int to, int64_t k, Rows rows) {
     quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), c.arg<uint8_t>(to, s), rows);

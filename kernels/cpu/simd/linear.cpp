@@ -44,11 +44,14 @@ void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, i
   }
 }
 
-struct Scratch {  // of a thread
-  float sums[kPanelGroup * kRowBlock * 16];          // [panel][row][16]: the chains, between blocks of k
-  uint8_t expanded[kExpandedBytes];                  // bf16 panels widened once for all rows
+struct Sums {  // of a thread
+  float sums[kPanelGroup * kRowBlock * 16];  // [panel][row][16]: the chains, between blocks of k
 };
-int64_t scratch(const Call &) { return sizeof(Scratch); }
+struct Scratch : Sums {
+  uint8_t expanded[kExpandedBytes];  // bf16 panels widened once for all rows
+};
+template <class Memory>
+int64_t scratch(const Call &) { return sizeof(Memory); }
 
 template <bool Heads>
 int64_t units(const Call &c, const Step &s) {
@@ -90,27 +93,26 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   const Cut cut = cut_of(c, s, unit);
   const QuantisedRows x = {c.arg<const uint8_t>(kRowsQuantised, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
-  Scratch *scratch = (Scratch *)memory;
-  int_product<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16,
-                     cut.rows * 16},
-                    cut.rows, cut.panels, scratch->expanded);
-  put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
+  float *sums = ((Sums *)memory)->sums;
+  int_product<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16},
+                    cut.rows, cut.panels);
+  put_sums(sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
 }
 
 template <class Type>
-const Kernel quantised = {"", "", "", "", nullptr, scratch, units<false>, run_quantised<Type>};
+const Kernel quantised = {"", "", "", "", nullptr, scratch<Sums>, units<false>, run_quantised<Type>};
 
 constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = "k n group";
 
 }  // namespace
 
 const Kernel linear_kernels[] = {
-    {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch, units<false>, run<PanelF32, false>},
-    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, scratch, units<false>, run<PanelBf16, false>},
+    {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Scratch>, units<false>, run<PanelF32, false>},
+    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, scratch<Scratch>, units<false>, run<PanelBf16, false>},
     {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
     {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
-    {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch, units<true>, run<PanelF32, true>},
-    {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch, units<true>, run<PanelBf16, true>},
+    {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Scratch>, units<true>, run<PanelF32, true>},
+    {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Scratch>, units<true>, run<PanelBf16, true>},
     {},
 };
 

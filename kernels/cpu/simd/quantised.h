@@ -40,13 +40,13 @@ struct IntProduct {
 // Weights of a stretch, for P panels, and where their sums go.
 struct Stretch {
   const uint8_t *w, *scales;
-  int64_t w_stride, scale_stride, at, inputs;
+  int64_t w_stride, at, inputs;
   float *c;
   int64_t c_row, c_stride;
 };
 
 struct Int8 {
-  static constexpr int64_t bits = 8, wide_bytes = 32;  // of one widened input
+  static constexpr int64_t bits = 8;
   static constexpr bool kRowScale = true;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
@@ -63,9 +63,7 @@ struct Int8 {
     *(float *)(to + 2 * padded) = span.step;
   }
 
-  template <bool Wide>
-  XK_INLINE vs weights_at(const uint8_t *p, int i) {
-    if constexpr (Wide) return *(const vs_memory *)(p + i * XK_VECTOR_BYTES);
+  XK_INLINE vs weights_at(const uint8_t *p, [[maybe_unused]] int i) {
 #if XK_VECTOR_BYTES == 64
     return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif XK_VECTOR_BYTES == 32
@@ -76,11 +74,8 @@ struct Int8 {
     return (vs)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(p + i * 8)));
 #endif
   }
-  static void widen(const uint8_t *w, int64_t inputs, uint8_t *to) {
-    for (int64_t k = 0; k < inputs; k += 2, w += 32, to += 64) XK_PARTS *(vs_memory *)(to + i * XK_VECTOR_BYTES) = weights_at<false>(w, i);
-  }
 
-  template <bool Wide, int R, int P>
+  template <int R, int P>
   XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
     vi sum[R][P][kParts];
     const uint8_t *x[R], *w = s.w;
@@ -90,23 +85,24 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vi){};
     }
-    for (int64_t k = 0; k < s.inputs; k += 2, w += Wide ? 64 : 32) {
+    for (int64_t k = 0; k < s.inputs; k += 2, w += 32) {
       vs line[P][kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
-        XK_PARTS line[p][i] = weights_at<Wide>(w + p * s.w_stride, i);
-        if constexpr (R <= 2 && !Wide) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 2);
+        XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
+        if constexpr (R <= 2)
+          if (k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const vs pair = (vs)broadcast32(x[r] + 2 * k);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] += multiply_pairs(pair, line[p][i]);
+        for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_pairs(sum[r][p][i], pair, line[p][i]);
       }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
-      const f32x16 scale = load_f16(s.scales + p * s.scale_stride);
+      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         float *to = s.c + (row + r) * s.c_row + p * s.c_stride;
@@ -117,7 +113,7 @@ struct Int8 {
 };
 
 struct Int4 {
-  static constexpr int64_t bits = 4, wide_bytes = 16;
+  static constexpr int64_t bits = 4;
   static constexpr bool kRowScale = false;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (w[i / 8 * 64 + lane * 4 + i % 4] >> i / 4 % 2 * 4 & 15) - 8; }
   static int64_t stretch(int64_t) { return kStretch4; }
@@ -141,57 +137,47 @@ struct Int4 {
     }
   }
 
-  static void widen(const uint8_t *w, int64_t inputs, uint8_t *to) {
-    for (int64_t k = 0; k < inputs; k += 8, w += 64, to += 128)
-      XK_PARTS {
-        const vb both = *(const vb_memory *)(w + i * XK_VECTOR_BYTES);
-        *(vb_memory *)(to + i * XK_VECTOR_BYTES) = both & 15;
-        *(vb_memory *)(to + 64 + i * XK_VECTOR_BYTES) = (vb)((vs)both >> 4) & 15;
-      }
-  }
-
-  template <bool Wide, int R, int P>
+  template <int R, int P>
   XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
-    vs sum[R][P][kParts];
+    ByteSums sum[R][P][kParts];
     const uint8_t *x[R], *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       x[r] = t.x_row(row + r) + s.at;
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vs){};
+      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (ByteSums){};
     }
-    constexpr int kFours = Wide ? 1 : 2;  // times four inputs
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < kStretch4; k += 4 * kFours, w += 64) {
-      vb line[P][kFours][kParts];
+#pragma GCC unroll 1  // unrolled, the compiler loads all of a stretch first and keeps it on the stack
+    for (int64_t k = 0; k < kStretch4; k += 8, w += 64) {
+      vb line[P][2][kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS {
           const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
-          line[p][0][i] = Wide ? both : both & 15;
-          if constexpr (!Wide) line[p][1][i] = (vb)((vs)both >> 4) & 15;
+          line[p][0][i] = both & 15;
+          line[p][1][i] = (vb)((vs)both >> 4) & 15;
         }
-        if constexpr (R <= 2 && !Wide) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 2);
+        if constexpr (R <= 2) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < kFours; j++) {
+        for (int j = 0; j < 2; j++) {
           const vb four = (vb)broadcast32(x[r] + k + 4 * j);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] += multiply_byte_pairs(line[p][j][i], four);
+          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][j][i], four);
         }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
-      const f32x16 scale = load_f16(s.scales + p * s.scale_stride);
+      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const float *factors = (const float *)(t.x_row(row + r) + t.x.k) + s.at / kStretch4 * 2;
         float *to = s.c + (row + r) * s.c_row + p * s.c_stride;
-        vi whole[kParts];
-        XK_PARTS whole[i] = multiply_pairs(sum[r][p][i], (vs){} + 1);
-        store(to, fma(fma(to_float(whole), set1(factors[0]), set1(factors[1])), scale, s.at ? load(to) : zero()));
+        vi steps[kParts];
+        XK_PARTS steps[i] = whole(sum[r][p][i]);
+        store(to, fma(fma(to_float(steps), set1(factors[0]), set1(factors[1])), scale, s.at ? load(to) : zero()));
       }
     }
   }
@@ -214,78 +200,56 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
   return padded / (group ? group : padded) * kScaleBytes + weight_bytes<Type>(padded);
 }
 
-// Few rows: panels as they are, read once.
+// Inputs at..end-1 of P panels, for rows row..row+R-1. `s` begins where the scales of a group or its inputs do.
 template <class Type, int R, int P>
-static void int_rows(const IntProduct &t) {
+static void int_rows(const IntProduct &t, Stretch s, int64_t row, int64_t end) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
-  Stretch s = {t.w, t.w, t.w_stride, t.w_stride, 0, 0, t.c, t.c_row, t.c_stride};
-  for (int64_t begin = 0; begin < t.x.k; begin += group) {
-    s.scales = s.w;
-    s.w += kScaleBytes;
-    for (s.at = begin; s.at < begin + group; s.at += stretch) {
-      s.inputs = min(stretch, begin + group - s.at);
-      Type::template add<false, R, P>(t, s, 0);
-      s.w += weight_bytes<Type>(s.inputs);
-    }
+  for (int64_t left = group - s.at % group; s.at < end; left = left ? left : group) {
+    if (left == group) s.scales = s.w, s.w += kScaleBytes;
+    s.inputs = min(stretch, min(left, end - s.at));
+    Type::template add<R, P>(t, s, row);
+    s.at += s.inputs, left -= s.inputs, s.w += weight_bytes<Type>(s.inputs);
   }
 }
 
-constexpr int kFewIntRows = kTileRows < 4 ? kTileRows : 4;  // beyond, widening once for all rows pays
-
-template <class Type, int R = kFewIntRows>
-static void int_few(IntProduct t, int rows, int64_t panels) {
+// One tile of rows: two panels together where few accumulators are in use.
+template <class Type, int R = kTileRows>
+static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int64_t end, int64_t panels) {
   if (rows == R) {
     constexpr int wide = R == 1 && kAccumulators >= 4 ? 2 : 1;
-    const auto step = [&](int count) { t.w += count * t.w_stride, t.c += count * t.c_stride, panels -= count; };
-    for (; panels >= wide; step(wide)) int_rows<Type, R, wide>(t);
-    if (wide > 1 && panels) int_rows<Type, R, 1>(t);
+    const auto step = [&](int count) { s.w += count * t.w_stride, s.scales += count * t.w_stride, s.c += count * t.c_stride, panels -= count; };
+    for (; panels >= wide; step(wide)) int_rows<Type, R, wide>(t, s, row, end);
+    if (wide > 1 && panels) int_rows<Type, R, 1>(t, s, row, end);
   } else if constexpr (R > 1) {
-    int_few<Type, R - 1>(t, rows, panels);
+    int_tile<Type, R - 1>(t, s, row, rows, end, panels);
   }
 }
 
-// Stretches at..end-1 of one panel, widened, for a tile of rows.
-template <class Type, int R = kTileRows>
-static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int64_t end, int64_t stretch, int64_t group,
-                     int64_t group_bytes) {
-  if (rows == R) {
-    for (const int64_t begin = s.at; s.at < end; s.at += stretch, s.w += stretch * Type::wide_bytes) {
-      s.inputs = min(stretch, end - s.at);
-      Stretch now = s;
-      now.scales += (s.at / group - begin / group) * group_bytes;
-      Type::template add<true, R, 1>(t, now, row);
-    }
-  } else if constexpr (R > 1) {
-    int_tile<Type, R - 1>(t, s, row, rows, end, stretch, group, group_bytes);
-  }
-}
-
-// Sums of `rows` rows times `panels` panels over all of k. `expanded` is memory of the thread, kExpandedBytes.
+// Sums of `rows` rows times `panels` panels over all of k. One tile of rows reads every panel once, from end to end; many take a
+// panel in blocks of k, which stay in L1 while the rows pass.
 template <class Type>
-static void int_multiply(IntProduct t, int64_t rows, int64_t panels, uint8_t *expanded) {
-  if (rows <= kFewIntRows) return int_few<Type>(t, (int)rows, panels);
-  const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group), group_bytes = kScaleBytes + weight_bytes<Type>(group);
-  for (int64_t p = 0; p < panels; p++, t.w += t.w_stride, t.c += t.c_stride) {
-    for (int64_t begin = 0; begin < t.x.k; begin += kDepthBlock) {
-      const int64_t end = min(begin + kDepthBlock, t.x.k);
-      for (int64_t k = begin; k < end; k += stretch) {
-        const uint8_t *w = t.w + k / group * group_bytes + kScaleBytes + weight_bytes<Type>(k % group);
-        Type::widen(w, min(stretch, end - k), expanded + (k - begin) * Type::wide_bytes);
-      }
-      const Stretch s = {expanded, t.w + begin / group * group_bytes, 0, 0, begin, 0, t.c, t.c_row, 0};
+static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
+  const int64_t group = t.group ? t.group : t.x.k, group_bytes = kScaleBytes + weight_bytes<Type>(group);
+  const bool once = rows <= kTileRows;
+  const int64_t depth = once ? t.x.k : kDepthBlock, wide = once ? panels : 1;
+  for (int64_t p = 0; p < panels; p += wide)
+    for (int64_t begin = 0; begin < t.x.k; begin += depth) {
+      const int64_t end = min(begin + depth, t.x.k), inside = begin % group;
+      const uint8_t *scales = t.w + p * t.w_stride + begin / group * group_bytes;
+      const Stretch s = {inside ? scales + kScaleBytes + weight_bytes<Type>(inside) : scales, scales, t.w_stride, begin, 0,
+                         t.c + p * t.c_stride, t.c_row, t.c_stride};
       for (int64_t row = 0; row < rows;) {
         const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-        int_tile<Type>(t, s, row, (int)height, end, stretch, group, group_bytes);
+        int_tile<Type>(t, s, row, (int)height, end, wide);
         row += height;
       }
     }
-  }
 }
 
 // The same, times the scales of the rows: [panel][row][16], as products with float weights give them.
 template <class Type>
-static void int_product(const IntProduct &t, int64_t rows, int64_t panels, uint8_t *expanded) {
-  int_multiply<Type>(t, rows, panels, expanded);
+static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
+  int_multiply<Type>(t, rows, panels);
   if constexpr (Type::kRowScale)
     for (int64_t r = 0; r < rows; r++) {
       const f32x16 scale = set1(*(const float *)(t.x_row(r) + 2 * t.x.k));

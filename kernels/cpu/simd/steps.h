@@ -24,6 +24,14 @@ XK_INLINE vi multiply_pairs(vs a, vs b) {
 #endif
 }
 
+XK_INLINE vi add_pairs(vi sum, vs a, vs b) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + multiply_pairs(a, b);
+#endif
+}
+
 // The same of bytes, the first from 0 to 15, the second signed: at most 2 * 15 * 127, so that eight fit an int16.
 XK_INLINE vs multiply_byte_pairs(vb a, vb b) {
 #if defined(__AVX512BW__)
@@ -37,6 +45,17 @@ XK_INLINE vs multiply_byte_pairs(vb a, vb b) {
   return (vs)_mm_maddubs_epi16((__m128i)a, (__m128i)b);
 #endif
 }
+
+// Sums of up to eight of them: in fours at once where the machine can, else in int16 until the end.
+#if defined(__AVX512VNNI__)
+typedef vi ByteSums;
+XK_INLINE vi add_bytes(vi sum, vb a, vb b) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+XK_INLINE vi whole(vi sum) { return sum; }
+#else
+typedef vs ByteSums;
+XK_INLINE vs add_bytes(vs sum, vb a, vb b) { return sum + multiply_byte_pairs(a, b); }
+XK_INLINE vi whole(vs sum) { return multiply_pairs(sum, (vs){} + 1); }
+#endif
 
 XK_INLINE vi broadcast32(const void *p) {
   int32_t bits;

@@ -98,19 +98,23 @@ def _check_call(plan: Plan, call: Call, places: Sequence[Place], max_len: int) -
     if index in call.args:
         reference = call.args[index]
         _require(reference in allowed, f"{where}: {index} is {reference!r}, not one of {', '.join(allowed)}")
-    names = {**rows, **once}
+    touched = []
+    for name, reference in call.args.items():
+        if reference and name not in (index, "table"):
+            if name not in rows and name not in once:
+                raise KeyError(name)
+            touched.append((name, reference, rows.get(name, 0), once.get(name, 0)))
     for sizes, buffers in places:
         count = call.rows.at(sizes)
-        _require(count >= 0, f"{where}: it has {count} rows")
+        if count < 0:
+            raise ValueError(f"{where}: it has {count} rows")
         if plan.is_function and count == 0:
             return  # it has no rows, and touches nothing
-        needs = {name: count * rows.get(name, 0) + once.get(name, 0) for name in names}
-        if "table" in call.args:
+        if call.args.get("table"):
             last = sizes["T"] if call.args["index"] == "$last" else max_len
-            needs["table"] = last * rows["out"]
-        for name, reference in call.args.items():
-            if reference and name != index and needs[name] > (held := _held(plan, reference, buffers)):
-                raise ValueError(f"{where}: {name} needs {needs[name]} bytes, {reference!r} has {held}")
+            _check_held(plan, where, "table", call.args["table"], last * rows["out"], buffers)
+        for name, reference, each, fixed in touched:
+            _check_held(plan, where, name, reference, count * each + fixed, buffers)
     if "state" in once:
         _check_state(plan, call, ints, once["state"], where)
     if "fixed" in once:
@@ -144,6 +148,11 @@ def _check_fixed(plan: Plan, call: Call, end: int, where: str) -> None:
     back, size = call.ints["back"], plan.kv.fixed_bytes
     _require(back <= size and back % 4 == 0, f"{where}: it goes back {back} bytes, {size} do not grow")
     _require(end <= back, f"{where}: its state ends at {end}, {back} bytes lie before the groups")
+
+
+def _check_held(plan: Plan, where: str, name: str, reference: str, needed: int, buffers: Mapping[str, int]) -> None:
+    if needed > (held := _held(plan, reference, buffers)):
+        raise ValueError(f"{where}: {name} needs {needed} bytes, {reference!r} has {held}")
 
 
 def _held(plan: Plan, reference: str, buffers: Mapping[str, int]) -> int:
