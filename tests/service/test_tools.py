@@ -196,9 +196,7 @@ def function(**fields: Any) -> dict[str, Any]:
 
 FORCED = {"type": "function", "function": {"name": "clock"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a call and a form": (
-        {"tool_choice": FORCED, "response_format": {"type": "json_object"}}, "tool_choice"
-    ),
+    "a call and a form": ({"tool_choice": FORCED, "response_format": {"type": "json_object"}}, "tool_choice"),
     "named, absent": ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
     "choice": ({"tool_choice": "any"}, "tool_choice"),
     "choice of another kind": ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),

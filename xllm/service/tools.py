@@ -68,7 +68,7 @@ def _shown(tool: Tool, path: str, held: bool) -> dict[str, Any]:
         text = f"{path}.function.name has 1 to 64 letters, digits, underscores, dots and dashes"
         raise invalid("invalid_request", text, f"{path}.function.name")
     if function.strict and not held:
-        text = f"{path}.function.strict needs a tool_choice that forces a call: else arguments are not held to the schema"
+        text = f"{path}.function.strict needs a tool_choice that forces a call: no other is held to the schema"
         raise invalid("unsupported_parameter", text, f"{path}.function.strict")
     fields = {"name": function.name, "description": function.description, "parameters": function.parameters}
     return {"type": "function", "function": {name: value for name, value in fields.items() if value is not None}}
