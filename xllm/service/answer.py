@@ -7,21 +7,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
-from xllm.service.body import Body, ChatBody, CompletionBody, parse
+from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
 from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
-from xllm.service.openai import DONE, KEEP_ALIVE, ChatFormat, CompletionFormat, Format, Usage, Whole, frame
-from xllm.service.params import Job, ModelFacts, chat_job, completion_job
+from xllm.service.openai import Format, Usage, Whole
+from xllm.service.params import Job, ModelFacts
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
@@ -127,9 +127,9 @@ class Endpoint(Generic[JobOf]):
         """Does it and answers."""
         raise NotImplementedError
 
-    def parse(self, data: bytes, kind: type[Body]) -> Body:
+    def parse(self, data: bytes, kind: type[Body], refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED) -> Body:
         """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
-        body = parse(data, kind)
+        body = parse(data, kind, refused)
         _check_model(body.model, self.service.facts)
         return body
 
@@ -146,28 +146,26 @@ class Endpoint(Generic[JobOf]):
 
 
 class Generate(Endpoint[Job]):
-    """POST /v1/completions (chat False) or /v1/chat/completions (chat True)."""
+    """A route whose answers are generated: what is asked for, and what the answer looks like."""
 
-    def __init__(self, service: Service, chat: bool) -> None:
-        super().__init__(service)
-        self.kind = "chat" if chat else "completion"
+    def job(self, data: bytes) -> Job:
+        """The body as what is to be generated. Raises ApiError."""
+        raise NotImplementedError
+
+    def format(self, job: Job) -> Format:
+        """The bodies of the answer."""
+        raise NotImplementedError
 
     def plan(self, data: bytes) -> Job:
-        service = self.service
-        if self.kind == "chat":
-            body = self.parse(data, ChatBody)
-            job = chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
-        else:
-            body = self.parse(data, CompletionBody)
-            job = completion_job(body, service.facts, service.codec.encode, service.codec.decode)
+        job = self.job(data)
         if job.form is None:
             return job
-        grammar = service.grammars().compile(job.form)
+        grammar = self.service.grammars().compile(job.form)
         return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         async with self.submitted(_requests(job, entry), receive) as subscription:
-            answer = _Answer(self.service, job, subscription, entry)
+            answer = _Answer(self.service, job, self.format(job), subscription, entry)
             try:
                 await (answer.stream(send) if job.stream else answer.whole(send))
             finally:
@@ -175,13 +173,13 @@ class Generate(Endpoint[Job]):
 
 
 class _Answer:
-    def __init__(self, service: Service, job: Job, subscription: Subscription, entry: Record) -> None:
-        self._service, self._job, self._subscription, self._entry = service, job, subscription, entry
+    def __init__(self, service: Service, job: Job, form: Format, subscription: Subscription, entry: Record) -> None:
+        self._service, self._job, self._format = service, job, form
+        self._subscription, self._entry = subscription, entry
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
         self._last = [entry.started] * len(self._choices)
-        self._format = _format(service, job)
 
     async def whole(self, send: Send) -> None:
         results = [Whole() for _ in self._choices]
@@ -199,7 +197,7 @@ class _Answer:
         try:
             async with asyncio.timeout(None) as patience:
                 self._subscription.on_failure = lambda: patience.reschedule(loop.time() + FAREWELL_SECONDS)
-                data = self._format.first(len(self._choices))
+                data = self._format.first(len(self._choices), self._usage)
                 while True:
                     data += b"".join(self._format.chunk(index, delta) for index, delta in pending if _shows(delta))
                     if self._done:
@@ -215,7 +213,7 @@ class _Answer:
                     pending = self._take(outputs)
                     # A call is held until it is complete, which may take longer than a client waits.
                     quiet = loop.time() - said >= self._service.limits.keep_alive_seconds
-                    data = KEEP_ALIVE if quiet or not outputs else b""
+                    data = self._format.idle if quiet or not outputs else b""
         except ApiError as error:
             self._entry.status = error.status
             if error.status == 499:
@@ -226,7 +224,7 @@ class _Answer:
 
     async def _farewell(self, send: Send, error: ApiError) -> None:
         """The headers are gone: the error travels as an event, as long as the client reads at all."""
-        data = frame(error.body(self._entry.id)) + DONE
+        data = self._format.failed(error, self._entry.id)
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await send({"type": "http.response.body", "body": data, "more_body": False})
@@ -340,14 +338,6 @@ def _requests(job: Job, entry: Record) -> list[Request]:
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.n)
     ]
-
-
-def _format(service: Service, job: Job) -> Format:
-    logprobs = job.params[0].logprobs is not None
-    if job.chat:
-        return ChatFormat(service.facts.name, service.codec, logprobs, job.include_usage, bool(job.reading.tools))
-    echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
-    return CompletionFormat(service.facts.name, service.codec, logprobs, job.include_usage, echo)
 
 
 def _shows(delta: Delta) -> bool:

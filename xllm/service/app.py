@@ -7,7 +7,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from xllm import __version__
-from xllm.service.answer import Generate, Limits, Service
+from xllm.service.answer import Limits, Service
+from xllm.service.anthropic import CountTokens, Messages
+from xllm.service.completions import Chat, Completions
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
@@ -119,8 +121,10 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         f"{MODELS}/": Json(one_model),
     }
     asked: dict[str, App] = {
-        "/v1/completions": Generate(service, chat=False),
-        "/v1/chat/completions": Generate(service, chat=True),
+        "/v1/completions": Completions(service),
+        "/v1/chat/completions": Chat(service),
+        "/v1/messages": Messages(service),
+        "/v1/messages/count_tokens": CountTokens(service),
         "/v1/embeddings": Embeddings(service),
         **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Rerank(service)),
         **dict.fromkeys(("/v1/score", "/score"), Score(service)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -233,13 +234,13 @@ class OfModel(Protocol):
 Body = TypeVar("Body", bound=OfModel)
 
 
-def parse(data: bytes, kind: type[Body]) -> Body:
-    """The typed body. Raises ApiError 400: `invalid_json` with the position, `unsupported_parameter`, `invalid_request`
-    with the field."""
+def parse(data: bytes, kind: type[Body], refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED) -> Body:
+    """The typed body; `refused` are fields with the values that ask for nothing. Raises ApiError 400: `invalid_json`
+    with the position, `unsupported_parameter`, `invalid_request` with the field."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise invalid("invalid_request", "the body must be a JSON object")
-    _refuse(value, NOT_SUPPORTED, "")
+    _refuse(value, refused, "")
     if isinstance(messages := value.get("messages"), list):
         for index, message in enumerate(messages):
             if isinstance(message, dict):
@@ -270,7 +271,7 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def _refuse(value: dict[str, Any], table: dict[str, tuple[Any, ...]], path: str) -> None:
+def _refuse(value: dict[str, Any], table: Mapping[str, tuple[Any, ...]], path: str) -> None:
     for name in sorted(table.keys() & value.keys()):
         if value.pop(name) not in table[name]:
             raise invalid("unsupported_parameter", f"`{path}{name}` is not supported by this server", path + name)

@@ -23,6 +23,15 @@ TYPES = {
     504: "timeout_error",
 }
 
+# Where Anthropic's clients expect another type than OpenAI's.
+ANTHROPIC_TYPES = {
+    409: "invalid_request_error",
+    413: "request_too_large",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
+}
+
 # Codes of the engine: what the client did, what passes by itself, what is our fault.
 ENGINE_STATUS = {
     "invalid_parameter": 400,
@@ -72,6 +81,11 @@ class ApiError(Exception):
         if self.hint is not None:
             error["hint"] = {"cause": self.hint.cause, "knob": self.hint.knob, "fix": self.hint.fix}
         return {"error": error}
+
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """The same for clients of the Messages API."""
+        kind = ANTHROPIC_TYPES.get(self.status) or TYPES.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
 
 
 def invalid(code: str, message: str, param: str | None = None) -> ApiError:

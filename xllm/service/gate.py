@@ -88,7 +88,9 @@ class Gate:
         except Exception as error:
             failure = _api_error(error)
             if entry.status == 0 and failure.status != 499:
-                await send_error(send_with_id, failure, request_id)
+                of_messages = scope["path"].startswith("/v1/messages")
+                body = failure.anthropic_body(request_id) if of_messages else failure.body(request_id)
+                await send_json(send_with_id, failure.status, body, failure.headers)
             entry.status = failure.status
         finally:
             self._recorder.status(entry.status)
@@ -118,10 +120,6 @@ async def send_data(send: Send, status: int, data: bytes, kind: bytes, headers: 
     pairs += [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": data})
-
-
-async def send_error(send: Send, error: ApiError, request_id: str) -> None:
-    await send_json(send, error.status, error.body(request_id), error.headers)
 
 
 def _api_error(error: Exception) -> ApiError:

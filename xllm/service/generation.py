@@ -26,12 +26,13 @@ class TokenLogprob:
 
 class Delta(NamedTuple):
     """What one step added to a choice (a tuple: one is built per token). text: as the model wrote it. parts: the same
-    told apart. finish_reason: None, "stop", "length" or "tool_calls"."""
+    told apart. finish_reason: None, "stop", "length" or "tool_calls". stop: the stop string that ended it."""
 
     text: str
     parts: tuple[Part, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
+    stop: str | None = None
 
 
 class Choice:
@@ -77,13 +78,13 @@ class Choice:
     def _show(self, piece: str, finish_reason: str | None) -> Delta:
         result = self._stops.push(piece)
         text = result.text
-        if result.stopped:
+        if result.stopped is not None:
             self.cut = finish_reason is None
             finish_reason = "stop"
         elif finish_reason is not None:
             text += self._stops.finish()
         self._shown += len(text)
-        released = self._release(everything=finish_reason is not None and not result.stopped)
+        released = self._release(everything=finish_reason is not None and result.stopped is None)
         parts = self._reader.push(text) if text else []
         if self._reader.ended:
             self.cut |= finish_reason is None
@@ -92,7 +93,7 @@ class Choice:
             parts += self._reader.finish()
         self._called |= any(isinstance(part, Call) for part in parts)
         self.finish_reason = "tool_calls" if self._called and finish_reason == "stop" else finish_reason
-        return Delta(text, tuple(parts), released, self.finish_reason)
+        return Delta(text, tuple(parts), released, self.finish_reason, result.stopped)
 
     def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:
         """The logprobs whose token begins in text that has left; all of them when nothing is held back."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
+from xllm.service.errors import ApiError
 from xllm.service.generation import Delta, TokenLogprob
 from xllm.service.parsers.parts import Call, Content, Part, Reasoning
 from xllm.service.tokenizer import TextCodec
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON doesn't have (OpenAI's value)
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def frame(value: Any) -> bytes:
@@ -45,6 +45,7 @@ class Format:
     """The bodies of one answer. `logprobs` tells whether the request asked for them."""
 
     prefix = object = chunk_object = ""
+    idle = b": keep-alive\n\n"  # keeps the connection of a stream that has nothing to say
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool) -> None:
         self._codec = codec
@@ -58,18 +59,22 @@ class Format:
         """Adds to an answer that is sent whole."""
         choice.parts.extend(delta.parts)
         choice.logprobs.extend(map(self._token, delta.logprobs))
-        choice.finish_reason = delta.finish_reason
+        choice.finish_reason, choice.stop = delta.finish_reason, delta.stop
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
         return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": usage.body()})
 
-    def first(self, choices: int) -> bytes:
+    def first(self, choices: int, usage: Usage) -> bytes:
         """What a stream opens with."""
         return b""
 
     def chunk(self, index: int, delta: Delta) -> bytes:
         raise NotImplementedError
+
+    def failed(self, error: ApiError, request_id: str) -> bytes:
+        """What a stream closes with that fails once it has begun."""
+        return frame(error.body(request_id)) + DONE
 
     def last(self, usage: Usage) -> bytes:
         """What a stream closes with."""
@@ -100,6 +105,7 @@ class Whole:
     parts: list[Part] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None
 
 
 class CompletionFormat(Format):
@@ -110,7 +116,7 @@ class CompletionFormat(Format):
         super().__init__(model, codec, logprobs, include_usage)
         self._echo = echo
 
-    def first(self, choices: int) -> bytes:
+    def first(self, choices: int, usage: Usage) -> bytes:
         return b"".join(self._event(self._choice(at, text, (), None)) for at, text in enumerate(self._echo) if text)
 
     def chunk(self, index: int, delta: Delta) -> bytes:
@@ -145,7 +151,7 @@ class ChatFormat(Format):
         super().__init__(model, codec, logprobs, include_usage)
         self._nothing = None if tools else ""
 
-    def first(self, choices: int) -> bytes:
+    def first(self, choices: int, usage: Usage) -> bytes:
         delta = {"role": "assistant", "content": self._nothing}
         return b"".join(self._event(self._choice(at, {"delta": delta}, (), None)) for at in range(choices))
 

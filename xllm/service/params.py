@@ -55,7 +55,6 @@ class ModelFacts:
 class Job:
     """One validated HTTP request: prompts x n sequences, choice index = prompt index * n + sample index."""
 
-    chat: bool
     prompts: tuple[tuple[int, ...], ...]
     params: tuple[SamplingParams, ...]  # one per prompt: what is left of the context differs
     n: int
@@ -66,6 +65,11 @@ class Job:
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether they are asked for."""
+        return self.params[0].logprobs is not None
 
 
 Encode = Callable[[str, bool], list[int]]
@@ -108,7 +112,7 @@ def completion_job(
         for at, prompt in enumerate(prompts)
     )
     echo = tuple(prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts) if body.echo else None
-    return replace(_job(body, facts, ids, n, body.logprobs, chat=False, echo=echo), form=form_of(body))
+    return replace(_job(body, facts, ids, n, body.logprobs, echo), form=form_of(body))
 
 
 def chat_job(
@@ -131,7 +135,7 @@ def chat_job(
     # The template writes the special tokens itself: adding them again would double the first one.
     ids = _ids(text, "messages", facts, encode, body.add_special_tokens is True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return replace(_job(body, facts, (ids,), n, logprobs, chat=True, echo=None), reading=reading, form=form)
+    return replace(_job(body, facts, (ids,), n, logprobs), reading=reading, form=form)
 
 
 def messages(given: list[Message]) -> list[dict[str, Any]]:
@@ -232,9 +236,7 @@ def _job(
     prompts: tuple[tuple[int, ...], ...],
     n: int,
     logprobs: int | None,
-    *,
-    chat: bool,
-    echo: Any,
+    echo: tuple[str, ...] | None = None,
 ) -> Job:
     if body.stream_options is not None and not body.stream:
         raise invalid("invalid_request", "stream_options needs stream: true", "stream_options")
@@ -247,7 +249,6 @@ def _job(
     if logprobs is not None and not body.stream:
         _check_held(n * sum(each.max_tokens or 0 for each in params) * (logprobs + 1))
     return Job(
-        chat=chat,
         prompts=prompts,
         params=params,
         n=n,

@@ -90,7 +90,7 @@ class Detokenizer:
 
 class StopResult(NamedTuple):
     text: str  # may be shown now
-    stopped: bool  # a stop string was completed: nothing follows
+    stopped: str | None  # the stop string that was completed: nothing follows
 
 
 class StopStrings:
@@ -112,16 +112,17 @@ class StopStrings:
 
     def push(self, piece: str) -> StopResult:
         if not self._stops or not piece:
-            return StopResult(piece, False)
+            return StopResult(piece, None)
         text = self._held + piece
-        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
             self._held = ""
-            return StopResult(text[: min(matches)[1]], True)
+            _, at, stop = min(matches)
+            return StopResult(text[:at], stop)
         keep = max(overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]
-        return StopResult(text[:cut], False)
+        return StopResult(text[:cut], None)
 
     def finish(self) -> str:
         """The text held back, when no more comes."""

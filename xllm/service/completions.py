@@ -1,0 +1,40 @@
+"""Decides what OpenAI's routes of generation ask for and look like; answer does it."""
+
+from __future__ import annotations
+
+from xllm.service.answer import Generate
+from xllm.service.body import ChatBody, CompletionBody
+from xllm.service.openai import ChatFormat, CompletionFormat, Format
+from xllm.service.params import Job, chat_job, completion_job
+
+
+class Completions(Generate):
+    """POST /v1/completions."""
+
+    kind = "completion"
+
+    def job(self, data: bytes) -> Job:
+        codec = self.service.codec
+        return completion_job(self.parse(data, CompletionBody), self.service.facts, codec.encode, codec.decode)
+
+    def format(self, job: Job) -> Format:
+        echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
+        return CompletionFormat(self.service.facts.name, self.service.codec, job.logprobs, job.include_usage, echo)
+
+
+class Chat(Generate):
+    """POST /v1/chat/completions."""
+
+    kind = "chat"
+
+    def job(self, data: bytes) -> Job:
+        return self.chat_job(self.parse(data, ChatBody))
+
+    def chat_job(self, body: ChatBody) -> Job:
+        """Raises ApiError."""
+        service = self.service
+        return chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
+
+    def format(self, job: Job) -> Format:
+        tools = bool(job.reading.tools)
+        return ChatFormat(self.service.facts.name, self.service.codec, job.logprobs, job.include_usage, tools)
