@@ -115,11 +115,11 @@ class Endpoint(Generic[JobOf]):
             check_task(service.facts, self.tasks, scope["path"])
             data = await read_body(scope, receive, service.limits)
             begin = time.monotonic()
-            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data)
+            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data, entry)
             service.recorder.tokenization_seconds += time.monotonic() - begin
             await self.run(job, entry, receive, send)
 
-    def plan(self, data: bytes) -> JobOf:
+    def plan(self, data: bytes, entry: Record) -> JobOf:
         """The body as what is to be done; runs in the pool. Raises ApiError."""
         raise NotImplementedError
 
@@ -148,7 +148,7 @@ class Endpoint(Generic[JobOf]):
 class Generate(Endpoint[Job]):
     """A route whose answers are generated: what is asked for, and what the answer looks like."""
 
-    def job(self, data: bytes) -> Job:
+    def job(self, data: bytes, entry: Record) -> Job:
         """The body as what is to be generated. Raises ApiError."""
         raise NotImplementedError
 
@@ -156,8 +156,8 @@ class Generate(Endpoint[Job]):
         """The bodies of the answer."""
         raise NotImplementedError
 
-    def plan(self, data: bytes) -> Job:
-        job = self.job(data)
+    def plan(self, data: bytes, entry: Record) -> Job:
+        job = self.job(data, entry)
         if job.form is None:
             return job
         grammar = self.service.grammars().compile(job.form)

@@ -87,7 +87,7 @@ class Messages(Chat):
 
     kind = "message"
 
-    def job(self, data: bytes) -> Job:
+    def job(self, data: bytes, entry: Record) -> Job:
         body = self.parse(data, MessagesBody, NOT_SUPPORTED)
         if body.max_tokens is None:
             raise invalid("missing_parameter", "the field `max_tokens` is required", "max_tokens")
@@ -102,11 +102,11 @@ class CountTokens(Chat):
 
     kind = "count"
 
-    def job(self, data: bytes) -> Job:
+    def job(self, data: bytes, entry: Record) -> Job:
         return self.chat_job(chat_body(self.parse(data, MessagesBody, NOT_SUPPORTED)))
 
-    def plan(self, data: bytes) -> Job:
-        return self.job(data)  # nothing is generated: no form needs a grammar
+    def plan(self, data: bytes, entry: Record) -> Job:
+        return self.job(data, entry)  # nothing is generated: no form needs a grammar
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"input_tokens": len(job.prompts[0])})

@@ -17,6 +17,8 @@ from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
+from xllm.service.responses import PATH as RESPONSES
+from xllm.service.responses import Responses, Store, StoredResponses
 from xllm.service.rows import Embeddings
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
@@ -120,9 +122,11 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         MODELS: Json(lambda scope: {"object": "list", "data": [model]}),
         f"{MODELS}/": Json(one_model),
     }
+    store = Store()
     asked: dict[str, App] = {
         "/v1/completions": Completions(service),
         "/v1/chat/completions": Chat(service),
+        RESPONSES: Responses(service, store),
         "/v1/messages": Messages(service),
         "/v1/messages/count_tokens": CountTokens(service),
         "/v1/embeddings": Embeddings(service),
@@ -132,18 +136,21 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
     }
-    return Gate(Routes(read, asked), keys, service.recorder)
+    kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
+    return Gate(Routes(read, asked, kept), keys, service.recorder)
 
 
 class Routes:
-    """Paths that are read (GET, HEAD), and those that are asked (POST). One with a slash at its end has all below it.
+    """Paths that are read (GET, HEAD), those that are asked (POST), and what is kept (read, or deleted). One with a
+    slash at its end has all below it.
 
     A table is all it takes: a framework's router costs every start a thirtieth of a second of imports.
     """
 
-    def __init__(self, read: Mapping[str, App], asked: Mapping[str, App]) -> None:
+    def __init__(self, read: Mapping[str, App], asked: Mapping[str, App], kept: Mapping[str, App]) -> None:
         self.table = {path: (handler, ("GET", "HEAD")) for path, handler in read.items()}
         self.table |= {path: (handler, ("POST",)) for path, handler in asked.items()}
+        self.table |= {path: (handler, ("GET", "DELETE")) for path, handler in kept.items()}
         self._below = tuple(path for path in self.table if path.endswith("/"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

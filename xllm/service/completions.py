@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xllm.service.answer import Generate
 from xllm.service.body import ChatBody, CompletionBody
+from xllm.service.gate import Record
 from xllm.service.openai import ChatFormat, CompletionFormat, Format
 from xllm.service.params import Job, chat_job, completion_job
 
@@ -13,7 +14,7 @@ class Completions(Generate):
 
     kind = "completion"
 
-    def job(self, data: bytes) -> Job:
+    def job(self, data: bytes, entry: Record) -> Job:
         codec = self.service.codec
         return completion_job(self.parse(data, CompletionBody), self.service.facts, codec.encode, codec.decode)
 
@@ -27,7 +28,7 @@ class Chat(Generate):
 
     kind = "chat"
 
-    def job(self, data: bytes) -> Job:
+    def job(self, data: bytes, entry: Record) -> Job:
         return self.chat_job(self.parse(data, ChatBody))
 
     def chat_job(self, body: ChatBody) -> Job:

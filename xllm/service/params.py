@@ -65,6 +65,7 @@ class Job:
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
+    asked: Any = None  # what only the format of the answer knows
 
     @property
     def logprobs(self) -> bool:

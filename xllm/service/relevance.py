@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.service.body import ClassifyBody, RerankBody, RowsBody, ScoreBody
 from xllm.service.errors import invalid
+from xllm.service.gate import Record
 from xllm.service.params import ModelFacts, listed, within
 from xllm.service.rows import RowsEndpoint, RowsJob, Text, Tokens, check_count, length
 
@@ -53,7 +54,7 @@ class Rerank(Relevance):
 
     kind = "rerank"
 
-    def plan(self, data: bytes) -> RowsJob:
+    def plan(self, data: bytes, entry: Record) -> RowsJob:
         body = self.parse(data, RerankBody)
         check_count(body.documents, "documents")
         within("top_n", body.top_n, 1, math.inf)
@@ -76,7 +77,7 @@ class Score(Relevance):
 
     kind = "score"
 
-    def plan(self, data: bytes) -> RowsJob:
+    def plan(self, data: bytes, entry: Record) -> RowsJob:
         body = self.parse(data, ScoreBody)
         first, second = _texts(body.text_1, "text_1"), _texts(body.text_2, "text_2")
         if len(first) not in (1, len(second)):
@@ -97,7 +98,7 @@ class Classify(RowsEndpoint):
     kind = "classify"
     tasks = ("classify",)
 
-    def plan(self, data: bytes) -> RowsJob:
+    def plan(self, data: bytes, entry: Record) -> RowsJob:
         body, labels = self.parse(data, ClassifyBody), self.service.facts.labels
         given = listed(body.input, "input")
         check_count(given, "input")

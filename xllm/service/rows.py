@@ -68,7 +68,7 @@ class Embeddings(RowsEndpoint):
     kind = "embedding"
     tasks = ("embed",)
 
-    def plan(self, data: bytes) -> RowsJob:
+    def plan(self, data: bytes, entry: Record) -> RowsJob:
         body, facts = self.parse(data, EmbeddingBody), self.service.facts
         if body.encoding_format not in (None, "float", "base64"):
             shown = body.encoding_format[:64]

@@ -26,7 +26,7 @@ class TextEndpoint(Endpoint[bytes]):
             what = "characters" if isinstance(given, str) else "ids"
             raise invalid("invalid_request", f"{name} has {len(given)} {what}, at most {MAX_CHARS} are taken", name)
 
-    def plan(self, data: bytes) -> bytes:
+    def plan(self, data: bytes, entry: Record) -> bytes:
         return msgspec.json.encode(self.answer(data))
 
     def answer(self, data: bytes) -> dict[str, Any]:
