@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
-from xllm.service.body import NOT_SUPPORTED, Body, parse
+from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
 from xllm.service.gate import Receive, Record, Scope, Send, record
@@ -99,10 +99,13 @@ JobOf = TypeVar("JobOf")
 
 
 class Endpoint(Generic[JobOf]):
-    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for."""
+    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is what it
+    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing."""
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
+    body: type[OfModel]
+    refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -127,9 +130,9 @@ class Endpoint(Generic[JobOf]):
         """Does it and answers."""
         raise NotImplementedError
 
-    def parse(self, data: bytes, kind: type[Body], refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED) -> Body:
+    def parse(self, data: bytes, kind: type[Body]) -> Body:
         """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
-        body = parse(data, kind, refused)
+        body = parse(data, kind, self.refused)
         _check_model(body.model, self.service.facts)
         return body
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from xllm.service.anthropic_body import NOT_SUPPORTED, MessagesBody, chat_body
-from xllm.service.completions import Chat
+from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError, invalid
 from xllm.service.gate import Receive, Record, Send, send_json
 from xllm.service.generation import Delta
@@ -82,13 +82,14 @@ class MessageFormat(Format):
         return _event("content_block_stop", index=self._blocks - 1)
 
 
-class Messages(Chat):
+class Messages(OfChat):
     """POST /v1/messages."""
 
+    body, refused = MessagesBody, NOT_SUPPORTED
     kind = "message"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        body = self.parse(data, MessagesBody, NOT_SUPPORTED)
+        body = self.parse(data, self.body)
         if body.max_tokens is None:
             raise invalid("missing_parameter", "the field `max_tokens` is required", "max_tokens")
         return self.chat_job(chat_body(body))
@@ -97,13 +98,14 @@ class Messages(Chat):
         return MessageFormat(self.service.facts.name)
 
 
-class CountTokens(Chat):
+class CountTokens(OfChat):
     """POST /v1/messages/count_tokens."""
 
+    body, refused = MessagesBody, NOT_SUPPORTED
     kind = "count"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(chat_body(self.parse(data, MessagesBody, NOT_SUPPORTED)))
+        return self.chat_job(chat_body(self.parse(data, self.body)))
 
     def plan(self, data: bytes, entry: Record) -> Job:
         return self.job(data, entry)  # nothing is generated: no form needs a grammar

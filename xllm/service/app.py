@@ -137,6 +137,13 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         "/detokenize": Detokenize(service),
     }
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
+
+    def openapi(scope: Scope) -> object:
+        from xllm.service.openapi import document  # few ask for it
+
+        return document(asked, keys is not None)
+
+    read["/openapi.json"] = Json(openapi)
     return Gate(Routes(read, asked, kept), keys, service.recorder)
 
 

@@ -12,29 +12,35 @@ from xllm.service.params import Job, chat_job, completion_job
 class Completions(Generate):
     """POST /v1/completions."""
 
+    body = CompletionBody
     kind = "completion"
 
     def job(self, data: bytes, entry: Record) -> Job:
         codec = self.service.codec
-        return completion_job(self.parse(data, CompletionBody), self.service.facts, codec.encode, codec.decode)
+        return completion_job(self.parse(data, self.body), self.service.facts, codec.encode, codec.decode)
 
     def format(self, job: Job) -> Format:
         echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
         return CompletionFormat(self.service.facts.name, self.service.codec, job.logprobs, job.include_usage, echo)
 
 
-class Chat(Generate):
-    """POST /v1/chat/completions."""
-
-    kind = "chat"
-
-    def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(self.parse(data, ChatBody))
+class OfChat(Generate):
+    """A route that asks for a chat, in one form or another."""
 
     def chat_job(self, body: ChatBody) -> Job:
         """Raises ApiError."""
         service = self.service
         return chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
+
+
+class Chat(OfChat):
+    """POST /v1/chat/completions."""
+
+    body = ChatBody
+    kind = "chat"
+
+    def job(self, data: bytes, entry: Record) -> Job:
+        return self.chat_job(self.parse(data, self.body))
 
     def format(self, job: Job) -> Format:
         tools = bool(job.reading.tools)

@@ -52,10 +52,11 @@ class Relevance(RowsEndpoint):
 class Rerank(Relevance):
     """POST /v1/rerank."""
 
+    body = RerankBody
     kind = "rerank"
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body = self.parse(data, RerankBody)
+        body = self.parse(data, self.body)
         check_count(body.documents, "documents")
         within("top_n", body.top_n, 1, math.inf)
         texts = [each if isinstance(each, str) else each.text for each in body.documents]
@@ -75,10 +76,11 @@ class Rerank(Relevance):
 class Score(Relevance):
     """POST /v1/score."""
 
+    body = ScoreBody
     kind = "score"
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body = self.parse(data, ScoreBody)
+        body = self.parse(data, self.body)
         first, second = _texts(body.text_1, "text_1"), _texts(body.text_2, "text_2")
         if len(first) not in (1, len(second)):
             text = f"text_1 has {len(first)} texts and text_2 has {len(second)}: give one text_1, or as many of both"
@@ -95,11 +97,12 @@ class Score(Relevance):
 class Classify(RowsEndpoint):
     """POST /v1/classify."""
 
+    body = ClassifyBody
     kind = "classify"
     tasks = ("classify",)
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body, labels = self.parse(data, ClassifyBody), self.service.facts.labels
+        body, labels = self.parse(data, self.body), self.service.facts.labels
         given = listed(body.input, "input")
         check_count(given, "input")
         tokens = Tokens(self.service.facts, self.service.codec, body, body.add_special_tokens is not False)

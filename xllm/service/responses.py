@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from xllm.service.answer import Service
-from xllm.service.completions import Chat
+from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError
 from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
@@ -214,9 +214,10 @@ class ResponsesFormat(Format):
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
 
-class Responses(Chat):
+class Responses(OfChat):
     """POST /v1/responses."""
 
+    body, refused = ResponsesBody, NOT_SUPPORTED
     kind = "response"
 
     def __init__(self, service: Service, store: Store) -> None:
@@ -224,7 +225,7 @@ class Responses(Chat):
         self._store = store
 
     def job(self, data: bytes, entry: Record) -> Job:
-        body = self.parse(data, ResponsesBody, NOT_SUPPORTED)
+        body = self.parse(data, self.body)
         items = items_of(body)
         if body.previous_response_id is not None:
             before = self._store.find(body.previous_response_id, entry.tenant, "previous_response_id")

@@ -40,8 +40,11 @@ class TextEndpoint(Endpoint[bytes]):
 class Tokenize(TextEndpoint):
     """POST /tokenize."""
 
+    body = TokenizeBody
+    kind = "tokenize"
+
     def answer(self, data: bytes) -> dict[str, Any]:
-        body, codec = self.parse(data, TokenizeBody), self.service.codec
+        body, codec = self.parse(data, self.body), self.service.codec
         if (body.prompt is None) == (body.messages is None):
             raise invalid("missing_parameter", "give either `prompt` or `messages`", "prompt")
         if body.messages is not None:
@@ -62,8 +65,11 @@ class Tokenize(TextEndpoint):
 class Detokenize(TextEndpoint):
     """POST /detokenize: the text of all tokens, special ones too."""
 
+    body = DetokenizeBody
+    kind = "detokenize"
+
     def answer(self, data: bytes) -> dict[str, Any]:
-        body = self.parse(data, DetokenizeBody)
+        body = self.parse(data, self.body)
         self.check_size(body.tokens, "tokens")
         check_range(body.tokens, "tokens", self.service.facts.vocab)
         return {"prompt": self.service.codec.decode(body.tokens, skip_special_tokens=False)}
