@@ -52,7 +52,8 @@ SAMPLES: dict[str, Any] = {
     "best_of": 1, "cache_control": {"type": "ephemeral"}, "echo": True, "frequency_penalty": 0.5, "input": "b",
     "instructions": "c", "logit_bias": {"5": 1}, "logprobs": True, "max_completion_tokens": 3, "max_output_tokens": 3,
     "max_tokens": 3, "messages": SAY, "metadata": {"user_id": "u"}, "model": "fake", "n": 2,
-    "parallel_tool_calls": True, "presence_penalty": 0.5, "prompt": "b", "prompt_cache_key": "k", "reasoning": {}, "safety_identifier": "s",
+    "parallel_tool_calls": True, "presence_penalty": 0.5, "prompt": "b", "prompt_cache_key": "k", "reasoning": {},
+    "safety_identifier": "s",
     "seed": 1, "stop": "x", "stop_sequences": ["x"], "store": False, "stream": False, "system": "s", "temperature": 0.5,
     "text": {"format": {"type": "text"}}, "thinking": {"type": "disabled"}, "tool_choice": "none", "tools": [],
     "top_k": 3, "top_p": 0.5, "user": "u",
@@ -104,8 +105,8 @@ def written() -> str:
     lines = [
         "# Fields of the API", "", f"Made by `python -m tests.service.test_client_fields > docs/api.md` from {CLIENTS}",
         "and the bodies that requests are parsed with; a test sends each field. Whatever is not in these tables is",
-        "refused as unknown, by its name. Refused fields are taken with the values that ask for nothing (`null`, and those in",
-        "brackets). `GET /openapi.json` has every route.",
+        "refused as unknown, by its name. Refused fields are taken with the values that ask for nothing (`null`, and",
+        "those in brackets). `GET /openapi.json` has every route.",
     ]  # fmt: skip
     for path, route in ROUTES.items():
         found = fields(path)
