@@ -18,7 +18,7 @@ BUDGET = {
     "xllm/passes": 5050,
     "xllm/targets": 3150,  # what the machine allows: control groups, affinity, nodes
     "xllm/runtime": 2800,  # the masks of grammars
-    "xllm/service": 5000,  # a fifth of it tells calls and reasoning apart
+    "xllm/service": 6050,  # three APIs of generation; a sixth of it tells calls and reasoning apart
     "xllm/artifact": 1400,
     "xllm/embedded": 1300,
     "xllm/inspection": 1060,
@@ -26,7 +26,7 @@ BUDGET = {
     "xllm": 3100,  # modules at the top, of which llm.py is what Python users see
     "kernels": 6150,
     "bench": 3850,  # a third of it runs peers, and keeps what they said
-    "tests": 20500,
+    "tests": 21000,
 }
 
 

@@ -91,7 +91,7 @@ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}<|im_start|>assistant
 """
-TOOLS = [
+TOOLS: list[Any] = [
     {"type": "function", "function": {"name": name, "strict": True, "parameters": parameters}}
     for name, parameters in {"weather": closed(city=SHORT), "clock": closed(hour=COUNT, of=SHORT)}.items()
 ]
@@ -113,7 +113,7 @@ def test_a_call_that_must_come_does_and_keeps_to_its_schema(caller: openai.OpenA
     clock = {"type": "function", "function": {"name": "clock"}}
     asked: list[Any] = [("required", {"parallel_tool_calls": False}), (clock, {})]
     for seed, (choice, options) in enumerate(asked * 3):
-        answer = caller.chat.completions.create(
+        answer: Any = caller.chat.completions.create(
             model=caller.models.list().data[0].id, messages=[{"role": "user", "content": "Hi"}], tools=TOOLS,
             tool_choice=choice, stream=stream, seed=seed, temperature=1.2, max_tokens=400, **options,
         )  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_form_after_reasoning_begins_where_it_ends(llm: LLM) -> None:
     made = llm._grammars.compile(Form("regex", "fox", "structured_outputs.regex", after="</think>"))
     free, bound = made.start(), llm._grammars.compile(Form("regex", "fox", "structured_outputs.regex")).start()
     thoughts = llm.codec.encode("the regex is fox. </think", False)
-    masks = [np.zeros(-(-llm.artifact.manifest.model["vocab"] // 32), np.uint32) for _ in range(2)]
+    masks = [np.zeros(-(-llm.artifact.manifest["model"]["vocab"] // 32), np.uint32) for _ in range(2)]
     for token in thoughts:
         free.fill(masks[0])
         assert (masks[0] == 0xFFFFFFFF).all()

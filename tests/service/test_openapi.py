@@ -4,7 +4,7 @@ form and never a failure of the server. XLLM_FUZZ_EXAMPLES sets how many calls a
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -16,6 +16,7 @@ from schemathesis.specs.openapi import checks
 from tests.service.fakes import fake_service, running
 from xllm.service.errors import TYPES
 
+HEALTH: Any = list(HealthCheck)
 EXAMPLES = int(os.environ.get("XLLM_FUZZ_EXAMPLES", "8"))
 
 
@@ -28,14 +29,14 @@ def document(served) -> Any:
 def test_every_call_gets_an_answer_of_the_documents_form(served, mode):
     api = schemathesis.openapi.from_url(f"{served[0]}/openapi.json")
     for found in api.get_all_operations():
-        operation = found.ok()
+        operation: Any = cast(Any, found).ok()
         if mode is GenerationMode.NEGATIVE and operation.method != "post":
             continue  # nothing of it can be wrong
 
         @given(operation.as_strategy(generation_mode=mode))
         @settings(
             max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=HEALTH,
         )  # fmt: skip
         def call(case):
             # What has the right types may still be refused for its values: ranges depend on the model.

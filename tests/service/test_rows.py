@@ -23,6 +23,7 @@ from xllm.service import rows
 from xllm.service.answer import Service
 from xllm.service.body import ClassifyBody, DetokenizeBody, EmbeddingBody, RerankBody, ScoreBody, TokenizeBody
 from xllm.service.errors import ApiError
+from xllm.service.gate import Record
 from xllm.service.relevance import MAX_PAIR_CHARS, Classify, Rerank, Score
 from xllm.service.rows import Embeddings
 from xllm.service.tokens import MAX_CHARS, Detokenize, Tokenize
@@ -147,7 +148,7 @@ def test_any_body_is_a_job_or_a_typed_refusal(served: Served) -> None:
             given = {name: value for name, value in needed.items() if name in fields}
             given |= {draw.choice([*fields, "x.y\n"]): draw.choice(VALUES) for _ in range(draw.randint(0, 2))}
             try:
-                endpoint(service).plan(json.dumps(given).encode())
+                endpoint(service).plan(json.dumps(given).encode(), Record("r", 0.0))
                 done += 1
             except ApiError as error:
                 refused += 1

@@ -89,7 +89,7 @@ class Messages(OfChat):
     kind = "message"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        body = self.parse(data, self.body)
+        body = self.parse(data, MessagesBody)
         if body.max_tokens is None:
             raise invalid("missing_parameter", "the field `max_tokens` is required", "max_tokens")
         return self.chat_job(chat_body(body))
@@ -105,7 +105,7 @@ class CountTokens(OfChat):
     kind = "count"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(chat_body(self.parse(data, self.body)))
+        return self.chat_job(chat_body(self.parse(data, MessagesBody)))
 
     def plan(self, data: bytes, entry: Record) -> Job:
         return self.job(data, entry)  # nothing is generated: no form needs a grammar

@@ -17,7 +17,7 @@ class Completions(Generate):
 
     def job(self, data: bytes, entry: Record) -> Job:
         codec = self.service.codec
-        return completion_job(self.parse(data, self.body), self.service.facts, codec.encode, codec.decode)
+        return completion_job(self.parse(data, CompletionBody), self.service.facts, codec.encode, codec.decode)
 
     def format(self, job: Job) -> Format:
         echo = [text for text in job.echo or [""] * len(job.prompts) for _ in range(job.n)]
@@ -40,7 +40,7 @@ class Chat(OfChat):
     kind = "chat"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(self.parse(data, self.body))
+        return self.chat_job(self.parse(data, ChatBody))
 
     def format(self, job: Job) -> Format:
         tools = bool(job.reading.tools)

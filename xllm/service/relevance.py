@@ -56,7 +56,7 @@ class Rerank(Relevance):
     kind = "rerank"
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body = self.parse(data, self.body)
+        body = self.parse(data, RerankBody)
         check_count(body.documents, "documents")
         within("top_n", body.top_n, 1, math.inf)
         texts = [each if isinstance(each, str) else each.text for each in body.documents]
@@ -80,7 +80,7 @@ class Score(Relevance):
     kind = "score"
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body = self.parse(data, self.body)
+        body = self.parse(data, ScoreBody)
         first, second = _texts(body.text_1, "text_1"), _texts(body.text_2, "text_2")
         if len(first) not in (1, len(second)):
             text = f"text_1 has {len(first)} texts and text_2 has {len(second)}: give one text_1, or as many of both"
@@ -102,7 +102,7 @@ class Classify(RowsEndpoint):
     tasks = ("classify",)
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body, labels = self.parse(data, self.body), self.service.facts.labels
+        body, labels = self.parse(data, ClassifyBody), self.service.facts.labels
         given = listed(body.input, "input")
         check_count(given, "input")
         tokens = Tokens(self.service.facts, self.service.codec, body, body.add_special_tokens is not False)

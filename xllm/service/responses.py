@@ -225,7 +225,7 @@ class Responses(OfChat):
         self._store = store
 
     def job(self, data: bytes, entry: Record) -> Job:
-        body = self.parse(data, self.body)
+        body = self.parse(data, ResponsesBody)
         items = items_of(body)
         if body.previous_response_id is not None:
             before = self._store.find(body.previous_response_id, entry.tenant, "previous_response_id")

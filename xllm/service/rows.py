@@ -70,7 +70,7 @@ class Embeddings(RowsEndpoint):
     tasks = ("embed",)
 
     def plan(self, data: bytes, entry: Record) -> RowsJob:
-        body, facts = self.parse(data, self.body), self.service.facts
+        body, facts = self.parse(data, EmbeddingBody), self.service.facts
         if body.encoding_format not in (None, "float", "base64"):
             shown = body.encoding_format[:64]
             raise invalid("invalid_request", f"encoding_format is {shown!r}, allowed: float, base64", "encoding_format")

@@ -44,7 +44,7 @@ class Tokenize(TextEndpoint):
     kind = "tokenize"
 
     def answer(self, data: bytes) -> dict[str, Any]:
-        body, codec = self.parse(data, self.body), self.service.codec
+        body, codec = self.parse(data, TokenizeBody), self.service.codec
         if (body.prompt is None) == (body.messages is None):
             raise invalid("missing_parameter", "give either `prompt` or `messages`", "prompt")
         if body.messages is not None:
@@ -69,7 +69,7 @@ class Detokenize(TextEndpoint):
     kind = "detokenize"
 
     def answer(self, data: bytes) -> dict[str, Any]:
-        body = self.parse(data, self.body)
+        body = self.parse(data, DetokenizeBody)
         self.check_size(body.tokens, "tokens")
         check_range(body.tokens, "tokens", self.service.facts.vocab)
         return {"prompt": self.service.codec.decode(body.tokens, skip_special_tokens=False)}
