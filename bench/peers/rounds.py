@@ -107,7 +107,9 @@ def left_out(cells: Mapping[Cell, Found], workloads: Mapping[str, Workload]) -> 
 
 
 def ratio(ours: Spread | None, peers: Mapping[str, Spread], more_is_better: bool) -> tuple[float, str] | None:
-    """How many times better we are than the best peer, and its name; None without both."""
+    """How many times better we are than the best peer, and its name; None without both. A figure that is not positive
+    compares with nothing: of memory, what is subtracted may be more than was ever resident."""
+    peers = {name: spread for name, spread in peers.items() if spread.median > 0}
     if ours is None or not peers:
         return None
     best = (max if more_is_better else min)(peers, key=lambda name: peers[name].median)

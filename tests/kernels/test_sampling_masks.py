@@ -14,7 +14,8 @@ from xllm.kernels.cpu.sampling import Sampler, SamplingError
 
 @pytest.fixture(scope="module")
 def runner():
-    return Runner(2)
+    with Runner(threads=2) as made:
+        yield made
 
 
 @pytest.mark.parametrize("vocab", [7, 160, 1000])
