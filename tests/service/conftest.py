@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.service.fakes import fake_service, running
+from tests.service.fakes import Script, fake_service, running
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +15,12 @@ def served(tmp_path_factory):
     service = fake_service(tmp_path_factory.mktemp("fake"))
     with running(service) as (base, _):
         yield base, service
+
+
+@pytest.fixture(scope="module")
+def script():
+    """What the model of a server says whose `reply` this is."""
+    return Script()
 
 
 @pytest.fixture

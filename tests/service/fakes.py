@@ -158,6 +158,15 @@ class FakeEngine:
         return outputs
 
 
+class Script:
+    """A reply for `fake_service`: whatever is asked, the model says `text`."""
+
+    text = ""
+
+    def __call__(self, request: Request) -> list[int]:
+        return [*ids(self.text), EOS]
+
+
 def fake_service(tmp_path, limits: Limits | None = None, template: str | None = CHAT_TEMPLATE, **engine) -> Service:
     """A service over a fake engine. It must be bound to a loop before the first request."""
     path = tmp_path / "tokenizer.json"

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.service.fakes import EOS, fake, fake_service, ids, running
+from tests.service.fakes import fake, fake_service, ids, running
 from tests.service.test_tools import CALL, CLOCK, SCHEMA, SCRIPTS, TEMPLATE
 
 SAY: list[Any] = [{"role": "user", "content": "weather?"}]
@@ -20,21 +20,9 @@ TOOLS: list[Any] = [
 ]
 
 
-class Script:
-    text = ""
-
-
-@pytest.fixture(scope="module")
-def script():
-    return Script()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, script):
-    def reply(request):
-        return [*ids(script.text), EOS]
-
-    service = fake_service(tmp_path_factory.mktemp("messages"), template=TEMPLATE, reply=reply)
+    service = fake_service(tmp_path_factory.mktemp("messages"), template=TEMPLATE, reply=script)
     with running(service) as (base, _):
         yield base, service
 

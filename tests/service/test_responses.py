@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.service.fakes import EOS, fake, fake_service, ids, running
+from tests.service.fakes import fake, fake_service, ids, running
 from tests.service.test_tools import CALL, SCHEMA, SCRIPTS, TEMPLATE
 from xllm.service.gate import Keys
 from xllm.service.responses import MAX_STORED, Store, Stored
@@ -22,21 +22,9 @@ TOOLS: list[Any] = [
 KEYS = "one", "other"
 
 
-class Script:
-    text = ""
-
-
-@pytest.fixture(scope="module")
-def script():
-    return Script()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, script):
-    def reply(request):
-        return [*ids(script.text), EOS]
-
-    service = fake_service(tmp_path_factory.mktemp("responses"), template=TEMPLATE, reply=reply)
+    service = fake_service(tmp_path_factory.mktemp("responses"), template=TEMPLATE, reply=script)
     with running(service, Keys(KEYS)) as (base, _):
         yield base, service
 

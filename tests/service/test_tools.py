@@ -40,23 +40,9 @@ SCRIPTS = {
 }
 
 
-class Script:
-    """What the model says next."""
-
-    text = ""
-
-
-@pytest.fixture(scope="module")
-def script():
-    return Script()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, script):
-    def reply(request):
-        return [*ids(script.text), EOS]
-
-    service = fake_service(tmp_path_factory.mktemp("tools"), template=TEMPLATE, reply=reply)
+    service = fake_service(tmp_path_factory.mktemp("tools"), template=TEMPLATE, reply=script)
     with running(service) as (base, _):
         yield base, service
 
