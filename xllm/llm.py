@@ -39,8 +39,8 @@ _INSTEAD = {
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
     "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
-# How long a step may keep the sequences that decode in it waiting, as far as the artifact's costs can tell.
-STEP_SECONDS = 0.5
+# How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
+STEP_SECONDS = 0.25
 
 
 def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
@@ -92,6 +92,7 @@ def engine_config(
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
         max_tokens_per_step=budget,
         max_beside_decodes=tokens_beside_decodes(artifact),
+        step_seconds=STEP_SECONDS,
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,

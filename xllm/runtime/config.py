@@ -14,7 +14,8 @@ class EngineConfig:
     kv_bytes: memory of the KV pool. page_bytes: None lets the pool choose (2 MiB, see xtensor).
     max_tokens_per_step, max_seqs: None takes the executor's limit, otherwise the smaller one counts.
     max_beside_decodes: prompt tokens of a step that also decodes, which bounds how long a decode waits for prompts;
-    None is no bound of its own. max_chunk: tokens of one prompt per step while others need the budget or
+    None is no bound of its own. step_seconds: how long such a step should take; the bound then follows what steps
+    really take. None leaves it as it is. max_chunk: tokens of one prompt per step while others need the budget or
     memory is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
@@ -28,6 +29,7 @@ class EngineConfig:
     eos_ids: tuple[int, ...] = ()
     max_tokens_per_step: int | None = 512
     max_beside_decodes: int | None = None
+    step_seconds: float | None = None
     max_chunk: int = 512
     max_seqs: int | None = None
     queue_limit: int = 4096

@@ -16,6 +16,7 @@ from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
 from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED
+from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
 from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import FinishReason, TokenOutput
@@ -50,6 +51,7 @@ class Core:
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,
         )
+        self._pace = Pace(config.step_seconds)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []
@@ -130,6 +132,7 @@ class Core:
             self._fail(flight.rows, error)
         else:
             self._accept(flight.rows, result)
+            self.budget = self._pace.follow(self.budget, sum(grant.tokens for grant in flight.rows), result.seconds)
         if self._check:
             self.check()
 

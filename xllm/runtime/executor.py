@@ -75,13 +75,15 @@ class StepResult:
     (GRAMMAR_FAILED) one whose grammar could not go on;
     logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
 
-    rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then."""
+    rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
+    computed for, without any wait; 0 where that is not known."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
     rows: np.ndarray | None = None
+    seconds: float = 0.0
 
 
 class Handle(Protocol):

@@ -78,6 +78,7 @@ struct Int8 {
   template <int R, int P>
   XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
     vi sum[R][P][kParts];
+    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
     const uint8_t *x[R], *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -90,8 +91,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if constexpr (R <= 2)
-          if (k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
+        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -140,6 +140,7 @@ struct Int4 {
   template <int R, int P>
   XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
     ByteSums sum[R][P][kParts];
+    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
     const uint8_t *x[R], *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -157,7 +158,7 @@ struct Int4 {
           line[p][0][i] = both & 15;
           line[p][1][i] = (vb)((vs)both >> 4) & 15;
         }
-        if constexpr (R <= 2) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
+        if (first) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)

@@ -138,13 +138,14 @@ class CpuExecutor:
         bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
         bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
         self._last_bucket = bucket
+        started = time.perf_counter()
         calls = bound.run(step) if self.times is None else bound.timed(step)
         began = time.perf_counter()
         result = self._result(slots, masks, bucket)
         if self.times is not None and calls is not None:
             ended = time.perf_counter()
             self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
-        return result
+        return replace(result, seconds=time.perf_counter() - started)
 
     def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
         if self._sampler is None or not slots:

@@ -1,0 +1,30 @@
+"""Decides how many prompt tokens may join sequences that decode: what they keep those waiting for is what steps of many
+tokens have taken of late on this machine, whatever a cost model says of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xllm.runtime.scheduler import Budget
+
+FEWEST = 16  # tokens that may always join; steps of fewer do not tell what a prompt's token costs
+NEWEST = 0.25  # weight of the last step
+
+
+class Pace:
+    """Follows one engine. seconds: what a step with decodes should take; None leaves the budget as it is."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._of_token = 0.0
+
+    def follow(self, budget: Budget, tokens: int, seconds: float) -> Budget:
+        """The budget after a step of so many tokens and seconds (0: not known)."""
+        if self._seconds is None or tokens < FEWEST or seconds <= 0:
+            return budget
+        cost = seconds / tokens
+        self._of_token += (NEWEST if self._of_token else 1.0) * (cost - self._of_token)
+        allowed = min(max(FEWEST, int(self._seconds / self._of_token)), budget.tokens)
+        if abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:
+            return budget  # near enough
+        return replace(budget, beside_decodes=allowed)
