@@ -12,7 +12,7 @@ from xllm.runtime.pace import FEWEST, Pace
 def test_a_bound_that_was_guessed_becomes_what_fits_the_time(token_seconds):
     budget, pace = budget_of(512, beside_decodes=128), Pace(0.25)
     for _ in range(20):
-        budget = pace.follow(budget, budget.beside_decodes, budget.beside_decodes * token_seconds)
+        budget = pace.follow(budget, [budget.beside_decodes], budget.beside_decodes * token_seconds)
     fits = min(max(FEWEST, 0.25 / token_seconds), 512)
     assert abs(budget.beside_decodes - fits) <= fits / 7
 
@@ -20,17 +20,18 @@ def test_a_bound_that_was_guessed_becomes_what_fits_the_time(token_seconds):
 def test_one_slow_step_does_not_throw_it_over():
     budget, pace = budget_of(512, beside_decodes=250), Pace(0.25)
     for _ in range(5):
-        budget = pace.follow(budget, 250, 0.25)
+        budget = pace.follow(budget, [1, 249], 0.25)
     assert budget.beside_decodes == 250
-    slow = pace.follow(budget, 250, 0.5)
+    slow = pace.follow(budget, [200, 50], 0.5)
     assert 150 < slow.beside_decodes < 250
     for _ in range(20):
-        slow = pace.follow(slow, 250, 0.25)
+        slow = pace.follow(slow, [250], 0.25)
     assert slow.beside_decodes > 215
 
 
 def test_it_leaves_alone_what_it_can_not_tell():
     budget = budget_of(512, beside_decodes=64)
-    assert Pace(None).follow(budget, 64, 9.0) is budget
-    assert Pace(0.25).follow(budget, FEWEST - 1, 9.0) is budget
-    assert Pace(0.25).follow(budget, 64, 0.0) is budget
+    assert Pace(None).follow(budget, [64], 9.0) is budget
+    assert Pace(0.25).follow(budget, [FEWEST - 1, 1, 1], 9.0) is budget
+    assert Pace(0.25).follow(budget, [64], 0.0) is budget
+    assert Pace(0.25).follow(budget, [1] * 64, 9.0) is budget, "decodes alone"

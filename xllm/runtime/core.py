@@ -132,7 +132,7 @@ class Core:
             self._fail(flight.rows, error)
         else:
             self._accept(flight.rows, result)
-            self.budget = self._pace.follow(self.budget, sum(grant.tokens for grant in flight.rows), result.seconds)
+            self.budget = self._pace.follow(self.budget, [grant.tokens for grant in flight.rows], result.seconds)
         if self._check:
             self.check()
 

@@ -76,7 +76,7 @@ class StepResult:
     logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
-    computed for, without any wait; 0 where that is not known."""
+    computed for, without sampling and any wait; 0 where that is not known."""
 
     tokens: np.ndarray
     logprobs: np.ndarray

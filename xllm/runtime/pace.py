@@ -3,11 +3,12 @@ tokens have taken of late on this machine, whatever a cost model says of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from xllm.runtime.scheduler import Budget
 
-FEWEST = 16  # tokens that may always join; steps of fewer do not tell what a prompt's token costs
+FEWEST = 16  # prompt tokens that may always join; steps of fewer do not tell what one costs
 NEWEST = 0.25  # weight of the last step
 
 
@@ -18,11 +19,12 @@ class Pace:
         self._seconds = seconds
         self._of_token = 0.0
 
-    def follow(self, budget: Budget, tokens: int, seconds: float) -> Budget:
-        """The budget after a step of so many tokens and seconds (0: not known)."""
-        if self._seconds is None or tokens < FEWEST or seconds <= 0:
+    def follow(self, budget: Budget, tokens: Sequence[int], seconds: float) -> Budget:
+        """The budget after a step of so many tokens of each sequence, and seconds (0: not known). Decodes alone say
+        nothing: what they read is not shared by as many."""
+        if self._seconds is None or seconds <= 0 or sum(count for count in tokens if count > 1) < FEWEST:
             return budget
-        cost = seconds / tokens
+        cost = seconds / sum(tokens)
         self._of_token += (NEWEST if self._of_token else 1.0) * (cost - self._of_token)
         allowed = min(max(FEWEST, int(self._seconds / self._of_token)), budget.tokens)
         if abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:

@@ -145,7 +145,7 @@ class CpuExecutor:
         if self.times is not None and calls is not None:
             ended = time.perf_counter()
             self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
-        return replace(result, seconds=time.perf_counter() - started)
+        return replace(result, seconds=began - started)
 
     def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
         if self._sampler is None or not slots:
