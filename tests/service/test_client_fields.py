@@ -108,8 +108,8 @@ def written() -> str:
         "refused as unknown, by its name. Refused fields are taken with the values that ask for nothing (`null`, and",
         "those in brackets). `GET /openapi.json` has every route.", "",
         "Taken without any effect: `user`, `safety_identifier`, `prompt_cache_key` (prefixes are found without),",
-        "`metadata` of messages (that of responses is repeated), `cache_control`, `thinking.budget_tokens` (`max_tokens`",
-        "is the limit), `is_error` of a tool's result, and the descriptions and names of formats.",
+        "`metadata` of messages (that of responses is repeated), `cache_control`, `thinking.budget_tokens` (the limit",
+        "is `max_tokens`), `is_error` of a tool's result, and the descriptions and names of formats.",
     ]  # fmt: skip
     for path, route in ROUTES.items():
         found = fields(path)
