@@ -34,8 +34,8 @@ XK_API void xk_sampler_detach(xk_sampler *sampler, int32_t slot);
 
 // pool: from xk_runner_pool. logits [rows, vocab] f32, edited while the call runs and restored before it returns.
 // tokens, logprobs [rows]; top_ids, top_logprobs [rows, top_width], unused cells -1 and -inf; the logprob of a row
-// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf that its mask lets pass, gives token -1 and leaves its
-// slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
+// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf that its mask lets pass, gives
+// token -1 and leaves its slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
 XK_API int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
                                  int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids,
                                  float *top_logprobs);

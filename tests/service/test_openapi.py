@@ -15,6 +15,7 @@ from schemathesis.specs.openapi import checks
 
 from tests.service.fakes import fake_service, running
 from xllm.service.errors import TYPES
+from xllm.service.gate import Keys
 
 HEALTH: Any = list(HealthCheck)
 EXAMPLES = int(os.environ.get("XLLM_FUZZ_EXAMPLES", "8"))
@@ -64,8 +65,6 @@ def test_bodies_say_what_is_closed_and_what_is_not_supported(document):
 
 
 def test_keys_are_in_the_document_where_they_are_needed(tmp_path, document):
-    from xllm.service.gate import Keys
-
     assert document["security"] == []
     with running(fake_service(tmp_path), Keys(["one"])) as (base, _):
         assert httpx.get(f"{base}/openapi.json").status_code == 401

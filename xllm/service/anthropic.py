@@ -33,10 +33,6 @@ class MessageFormat(Format):
         self._open: type[Part] | None = None  # what the last of them holds, until it is closed
         self._end: dict[str, Any] = {}
 
-    def gather(self, choice: Whole, delta: Delta) -> None:
-        choice.parts.extend(delta.parts)
-        choice.finish_reason, choice.stop = delta.finish_reason, delta.stop
-
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         [choice] = choices
         message = self._message(_blocks(choice.parts), usage) | _end(choice.finish_reason, choice.stop)

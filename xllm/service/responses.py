@@ -87,10 +87,6 @@ class ResponsesFormat(Format):
         self._open: type[Part] | None = None  # what the last item holds, until it is closed
         self._cut = False
 
-    def gather(self, choice: Whole, delta: Delta) -> None:
-        choice.parts.extend(delta.parts)
-        choice.finish_reason = delta.finish_reason
-
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         [choice] = choices
         for part in choice.parts:
