@@ -18,10 +18,10 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
-from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
+from xllm.runtime.sharing import Sharing
 
 _FAULTS = {
     -1: "numeric_error: the logits hold NaN or infinity",
@@ -60,10 +60,7 @@ class Core:
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
-        self._group_tokens = executor.kv.group_tokens
-        # State that does not grow is of the whole text before it: no page of it fits another text.
-        self._cache = config.prefix_cache and not executor.kv.fixed_bytes
-        self._looked_up_tokens = self._cached_tokens = 0
+        self._sharing = Sharing(pool, executor.kv, config)
         self._eos = frozenset(config.eos_ids)
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._preemptions = self._wasted_rows = self._failed_steps = 0
@@ -85,7 +82,7 @@ class Core:
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
-        found, later = self._look_up(slots) if self._cache and self.waiting else ([], [])
+        found, later = self._sharing.look_up(self.waiting, self.running, slots, self.budget)
         put_off = {sequence.order for sequence in later}
         waiting = [sequence for sequence in self.waiting if sequence.order not in put_off] if later else self.waiting
         decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
@@ -163,8 +160,8 @@ class Core:
             hidden_maps=figures.hidden_maps,
             unmaps=figures.unmaps,
             kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
-            looked_up_tokens=self._looked_up_tokens,
-            cached_tokens=self._cached_tokens,
+            looked_up_tokens=self._sharing.looked_up_tokens,
+            cached_tokens=self._sharing.cached_tokens,
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
         )
@@ -195,71 +192,12 @@ class Core:
             if found:
                 raise InvariantBroken(f"engine: {problem}")
 
-    def _look_up(self, slots: int) -> tuple[list[Sequence], list[Sequence]]:
-        """Find the cached part of those that this step could admit; at least one token is always left to compute. The
-        second list are those that had better wait: an older prompt is about to compute what they would need next."""
-        found: list[Sequence] = []
-        later: list[Sequence] = []
-        ahead = {sequence.order: sequence for sequence in self.running if sequence.written < sequence.prompt_tokens}
-        tokens, pages = self.budget.tokens, self.pool.free_pages
-        for sequence in self.waiting:
-            if tokens <= 0 or pages < 0 or len(found) == slots:
-                break
-            if (behind := sequence.behind) and ahead.get(behind[0]) and ahead[behind[0]].publish_at == behind[1]:
-                later.append(sequence)  # the older one published nothing since
-                continue
-            groups = (len(sequence.tokens) - 1) // self._group_tokens
-            chain = self._chain(sequence, groups)
-            matched = self.pool.match(chain)
-            having = (other for other in ahead.values() if self._will_have(other, chain, matched))
-            if matched < groups and (older := next(having, None)) is not None:
-                sequence.behind = older.order, older.publish_at
-                later.append(sequence)
-                continue
-            sequence.computed = matched * self._group_tokens
-            tokens -= min(sequence.remaining, self.budget.max_chunk)
-            pages -= self.pool.plan.pages_for(len(sequence.tokens))
-            found.append(sequence)
-            ahead[sequence.order] = sequence
-        return found, later
-
-    def _will_have(self, older: Sequence, chain: list[bytes], group: int) -> bool:
-        """Does the prompt of a sequence that is not through with it contain this group of another text?"""
-        return group < older.prompt_tokens // self._group_tokens and older.chain[group] == chain[group]
-
-    def _chain(self, sequence: Sequence, groups: int) -> list[bytes]:
-        """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
-        if not self._cache:
-            return []
-        extend_chain(sequence.chain, sequence.tokens, self._group_tokens, sequence.request.cache_salt)
-        return sequence.chain[:groups]
-
-    def _publish(self, sequence: Sequence) -> None:
-        self.pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
-        self._expect(sequence)
-
-    def _expect(self, sequence: Sequence) -> None:
-        """Publish again when the next page is complete, and when the prompt is."""
-        end = self.pool.tokens_complete(sequence.slot)
-        if sequence.written < sequence.prompt_tokens:
-            end = min(end, sequence.prompt_tokens)
-        sequence.publish_at = end
-
     def _admit(self, decision: Decision) -> None:
         for sequence in decision.admitted:
             self.waiting.remove(sequence)
             found = sequence.computed
-            sequence.slot = self.pool.start(
-                found + sequence.remaining, self._chain(sequence, found // self._group_tokens)
-            )
+            self._sharing.start(sequence)
             sequence.state = State.RUNNING
-            sequence.written = found
-            if self._cache:
-                self._expect(sequence)
-                if not sequence.recompute:
-                    sequence.cached = found
-                    self._cached_tokens += found
-                    self._looked_up_tokens += sequence.prompt_tokens
             insort(self.running, sequence, key=_order)
             self._recomputed_tokens += max(0, sequence.recompute - found)
             try:
@@ -299,7 +237,7 @@ class Core:
                 sequence.written += count
                 bad = sample and tokens[sampled] < 0
                 if sequence.written >= sequence.publish_at and not bad:
-                    self._publish(sequence)
+                    self._sharing.publish(sequence)
             if sequence.finish is not None:
                 self._wasted_rows += sample
             elif sample and tokens[sampled] < 0:
@@ -373,8 +311,7 @@ class Core:
         """Return slot and pages. A sequence that is not finished was preempted: it waits to be computed again."""
         self.leaving.remove(sequence)
         self.executor.detach(sequence.slot)
-        known = 0 if sequence.finish == "error" else sequence.written // self._group_tokens
-        self.pool.finish(sequence.slot, self._chain(sequence, known))
+        self._sharing.finish(sequence)
         sequence.recompute = sequence.computed
         sequence.slot, sequence.pages, sequence.capacity, sequence.computed = -1, 0, 0, 0
         sequence.written = 0
