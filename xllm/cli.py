@@ -202,6 +202,13 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="more get 429 (default 200, 0 = no limit)",
     )
+    sub.add_argument(
+        "--max-wait",
+        type=_count,
+        default=300,
+        metavar="SECONDS",
+        help="what waits already may take so long, then newcomers get 429 (default 300, 0 = no limit)",
+    )
     sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
     sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
     for what, flag, names in (

@@ -143,7 +143,11 @@ def serve(arguments: argparse.Namespace) -> None:
             special_tokens=artifact.special_tokens,
             engine=engine,
             dispatcher=dispatcher,
-            limits=Limits(max_concurrent_requests=arguments.max_concurrent_requests, max_body_bytes=arguments.max_body),
+            limits=Limits(
+                max_concurrent_requests=arguments.max_concurrent_requests,
+                max_wait=arguments.max_wait or None,
+                max_body_bytes=arguments.max_body,
+            ),
             dialect=dialect,
         )
         answer(service, listener, Keys(keys) if keys else None, _listening)

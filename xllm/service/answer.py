@@ -50,6 +50,7 @@ class Limits:
     """What one server takes. Seconds and bytes."""
 
     max_concurrent_requests: int = 200  # 0 = no limit
+    max_wait: float | None = None  # for what is ahead of a request
     max_body_bytes: int = 8 << 20
     body_seconds: float = 30.0
     keep_alive_seconds: float = 15.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from xllm import __version__
 from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
+from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, from_output, invalid
@@ -60,6 +61,7 @@ def load_service(
 
         return Grammars(codec, facts.vocab, facts.eos_ids)
 
+    dispatcher.backlog = Backlog(limits.max_wait)
     return Service(
         facts=facts,
         codec=codec,
@@ -109,7 +111,7 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         return model
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
-        text = service.recorder.expose(service.engine.stats())
+        text = service.recorder.expose(service.engine.stats(), service.dispatcher.backlog)
         await send_data(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
 
     read: dict[str, App] = {

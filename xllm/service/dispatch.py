@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from xllm.runtime import EngineStats, Request, RequestRefused, TokenOutput
+from xllm.service.backlog import Backlog
 from xllm.service.errors import ApiError, from_engine
 
 BUFFER_BYTES = 1 << 20
@@ -83,6 +84,7 @@ class Dispatcher:
     exist."""
 
     def __init__(self) -> None:
+        self.backlog = Backlog()
         self._routes: dict[str, tuple[Subscription, int]] = {}
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,8 +107,9 @@ class Dispatcher:
         return len(self._routes)
 
     def open(self, requests: Sequence[Request]) -> Subscription:
-        """Submits all or none. Raises ApiError for what the engine refuses."""
+        """Submits all or none. Raises ApiError for what the engine refuses, and for what would wait too long."""
         assert self._engine is not None
+        self.backlog.add(requests)
         subscription = Subscription([request.id for request in requests])
         try:
             for index, request in enumerate(requests):
@@ -114,8 +117,9 @@ class Dispatcher:
                 self._engine.submit(request)
         except RequestRefused as error:
             self._routes.pop(request.id)
-            subscription.live.discard(request.id)
-            subscription.live -= {later.id for later in requests[index:]}
+            for later in requests[index:]:
+                subscription.live.discard(later.id)
+                self.backlog.drop(later.id)
             self.close(subscription)
             raise from_engine(error.code, error.message) from None
         return subscription
@@ -123,6 +127,7 @@ class Dispatcher:
     def cancel(self, subscription: Subscription, request_id: str) -> None:
         """Ends one sequence whose answer is complete (a stop string)."""
         self._routes.pop(request_id, None)
+        self.backlog.drop(request_id)
         if request_id in subscription.live:
             subscription.live.discard(request_id)
             assert self._engine is not None
@@ -139,6 +144,7 @@ class Dispatcher:
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
+            self.backlog.started(output.request_id)
             route = self._routes.get(output.request_id)
             if route is None:
                 continue

@@ -93,8 +93,9 @@ def invalid(code: str, message: str, param: str | None = None) -> ApiError:
     return ApiError(400, code, message, param)
 
 
-def busy(message: str, hint: Hint | None = None) -> ApiError:
-    return ApiError(429, "too_many_requests", message, hint=hint, headers={"retry-after": "1"})
+def busy(message: str, hint: Hint | None = None, seconds: float = 1) -> ApiError:
+    """429; `seconds` from now it may be worth while to ask again."""
+    return ApiError(429, "too_many_requests", message, hint=hint, headers={"retry-after": f"{seconds:.0f}"})
 
 
 def draining() -> ApiError:

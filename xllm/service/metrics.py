@@ -14,6 +14,8 @@ from xllm.runtime import EngineStats
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+    from xllm.service.backlog import Backlog
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -77,15 +79,17 @@ class Recorder:
     def status(self, status: int) -> None:
         self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
 
-    def expose(self, engine: EngineStats) -> bytes:
+    def expose(self, engine: EngineStats, backlog: Backlog) -> bytes:
         """The text of GET /metrics."""
         from prometheus_client import CollectorRegistry, generate_latest
 
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(self, engine))  # type: ignore[arg-type]
+        registry.register(_Collector(self, engine, backlog))  # type: ignore[arg-type]
         return generate_latest(registry)
 
-    def metrics(self, engine: EngineStats) -> Iterator[Metric]:
+    def metrics(self, engine: EngineStats, backlog: Backlog) -> Iterator[Metric]:
+        yield _gauge("num_backlog_tokens", "prompt tokens that wait for their first output", backlog.tokens)
+        yield _gauge("backlog_seconds", "what a request that comes now would wait for its turn", backlog.seconds)
         used = engine.total_pages - engine.free_pages
         share = used / engine.total_pages if engine.total_pages else 0.0
         yield from self._own(engine, used, share)
@@ -140,11 +144,11 @@ class Recorder:
 
 
 class _Collector:
-    def __init__(self, recorder: Recorder, engine: EngineStats) -> None:
-        self._recorder, self._engine = recorder, engine
+    def __init__(self, recorder: Recorder, engine: EngineStats, backlog: Backlog) -> None:
+        self._recorder, self._engine, self._backlog = recorder, engine, backlog
 
     def collect(self) -> Iterator[Metric]:
-        return self._recorder.metrics(self._engine)
+        return self._recorder.metrics(self._engine, self._backlog)
 
 
 def _plain(name: str, help_: str, value: float) -> Metric:
