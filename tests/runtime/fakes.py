@@ -268,7 +268,7 @@ class Rig:
     @property
     def busy(self) -> bool:
         engine = self.engine
-        return bool(self.flight or engine._submitted or engine._cancelled or not engine._core.idle)
+        return bool(self.flight or engine._told or not engine._orders.resting)
 
     def turn(self) -> None:
         """One turn of the engine's loop, if it would not sleep."""

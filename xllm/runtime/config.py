@@ -66,7 +66,7 @@ class EngineStats:
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
     in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed).
+    once no request is taken any more (stopping, draining, failed). paused: no step is computed, see Engine.pause.
     """
 
     running: int = 0
@@ -95,3 +95,4 @@ class EngineStats:
     cached_pages: int = 0
     evictions: int = 0
     refusal: str | None = None
+    paused: bool = False

@@ -57,6 +57,7 @@ class Core:
         self.leaving: list[Sequence] = []
         self.outputs: list[TokenOutput] = []
         self.why: tuple[str, ...] = ()
+        self.only_begun = False  # of those that wait, admit only who was preempted after its first token
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
@@ -79,12 +80,19 @@ class Core:
         if sequence.finish is None:
             self._end(sequence, reason, error)
 
+    def preempt_all(self) -> None:
+        """Take all slots and pages back as soon as launched steps have ended; who had them waits to be computed
+        again."""
+        for sequence in self.running[::-1]:
+            self._preempt(sequence)
+
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
-        found, later = self._sharing.look_up(self.waiting, self.running, slots, self.budget)
+        waiting = [sequence for sequence in self.waiting if sequence.begun] if self.only_begun else self.waiting
+        found, later = self._sharing.look_up(waiting, self.running, slots, self.budget)
         put_off = {sequence.order for sequence in later}
-        waiting = [sequence for sequence in self.waiting if sequence.order not in put_off] if later else self.waiting
+        waiting = [sequence for sequence in waiting if sequence.order not in put_off] if later else waiting
         decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for sequence in found[len(decision.admitted) :]:

@@ -10,16 +10,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
 
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
-from xllm.runtime.executor import Executor
+from xllm.runtime.executor import Batch, Executor
 from xllm.runtime.kv import KvPool
+from xllm.runtime.orders import Mode, Order, Orders, Recall
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.scheduler import Grant
 from xllm.runtime.sequence import Sequence, new_sequence
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
 
@@ -52,11 +56,13 @@ class Engine:
         self._config = config
         self._sink = sink
         self._turn = self._overlapped_turn if config.async_scheduling else self._plain_turn
-        # The lock guards what other threads touch: the two inboxes, the live requests and the flags.
+        # The lock guards what other threads touch: the three inboxes, the live requests and the flags.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._submitted: list[Sequence] = []
         self._cancelled: list[tuple[Sequence, FinishReason]] = []
+        self._ordered: list[Order | Recall] = []
+        self._orders = Orders(self._core)
         self._live: dict[str, Sequence] = {}
         self._accepted = 0
         self._quiet = True
@@ -99,9 +105,25 @@ class Engine:
                 self._cancelled.append((sequence, reason))
                 self._changed.notify_all()
 
+    def pause(self, mode: Mode = "keep") -> Future[bool]:
+        """Compute nothing from now on, until `resume`; requests that come meanwhile wait. "keep": those that run give
+        their slots and pages up, and go on later to the same text; "wait": they are finished first; "abort": all end
+        (cancelled). Done when nothing runs any more: whether it ran before. From any thread, as are all orders."""
+        return self._order(Order("pause", lambda: self._set_paused(True), mode, everyone=mode == "abort"))
+
+    def resume(self) -> Future[bool]:
+        """Go on after a pause, or take back one that still waits. Done: whether it was paused."""
+        return self._order(Recall("pause", lambda: self._set_paused(False)))
+
+    @property
+    def paused(self) -> bool:
+        return self._orders.paused
+
     def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests and wait until all accepted ones have ended and everything they held is given back. False
-        if that took longer than `timeout` seconds; the engine then still works on them."""
+        """Refuse new requests and wait until all accepted ones have ended and everything they held is given back; a
+        pause ends. False if that took longer than `timeout` seconds; the engine then still works on them."""
+        with suppress(RequestRefused):
+            self.resume()
         with self._lock:
             self._refuse("shutting_down", "the engine is draining and takes no new requests")
             return self._changed.wait_for(lambda: self._quiet or not self._thread.is_alive(), timeout)
@@ -130,12 +152,26 @@ class Engine:
         with self._lock:
             waiting = figures.waiting + len(self._submitted)
             refusal = str(self._refusal) if self._refusal is not None else None
-            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal)
+            paused = self._orders.paused
+            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, paused=paused)
 
     @property
     def why(self) -> tuple[str, ...]:
         """What the latest step left undone, a sentence each."""
         return self._core.why
+
+    def _order(self, order: Order | Recall) -> Future[bool]:
+        with self._lock:
+            if self._refusal is not None:
+                raise RequestRefused(self._refusal.code, self._refusal.message)
+            order.done.set_running_or_notify_cancel()  # nobody can cancel it
+            self._ordered.append(order)
+            self._changed.notify_all()
+        return order.done
+
+    def _set_paused(self, paused: bool) -> bool:
+        before, self._orders.paused = self._orders.paused, paused
+        return before != paused
 
     def _run(self) -> None:
         flight = None
@@ -143,47 +179,59 @@ class Engine:
             while self._take_requests(flight):
                 flight = self._turn(flight)
             self._core.commit(flight)
+            self._refuse_orders()
             self._end_all("shutting_down: the engine stopped")
         except Exception as error:  # the boundary: whatever it is, nobody may wait for ever
             log.exception("the engine failed")
             self._die(error)
 
     def _overlapped_turn(self, flight: Flight | None) -> Flight | None:
-        launched = self._core.launch(self._core.plan())
+        launched = self._core.launch(self._next_step())
         self._core.commit(flight)
         self._deliver(progress=flight is not None or launched is not None)
         return launched
 
     def _plain_turn(self, _: Flight | None) -> Flight | None:
-        launched = self._core.launch(self._core.plan())
+        launched = self._core.launch(self._next_step())
         self._core.commit(launched)
         self._deliver(progress=launched is not None)
         return None
 
+    def _next_step(self) -> tuple[Batch, tuple[Grant, ...]] | None:
+        return None if self._orders.holding else self._core.plan()
+
     def _take_requests(self, flight: Flight | None) -> bool:
         """Move what other threads left into the core, waiting for it when there is nothing else. False: stop."""
         with self._lock:
-            while self._core.idle and flight is None and not (self._submitted or self._cancelled or self._stopping):
-                self._quiet = True
+            while self._orders.resting and flight is None and not self._told:
+                self._quiet = self._core.idle
                 self._changed.notify_all()
                 self._changed.wait()
             self._quiet = False
             stopping = self._stopping
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
+            ordered, self._ordered = self._ordered, []
         for sequence in submitted:
             self._core.add(sequence)
         for sequence, reason in cancelled:
             self._core.cancel(sequence, reason)
+        for order in ordered:
+            self._orders.take(order)
         return not stopping
+
+    @property
+    def _told(self) -> bool:
+        return bool(self._submitted or self._cancelled or self._ordered or self._stopping)
 
     def _deliver(self, progress: bool) -> None:
         outputs = self._core.take_outputs()
         if outputs:
             self._forget(outputs)
             self._sink(outputs)
-        elif not progress and not self._core.idle:
+        elif not (progress or self._core.idle or self._orders.active):
             raise InvariantBroken(f"engine: nothing can run: {'; '.join(self._core.why)}")
+        self._orders.carry_out()
 
     def _forget(self, outputs: list[TokenOutput]) -> None:
         """Ended ids may be used again as soon as the sink has seen the end."""
@@ -211,6 +259,7 @@ class Engine:
             left, self._live = list(self._live.values()), {}
             self._quiet = True
             self._changed.notify_all()
+        self._refuse_orders()
         outputs = self._core.take_outputs() + [
             TokenOutput(
                 sequence.id,
@@ -227,6 +276,14 @@ class Engine:
             self._sink(outputs)
         except Exception:
             log.exception("the sink failed as well; %d requests got no last output", len(left))
+
+    def _refuse_orders(self) -> None:
+        with self._lock:
+            ordered, self._ordered = self._ordered, []
+            refusal = self._refusal or RequestRefused("shutting_down", "the engine stopped")
+        for order in ordered:
+            order.done.set_exception(refusal)
+        self._orders.refuse(refusal)
 
     def _refuse(self, code: str, message: str) -> None:
         if self._refusal is None or code == "engine_failed":

@@ -86,6 +86,11 @@ class Sequence:
         return len(self.tokens) + self.pending - self.prompt_tokens
 
     @property
+    def begun(self) -> bool:
+        """It has tokens of its own."""
+        return len(self.tokens) > self.prompt_tokens
+
+    @property
     def generated(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
 
