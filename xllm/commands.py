@@ -79,6 +79,7 @@ def serve(arguments: argparse.Namespace) -> None:
         keys = config.api_keys(arguments.api_key_file)
     elif not config.is_loopback(arguments.host):
         raise UsageError(f"--host {arguments.host} can be reached by others: give --api-key-file FILE, or 127.0.0.1")
+    admin = config.api_keys(arguments.admin_key_file) if arguments.admin_key_file else None
     folder = _artifact_folder(arguments.model)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -93,6 +94,7 @@ def serve(arguments: argparse.Namespace) -> None:
     took: dict[str, float] = {}
     with _lap(took, "runtime imported"):
         from xllm.llm import open_engine, open_model, open_rows
+        from xllm.runtime.engine import Engine
         from xllm.service.dispatch import Dispatcher
         from xllm.targets import host
     dispatcher = Dispatcher()
@@ -150,7 +152,8 @@ def serve(arguments: argparse.Namespace) -> None:
             ),
             dialect=dialect,
         )
-        answer(service, listener, Keys(keys) if keys else None, _listening)
+        service.controls = engine if isinstance(engine, Engine) else None
+        answer(service, listener, Keys(keys) if keys else None, _listening, admin=Keys(admin) if admin else None)
     finally:
         engine.stop()
 

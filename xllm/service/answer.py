@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from xllm.runtime import Request, TokenOutput
 from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
-from xllm.service.errors import ApiError, Hint, busy, draining
+from xllm.service.errors import GONE, ApiError, Hint, busy, draining
 from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
@@ -26,6 +26,7 @@ from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.control import Controls
     from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
@@ -72,6 +73,7 @@ class Service:
     dialect: Dialect = NO_DIALECT
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    controls: Controls | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
 
     def warm_up(self) -> None:
@@ -138,9 +140,13 @@ class Endpoint(Generic[JobOf]):
         return body
 
     @asynccontextmanager
-    async def submitted(self, requests: Sequence[Request], receive: Receive) -> AsyncIterator[Subscription]:
-        """The requests in the engine, as long as the client is there."""
+    async def submitted(
+        self, requests: Sequence[Request], receive: Receive, entry: Record, *names: str
+    ) -> AsyncIterator[Subscription]:
+        """The requests in the engine, as long as the client is there and nobody aborts them by the id of the request or
+        one of these names."""
         subscription = self.service.dispatcher.open(requests)
+        subscription.names, subscription.tenant = (entry.id, *names), entry.tenant
         watcher = asyncio.create_task(_watch(receive, subscription))
         try:
             yield subscription
@@ -168,8 +174,9 @@ class Generate(Endpoint[Job]):
         return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
-        async with self.submitted(_requests(job, entry), receive) as subscription:
-            answer = _Answer(self.service, job, self.format(job), subscription, entry)
+        form = self.format(job)
+        async with self.submitted(_requests(job, entry), receive, entry, form.id) as subscription:
+            answer = _Answer(self.service, job, form, subscription, entry)
             try:
                 await (answer.stream(send) if job.stream else answer.whole(send))
             finally:
@@ -220,7 +227,7 @@ class _Answer:
                     data = self._format.idle if quiet or not outputs else b""
         except ApiError as error:
             self._entry.status = error.status
-            if error.status == 499:
+            if error.code == GONE:
                 raise
             await self._farewell(send, error)
         except TimeoutError:  # returning without a last chunk makes the server drop the connection
@@ -318,7 +325,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ApiError(499, "client_disconnected", "the client left before its request was complete")
+                    raise ApiError(499, GONE, "the client left before its request was complete")
                 body += message.get("body", b"")
                 if len(body) > limits.max_body_bytes:
                     raise too_large
@@ -332,7 +339,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
 async def _watch(receive: Receive, subscription: Subscription) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    subscription.fail(ApiError(499, "client_disconnected", "the client left"))
+    subscription.fail(ApiError(499, GONE, "the client left"))
 
 
 def _requests(job: Job, entry: Record) -> list[Request]:

@@ -11,6 +11,7 @@ from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
+from xllm.service.control import routes as control_routes
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
@@ -75,8 +76,8 @@ def load_service(
     )
 
 
-def build_app(service: Service, keys: Keys | None = None) -> App:
-    """The ASGI application. `keys` None lets everyone in."""
+def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = None) -> App:
+    """The ASGI application. `keys` None lets everyone in; `admin` None lets nobody control."""
     model = {
         "id": service.facts.name,
         "object": "model",
@@ -137,6 +138,7 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         **dict.fromkeys(("/v1/classify", "/classify"), Classify(service)),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
+        **control_routes(service),
     }
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
 
@@ -146,7 +148,7 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         return document(asked, keys is not None)
 
     read["/openapi.json"] = Json(openapi)
-    return Gate(Routes(read, asked, kept), keys, service.recorder)
+    return Gate(Routes(read, asked, kept), keys, service.recorder, admin)
 
 
 class Routes:

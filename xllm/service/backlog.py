@@ -25,6 +25,7 @@ class Backlog:
         self._ahead: dict[str, int] = {}
         self._seen = clock()
         self._busy = self._started = 0.0  # seconds and tokens, older ones fading
+        self._held = False
         self.tokens = 0
 
     @property
@@ -46,6 +47,11 @@ class Backlog:
             self._ahead[request.id] = len(request.prompt)
             self.tokens += len(request.prompt)
 
+    def hold(self, held: bool) -> None:
+        """Nothing is computed: time says nothing of the rate."""
+        self._elapse()
+        self._held = held
+
     def started(self, request_id: str) -> None:
         """Its first output came."""
         if (tokens := self._ahead.get(request_id)) is not None:
@@ -60,7 +66,7 @@ class Backlog:
     def _elapse(self) -> None:
         """Time in which nobody waited says nothing of the rate."""
         now = self._clock()
-        if self._ahead:
+        if self._ahead and not self._held:
             fade = 0.5 ** ((now - self._seen) / HALF_LIFE)
             self._busy = self._busy * fade + now - self._seen
             self._started *= fade

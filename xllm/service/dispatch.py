@@ -31,6 +31,8 @@ class Subscription:
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = tuple(ids)
         self.live = set(ids)
+        self.names: tuple[str, ...] = ()  # what its client knows it by
+        self.tenant = ""
         self.failure: ApiError | None = None
         self.on_failure: Callable[[], None] | None = None  # for a reader that waits for its client, not for outputs
         self._outputs: list[tuple[int, TokenOutput]] = []
@@ -137,6 +139,16 @@ class Dispatcher:
         """Cancels what still runs and forgets the subscription."""
         for request_id in subscription.ids:
             self.cancel(subscription, request_id)
+
+    def abort(self, name: str | None, tenant: str | None) -> int:
+        """Ends what runs under this name, for this tenant; None stands for all of them. How many HTTP requests."""
+        running = [subscription for subscription in {one for one, _ in self._routes.values()} if subscription.live]
+        running = [one for one in running if name is None or name in one.names]
+        running = [one for one in running if tenant is None or tenant == one.tenant]
+        for subscription in running:
+            subscription.fail(ApiError(499, "request_aborted", "the request was aborted"))
+            self.close(subscription)
+        return len(running)
 
     def fail_all(self, error: ApiError) -> None:
         for subscription in {subscription for subscription, _ in self._routes.values()}:

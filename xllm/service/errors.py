@@ -32,6 +32,8 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 
+GONE = "client_disconnected"  # the code of who gets no answer any more
+
 # Codes of the engine: what the client did, what passes by itself, what is our fault.
 ENGINE_STATUS = {
     "invalid_parameter": 400,
@@ -42,6 +44,9 @@ ENGINE_STATUS = {
     "grammar_failed": 400,
     "queue_full": 429,
     "duplicate_request": 409,
+    "engine_busy": 409,
+    "request_aborted": 499,
+    "asleep": 503,
     "shutting_down": 503,
     "engine_failed": 503,
 }

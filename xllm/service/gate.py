@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.service.errors import ApiError
+from xllm.service.errors import GONE, ApiError, Hint
 from xllm.service.metrics import Recorder
 
 Scope = MutableMapping[str, Any]
@@ -24,6 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC = ("/health", "/livez", "/ready", "/readyz")
+CONTROL = ("/pause", "/resume", "/sleep", "/wakeup", "/wake_up", "/is_sleeping", "/update_weights")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
 log = logging.getLogger("xllm.request")
@@ -42,6 +43,7 @@ class Record:
     generated_tokens: int = 0
     finish_reasons: str = ""
     tenant: str = ""  # digest of the API key
+    admin: bool = False
 
 
 def record(scope: Scope) -> Record:
@@ -61,10 +63,11 @@ class Keys:
 
 
 class Gate:
-    """The outermost application. `keys` None: no key is needed."""
+    """The outermost application. `keys` None: no key is needed. admin: keys that open the control routes, and all
+    others; None: nobody controls."""
 
-    def __init__(self, app: App, keys: Keys | None, recorder: Recorder) -> None:
-        self._app, self._keys, self._recorder = app, keys, recorder
+    def __init__(self, app: App, keys: Keys | None, recorder: Recorder, admin: Keys | None = None) -> None:
+        self._app, self._keys, self._recorder, self._admin = app, keys, recorder, admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,11 +86,11 @@ class Gate:
 
         self._recorder.requests_in += 1
         try:
-            entry.tenant = self._authorize(scope, headers)
+            self._authorize(scope, headers, entry)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             failure = _api_error(error)
-            if entry.status == 0 and failure.status != 499:
+            if entry.status == 0 and failure.code != GONE:
                 of_messages = scope["path"].startswith("/v1/messages")
                 body = failure.anthropic_body(request_id) if of_messages else failure.body(request_id)
                 await send_json(send_with_id, failure.status, body, failure.headers)
@@ -96,18 +99,27 @@ class Gate:
             self._recorder.status(entry.status)
             _write_log(scope, entry)
 
-    def _authorize(self, scope: Scope, headers: dict[bytes, str]) -> str:
-        """The tenant: a digest of the key, empty where none is needed."""
-        if self._keys is None or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
-            return ""
+    def _authorize(self, scope: Scope, headers: dict[bytes, str], entry: Record) -> None:
+        """Notes who asks. The tenant is a digest of the key, empty where none is needed. Raises ApiError 401, 403."""
         scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
-        if not key:
-            message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
-            raise ApiError(401, "missing_api_key", message, headers={"www-authenticate": "Bearer"})
-        if key not in self._keys:
-            raise ApiError(401, "invalid_api_key", "the API key is not valid", headers={"www-authenticate": "Bearer"})
-        return hashlib.sha256(key.encode()).hexdigest()
+        entry.admin = self._admin is not None and key in self._admin
+        known = self._keys is not None and key in self._keys
+        controls = scope["path"] in CONTROL
+        public = scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
+        if (self._keys is not None and not public) or (controls and self._admin is not None):
+            if not key:
+                message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+                raise ApiError(401, "missing_api_key", message, headers={"www-authenticate": "Bearer"})
+            if not (known or entry.admin):
+                message = "the API key is not valid"
+                raise ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
+        if controls and not entry.admin:
+            cause = "this key is not for control" if self._admin else "this server was started without control"
+            hint = Hint(cause, "xllm serve --admin-key-file", "use a key of that file")
+            raise ApiError(403, "control_refused", f"{cause}; control routes need an admin's key", hint=hint)
+        if self._keys is not None and not public:
+            entry.tenant = hashlib.sha256(key.encode()).hexdigest()
 
 
 async def send_json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:

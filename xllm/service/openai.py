@@ -55,6 +55,11 @@ class Format:
         self._created = int(time.time())
         self._model = model
 
+    @property
+    def id(self) -> str:
+        """What the client knows the answer by."""
+        return self._id
+
     def gather(self, choice: Whole, delta: Delta) -> None:
         """Adds to an answer that is sent whole."""
         choice.parts.extend(delta.parts)

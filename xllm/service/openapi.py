@@ -73,6 +73,8 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     "classify": closed(id=TEXT, usage=COUNTS, data=many(closed(index=WHOLE, label=TEXT, probs=many(NUMBER)))),
     "tokenize": closed(tokens=many(WHOLE), count=WHOLE, max_model_len=WHOLE),
     "detokenize": closed(prompt=TEXT),
+    **dict.fromkeys(("pause", "resume"), closed(status={"enum": ["paused", "running"]}, changed={"type": "boolean"})),
+    "abort": closed(aborted=WHOLE),
 }  # fmt: skip
 READ: Mapping[str, tuple[str, Schema]] = {
     "/health": ("Alive and able to answer", closed(status=TEXT)),

@@ -47,7 +47,7 @@ class RowsEndpoint(Endpoint[RowsJob]):
         name = uuid.uuid4().hex
         requests = [Request(f"{name}-{at}", ids, arrival=entry.started) for at, ids in enumerate(job.prompts)]
         reasons = ["abort"] * len(requests)
-        async with self.submitted(requests, receive) as subscription:
+        async with self.submitted(requests, receive, entry) as subscription:
             try:
                 rows = await _gather(subscription, reasons)
                 # Numbers as text take a while, so they are written beside the event loop.

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from xllm.service.answer import Service
 from xllm.service.app import build_app
+from xllm.service.control import go_on
 from xllm.service.errors import ApiError
 from xllm.service.gate import Keys
 from xllm.service.listener import url
@@ -34,9 +35,10 @@ def serve(
     keys: Keys | None,
     on_listening: Callable[[str], None],
     loop: str = "uvloop",
+    admin: Keys | None = None,
 ) -> None:
     """Answers until a signal ends it. `on_listening(url)` is called once requests are accepted."""
-    server = Server(service, keys, loop)
+    server = Server(service, keys, loop, admin)
     server.on_listening = lambda: on_listening(url(listener))
     server.run(sockets=[listener])
 
@@ -44,13 +46,15 @@ def serve(
 class Server(uvicorn.Server):
     """Uvicorn with a drain: it keeps listening until the last answer is complete, so that newcomers are told 503."""
 
-    def __init__(self, service: Service, keys: Keys | None = None, loop: Any = "uvloop") -> None:
+    def __init__(
+        self, service: Service, keys: Keys | None = None, loop: Any = "uvloop", admin: Keys | None = None
+    ) -> None:
         self.service = service
         self.on_listening: Callable[[], None] = lambda: None
         self._signals = 0
         super().__init__(
             uvicorn.Config(
-                build_app(service, keys),
+                build_app(service, keys, admin),
                 loop=loop,
                 http=BoundedProtocol,
                 ws="none",
@@ -71,6 +75,8 @@ class Server(uvicorn.Server):
         loop.call_later(WARM_UP_SECONDS, loop.run_in_executor, self.service.pool, self.service.warm_up)
 
     async def on_tick(self, counter: int) -> bool:
+        if self.service.draining and self.service.controls is not None and self.service.controls.paused:
+            go_on(self.service.controls)
         if self.service.draining and self.service.recorder.concurrent == 0:
             self.should_exit = True
         return await super().on_tick(counter)
