@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from bench.checkpoints import write_checkpoint
 from tests.models import FAMILIES, build
 from tests.servers import Server, serving
-from xllm.compiler import CompileOptions
+from xllm.artifact import WEIGHTS, Artifact, ArtifactError
+from xllm.compiler import CompileOptions, compile_checkpoint
+from xllm.llm import LLM
+from xllm.runtime import RequestRefused
 
 ADMIN = {"x-api-key": "root"}
 ONE, TWO = {"x-api-key": "one"}, {"authorization": "Bearer two"}
@@ -24,7 +33,13 @@ LONG = {"model": "tiny", "max_tokens": 1500, "temperature": 0, "ignore_eos": Tru
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("control")
     config = {**FAMILIES["qwen3"], "max_position_embeddings": 8192}
-    build(folder, config, options=CompileOptions(max_len=8192, max_seqs=8))
+    options = CompileOptions(max_len=8192, max_seqs=8)
+    checkpoint, _ = build(folder, config, options=options)
+    for name, seed, changed in (("other", 1, {}), ("longer", 2, {"max_len": 4096})):
+        write_checkpoint(folder / name, config, dtype="float32", seed=seed)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert (folder / name / file).read_bytes() == (checkpoint / file).read_bytes()
+        compile_checkpoint(folder / name, folder / f"{name}.xllm", replace(options, **changed))
     (folder / "keys").write_text("one\ntwo\n")
     (folder / "admins").write_text("root\n")
     return folder
@@ -33,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     flags = ("--api-key-file", str(folder / "keys"), "--admin-key-file", str(folder / "admins"))
+    flags += ("--weights-dir", str(folder), "--max-concurrent-requests", "0")
     with serving(folder / "tiny.xllm", "--memory", "512MiB", *flags) as running:
         yield running
 
@@ -41,7 +57,8 @@ def server(folder: Path) -> Iterator[Server]:
 def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, headers=ADMIN, timeout=60) as http:
         yield http
-        assert http.post("/resume").status_code == 200
+        for path in ("/wakeup", "/resume"):
+            assert http.post(path).status_code == 200
 
 
 @pytest.fixture
@@ -164,3 +181,146 @@ def test_who_waits_in_a_pause_is_answered_before_the_server_ends(folder: Path, p
         alone.process.terminate()
         assert answer.result().json()["usage"]["completion_tokens"] == 1500
         assert alone.process.wait(20) == 0
+
+
+def test_sleep_and_wake(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    expected = ask(client, "abc", max_tokens=20).json()["choices"]
+    [answer] = running(client, pool, "a")
+    busy = client.post("/sleep", json={})
+    assert busy.status_code == 409 and busy.json()["error"]["code"] == "engine_busy"
+    asleep = {"is_sleeping": True, "level": "light"}
+    assert client.post("/sleep", json={"mode": "wait", "level": 1}).json() == asleep | {"changed": True}
+    assert answer.result().json()["usage"]["completion_tokens"] == 1500
+    assert client.post("/sleep", json={}).json() == asleep | {"changed": False}
+    assert client.get("/is_sleeping").json() == asleep and metric(client, "engine_asleep") == 1
+    refused = ask(client, "a")
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "asleep"
+    assert int(refused.headers["retry-after"]) > 0
+    assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+    assert client.post("/sleep", json={"level": "deep"}).json() == {
+        "is_sleeping": True,
+        "level": "deep",
+        "changed": True,
+    }
+    assert client.post("/wake_up").json() == {"is_sleeping": False, "level": None, "changed": True}
+    assert client.post("/wakeup").json()["changed"] is False
+    assert ask(client, "abc", max_tokens=20).json()["choices"] == expected
+    [answer] = running(client, pool, "a", max_tokens=8000)
+    assert client.post("/sleep", json={"mode": "abort"}).json()["changed"] and answer.result().status_code == 499
+
+
+def resident(name: str) -> int:
+    """Bytes of this process that are mapped from files of this name."""
+    found, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            found = name in line
+        elif found and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def flip(file: Path) -> None:
+    """Changes one bit, in place; and back."""
+    with file.open("r+b") as opened:
+        opened.seek(-100, 2)
+        byte = opened.read(1)
+        opened.seek(-100, 2)
+        opened.write(bytes([byte[0] ^ 1]))
+
+
+def test_who_sleeps_holds_neither_weights_nor_pages(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "tiny.xllm", tmp_path / "sleeper.xllm")
+    weights = tmp_path / "sleeper.xllm" / WEIGHTS
+    with LLM(tmp_path / "sleeper.xllm", threads=1, memory_bytes=512 << 20) as llm:
+        expected = llm.generate("abc", max_tokens=8)
+        assert resident("sleeper.xllm") >= weights.stat().st_size and resident("memfd:xllm-kv") > 0
+        assert llm.sleep("deep") and llm.is_sleeping
+        assert resident("sleeper.xllm") <= os.sysconf("SC_PAGESIZE") and resident("memfd:xllm-kv") == 0
+        with pytest.raises(RequestRefused, match="asleep"):
+            llm.generate("abc", max_tokens=8)
+        flip(weights)
+        with pytest.raises(ArtifactError, match="not what the compiler wrote"):
+            llm.wake_up()
+        assert llm.is_sleeping
+        flip(weights)
+        assert llm.wake_up() and not llm.wake_up()
+        assert llm.generate("abc", max_tokens=8) == expected
+
+
+def test_other_weights_take_the_place_of_those_that_are_served(folder: Path, tmp_path: Path) -> None:
+    ask: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    prompts = [[*range(40)], [*range(30, 90)]]
+    answers = {}
+    for name in ("tiny", "other"):
+        with LLM(folder / f"{name}.xllm", threads=1, memory_bytes=512 << 20) as llm:
+            answers[name] = llm.generate(prompts, **ask)
+    shutil.copytree(folder / "other.xllm", tmp_path / "broken.xllm")
+    flip(tmp_path / "broken.xllm" / WEIGHTS)
+    digest = Artifact.open(folder / "other.xllm").manifest["digest"]
+    with LLM(folder / "tiny.xllm", threads=1, memory_bytes=512 << 20) as llm:
+        first = llm.weights
+        assert llm.generate(prompts, **ask) == answers["tiny"]
+        for path, checksum, code in (
+            (folder / "longer.xllm", None, "weights_incompatible.*limits in manifest.json"),
+            (folder / "other.xllm", "0" * 64, "checksum_mismatch"),
+            (folder / "nowhere.xllm", None, "weights_unusable"),
+            (tmp_path / "broken.xllm", None, "weights_unusable.*not what the compiler wrote"),
+        ):
+            with pytest.raises(RequestRefused, match=code):
+                llm.update_weights(path, checksum)
+        assert llm.generate(prompts, **ask) == answers["tiny"] and llm.weights == first
+        assert llm.update_weights(folder / "other.xllm", digest) and llm.weights == digest[:16] != first
+        assert llm.generate(prompts, **ask) == answers["other"] != answers["tiny"]
+        assert not llm.update_weights(folder / "other.xllm")
+        assert llm.sleep() and llm.wake_up(), "the weights that are there now are checked"
+        assert llm.generate(prompts, **ask) == answers["other"]
+        assert llm.update_weights(folder / "tiny.xllm") and llm.generate(prompts, **ask) == answers["tiny"]
+
+
+def test_no_answer_mixes_weights_that_are_updated_under_load(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    """Behaviour 56: each answer is, to the token, that of the version it names."""
+    prompts, expected = ["abcdefgh" * 8 + end for end in "xyz"], {}
+    for name in ("other", "tiny"):
+        version = client.post("/update_weights", json={"path": f"{name}.xllm"}).json()["weights"]
+        assert client.get("/v1/models").json()["data"][0]["weights"] == version
+        for prompt in prompts:
+            expected[version, prompt] = ask(client, prompt, max_tokens=100).json()["choices"]
+    assert len(expected) == 6 and len({choices[0]["text"] for choices in expected.values()}) == 6
+    enough = threading.Event()
+
+    def keep_asking(prompt: str) -> list[str]:
+        seen = []
+        while not enough.is_set():
+            answer = ask(client, prompt, max_tokens=100)
+            version = answer.headers["x-weights-version"]
+            assert answer.json()["system_fingerprint"] == version
+            assert answer.json()["choices"] == expected[version, prompt]
+            seen.append(version)
+        return seen
+
+    clients = [pool.submit(keep_asking, prompt) for prompt in prompts * 2]
+    try:
+        for name in ("other", "tiny") * 4:
+            assert client.post("/update_weights", json={"path": f"{name}.xllm"}).json()["changed"]
+    finally:
+        enough.set()
+    seen = [version for asked in clients for version in asked.result()]
+    assert set(seen) == {version for version, _ in expected}
+    assert 'weights_info{version="' in client.get("/metrics").text
+
+
+def test_weights_come_from_the_folder_that_was_named_and_no_other(client: httpx.Client, folder: Path) -> None:
+    (folder / "link").symlink_to("/etc")
+    for path, status, code in (
+        ("/etc/passwd", 403, "path_refused"),
+        ("../outside", 403, "path_refused"),
+        ("link/passwd", 403, "path_refused"),
+        (".", 403, "path_refused"),
+        ("a\0b", 400, "weights_unusable"),
+        ("keys", 400, "weights_unusable"),
+        ("longer.xllm", 409, "weights_incompatible"),
+    ):
+        answer = client.post("/update_weights", json={"path": path})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), path
+        assert str(folder) not in answer.text

@@ -61,10 +61,12 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "memory": ({"artifact", "runtime", "targets"}, set()),
-    "llm": ({"artifact", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
+    "control": ({"artifact", "runtime", "targets"}, set()),
+    "llm": ({"artifact", "control", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": (
-        {"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "storage", "targets"},
+        {"", "artifact", "config", "control", "functions", "kernels", "llm", "runtime", "service", "storage"}
+        | {"targets"},
         SERVING,
     ),
     "extensions": (set(), set()),

@@ -196,6 +196,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together, at most")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
     sub.add_argument("--admin-key-file", type=Path, metavar="FILE", help="keys that may control it, one a line")
+    sub.add_argument("--weights-dir", type=Path, metavar="FOLDER", help="artifacts /update_weights may load")
     sub.add_argument(
         "--max-concurrent-requests",
         type=_count,

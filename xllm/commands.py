@@ -93,6 +93,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ) from None
     took: dict[str, float] = {}
     with _lap(took, "runtime imported"):
+        from xllm.control import EngineControl
         from xllm.llm import open_engine, open_model, open_rows
         from xllm.runtime.engine import Engine
         from xllm.service.dispatch import Dispatcher
@@ -128,7 +129,7 @@ def serve(arguments: argparse.Namespace) -> None:
         with _lap(took, "tokenizer"):
             codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
         engine, ledger = opening.result()
-    _give_back()
+    host.trim()  # what loading took
     try:
         dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
         chosen = host.threads(arguments.threads)
@@ -152,7 +153,9 @@ def serve(arguments: argparse.Namespace) -> None:
             ),
             dialect=dialect,
         )
-        service.controls = engine if isinstance(engine, Engine) else None
+        if isinstance(engine, Engine):
+            service.controls = EngineControl(engine, artifact, arguments.require_signature)
+            service.weights_folder = arguments.weights_dir
         answer(service, listener, Keys(keys) if keys else None, _listening, admin=Keys(admin) if admin else None)
     finally:
         engine.stop()
@@ -164,14 +167,6 @@ def _lap(took: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     took[name] = time.perf_counter() - begin
-
-
-def _give_back() -> None:
-    """What loading took and freed goes back to the system now: the C library (glibc) would keep it for ever."""
-    import ctypes
-
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def _listening(url: str) -> None:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError
+from xllm.control import EngineControl, Leaving, Level, version_of
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
 from xllm.runtime.config import EngineConfig
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.orders import Mode
 from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
@@ -97,6 +99,7 @@ def engine_config(
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
         prefix_cache=ledger.prefix_cache,
+        weights=version_of(artifact),
     )
 
 
@@ -172,6 +175,7 @@ class LLM:
         self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
         self._engine: Engine | None = None
         self._encoder: Encoder | None = None
+        self._control: EngineControl | None = None
         self.ledger: Ledger | None = None
         if self.artifact.task == "generate":
             self._engine, self.ledger = open_engine(
@@ -182,6 +186,7 @@ class LLM:
                 prefix_cache=prefix_cache,
                 kernel_modules=kernel_modules,
             )
+            self._control = EngineControl(self._engine, self.artifact, require_signature)
         else:
             self._encoder, _ = open_encoder(self.artifact, memory_bytes, threads, kernel_modules)
         self._turn = threading.Lock()
@@ -299,6 +304,46 @@ class LLM:
         tokens = tuple(output.token for output in outputs if output.token is not None)
         logprobs = tuple(output.logprob for output in outputs if output.logprob is not None)
         return Completion(self.codec.decode(tokens), tokens, str(end.finish_reason), logprobs)
+
+    def pause(self, mode: Mode = "keep") -> bool:
+        """Compute nothing until `resume`, which another thread calls: "keep" goes on where it was, to the same text,
+        "wait" finishes first what runs, "abort" ends it (finish_reason cancelled). Whether it ran before."""
+        return self._controlled.pause(mode).result()
+
+    def resume(self) -> bool:
+        """Whether it was paused."""
+        return self._controlled.resume().result()
+
+    def sleep(self, level: Level = "light", mode: Leaving | None = None) -> bool:
+        """Give memory back until `wake_up`; level "deep" drops the weight file from the system's cache too. While
+        something is generated: RequestRefused (engine_busy), unless `mode` says what becomes of it. Whether it did not
+        sleep like this before."""
+        return self._controlled.sleep(level, mode).result()
+
+    def wake_up(self) -> bool:
+        """Whether it slept. Raises ArtifactError when the weights are not what they were."""
+        return self._controlled.wake().result()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._controlled.asleep)
+
+    def update_weights(self, path: str | Path, checksum: str | None = None, mode: Leaving = "wait") -> bool:
+        """Generate with the weights of another artifact that was compiled like this one from now on. No prompt mixes
+        the two: `mode` says what becomes of those that have begun. Whether they are others. Raises RequestRefused with
+        what differs."""
+        return self._controlled.update_weights(path, checksum, mode).result()
+
+    @property
+    def weights(self) -> str:
+        """The version of the weights."""
+        return self._controlled.weights
+
+    @property
+    def _controlled(self) -> EngineControl:
+        if self._control is None:
+            raise RequestRefused("wrong_task", f"{self.artifact.name} gives rows: only what generates is controlled")
+        return self._control
 
     def close(self) -> None:
         if self._engine is not None:

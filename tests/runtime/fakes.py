@@ -73,6 +73,11 @@ class FakeMemory:
             if self.writable.get(page) == at:
                 del self.writable[page]
 
+    def discard(self) -> None:
+        self.content.clear()
+
+    def reclaim(self) -> None: ...
+
     def export_page(self, page: int) -> PageTicket:
         raise NotImplementedError
 
@@ -106,11 +111,17 @@ def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
     return zlib.crc32(np.array([seed or 0, *tokens], np.int32).tobytes()) % vocab
 
 
-def expected_outputs(request: Request, max_outputs: int, vocab: int, eos: int = EOS) -> tuple[list[int], str]:
+def seed_of(request: Request, weights: int) -> int:
+    return (request.params.seed or 0) + 1000 * weights
+
+
+def expected_outputs(
+    request: Request, max_outputs: int, vocab: int, eos: int = EOS, weights: int = 0
+) -> tuple[list[int], str]:
     """What a request generates when nothing else runs, and how it ends: the oracle."""
     tokens, params = [], request.params
     while len(tokens) < max_outputs:
-        tokens.append(next_token([*request.prompt, *tokens], params.seed, vocab))
+        tokens.append(next_token([*request.prompt, *tokens], seed_of(request, weights), vocab))
         stops = tokens[-1] in params.stop_token_ids or (tokens[-1] == eos and not params.ignore_eos)
         if stops and len(tokens) >= params.min_tokens:
             return tokens, "stop"
@@ -145,6 +156,7 @@ class FakeExecutor:
         self.batches: list[Batch] = []
         self.largest_step = 0
         self.closed = False
+        self.weights = 0  # other ones, other tokens
 
     def attach(self, slot, request, generated) -> None:
         assert slot not in self.sequences
@@ -202,16 +214,17 @@ class FakeExecutor:
 
     def _run_row(self, row) -> int | None:
         sequence = self.sequences[row.slot]
-        history = [self.memory.read(self._address(row, position)) for position in range(row.start)]
+        mark = 1000 * self.weights  # what others have computed means nothing
+        history = [self.memory.read(self._address(row, position)) - mark for position in range(row.start)]
         tokens = [token if token >= 0 else max(0, self.sampled[-1 - token]) for token in row.tokens]
         for position, token in enumerate(tokens, row.start):
-            self.memory.write(self._address(row, position), token)
+            self.memory.write(self._address(row, position), token + mark)
         if not row.sample:
             return None
         known = history + tokens
         if (sequence.request.id, len(known) - len(sequence.request.prompt)) in self.numeric_errors:
             return -1
-        return next_token(known, sequence.request.params.seed, self.limits.vocab)
+        return next_token(known, seed_of(sequence.request, self.weights), self.limits.vocab)
 
     def _address(self, row, position: int) -> int:
         group, lane = divmod(position, self.kv.group_tokens)

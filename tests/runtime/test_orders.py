@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+import os
+from functools import partial
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, expected_outputs, limit_of, request
-from xllm.runtime.orders import Mode
+from tests.runtime.fakes import BOTH_LOOPS, RealMemory, Rig, assert_as_alone, expected_outputs, limit_of, request
+from xllm.runtime import RequestRefused
+from xllm.runtime.orders import ABORTED, Mode
 
 
 def started(overlap: bool = True, requests: int = 2, turns: int = 6, **settings) -> tuple[Rig, list]:
@@ -121,42 +124,149 @@ def test_who_waits_in_a_pause_can_leave_and_a_stop_ends_the_rest():
         rig.engine.pause()
 
 
+def test_sleep_is_refused_beside_requests_and_refuses_them():
+    rig, asked = started(real_memory=True)
+    rested: list[str] = []
+    with pytest.raises(RequestRefused, match="engine_busy"):
+        rig.engine.sleep("light", lambda: rested.append("light"))
+    falls = rig.engine.sleep("light", lambda: rested.append("light"), "wait")
+    with pytest.raises(RequestRefused, match="asleep"):
+        rig.engine.submit(request("early", 5))
+    rig.finish()
+    assert falls.result(0) and rested == ["light"] and rig.engine.stats().asleep == "light"
+    for one in asked:
+        assert_as_alone(rig, one)
+    assert os.fstat(cast(RealMemory, rig.memory)._fd).st_blocks == 0, "the pages' memory is the system's again"
+    with pytest.raises(RequestRefused, match="asleep"):
+        rig.engine.submit(request("late", 5))
+    again, deeper = (rig.engine.sleep(level, lambda: rested.append("more")) for level in ("light", "deep"))
+    swap = rig.engine.swap("b", lambda: rested.append("swapped"))
+    rig.finish()
+    assert not again.result(0) and deeper.result(0) and rested == ["light", "more"]
+    with pytest.raises(RequestRefused, match="engine_busy"):
+        swap.result(0)
+    wakes, too = rig.engine.wake(lambda: None), rig.engine.wake(lambda: None)
+    rig.finish()
+    assert wakes.result(0) and not too.result(0) and not rig.engine.stats().asleep
+    rig.engine.submit(one := request("r0", 40, 30, seed=0, ignore_eos=True))
+    del rig.outputs[:]
+    rig.finish()
+    assert_as_alone(rig, one)
+    assert rig.end("r0").cached_tokens == 0, "what a text had was forgotten"
+    rig.assert_baseline()
+
+
+def test_who_can_not_wake_sleeps_on():
+    rig = Rig()
+    rig.engine.sleep("deep", lambda: None)
+    rig.finish()
+    wakes = rig.engine.wake(lambda: exec("raise OSError('the file is gone')"))
+    rig.finish()
+    assert isinstance(wakes.exception(0), OSError) and rig.engine.asleep == "deep"
+    wakes = rig.engine.wake(lambda: None)
+    rig.finish()
+    assert wakes.result(0) and not rig.engine.asleep
+
+
+def test_a_sleep_that_waits_is_taken_back_and_one_of_paused_requests_is_refused():
+    rig, asked = started()
+    falls = rig.engine.sleep("light", lambda: None, "wait")
+    rig.turn()
+    rig.engine.wake(lambda: None)
+    rig.turn()
+    assert not falls.result(0) and not rig.engine.asleep
+    rig.engine.submit(late := request("late", 5, 5, ignore_eos=True))
+    rig.engine.pause()
+    falls = rig.engine.sleep("light", lambda: None, "wait")
+    rig.finish()
+    with pytest.raises(RequestRefused, match="engine_busy: 3 requests"):
+        falls.result(0)
+    rig.engine.resume()
+    rig.finish()
+    for one in (*asked, late):
+        assert_as_alone(rig, one)
+    rig.engine.submit(request("ended", 5, ignore_eos=True))
+    rig.turn()
+    falls = rig.engine.sleep("light", lambda: None, "abort")
+    rig.finish()
+    assert falls.result(0) and rig.end("ended").finish_reason == "cancelled"
+
+
+def test_weights_that_are_paused_half_way_are_not_mixed():
+    rig, asked = started()
+    rig.engine.submit(late := request("late", 5, 5, ignore_eos=True))
+    rig.engine.pause()
+    refused = rig.engine.swap("b", lambda: setattr(rig.executor, "weights", 1))
+    rig.finish()
+    with pytest.raises(RequestRefused, match="engine_busy: 2 requests"):
+        refused.result(0)
+    swaps = rig.engine.swap("b", lambda: setattr(rig.executor, "weights", 1), "abort")
+    rig.finish()
+    assert swaps.result(0) and rig.engine.stats().weights == "b" and rig.engine.stats().cached_pages == 0
+    assert [rig.end(one.id).error for one in asked] == [ABORTED] * 2
+    rig.engine.resume()
+    rig.finish()
+    assert rig.tokens("late") == expected_outputs(late, 5, rig.vocab, weights=1)[0]
+
+
 STEP = st.one_of(
     st.tuples(st.just("submit"), st.integers(1, 90), st.integers(1, 30)),
     st.tuples(st.just("turn"), st.integers(1, 12), st.just(0)),
     st.tuples(st.sampled_from(["keep", "wait", "abort", "resume", "resume"]), st.just(0), st.just(0)),
+    st.tuples(st.just("swap"), st.integers(0, 2), st.integers(0, 3)),
+    st.tuples(st.sampled_from(["sleep", "wake", "wake"]), st.integers(0, 2), st.just(0)),
 )
 
 
-@given(st.lists(STEP, max_size=40), st.booleans(), st.sampled_from([6, 24]))
-@settings(max_examples=60, deadline=None)
-def test_pauses_at_any_time_change_no_text(steps, overlap, pages):
-    """Every request ends once: with its own text, or by an abort with the beginning of it."""
+@given(st.lists(STEP, max_size=50), st.booleans(), st.sampled_from([6, 24]))
+@settings(max_examples=150, deadline=None)
+def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pages):
+    """Every request ends once: with the text of exactly one version of the weights, or by an abort with the beginning
+    of it. Every order is carried out or refused."""
     rig = Rig(async_scheduling=overlap, pages=pages, max_seqs=4)
+    engine = rig.engine
     asked: list = []
     orders: list = []
     aborts = False
     for kind, first, second in steps:
-        if kind == "submit":
-            asked.append(request(f"r{len(asked)}", first, min(second, 20), seed=len(asked)))
-            try:
-                rig.engine.submit(asked[-1])
-            except Exception:
-                asked.pop()  # can never fit so small a pool
-        elif kind == "turn":
-            for _ in range(first):
-                rig.turn()
-        else:
-            aborts |= kind == "abort"
-            orders.append(rig.engine.resume() if kind == "resume" else rig.engine.pause(cast(Mode, kind)))
+        try:
+            if kind == "submit":
+                # Half of a prompt is everybody's: what one version computed of it must not be found by another.
+                prompt = (*range(min(first, 40)), *((len(asked) + n) % 40 for n in range(max(first - 40, 1))))
+                engine.submit(one := request(f"r{len(asked)}", prompt, min(second, 20), seed=3))
+                asked.append(one)
+            elif kind == "turn":
+                for _ in range(first):
+                    rig.turn()
+            elif kind == "swap":
+                aborts |= second == 3
+                load = partial(setattr, rig.executor, "weights", first)
+                orders.append(engine.swap(f"v{first}" if first else "", load, "abort" if second == 3 else "wait"))
+            elif kind == "sleep":
+                mode = cast(Any, ("wait", "abort", None)[first])
+                orders.append(engine.sleep("light", lambda: None, mode))
+                aborts |= mode == "abort"
+            elif kind == "wake":
+                orders.append(engine.wake(lambda: None))
+            else:
+                orders.append(engine.resume() if kind == "resume" else engine.pause(cast(Mode, kind)))
+                aborts |= kind == "abort"
+        except RequestRefused as refusal:
+            assert refusal.code in ("asleep", "engine_busy", "exceeds_capacity")
+    for order in (lambda: engine.wake(lambda: None), engine.resume):
+        rig.finish()
+        order()
     rig.finish()
-    rig.engine.resume()
-    rig.finish()
-    assert all(isinstance(order.result(0), bool) for order in orders)
+    for order in orders:
+        refused = order.exception(0)
+        assert refused is None or (isinstance(refused, RequestRefused) and refused.code == "engine_busy")
     for one in asked:
-        if rig.end(one.id).finish_reason != "cancelled":
-            assert_as_alone(rig, one)
-        else:
-            expected, _ = expected_outputs(one, limit_of(rig, one), rig.vocab)
+        [version] = {
+            output.weights for output in rig.outputs if output.request_id == one.id and output.token is not None
+        } or {""}
+        expected, reason = expected_outputs(one, limit_of(rig, one), rig.vocab, weights=int(version[1:] or 0))
+        if rig.end(one.id).finish_reason == "cancelled":
             assert aborts and rig.tokens(one.id) == expected[: len(rig.tokens(one.id))]
+        else:
+            assert (rig.tokens(one.id), rig.end(one.id).finish_reason) == (expected, reason)
     rig.assert_baseline()

@@ -244,11 +244,11 @@ def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096
 
 
 @contextmanager
-def running(service: Service, keys: Keys | None = None):
+def running(service: Service, keys: Keys | None = None, admin: Keys | None = None):
     """A real server on loopback in a thread; yields (base URL, server)."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = Server(service, keys)
+    server = Server(service, keys, admin=admin)
     server.on_listening = listening.set
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -14,6 +14,7 @@ A file that is none of these, nor named by the manifest, is refused like a chang
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from xllm.artifact.exchange import differences
 from xllm.artifact.manifest import SCHEMA
 from xllm.artifact.opened import PLANNED, UNFOLDED, Artifact, Progress
 from xllm.artifact.seal import ArtifactError, digest
@@ -52,6 +53,7 @@ __all__ = [
     "Progress",
     "Written",
     "check_apart",
+    "differences",
     "digest",
     "is_artifact",
     "is_packed",

@@ -5,9 +5,12 @@ It is a safetensors file. A weight's region runs to the next weight, so that dig
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
+import os
 import struct
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +20,7 @@ from xllm.artifact.store import PAGE_BYTES, Place
 from xllm.plan import ALIGN_BYTES, Plan, StoredWeight
 
 WEIGHTS = "weights/model.safetensors"
+_MAP_FIXED, _MADV_POPULATE_READ = 0x10, 22
 
 
 class MappedWeights:
@@ -24,17 +28,18 @@ class MappedWeights:
 
     def __init__(self, place: Place) -> None:
         self._skip = place.offset % mmap.ALLOCATIONGRANULARITY  # a packed file is aligned to 4 KiB, pages may be larger
-        with place.file.open("rb") as handle:
-            self._map = mmap.mmap(
-                handle.fileno(),
-                self._skip + place.size,
-                access=mmap.ACCESS_READ,
-                offset=place.offset - self._skip,
-            )
+        self._hold(os.open(place.file, os.O_RDONLY), place.offset - self._skip)
+        self._map = mmap.mmap(
+            self._file, self._skip + place.size, access=mmap.ACCESS_READ, offset=place.offset - self._skip
+        )
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._advise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._map, np.uint8, offset=self._skip)
         self.address = self.bytes.ctypes.data
+
+    def _hold(self, file: int, offset: int) -> None:
+        self._file, self._offset = file, offset
+        self._close = weakref.finalize(self, os.close, file)
 
     def _advise(self, advice: int) -> None:
         try:
@@ -45,6 +50,31 @@ class MappedWeights:
     def release(self, start: int, stop: int) -> None:
         """Says that bytes are not needed soon: they leave the resident set and are read again if touched."""
         release(self._map, self._skip + start, self._skip + stop)
+
+    def rest(self, everywhere: bool) -> None:
+        """Leave the memory of this process: touched again, the bytes are read again. everywhere: the system's cache of
+        files as well, where nobody else maps them."""
+        release(self._map, 0, len(self._map))
+        if everywhere and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, self._offset, len(self._map), os.POSIX_FADV_DONTNEED)
+
+    def become(self, other: MappedWeights) -> None:
+        """Show the bytes of `other` from now on, at the same addresses: nothing that was bound to them is bound again.
+        Nobody may read meanwhile. Raises ValueError when it does not lie as this one does, OSError."""
+        if (len(other._map), other._skip) != (len(self._map), self._skip):
+            raise ValueError(f"{len(other.bytes)} bytes of weights cannot take the place of {len(self.bytes)}")
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+        flags, at = mmap.MAP_SHARED | _MAP_FIXED, self.address - self._skip
+        file = os.dup(other._file)
+        if libc.mmap(at, len(self._map), mmap.PROT_READ, flags, file, other._offset) != at:
+            os.close(file)
+            raise OSError(ctypes.get_errno(), "the new weights cannot be mapped")
+        self._close()
+        self._hold(file, other._offset)
+        self._advise(mmap.MADV_HUGEPAGE)
+        self._advise(_MADV_POPULATE_READ)  # at once: else the next steps meet a fault for every few pages
 
     def array(self, weight: StoredWeight) -> np.ndarray:
         """A plain weight as float32 [shape], without a copy."""

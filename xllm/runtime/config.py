@@ -20,8 +20,8 @@ class EngineConfig:
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
-    for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
-    cost grows with pages).
+    for models with state that does not grow with the text. weights: their version, which outputs name. check: assert
+    all invariants after each step (for tests; cost grows with pages).
     """
 
     kv_bytes: int
@@ -37,6 +37,7 @@ class EngineConfig:
     async_scheduling: bool = True
     premap: bool = True
     prefix_cache: bool = True
+    weights: str = ""
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -66,7 +67,8 @@ class EngineStats:
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
     in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed). paused: no step is computed, see Engine.pause.
+    once no request is taken any more (stopping, draining, failed). paused: no step is computed, asleep: the level,
+    see Engine.pause and Engine.sleep. weights: the version of those that are computed with.
     """
 
     running: int = 0
@@ -96,3 +98,5 @@ class EngineStats:
     evictions: int = 0
     refusal: str | None = None
     paused: bool = False
+    asleep: str = ""
+    weights: str = ""

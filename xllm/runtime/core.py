@@ -57,6 +57,7 @@ class Core:
         self.leaving: list[Sequence] = []
         self.outputs: list[TokenOutput] = []
         self.why: tuple[str, ...] = ()
+        self.weights = config.weights
         self.only_begun = False  # of those that wait, admit only who was preempted after its first token
         self._oldest_wait = 0.0
         self._clock = clock
@@ -85,6 +86,11 @@ class Core:
         again."""
         for sequence in self.running[::-1]:
             self._preempt(sequence)
+
+    def take_weights(self, version: str) -> None:
+        """The executor has other weights; nothing may run, and of those that wait nobody may have begun."""
+        self.weights = version
+        self._sharing.renew(version, self.waiting)
 
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
@@ -172,6 +178,7 @@ class Core:
             cached_tokens=self._sharing.cached_tokens,
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
+            weights=self.weights,
         )
 
     def check(self) -> None:
@@ -273,6 +280,7 @@ class Core:
                 reason,
                 cached_tokens=sequence.cached,
                 prompt_tokens=sequence.prompt_tokens,
+                weights=self.weights,
             )
         )
         if reason is not None:

@@ -20,9 +20,10 @@ from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
 from xllm.runtime.executor import Batch, Executor
 from xllm.runtime.kv import KvPool
-from xllm.runtime.orders import Mode, Order, Orders, Recall
+from xllm.runtime.orders import Mode, Order, Orders, Recall, busy
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.rest import forget, give_back, take_back
 from xllm.runtime.scheduler import Grant
 from xllm.runtime.sequence import Sequence, new_sequence
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
@@ -63,12 +64,17 @@ class Engine:
         self._cancelled: list[tuple[Sequence, FinishReason]] = []
         self._ordered: list[Order | Recall] = []
         self._orders = Orders(self._core)
+        self._falling = 0  # orders to sleep that are not carried out yet
         self._live: dict[str, Sequence] = {}
         self._accepted = 0
         self._quiet = True
         self._refusal: RequestRefused | None = None
         self._stopping = self._failed = False
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
+
+    @property
+    def executor(self) -> Executor:
+        return self._core.executor
 
     def start(self) -> None:
         """Start the engine thread. Requests may be submitted before."""
@@ -82,6 +88,8 @@ class Engine:
         with self._lock:
             if self._refusal is not None:
                 raise RequestRefused(self._refusal.code, self._refusal.message)
+            if self._falling or self._orders.asleep:
+                raise RequestRefused("asleep", "the engine sleeps; wake it, or try again later")
             if request.id in self._live:
                 raise RequestRefused("duplicate_request", f"request {request.id} is still running")
             waiting = len(self._submitted) + len(self._core.waiting)
@@ -119,6 +127,36 @@ class Engine:
     def paused(self) -> bool:
         return self._orders.paused
 
+    def sleep(self, level: str, rest: Callable[[], None], mode: Mode | None = None) -> Future[bool]:
+        """Give the memory of the KV pool back and call `rest`, which does so for what the engine does not know; new
+        requests are refused (asleep) until `wake`. level: light or deep. Mode None is refused (engine_busy) when there
+        are any; "wait" answers all of them first, "abort" ends them. Done: whether it did not sleep like this."""
+        order = Order("sleep", lambda: self._fall_asleep(level, rest), mode or "abort", everyone=True)
+        with self._lock:
+            if mode is None and self._live:
+                raise busy(len(self._live), "give the mode wait or abort")
+            self._give(order)
+            self._falling += 1
+        order.done.add_done_callback(self._fell)
+        return order.done
+
+    def wake(self, rouse: Callable[[], None]) -> Future[bool]:
+        """Undo `sleep`, or take back one that still waits; `rouse` undoes its `rest`. What either raises the future
+        has: the engine then sleeps on. Done: whether it slept."""
+        return self._order(Recall("sleep", lambda: self._wake_up(rouse)))
+
+    @property
+    def asleep(self) -> str:
+        """The level of its sleep; empty while it is awake."""
+        return self._orders.asleep
+
+    def swap(self, weights: str, load: Callable[[], None], mode: Mode = "wait") -> Future[bool]:
+        """Call `load` between two steps, which gives the executor weights of this version. No request is computed with
+        two: those that have begun are finished before (or ended, mode "abort"), all others wait. The prefix cache is
+        emptied. Done: whether the version is another. Refused (engine_busy) while it sleeps, and where requests that
+        have begun are paused."""
+        return self._order(Order("weights", lambda: self._swap(weights, load), mode))
+
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait until all accepted ones have ended and everything they held is given back; a
         pause ends. False if that took longer than `timeout` seconds; the engine then still works on them."""
@@ -152,8 +190,8 @@ class Engine:
         with self._lock:
             waiting = figures.waiting + len(self._submitted)
             refusal = str(self._refusal) if self._refusal is not None else None
-            paused = self._orders.paused
-            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, paused=paused)
+            told = {"paused": self._orders.paused, "asleep": self._orders.asleep}
+            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, **told)
 
     @property
     def why(self) -> tuple[str, ...]:
@@ -162,16 +200,49 @@ class Engine:
 
     def _order(self, order: Order | Recall) -> Future[bool]:
         with self._lock:
-            if self._refusal is not None:
-                raise RequestRefused(self._refusal.code, self._refusal.message)
-            order.done.set_running_or_notify_cancel()  # nobody can cancel it
-            self._ordered.append(order)
-            self._changed.notify_all()
+            self._give(order)
         return order.done
+
+    def _give(self, order: Order | Recall) -> None:
+        if self._refusal is not None:
+            raise RequestRefused(self._refusal.code, self._refusal.message)
+        order.done.set_running_or_notify_cancel()  # nobody can cancel it
+        self._ordered.append(order)
+        self._changed.notify_all()
+
+    def _fell(self, _: Future[bool]) -> None:
+        with self._lock:
+            self._falling -= 1
 
     def _set_paused(self, paused: bool) -> bool:
         before, self._orders.paused = self._orders.paused, paused
         return before != paused
+
+    def _fall_asleep(self, level: str, rest: Callable[[], None]) -> bool:
+        if self._orders.asleep in (level, "deep"):  # deeper than which there is none
+            return False
+        give_back(self.pool)
+        rest()
+        self._orders.asleep = level
+        return True
+
+    def _wake_up(self, rouse: Callable[[], None]) -> bool:
+        if not self._orders.asleep:
+            return False
+        take_back(self.pool)
+        rouse()
+        self._orders.asleep = ""
+        return True
+
+    def _swap(self, weights: str, load: Callable[[], None]) -> bool:
+        if self._orders.asleep:
+            raise RequestRefused("engine_busy", "the engine sleeps: wake it first")
+        if weights == self._core.weights:
+            return False
+        load()
+        forget(self.pool)
+        self._core.take_weights(weights)
+        return True
 
     def _run(self) -> None:
         flight = None

@@ -18,7 +18,8 @@ class RequestRefused(RuntimeFault):
     """A request that was not accepted; nothing was allocated for it.
 
     Codes: invalid_parameter, empty_prompt, token_out_of_range, context_length_exceeded, exceeds_capacity, queue_full,
-    duplicate_request, asleep, shutting_down, engine_failed; of an order (see orders): engine_busy too.
+    duplicate_request, asleep, shutting_down, engine_failed; of an order (see orders):
+    engine_busy; of other weights: weights_unusable, checksum_mismatch, weights_incompatible.
     """
 
 

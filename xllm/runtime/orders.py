@@ -2,7 +2,7 @@
 
 An order is carried out between two steps, when nothing is launched and those have left whom it concerns. Until then
 "wait" lets them finish and admits nobody else, "keep" takes their slots and pages away (they are computed again later,
-to the same text), "abort" ends them. Belongs to the engine's thread, but for `sleeping`, which `submit` reads.
+to the same text), "abort" ends them. Belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Recall:
 
 
 class Orders:
-    """paused: no step is planned. sleeping: the level, from when the order is accepted until it wakes."""
+    """paused: no step is planned. asleep: the level of a sleep, while it lasts."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._pending: list[Order] = []
         self.paused = False
-        self.sleeping = ""
+        self.asleep = ""
 
     @property
     def holding(self) -> bool:

@@ -113,7 +113,8 @@ class TokenOutput:
     `index` counts generated tokens from 0; a token that ends the request by EOS or stop id is delivered with
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
-    `cached_tokens` of the prompt were found in the prefix cache.
+    `cached_tokens` of the prompt were found in the prefix cache. `weights`: the version that all of it was computed
+    with.
     """
 
     request_id: str
@@ -126,3 +127,4 @@ class TokenOutput:
     cached_tokens: int = 0
     prompt_tokens: int = 0
     row: np.ndarray | None = field(default=None, compare=False)
+    weights: str = ""

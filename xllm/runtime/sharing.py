@@ -21,6 +21,7 @@ class Sharing:
         self._group_tokens = kv.group_tokens
         # State that does not grow is of the whole text before it: no page of it fits another text.
         self._on = config.prefix_cache and not kv.fixed_bytes
+        self._weights = config.weights
         self.looked_up_tokens = self.cached_tokens = 0
 
     def look_up(
@@ -69,6 +70,12 @@ class Sharing:
             self.cached_tokens += found
             self.looked_up_tokens += sequence.prompt_tokens
 
+    def renew(self, weights: str, waiting: Ordered[Sequence]) -> None:
+        """Nothing that was computed with other weights is found any more."""
+        self._weights = weights
+        for sequence in waiting:
+            sequence.chain, sequence.behind = [], None
+
     def publish(self, sequence: Sequence) -> None:
         """Offer the pages that are complete to others."""
         self._pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
@@ -87,7 +94,8 @@ class Sharing:
         """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
         if not self._on:
             return []
-        extend_chain(sequence.chain, sequence.tokens, self._group_tokens, sequence.request.cache_salt)
+        salt = self._weights + sequence.request.cache_salt
+        extend_chain(sequence.chain, sequence.tokens, self._group_tokens, salt)
         return sequence.chain[:groups]
 
     def _expect(self, sequence: Sequence) -> None:

@@ -27,6 +27,7 @@ _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MFD_CLOEXEC, _MFD_HUGETLB, _MFD_HUGE_2MB = 0x0001, 0x0004, 21 << 26
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, which wants FALLOC_FL_KEEP_SIZE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _SYSTEM_PAGE = 4096
 
@@ -80,6 +81,15 @@ class PageMemory(Protocol):
 
     def unmap(self, address: int, pages: int = 1) -> None:
         """Turn `pages` consecutive pages of a range back into holes."""
+        ...
+
+    def discard(self) -> None:
+        """Give the memory of all created pages back to the system. They stay where they are mapped, and read as
+        zeros."""
+        ...
+
+    def reclaim(self) -> None:
+        """After `discard`, before a page is touched: see that there is memory for them where that must be asked for."""
         ...
 
     def export_page(self, page: int) -> PageTicket: ...
@@ -184,6 +194,16 @@ class LinuxMemory:
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         self._mmap(address, pages * self._page_bytes, _PROT_READ, flags, -1, 0)
 
+    def discard(self) -> None:
+        size = self._created * self._page_bytes
+        if size and self._libc.fallocate(self._fd, _PUNCH_HOLE, 0, size):
+            raise _fault("fallocate", ctypes.get_errno(), f"giving {size} bytes back")
+
+    def reclaim(self) -> None:
+        size = self._created * self._page_bytes
+        if self._huge_pages == "hugetlb" and not self._reserve_huge(self._fd, size):
+            raise _fault("mmap", ctypes.get_errno(), f"{size} bytes of reserved huge pages, which others took")
+
     def export_page(self, page: int) -> PageTicket:
         return self._imported.get(page) or PageTicket(self._fd, page * self._page_bytes, self._page_bytes)
 
@@ -241,6 +261,7 @@ def _load_libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     libc.mmap.argtypes, libc.mmap.restype = [address, size, number, number, number, ctypes.c_int64], address
+    libc.fallocate.argtypes, libc.fallocate.restype = [number, number, ctypes.c_int64, ctypes.c_int64], number
     libc.munmap.argtypes, libc.munmap.restype = [address, size], number
     libc.madvise.argtypes, libc.madvise.restype = [address, size, number], number
     if not hasattr(libc, "memfd_create"):

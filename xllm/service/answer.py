@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
@@ -74,6 +75,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     controls: Controls | None = None
+    weights_folder: Path | None = None  # where other weights may lie
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
 
     def warm_up(self) -> None:
@@ -198,11 +200,11 @@ class _Answer:
             for index, delta in self._take(await self._subscription.next()):
                 self._format.gather(results[index], delta)
         data = self._format.whole(results, self._usage)
-        await send_whole(send, data, self._subscription, self._entry)
+        await send_whole(send, data, self._subscription, self._entry, self._headers)
 
     async def stream(self, send: Send) -> None:
         pending = self._take(await self._subscription.next(self._service.limits.keep_alive_seconds))
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *self._headers]})
         loop = asyncio.get_running_loop()
         said = loop.time()
         try:
@@ -254,6 +256,10 @@ class _Answer:
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"x-weights-version", self._format.weights.encode())] if self._format.weights else []
+
+    @property
     def _usage(self) -> Usage:
         return Usage(
             prompt_tokens=sum(map(len, self._job.prompts)),
@@ -273,14 +279,21 @@ class _Answer:
             (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
             self._last[index] = now
             deltas.append((index, choice.push(output)))
+            self._format.weights = choice.weights
             if choice.cut:
                 self._service.dispatcher.cancel(self._subscription, output.request_id)
         return deltas
 
 
-async def send_whole(send: Send, data: bytes, subscription: Subscription | None, entry: Record) -> None:
+async def send_whole(
+    send: Send,
+    data: bytes,
+    subscription: Subscription | None,
+    entry: Record,
+    more: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
     """Sends a JSON answer in pieces, as long as the client takes them and what it subscribes to has not failed."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     loop = asyncio.get_running_loop()
     try:

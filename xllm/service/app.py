@@ -12,8 +12,9 @@ from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
 from xllm.service.control import routes as control_routes
+from xllm.service.control import sleeping
 from xllm.service.dispatch import Dispatcher, Engine
-from xllm.service.errors import ApiError, draining, from_output, invalid
+from xllm.service.errors import ApiError, draining, from_engine, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.params import ModelFacts
@@ -78,13 +79,16 @@ def load_service(
 
 def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = None) -> App:
     """The ASGI application. `keys` None lets everyone in; `admin` None lets nobody control."""
-    model = {
-        "id": service.facts.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "xllm",
-        "max_model_len": service.facts.max_len,
-    }
+
+    def model() -> dict[str, object]:
+        body: dict[str, object] = {
+            "id": service.facts.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "xllm",
+            "max_model_len": service.facts.max_len,
+        }
+        return body | ({"weights": service.controls.weights} if service.controls is not None else {})
 
     class Json:
         """A route that answers with a value made per request."""
@@ -104,12 +108,14 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
     def ready(scope: Scope) -> dict[str, str]:
         if service.draining:
             raise draining()
+        if sleeping(service)["is_sleeping"]:
+            raise from_engine("asleep", "the engine sleeps")
         return healthy(scope) | {"status": "ready"}
 
     def one_model(scope: Scope) -> dict[str, object]:
         if scope["path"] != f"{MODELS}/{service.facts.name}":
             raise ApiError(404, "model_not_found", f"this model is not served here; it serves {service.facts.name}")
-        return model
+        return model()
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
         text = service.recorder.expose(service.engine.stats(), service.dispatcher.backlog)
@@ -121,8 +127,9 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         "/ready": Json(ready),
         "/readyz": Json(ready),
         "/metrics": metrics,
+        "/is_sleeping": Json(lambda scope: sleeping(service)),
         "/version": Json(lambda scope: {"version": __version__}),
-        MODELS: Json(lambda scope: {"object": "list", "data": [model]}),
+        MODELS: Json(lambda scope: {"object": "list", "data": [model()]}),
         f"{MODELS}/": Json(one_model),
     }
     store = Store()

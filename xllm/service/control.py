@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -13,10 +14,13 @@ import msgspec
 from xllm.runtime import RequestRefused
 from xllm.service.answer import Endpoint, Service, check_task, read_body
 from xllm.service.body import OfModel
-from xllm.service.errors import ApiError, draining, from_engine, invalid
+from xllm.service.errors import ApiError, Hint, draining, from_engine, invalid
 from xllm.service.gate import App, Receive, Record, Scope, Send, record, send_json
 
 Pausing = Literal["keep", "wait", "abort"]
+Leaving = Literal["wait", "abort"]
+Level = Literal["light", "deep"]
+LEVELS: dict[int | str, Level] = {1: "light", 2: "deep", "light": "light", "deep": "deep"}
 
 
 class Controls(Protocol):
@@ -25,8 +29,15 @@ class Controls(Protocol):
 
     def pause(self, mode: Pausing = "keep") -> Future[bool]: ...
     def resume(self) -> Future[bool]: ...
+    def sleep(self, level: Level = "light", mode: Leaving | None = None) -> Future[bool]: ...
+    def wake(self) -> Future[bool]: ...
+    def update_weights(self, path: Path, checksum: str | None = None, mode: Leaving = "wait") -> Future[bool]: ...
     @property
     def paused(self) -> bool: ...
+    @property
+    def asleep(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
 
 
 class OrderBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -39,6 +50,21 @@ class PauseBody(OrderBody, forbid_unknown_fields=True, kw_only=True):
     """POST /pause."""
 
     mode: Pausing = "keep"
+
+
+class SleepBody(OrderBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /sleep. level: 1 is light, 2 is deep. mode: what becomes of requests; without one they refuse it."""
+
+    level: Literal["light", "deep", 1, 2] = "light"
+    mode: Leaving | None = None
+
+
+class UpdateBody(OrderBody, forbid_unknown_fields=True, kw_only=True):
+    """POST /update_weights. path: of an artifact, inside --weights-dir. checksum: the digest its manifest must have."""
+
+    path: str
+    checksum: str | None = None
+    mode: Leaving = "wait"
 
 
 class AbortBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -102,6 +128,41 @@ class Resume(OrderRoute):
         return status(self.service) | {"changed": changed}
 
 
+class Sleep(OrderRoute):
+    """POST /sleep: gives memory back until /wakeup."""
+
+    kind, body = "sleep", SleepBody
+
+    async def answer(self, body: SleepBody, entry: Record) -> dict[str, Any]:
+        changed = await asyncio.wrap_future(self.controls.sleep(LEVELS[body.level], body.mode))
+        return sleeping(self.service) | {"changed": changed}
+
+
+class Wake(OrderRoute):
+    """POST /wakeup: reads the weights again after /sleep."""
+
+    kind = "wakeup"
+
+    async def answer(self, body: OrderBody, entry: Record) -> dict[str, Any]:
+        changed = await asyncio.wrap_future(self.controls.wake())
+        return sleeping(self.service) | {"changed": changed}
+
+
+class Update(OrderRoute):
+    """POST /update_weights: other weights of the same plan, between two steps; no answer mixes them."""
+
+    kind, body = "update", UpdateBody
+
+    async def answer(self, body: UpdateBody, entry: Record) -> dict[str, Any]:
+        controls, path = self.controls, allowed(self.service.weights_folder, body.path)
+        try:
+            ordered = await asyncio.to_thread(controls.update_weights, path, body.checksum, body.mode)
+        except RequestRefused as error:  # of a file: where it lies is nobody's business
+            raise from_engine(error.code, error.message.replace(str(path), body.path)) from None
+        changed = await asyncio.wrap_future(ordered)
+        return {"weights": controls.weights, "changed": changed}
+
+
 class Abort(OrderRoute):
     """POST /abort: ends requests of the caller's own key; with an admin's key, anybody's."""
 
@@ -121,9 +182,38 @@ def status(service: Service) -> dict[str, Any]:
     return {"status": "paused" if service.controls is not None and service.controls.paused else "running"}
 
 
+def sleeping(service: Service) -> dict[str, Any]:
+    """What GET /is_sleeping answers."""
+    level = service.controls.asleep if service.controls is not None else ""
+    return {"is_sleeping": bool(level), "level": level or None}
+
+
+def allowed(folder: Path | None, path: str) -> Path:
+    """The artifact of this name inside the folder. Raises ApiError 403 for any other place, links followed."""
+    hint = Hint("weights are taken from one folder only", "xllm serve --weights-dir", "name an artifact inside it")
+    if folder is None:
+        raise ApiError(403, "path_refused", "this server was started without a folder of weights", "path", hint)
+    root = folder.resolve()
+    try:
+        found = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL, too long a name, a circle of links
+        raise invalid("weights_unusable", "path is no name of a file", "path") from None
+    if root not in found.parents:
+        raise ApiError(403, "path_refused", "path leads out of the folder of weights", "path", hint)
+    return found
+
+
 def routes(service: Service) -> dict[str, App]:
     """The paths that are asked."""
-    return {"/pause": Pause(service), "/resume": Resume(service), "/abort": Abort(service)}
+    wake = Wake(service)
+    return {
+        "/pause": Pause(service),
+        "/resume": Resume(service),
+        "/sleep": Sleep(service),
+        **dict.fromkeys(("/wakeup", "/wake_up"), wake),
+        "/update_weights": Update(service),
+        "/abort": Abort(service),
+    }
 
 
 def go_on(controls: Controls) -> None:

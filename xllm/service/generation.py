@@ -51,6 +51,7 @@ class Choice:
         self.tokens = 0
         self.reasoning_tokens = 0
         self.cached_tokens = 0
+        self.weights = ""  # the version that it is computed with
         self.finish_reason: str | None = None
         self.cut = False  # the answer has ended, the engine still works on it
 
@@ -59,6 +60,7 @@ class Choice:
         if output.finish_reason in ("error", "cancelled"):
             raise from_output(output.error or "shutting_down: the request was cancelled by the server")
         self.cached_tokens = output.cached_tokens or self.cached_tokens
+        self.weights = output.weights
         # The token that stops an answer (EOS or a stop id) counts, but is not part of its text.
         stopper = output.finish_reason == "stop"
         piece = ""

@@ -115,6 +115,10 @@ class Recorder:
         yield _gauge("num_used_blocks", "used KV pages", used)
         yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)
         yield _plain("prefix_cache_evicted_blocks_total", "pages the prefix cache gave up", engine.evictions)
+        yield _gauge("engine_paused", "1 while nothing is computed by an order", engine.paused)
+        yield _gauge("engine_asleep", "1 while it sleeps lightly, 2 deeply", ("", "light", "deep").index(engine.asleep))
+        if engine.weights:
+            yield _gauge("weights_info", "version of the weights", 1, {"version": engine.weights})
         yield _gauge("kv_cache_utilization_perc", "share of KV pages in use, 0 to 1", share)
         yield _histogram("time_to_first_token_latency_milliseconds", "time to first token", self.first_token, 1000)
         yield _histogram("inter_token_latency_milliseconds", "time between tokens", self.inter_token, 1000)

@@ -45,6 +45,7 @@ class Format:
     """The bodies of one answer. `logprobs` tells whether the request asked for them."""
 
     prefix = object = chunk_object = ""
+    weights = ""  # version of those that the answer is computed with, once something of it is there
     idle = b": keep-alive\n\n"  # keeps the connection of a stream that has nothing to say
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool) -> None:
@@ -96,7 +97,8 @@ class Format:
         raise NotImplementedError
 
     def _envelope(self, object_: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": object_, "created": self._created, "model": self._model, "choices": choices}
+        body = {"id": self._id, "object": object_, "created": self._created, "model": self._model, "choices": choices}
+        return body | {"system_fingerprint": self.weights} if self.weights else body
 
     def _event(self, *choices: dict[str, Any]) -> bytes:
         body = self._envelope(self.chunk_object, list(choices))

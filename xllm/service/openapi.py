@@ -19,6 +19,7 @@ TEXT: Schema = {"type": "string"}
 WHOLE: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
 SOME: Schema = {"type": "object"}
+FLAG: Schema = {"type": "boolean"}
 
 
 def closed(**properties: Schema) -> Schema:
@@ -73,7 +74,9 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     "classify": closed(id=TEXT, usage=COUNTS, data=many(closed(index=WHOLE, label=TEXT, probs=many(NUMBER)))),
     "tokenize": closed(tokens=many(WHOLE), count=WHOLE, max_model_len=WHOLE),
     "detokenize": closed(prompt=TEXT),
-    **dict.fromkeys(("pause", "resume"), closed(status={"enum": ["paused", "running"]}, changed={"type": "boolean"})),
+    **dict.fromkeys(("pause", "resume"), closed(status={"enum": ["paused", "running"]}, changed=FLAG)),
+    **dict.fromkeys(("sleep", "wakeup"), closed(is_sleeping=FLAG, level=maybe(TEXT), changed=FLAG)),
+    "update": closed(weights=TEXT, changed=FLAG),
     "abort": closed(aborted=WHOLE),
 }  # fmt: skip
 READ: Mapping[str, tuple[str, Schema]] = {
@@ -83,6 +86,7 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/readyz": ("As /ready", closed(status=TEXT)),
     "/metrics": ("Counters and histograms in Prometheus' text format", TEXT),
     "/version": ("The version of the server", closed(version=TEXT)),
+    "/is_sleeping": ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
     "/v1/models": ("The model that is served", closed(object=TEXT, data=many(MODEL))),
     "/v1/models/{model}": ("The model that is served", MODEL),

@@ -34,6 +34,14 @@ def threads(asked: int | None = None, root: Path = ROOT) -> Threads:
     return Threads(asked, f"as --threads says; {found}{wait}")
 
 
+def trim() -> None:
+    """What was freed goes back to the system now: the C library (glibc) would keep it for ever."""
+    import ctypes
+
+    if give := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        give(0)
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

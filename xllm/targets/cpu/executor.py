@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from xllm.artifact import Artifact, ArtifactError
+from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.kernels import cpu
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
 from xllm.plan import Bucket, Plan
@@ -53,7 +53,7 @@ class CpuExecutor:
             raise ArtifactError("not-a-step", "the artifact is a function, not a language model: xllm.Session runs it")
         samples = manifest["task"]["kind"] == "generate"
         level = usable_level(manifest["target"])
-        self._plan = plan
+        self._artifact, self._plan = artifact, plan
         self._modules = kernels_of(artifact, kernel_modules)
         self.weights = artifact.map_weights(verify, start_threads=threads)
         self.limits = limits_of(artifact)
@@ -112,6 +112,25 @@ class CpuExecutor:
         if self._sampler is not None:
             self._sampler.close()
         self._runner.close()
+
+    @property
+    def threads(self) -> int:
+        return self._runner.threads
+
+    def rest(self, deep: bool) -> None:
+        """Gives the memory of weights and values back, until `rouse`; no step may be launched. deep: the system's cache
+        of the weight file goes too."""
+        self.weights.rest(everywhere=deep)
+        give_back(self._arena)
+
+    def rouse(self) -> None:
+        """Reads the weights again. Raises ArtifactError when they are not what they were."""
+        self._artifact.check_weights(self.weights, start_threads=self.threads)
+
+    def load(self, artifact: Artifact, weights: MappedWeights) -> None:
+        """Computes with these weights of an artifact that differs in nothing else; no step may be launched."""
+        self.weights.become(weights)
+        self._artifact = artifact
 
     def rows(self, count: int) -> np.ndarray:
         """Copy of the latest step's rows (logits, embeddings, scores), float32 [count, width], after its result."""
@@ -365,3 +384,10 @@ def allocate(size: int) -> tuple[np.ndarray, int]:
             block.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(block, np.uint8)
     return array, array.ctypes.data
+
+
+def give_back(block: np.ndarray) -> None:
+    """Returns the memory of what `allocate` gave to the system; it reads as zeros then, and may be written again."""
+    view = block.base
+    if isinstance(view, memoryview) and isinstance(view.obj, mmap.mmap) and hasattr(mmap, "MADV_REMOVE"):
+        view.obj.madvise(mmap.MADV_REMOVE)

@@ -1,0 +1,25 @@
+"""What a pool gives up between two steps: the texts it knows, the memory of its pages. No sequence may hold a slot."""
+
+from __future__ import annotations
+
+from xllm.runtime.kv import KvPool
+
+
+def forget(pool: KvPool) -> None:
+    """Empty the prefix cache; its pages are free then."""
+    with pool._lock:
+        while pool._cache.unused:
+            pool._release(pool._cache.evict())
+
+
+def give_back(pool: KvPool) -> None:
+    """Return the memory of all pages to the system, until `take_back`. Raises MemoryFault."""
+    forget(pool)
+    with pool._lock:
+        pool._memory.discard()
+
+
+def take_back(pool: KvPool) -> None:
+    """Raises MemoryFault when others have that memory now."""
+    with pool._lock:
+        pool._memory.reclaim()
