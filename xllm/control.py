@@ -25,8 +25,8 @@ def version_of(artifact: Artifact) -> str:
 
 class EngineControl:
     """Of one engine on the CPU. require_signature: public key file of who must have signed other weights too. A future
-    says whether anything changed, or has what was refused: RequestRefused, and ArtifactError where weights changed that
-    should be read again."""
+    says whether anything changed, or has what was refused: RequestRefused; MemoryFault where memory is not given back,
+    or not to be had again."""
 
     def __init__(
         self, engine: Engine, artifact: Artifact, require_signature: str | os.PathLike[str] | None = None
@@ -69,8 +69,15 @@ class EngineControl:
         return self._engine.sleep(level, rest, mode)
 
     def wake(self) -> Future[bool]:
-        """Read the weights again, all of them checked as at the start."""
-        return self._engine.wake(self._executor.rouse)
+        """Read the weights again, all of them checked as at the start; weights_changed where they are others."""
+
+        def rouse() -> None:
+            try:
+                self._executor.rouse()
+            except ArtifactError as error:
+                raise RequestRefused("weights_changed", str(error)) from error
+
+        return self._engine.wake(rouse)
 
     def update_weights(
         self, path: str | os.PathLike[str], checksum: str | None = None, mode: Leaving = "wait"

@@ -321,7 +321,7 @@ class LLM:
         return self._controlled.sleep(level, mode).result()
 
     def wake_up(self) -> bool:
-        """Whether it slept. Raises ArtifactError when the weights are not what they were."""
+        """Whether it slept. Raises RequestRefused (weights_changed) when they are not what they were; it sleeps on."""
         return self._controlled.wake().result()
 
     @property

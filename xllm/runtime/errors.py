@@ -19,7 +19,8 @@ class RequestRefused(RuntimeFault):
 
     Codes: invalid_parameter, empty_prompt, token_out_of_range, context_length_exceeded, exceeds_capacity, queue_full,
     duplicate_request, asleep, shutting_down, engine_failed; of an order (see orders):
-    engine_busy; of other weights: weights_unusable, checksum_mismatch, weights_incompatible.
+    engine_busy; of other weights: weights_unusable, checksum_mismatch, weights_incompatible; of
+    those that should be read again: weights_changed.
     """
 
 

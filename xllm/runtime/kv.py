@@ -64,7 +64,7 @@ class KvPool:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._resting = False  # resting: nothing is mapped ahead
 
     @property
     def free_pages(self) -> int:
@@ -373,7 +373,7 @@ class KvPool:
             self._hungry.pop(slot, None)
 
     def _neediest(self) -> int | None:
-        if not self._free and not self._reusable:
+        if self._resting or not (self._free or self._reusable):
             return None
         if self._hungry:
             return next(iter(self._hungry))

@@ -16,6 +16,7 @@ def give_back(pool: KvPool) -> None:
     """Return the memory of all pages to the system, until `take_back`. Raises MemoryFault."""
     forget(pool)
     with pool._lock:
+        pool._resting = True
         pool._memory.discard()
 
 
@@ -23,3 +24,4 @@ def take_back(pool: KvPool) -> None:
     """Raises MemoryFault when others have that memory now."""
     with pool._lock:
         pool._memory.reclaim()
+        pool._resting = False

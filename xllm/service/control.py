@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from xllm.runtime import RequestRefused
+from xllm.runtime import RequestRefused, RuntimeFault
 from xllm.service.answer import Endpoint, Service, check_task, read_body
 from xllm.service.body import OfModel
 from xllm.service.errors import ApiError, Hint, draining, from_engine, invalid
@@ -91,12 +91,12 @@ class OrderRoute(Endpoint[Any]):
         body = self.parse(data.strip() or b"{}", self.body)
         try:
             answer = await self.answer(body, entry)
-        except RequestRefused as error:
+        except RuntimeFault as error:
             raise from_engine(error.code, error.message) from None
         await send_json(send, 200, answer)
 
     async def answer(self, body: Any, entry: Record) -> dict[str, Any]:
-        """Does it. Raises ApiError or RequestRefused."""
+        """Does it. Raises ApiError or RuntimeFault."""
         raise NotImplementedError
 
     @property
