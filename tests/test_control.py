@@ -67,7 +67,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def ask(client: httpx.Client, prompt: str, headers: dict[str, str] = ONE, **fields: Any) -> httpx.Response:
+def ask(client: httpx.Client, prompt: str | list[str], headers: dict[str, str] = ONE, **fields: Any) -> httpx.Response:
     return client.post("/v1/completions", json=LONG | {"prompt": prompt} | fields, headers=headers)
 
 
@@ -291,20 +291,25 @@ def test_other_weights_take_the_place_of_those_that_are_served(folder: Path, tmp
 
 
 def test_no_answer_mixes_weights_that_are_updated_under_load(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
-    """Behaviour 56: each answer is, to the token, that of the version it names."""
+    """Behaviour 56: each answer, with all its choices, is to the token that of the version it names. There are more
+    sequences than slots, so that an answer's own wait for each other."""
     prompts, expected = ["abcdefgh" * 8 + end for end in "xyz"], {}
+
+    def both(prompt: str) -> httpx.Response:
+        return ask(client, [prompt, prompt[::-1]], max_tokens=100)
+
     for name in ("other", "tiny"):
         version = client.post("/update_weights", json={"path": f"{name}.xllm"}).json()["weights"]
         assert client.get("/v1/models").json()["data"][0]["weights"] == version
         for prompt in prompts:
-            expected[version, prompt] = ask(client, prompt, max_tokens=100).json()["choices"]
+            expected[version, prompt] = both(prompt).json()["choices"]
     assert len(expected) == 6 and len({choices[0]["text"] for choices in expected.values()}) == 6
     enough = threading.Event()
 
     def keep_asking(prompt: str) -> list[str]:
         seen = []
         while not enough.is_set():
-            answer = ask(client, prompt, max_tokens=100)
+            answer = both(prompt)
             version = answer.headers["x-weights-version"]
             assert answer.json()["system_fingerprint"] == version
             assert answer.json()["choices"] == expected[version, prompt]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.fakes import BOTH_LOOPS, RealMemory, Rig, assert_as_alone, expected_outputs, limit_of, request
-from xllm.runtime import RequestRefused
+from xllm.runtime import Group, RequestRefused
 from xllm.runtime.orders import ABORTED, Mode
 
 
@@ -227,13 +228,16 @@ def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pa
     engine = rig.engine
     asked: list = []
     orders: list = []
+    groups: dict[int, Group] = {}
     aborts = False
     for kind, first, second in steps:
         try:
             if kind == "submit":
                 # Half of a prompt is everybody's: what one version computed of it must not be found by another.
                 prompt = (*range(min(first, 40)), *((len(asked) + n) % 40 for n in range(max(first - 40, 1))))
-                engine.submit(one := request(f"r{len(asked)}", prompt, min(second, 20), seed=3))
+                one = request(f"r{len(asked)}", prompt, min(second, 20), seed=3)
+                one = replace(one, group=groups.setdefault(len(asked) // 4, Group()))
+                engine.submit(one)
                 asked.append(one)
             elif kind == "turn":
                 for _ in range(first):
@@ -260,10 +264,12 @@ def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pa
     for order in orders:
         refused = order.exception(0)
         assert refused is None or (isinstance(refused, RequestRefused) and refused.code == "engine_busy")
+    versions: dict[Group, str] = {}
     for one in asked:
-        [version] = {
-            output.weights for output in rig.outputs if output.request_id == one.id and output.token is not None
-        } or {""}
+        tokens = [output for output in rig.outputs if output.request_id == one.id and output.token is not None]
+        [version] = {output.weights for output in tokens} or {""}
+        if tokens:
+            assert versions.setdefault(one.group, version) == version, "one answer, two versions"
         expected, reason = expected_outputs(one, limit_of(rig, one), rig.vocab, weights=int(version[1:] or 0))
         if rig.end(one.id).finish_reason == "cancelled":
             assert aborts and rig.tokens(one.id) == expected[: len(rig.tokens(one.id))]

@@ -16,8 +16,7 @@ import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, running, wait_for
 from xllm.service.answer import Limits
-from xllm.service.control import routes
-from xllm.service.gate import CONTROL, PUBLIC, Keys
+from xllm.service.gate import PUBLIC, Keys
 
 COMPLETIONS = "/v1/completions"
 ENDLESS = {"model": "fake", "prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -65,35 +64,6 @@ def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
                 assert client.get("/v1/models", headers=headers).status_code == 200
             error = client.get("/v1/models").json()["error"]
         assert (error["type"], error["code"]) == ("authentication_error", "missing_api_key")
-
-
-def test_control_needs_an_admins_key_and_is_off_without_one(tmp_path):
-    service = fake_service(tmp_path)
-    orders = [("GET" if path == "/is_sleeping" else "POST", path) for path in CONTROL]
-    assert {*routes(service)} - {"/abort"} == {path for method, path in orders if method == "POST"}
-
-    def answers(base: str, **headers: str) -> set[tuple[int, str | None]]:
-        found = [httpx.request(method, base + path, headers=headers) for method, path in orders]
-        return {(one.status_code, one.json().get("error", {}).get("code")) for one in found}
-
-    ran = {(200, None), (400, "missing_parameter"), (501, "unimplemented")}  # a fake engine takes no orders
-    for keys, admin, asked in (
-        (None, None, {"": (403, "control_refused"), "one": (403, "control_refused")}),
-        (Keys(["one"]), None, {"": (401, "missing_api_key"), "one": (403, "control_refused")}),
-        (None, Keys(["root"]), {"": (401, "missing_api_key"), "one": (401, "invalid_api_key"), "root": ran}),
-        (
-            Keys(["one"]),
-            Keys(["root"]),
-            {"one": (403, "control_refused"), "two": (401, "invalid_api_key"), "root": ran},
-        ),
-    ):
-        with running(fake_service(tmp_path), keys, admin) as (base, _):
-            for key, expected in asked.items():
-                found = answers(base, **({"x-api-key": key} if key else {}))
-                assert found == (expected if isinstance(expected, set) else {expected}), (key, expected)
-                assert httpx.get(f"{base}/v1/models", headers={"x-api-key": "root"}).status_code == (
-                    200 if keys is None or admin else 401
-                )
 
 
 def test_a_thousand_clients_that_leave_mid_stream(tmp_path):

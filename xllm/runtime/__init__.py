@@ -3,7 +3,7 @@
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, RuntimeFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, KVSpec, Limits, Row, StepResult
-from xllm.runtime.request import FinishReason, Request, SamplingParams, TokenOutput
+from xllm.runtime.request import FinishReason, Group, Request, SamplingParams, TokenOutput
 
 __all__ = [
     "Batch",
@@ -11,6 +11,7 @@ __all__ = [
     "EngineStats",
     "Executor",
     "FinishReason",
+    "Group",
     "Handle",
     "InvariantBroken",
     "KVSpec",

@@ -58,7 +58,7 @@ class Core:
         self.outputs: list[TokenOutput] = []
         self.why: tuple[str, ...] = ()
         self.weights = config.weights
-        self.only_begun = False  # of those that wait, admit only who was preempted after its first token
+        self.only_begun = False  # of those that wait, admit only who has begun
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
@@ -270,6 +270,8 @@ class Core:
         self._generated_tokens += 1
         if index == 0:
             self._prompt_tokens += sequence.prompt_tokens
+            if sequence.request.group is not None:
+                sequence.request.group.begun = True
         self.outputs.append(
             TokenOutput(
                 sequence.id,

@@ -92,6 +92,15 @@ def _within(name: str, value: float, low: float, high: float, finite: bool = Fal
         raise RequestRefused("invalid_parameter", f"{name} is {value}, allowed is {low} to {high}, finite")
 
 
+class Group:
+    """Requests whose answers are one: the same weights compute all of them. begun: one of them has a token."""
+
+    __slots__ = ("begun",)
+
+    def __init__(self) -> None:
+        self.begun = False
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
@@ -104,6 +113,7 @@ class Request:
     sample_index: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    group: Group | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

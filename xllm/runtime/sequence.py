@@ -87,8 +87,9 @@ class Sequence:
 
     @property
     def begun(self) -> bool:
-        """It has tokens of its own."""
-        return len(self.tokens) > self.prompt_tokens
+        """It has tokens of its own, or others of its group have."""
+        group = self.request.group
+        return len(self.tokens) > self.prompt_tokens or (group is not None and group.begun)
 
     @property
     def generated(self) -> list[int]:

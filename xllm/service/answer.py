@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from xllm.runtime import Request, TokenOutput
+from xllm.runtime import Group, Request, TokenOutput
 from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import GONE, ApiError, Hint, busy, draining
@@ -356,9 +356,9 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 
 
 def _requests(job: Job, entry: Record) -> list[Request]:
-    name = uuid.uuid4().hex
+    name, group = uuid.uuid4().hex, Group()
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
+        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, entry.tenant, group)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.n)
     ]

@@ -115,7 +115,9 @@ class Gate:
                 message = "the API key is not valid"
                 raise ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
         if controls and not entry.admin:
-            cause = "this key is not for control" if self._admin else "this server was started without control"
+            cause = (
+                "this key is not for control" if self._admin is not None else "this server was started without control"
+            )
             hint = Hint(cause, "xllm serve --admin-key-file", "use a key of that file")
             raise ApiError(403, "control_refused", f"{cause}; control routes need an admin's key", hint=hint)
         if self._keys is not None and not public:
