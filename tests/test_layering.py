@@ -41,6 +41,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pipeline": ({"", "artifact", "extensions", "ir", "passes", "plan", "targets"}, set()),
     "targets.cpu": ({"targets.base", "kernels"}, set()),
+    "targets.cpu.arena": ({"artifact"}, {"numpy"}),
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),

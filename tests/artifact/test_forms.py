@@ -27,7 +27,7 @@ from xllm.artifact import (
     writing,
 )
 from xllm.artifact.store import MAGIC, packed_header
-from xllm.targets.cpu.executor import allocate
+from xllm.targets.cpu.arena import allocate
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
@@ -18,20 +17,18 @@ from typing import get_args
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
-from xllm.runtime.executor import Batch, Executor
+from xllm.runtime.executor import Executor
 from xllm.runtime.kv import KvPool
-from xllm.runtime.orders import Mode, Order, Orders, Recall, busy
+from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
-from xllm.runtime.rest import forget, give_back, take_back
-from xllm.runtime.scheduler import Grant
 from xllm.runtime.sequence import Sequence, new_sequence
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
 
 log = logging.getLogger("xllm.runtime")
 
 
-class Engine:
+class Engine(Ordered):
     """Continuous batching over one executor, which ends with the engine.
 
     `sink` is called from the engine thread, at most once per step, with the outputs of that step in no particular order
@@ -51,24 +48,16 @@ class Engine:
         limits = executor.limits
         max_seqs = min(config.max_seqs or limits.max_seqs, limits.max_seqs)
         plan = plan_pool(executor.kv, limits.max_len, max_seqs, config.kv_bytes, config.page_bytes)
-        self.pool = KvPool(plan, memory or LinuxMemory(plan.page_bytes))
-        self._core = Core(executor, config, self.pool, clock)
+        pool = KvPool(plan, memory or LinuxMemory(plan.page_bytes))
+        super().__init__(Core(executor, config, pool, clock))
         self._limits = limits
         self._config = config
         self._sink = sink
         self._turn = self._overlapped_turn if config.async_scheduling else self._plain_turn
-        # The lock guards what other threads touch: the three inboxes, the live requests and the flags.
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._submitted: list[Sequence] = []
         self._cancelled: list[tuple[Sequence, FinishReason]] = []
-        self._ordered: list[Order | Recall] = []
-        self._orders = Orders(self._core)
-        self._falling = 0  # orders to sleep that are not carried out yet
-        self._live: dict[str, Sequence] = {}
         self._accepted = 0
         self._quiet = True
-        self._refusal: RequestRefused | None = None
         self._stopping = self._failed = False
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
 
@@ -113,50 +102,6 @@ class Engine:
                 self._cancelled.append((sequence, reason))
                 self._changed.notify_all()
 
-    def pause(self, mode: Mode = "keep") -> Future[bool]:
-        """Compute nothing from now on, until `resume`; requests that come meanwhile wait. "keep": those that run give
-        their slots and pages up, and go on later to the same text; "wait": they are finished first; "abort": all end
-        (cancelled). Done when nothing runs any more: whether it ran before. From any thread, as are all orders."""
-        return self._order(Order("pause", lambda: self._set_paused(True), mode, everyone=mode == "abort"))
-
-    def resume(self) -> Future[bool]:
-        """Go on after a pause, or take back one that still waits. Done: whether it was paused."""
-        return self._order(Recall("pause", lambda: self._set_paused(False)))
-
-    @property
-    def paused(self) -> bool:
-        return self._orders.paused
-
-    def sleep(self, level: str, rest: Callable[[], None], mode: Mode | None = None) -> Future[bool]:
-        """Give the memory of the KV pool back and call `rest`, which does so for what the engine does not know; new
-        requests are refused (asleep) until `wake`. level: light or deep. Mode None is refused (engine_busy) when there
-        are any; "wait" answers all of them first, "abort" ends them. Done: whether it did not sleep like this."""
-        order = Order("sleep", lambda: self._fall_asleep(level, rest), mode or "abort", everyone=True)
-        with self._lock:
-            if mode is None and self._live:
-                raise busy(len(self._live), "give the mode wait or abort")
-            self._give(order)
-            self._falling += 1
-        order.done.add_done_callback(self._fell)
-        return order.done
-
-    def wake(self, rouse: Callable[[], None]) -> Future[bool]:
-        """Undo `sleep`, or take back one that still waits; `rouse` undoes its `rest`. What either raises the future
-        has: the engine then sleeps on. Done: whether it slept."""
-        return self._order(Recall("sleep", lambda: self._wake_up(rouse)))
-
-    @property
-    def asleep(self) -> str:
-        """The level of its sleep; empty while it is awake."""
-        return self._orders.asleep
-
-    def swap(self, weights: str, load: Callable[[], None], mode: Mode = "wait") -> Future[bool]:
-        """Call `load` between two steps, which gives the executor weights of this version. No request is computed with
-        two: those that have begun are finished before (or ended, mode "abort"), all others wait. The prefix cache is
-        emptied. Done: whether the version is another. Refused (engine_busy) while it sleeps, and where requests that
-        have begun are paused."""
-        return self._order(Order("weights", lambda: self._swap(weights, load), mode))
-
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait until all accepted ones have ended and everything they held is given back; a
         pause ends. False if that took longer than `timeout` seconds; the engine then still works on them."""
@@ -198,52 +143,6 @@ class Engine:
         """What the latest step left undone, a sentence each."""
         return self._core.why
 
-    def _order(self, order: Order | Recall) -> Future[bool]:
-        with self._lock:
-            self._give(order)
-        return order.done
-
-    def _give(self, order: Order | Recall) -> None:
-        if self._refusal is not None:
-            raise RequestRefused(self._refusal.code, self._refusal.message)
-        order.done.set_running_or_notify_cancel()  # nobody can cancel it
-        self._ordered.append(order)
-        self._changed.notify_all()
-
-    def _fell(self, _: Future[bool]) -> None:
-        with self._lock:
-            self._falling -= 1
-
-    def _set_paused(self, paused: bool) -> bool:
-        before, self._orders.paused = self._orders.paused, paused
-        return before != paused
-
-    def _fall_asleep(self, level: str, rest: Callable[[], None]) -> bool:
-        if self._orders.asleep in (level, "deep"):  # deeper than which there is none
-            return False
-        give_back(self.pool)
-        rest()
-        self._orders.asleep = level
-        return True
-
-    def _wake_up(self, rouse: Callable[[], None]) -> bool:
-        if not self._orders.asleep:
-            return False
-        take_back(self.pool)
-        rouse()
-        self._orders.asleep = ""
-        return True
-
-    def _swap(self, weights: str, load: Callable[[], None]) -> bool:
-        if self._orders.asleep:
-            raise RequestRefused("engine_busy", "the engine sleeps: wake it first")
-        if weights == self._core.weights:
-            return False
-        load()
-        forget(self.pool)
-        self._core.take_weights(weights)
-        return True
-
     def _run(self) -> None:
         flight = None
         try:
@@ -267,9 +166,6 @@ class Engine:
         self._core.commit(launched)
         self._deliver(progress=launched is not None)
         return None
-
-    def _next_step(self) -> tuple[Batch, tuple[Grant, ...]] | None:
-        return None if self._orders.holding else self._core.plan()
 
     def _take_requests(self, flight: Flight | None) -> bool:
         """Move what other threads left into the core, waiting for it when there is nothing else. False: stop."""
@@ -347,14 +243,6 @@ class Engine:
             self._sink(outputs)
         except Exception:
             log.exception("the sink failed as well; %d requests got no last output", len(left))
-
-    def _refuse_orders(self) -> None:
-        with self._lock:
-            ordered, self._ordered = self._ordered, []
-            refusal = self._refusal or RequestRefused("shutting_down", "the engine stopped")
-        for order in ordered:
-            order.done.set_exception(refusal)
-        self._orders.refuse(refusal)
 
     def _refuse(self, code: str, message: str) -> None:
         if self._refusal is None or code == "engine_failed":

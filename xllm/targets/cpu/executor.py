@@ -7,9 +7,7 @@ native kernel.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
 import os
 import queue
 import threading
@@ -29,12 +27,12 @@ from xllm.runtime.errors import StepError
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
 from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request
+from xllm.targets.cpu.arena import allocate, give_back
 from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_LOGPROBS = 20
 Piece = Callable[["Step"], None]
-HUGE_PAGE_BYTES = 2 << 20
 
 
 class CpuExecutor:
@@ -369,25 +367,3 @@ def usable_level(target: dict[str, str]) -> str:
             " compile the checkpoint again on this machine",
         )
     return target["level"]
-
-
-def allocate(size: int) -> tuple[np.ndarray, int]:
-    """Anonymous memory of at least `size` bytes at a page border, huge pages where the system grants them. Raises
-    ArtifactError when there is no such memory."""
-    length = max(-(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
-    try:
-        block = mmap.mmap(-1, length)
-    except (OverflowError, OSError) as error:
-        raise ArtifactError("memory-too-small", f"an arena of {size} bytes cannot be had: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # advice only
-            block.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(block, np.uint8)
-    return array, array.ctypes.data
-
-
-def give_back(block: np.ndarray) -> None:
-    """Returns the memory of what `allocate` gave to the system; it reads as zeros then, and may be written again."""
-    view = block.base
-    if isinstance(view, memoryview) and isinstance(view.obj, mmap.mmap) and hasattr(mmap, "MADV_REMOVE"):
-        view.obj.madvise(mmap.MADV_REMOVE)

@@ -17,8 +17,9 @@ from xllm.kernels import cpu
 from xllm.plan import Plan, Port
 from xllm.targets.arrays import KINDS, array_at
 from xllm.targets.base import Extent
+from xllm.targets.cpu.arena import allocate
 from xllm.targets.cpu.bounds import check_function
-from xllm.targets.cpu.executor import allocate, usable_level
+from xllm.targets.cpu.executor import usable_level
 from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_BOUND = 64  # sets of sizes kept bound
