@@ -2,7 +2,7 @@
 // x[rows, heads, k] with a weight of its own, [heads][n/16][k][16]. Few rows: one pass, bound by the bandwidth of the weights. Many
 // rows: k in blocks, so that a panel block stays in L1. Quantised weights (quantised.h): a first stage quantises the rows of x.
 #include "common.h"
-#include "quantised.h"
+#include "tiles.h"
 
 namespace XK_LEVEL {
 namespace {
@@ -79,12 +79,18 @@ const char *check_quantised(const Call &c) {
   return check<false>(c);
 }
 
+bool tiled(const Call &c, const Step &s) { return c.rows(s) >= kTileLeast; }
+
+struct IntScratch : Sums {
+  TileMemory tiles;
+};
+
 int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), c.ints[kK]); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK];
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
 }
 
 template <class Type>
@@ -93,14 +99,18 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   const Cut cut = cut_of(c, s, unit);
   const QuantisedRows x = {c.arg<const uint8_t>(kRowsQuantised, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
-  float *sums = ((Sums *)memory)->sums;
-  int_product<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16},
-                    cut.rows, cut.panels);
+  IntScratch *scratch = (IntScratch *)memory;
+  float *sums = scratch->sums;
+  const IntProduct product = {
+      x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16};
+  if (tiled(c, s)) tile_multiply<Type>(product, cut.rows, cut.panels, scratch->tiles);
+  else int_multiply<Type>(product, cut.rows, cut.panels);
+  scale_rows<Type>(product, cut.rows, cut.panels);
   put_sums(sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
 }
 
 template <class Type>
-const Kernel quantised = {"", "", "", "", nullptr, scratch<Sums>, units<false>, run_quantised<Type>};
+const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
 
 constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = "k n group";
 
