@@ -59,7 +59,6 @@ XK_INLINE void store_tile(void *to) {
 XK_TILE_PRODUCT(add_signed, "tdpbssd")
 XK_TILE_PRODUCT(add_unsigned_rows, "tdpbusd")
 XK_TILE_PRODUCT(add_unsigned_weights, "tdpbsud")
-#undef XK_TILE_PRODUCT
 
 // --- what a stretch is ---
 
