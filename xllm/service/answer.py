@@ -17,10 +17,10 @@ from xllm.runtime import Request, TokenOutput
 from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
-from xllm.service.openai import Format, Usage, Whole
 from xllm.service.params import Job, ModelFacts
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
