@@ -66,7 +66,8 @@ class EngineStats:
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
     in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed).
+    once no request is taken any more (stopping, draining, failed). rows and tokens: what all steps computed.
+    mapped_pages: pages of running sequences; reusable_pages: mapped, and of nobody.
     """
 
     running: int = 0
@@ -76,6 +77,8 @@ class EngineStats:
     total_pages: int = 0
     page_bytes: int = 0
     steps: int = 0
+    rows: int = 0
+    tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     recomputed_tokens: int = 0
@@ -92,6 +95,8 @@ class EngineStats:
     kv_waste_bytes: int = 0
     looked_up_tokens: int = 0
     cached_tokens: int = 0
+    mapped_pages: int = 0
+    reusable_pages: int = 0
     cached_pages: int = 0
     evictions: int = 0
     refusal: str | None = None

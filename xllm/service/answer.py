@@ -182,6 +182,7 @@ class _Answer:
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
+        self._first = [entry.started] * len(self._choices)
         self._last = [entry.started] * len(self._choices)
 
     async def whole(self, send: Send) -> None:
@@ -239,6 +240,9 @@ class _Answer:
         self._entry.generated_tokens = sum(choice.tokens for choice in self._choices)
         reasons = [choice.finish_reason or "abort" for choice in self._choices]
         self._service.recorder.samples.observe(self._job.n)
+        for choice, first, last in zip(self._choices, self._first, self._last, strict=True):
+            if choice.tokens > 1:
+                self._service.recorder.recent_rest.append((last - first) / (choice.tokens - 1))
         report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
     @property
@@ -263,6 +267,9 @@ class _Answer:
                 continue
             recorder = self._service.recorder
             (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
+            if not choice.tokens:
+                recorder.recent_first.append(now - self._last[index])
+                self._first[index] = now
             self._last[index] = now
             deltas.append((index, choice.push(output)))
             if choice.cut:

@@ -12,8 +12,9 @@ from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.completions import Chat, Completions
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, from_output, invalid
-from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
+from xllm.service.gate import PAGE, App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
+from xllm.service.page import STATE, send_page, state
 from xllm.service.params import ModelFacts
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
@@ -121,6 +122,8 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         "/version": Json(lambda scope: {"version": __version__}),
         MODELS: Json(lambda scope: {"object": "list", "data": [model]}),
         f"{MODELS}/": Json(one_model),
+        STATE: Json(lambda scope: state(service)),
+        **dict.fromkeys(PAGE, send_page),
     }
     store = Store()
     asked: dict[str, App] = {
@@ -158,7 +161,7 @@ class Routes:
         self.table = {path: (handler, ("GET", "HEAD")) for path, handler in read.items()}
         self.table |= {path: (handler, ("POST",)) for path, handler in asked.items()}
         self.table |= {path: (handler, ("GET", "DELETE")) for path, handler in kept.items()}
-        self._below = tuple(path for path in self.table if path.endswith("/"))
+        self._below = tuple(path for path in self.table if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]

@@ -24,6 +24,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC = ("/health", "/livez", "/ready", "/readyz")
+PAGE = ("/", *(f"/ui/{name}" for name in ("page.css", "api.js", "chat.js", "engine.js", "icon.svg")))  # just files
+OPEN = frozenset(PUBLIC + PAGE)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
 log = logging.getLogger("xllm.request")
@@ -98,7 +100,7 @@ class Gate:
 
     def _authorize(self, scope: Scope, headers: dict[bytes, str]) -> str:
         """The tenant: a digest of the key, empty where none is needed."""
-        if self._keys is None or (scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")):
+        if self._keys is None or (scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")):
             return ""
         scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
@@ -130,7 +132,8 @@ def _api_error(error: Exception) -> ApiError:
 
 
 def _write_log(scope: Scope, entry: Record) -> None:
-    level = logging.DEBUG if scope["path"] in PUBLIC or scope["path"] == "/metrics" else logging.INFO
+    quiet = scope["path"] in PUBLIC or scope["path"] == "/metrics" or scope["path"].startswith("/ui/")
+    level = logging.DEBUG if quiet else logging.INFO
     if not log.isEnabledFor(level):
         return
     facts = {

@@ -82,6 +82,7 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/metrics": ("Counters and histograms in Prometheus' text format", TEXT),
     "/version": ("The version of the server", closed(version=TEXT)),
     "/openapi.json": ("This document", SOME),
+    "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
     "/v1/models": ("The model that is served", closed(object=TEXT, data=many(MODEL))),
     "/v1/models/{model}": ("The model that is served", MODEL),
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),
