@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
-from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
+from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
 from xllm.service.format import Format, Usage, Whole
@@ -26,6 +26,7 @@ from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.batches import Batches
     from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
@@ -69,6 +70,7 @@ class Service:
     recorder: Recorder
     limits: Limits = Limits()
     dialect: Dialect = NO_DIALECT
+    batches: Batches | None = None  # None: nothing is kept on disk
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
@@ -104,7 +106,7 @@ class Endpoint(Generic[JobOf]):
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
-    body: type[OfModel]
+    body: type[Any]
     refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
 
     def __init__(self, service: Service) -> None:

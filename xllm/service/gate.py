@@ -88,7 +88,7 @@ class Gate:
             entry.tenant = self._authorize(scope, headers)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            failure = _api_error(error)
+            failure = api_error(error)
             if entry.status == 0 and failure.status != 499:
                 of_messages = scope["path"].startswith("/v1/messages")
                 body = failure.anthropic_body(request_id) if of_messages else failure.body(request_id)
@@ -124,7 +124,8 @@ async def send_data(send: Send, status: int, data: bytes, kind: bytes, headers: 
     await send({"type": "http.response.body", "body": data})
 
 
-def _api_error(error: Exception) -> ApiError:
+def api_error(error: Exception) -> ApiError:
+    """What is answered for it; a fault of the server goes to the log."""
     if isinstance(error, ApiError):
         return error
     logging.getLogger("xllm.service").error("a request failed by a fault of the server", exc_info=error)
