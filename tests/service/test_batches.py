@@ -357,8 +357,8 @@ def test_a_folder_has_one_server(tmp_path):
 def test_results_are_written_once_and_whole(tmp_path, monkeypatch):
     """A disk that is full in the middle of a line leaves nothing behind, and the same may be written again."""
     output, errors = tmp_path / "output", tmp_path / "errors"
-    journal = Journal(output, errors)
-    journal.write([Result("a", 200, "r", b"{}")])
+    journal = Journal("batch_b", output, errors)
+    journal.write([Result(0, "a", 200, "r", b"{}")])
     write = os.write
 
     def full(file: int, data: Any) -> int:
@@ -368,11 +368,11 @@ def test_results_are_written_once_and_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.write", full)
         with pytest.raises(OSError, match="No space"):
-            journal.write([Result("b", 200, "r", b"{}"), Result("c", 500, "r", b"{}")])
-    journal.write([Result("b", 200, "r", b"{}"), Result("c", 500, "r", b"{}"), Result("a", 200, "r", b"{}")])
+            journal.write([Result(1, "b", 200, "r", b"{}"), Result(2, "c", 500, "r", b"{}")])
+    journal.write([Result(1, "b", 200, "r", b"{}"), Result(2, "c", 500, "r", b"{}"), Result(0, "a", 200, "r", b"{}")])
     assert [json.loads(data)["custom_id"] for data in output.read_bytes().splitlines()] == ["a", "b"]
     assert [json.loads(data)["custom_id"] for data in errors.read_bytes().splitlines()] == ["c"]
-    assert journal.counts == [2, 1] == Journal(output, errors).counts
+    assert journal.counts == [2, 1] == Journal("batch_b", output, errors).counts
     journal.close()
 
 

@@ -11,8 +11,7 @@ from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.completions import Chat, Completions
 from xllm.service.dispatch import Dispatcher, Engine
-from xllm.service.errors import ApiError, draining, from_output, invalid
-from xllm.service.files import ByMethod, missing
+from xllm.service.errors import ApiError, Hint, draining, from_output, invalid
 from xllm.service.gate import PAGE, App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.page import STATE, send_page, state
@@ -161,13 +160,28 @@ def _stored(service: Service, asked: Mapping[str, App]) -> dict[str, Mapping[str
     """The routes of what is kept on disk, by path and method; without a folder they say so."""
     if service.batches is None:
         paths = (path for name in ("files", "batches") for path in (f"/v1/{name}", f"/v1/{name}/"))
-        return {path: dict.fromkeys(("GET", "POST", "DELETE"), missing) for path in paths}
+        return {path: dict.fromkeys(("GET", "POST", "DELETE"), _no_folder) for path in paths}
     from xllm.service import batches, files
 
     service.batches.bind(service, asked)
     create = batches.Create(service, service.batches)
     kept = files.routes(service, service.batches.files, service.batches.in_use)
     return kept | batches.routes(service.batches, create)
+
+
+async def _no_folder(scope: Scope, receive: Receive, send: Send) -> None:
+    hint = Hint("the server was started without one", "xllm serve --state-dir", "start it with a folder for them")
+    raise ApiError(404, "no_state_dir", "files and batches are kept in a folder, and this server has none", hint=hint)
+
+
+class ByMethod:
+    """A path with a handler for each method."""
+
+    def __init__(self, handlers: Mapping[str, App]) -> None:
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handlers[scope["method"]](scope, receive, send)
 
 
 class Routes:

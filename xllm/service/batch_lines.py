@@ -10,8 +10,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from xllm.service.shelf import new_id
-
 MAX_LINES = 50_000
 MAX_FAULTS = 50  # that are told of one file
 MAX_ID_CHARS = 256
@@ -28,7 +26,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Done(msgspec.Struct):
-    custom_id: str
+    id: str
 
 
 class _Streams(msgspec.Struct):
@@ -45,8 +43,10 @@ class Fault(msgspec.Struct):
 
 
 class Result(NamedTuple):
-    """What a line got: an HTTP status with a JSON body, or `error` where it was not run."""
+    """What a line got: an HTTP status with a JSON body, or `error` where it was not run. at: the place of the line
+    among those that are not blank, from 0."""
 
+    at: int
     custom_id: str
     status: int = 0
     request_id: str = ""
@@ -57,10 +57,16 @@ class Result(NamedTuple):
     def failed(self) -> bool:
         return self.status != 200
 
-    def data(self) -> bytes:
+    def data(self, batch: str) -> bytes:
+        """The line in one of the two files; its id ends with its place."""
         response = {"status_code": self.status, "request_id": self.request_id, "body": msgspec.Raw(self.body)}
-        line = {"id": new_id("batch_req_"), "custom_id": self.custom_id, "response": None if self.error else response}
-        data = msgspec.json.encode(line | {"error": self.error})
+        line = {
+            "id": f"batch_req_{batch.removeprefix('batch_')}_{self.at}",
+            "custom_id": self.custom_id,
+            "response": None if self.error else response,
+            "error": self.error,
+        }
+        data = msgspec.json.encode(line)
         for end in LINE_ENDS:
             data = data.replace(end.encode(), f"\\u{ord(end):04x}".encode())
         return data + b"\n"
@@ -126,11 +132,13 @@ def _fault(data: bytes, endpoint: str, max_bytes: int, seen: dict[str, int], num
 
 
 class Journal:
-    """The two files of a batch: what was answered, and what failed. All of it touches the disk."""
+    """The two files of a batch: what was answered, and what failed. All of it touches the disk. done: a 1 for each line
+    that has a result."""
 
-    def __init__(self, output: Path, errors: Path) -> None:
+    def __init__(self, batch: str, output: Path, errors: Path) -> None:
         """Opens both; a last line that a crash cut short goes. Raises OSError."""
-        self.done: set[str] = set()
+        self.done = bytearray(MAX_LINES)
+        self._batch = batch
         self.counts = [0, 0]  # answered, failed
         self._files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) for path in (output, errors)]
         for at, path in enumerate((output, errors)):
@@ -140,7 +148,7 @@ class Journal:
                     if not data.endswith(b"\n"):
                         break
                     whole += len(data)
-                    self.done.add(msgspec.json.decode(data, type=_Done).custom_id)
+                    self.done[int(msgspec.json.decode(data, type=_Done).id.rpartition("_")[2])] = 1
                     self.counts[at] += 1
             os.ftruncate(self._files[at], whole)
 
@@ -148,10 +156,10 @@ class Journal:
         """Adds the results that are new; they are on disk when this returns. Raises OSError; then it may be called
         again."""
         for at, file in enumerate(self._files):
-            mine = [result for result in results if result.failed == bool(at) and result.custom_id not in self.done]
+            mine = [result for result in results if result.failed == bool(at) and not self.done[result.at]]
             if not mine:
                 continue
-            before, left = os.fstat(file).st_size, memoryview(b"".join(result.data() for result in mine))
+            before, left = os.fstat(file).st_size, memoryview(b"".join(result.data(self._batch) for result in mine))
             try:
                 while left:
                     left = left[os.write(file, left) :]
@@ -160,7 +168,8 @@ class Journal:
                 os.ftruncate(file, before)
                 raise
             self.counts[at] += len(mine)
-            self.done.update(result.custom_id for result in mine)
+            for result in mine:
+                self.done[result.at] = 1
 
     def close(self) -> None:
         for file in self._files:
@@ -172,14 +181,14 @@ class Reader:
 
     def __init__(self, path: Path, max_bytes: int, journal: Journal) -> None:
         self._file = path.open("rb")
-        self._lines = _numbered(self._file, max_bytes)
-        self._done = frozenset(journal.done)
+        self._lines = enumerate(_numbered(self._file, max_bytes))
+        self._done = journal.done
 
-    def next(self) -> Line | None:
-        for _, data in self._lines:
-            line = msgspec.json.decode(data, type=Line)
-            if line.custom_id not in self._done:
-                return line
+    def next(self) -> tuple[int, Line] | None:
+        """A line with its place among those that are not blank."""
+        for at, (_, data) in self._lines:
+            if not self._done[at]:
+                return at, msgspec.json.decode(data, type=Line)
         return None
 
     def close(self) -> None:

@@ -101,6 +101,7 @@ class Batches:
         self._over: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = asyncio.Semaphore(LINES)
+        self._check = asyncio.Lock()  # it may take the ids of a file in memory
 
     def bind(self, service: Service, asked: Mapping[str, App]) -> None:
         """asked: the handlers of POST routes."""
@@ -193,7 +194,8 @@ class Batches:
 
     async def _validate(self, batch: Batch) -> None:
         path, most = self.files.path(batch.tenant, batch.input), self._service.limits.max_body_bytes
-        count, faults = await asyncio.to_thread(check, path, batch.endpoint, most)
+        async with self._check:
+            count, faults = await asyncio.to_thread(check, path, batch.endpoint, most)
         if batch.status != "validating":  # cancelled meanwhile
             return
         batch.total, batch.faults = count, faults
@@ -204,10 +206,10 @@ class Batches:
         """Runs the lines that have no result yet, until all have one, the time is over, or it is cancelled."""
         do, path = self.files.do, lambda name: self.files.path(batch.tenant, name)
         with ExitStack() as opened:
-            journal = await do(Journal, path(batch.output), path(batch.errors))
-            opened.callback(journal.close)
+            journal = await do(Journal, batch.id, path(batch.output), path(batch.errors))
+            opened.callback(self.files.after, journal.close)
             reader = await do(Reader, path(batch.input), self._service.limits.max_body_bytes, journal)
-            opened.callback(reader.close)
+            opened.callback(self.files.after, reader.close)
             if batch.status != "cancelling" and time.time() < batch.expires_at:
                 await self._answer(batch, journal, reader)
             batch.completed, batch.failed = journal.counts
@@ -217,20 +219,16 @@ class Batches:
 
     async def _answer(self, batch: Batch, journal: Journal, reader: Reader) -> None:
         over = asyncio.create_task(self._over[batch.id].wait())
-        asking: set[asyncio.Task[Result]] = set()
-        more = True
+        asking = {asyncio.create_task(self._next(batch, reader)) for _ in range(LINES)}
         try:
-            while not over.done() and (left := batch.expires_at - time.time()) > 0:
-                while more and len(asking) < LINES:
-                    if more := (line := await self.files.do(reader.next)) is not None:
-                        asking.add(asyncio.create_task(self._ask(batch, line)))
-                if not asking:
-                    return
+            while asking and not over.done() and (left := batch.expires_at - time.time()) > 0:
                 await asyncio.wait({*asking, over}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 done = {task for task in asking if task.done()}
-                await self._write(journal, [task.result() for task in done])
-                asking -= done
+                found = [result for task in done if (result := task.result()) is not None]
+                await self._write(journal, found)
                 batch.completed, batch.failed = journal.counts
+                asking -= done
+                asking |= {asyncio.create_task(self._next(batch, reader)) for _ in found}
         finally:
             for task in (over, *asking):
                 task.cancel()
@@ -251,7 +249,7 @@ class Batches:
         def write() -> None:
             reader = Reader(path, most, journal)
             try:
-                journal.write([Result(line.custom_id, error=error) for line in iter(reader.next, None)])
+                journal.write([Result(at, line.custom_id, error=error) for at, line in iter(reader.next, None)])
             finally:
                 reader.close()
 
@@ -273,23 +271,29 @@ class Batches:
             batch.enter("expired" if "expired" in batch.times else "completed")
         await self._save(batch)
 
-    async def _ask(self, batch: Batch, line: Line) -> Result:
-        """The answer to a line, asked again as long as the server has no room for it. The engine could put such
-        requests behind all others and take their memory back; here they wait until nobody else does."""
-        service, pause = self._service, PAUSE_SECONDS
+    async def _next(self, batch: Batch, reader: Reader) -> Result | None:
+        """The result of the next line, which is read when there is a place for it; None after the last one."""
         async with self._places:
-            while True:
-                if not service.draining and not (service.recorder.concurrent and service.engine.stats().waiting):
-                    result = await self._call(batch, line)
-                    if result.status not in AGAIN:
-                        return result
-                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                await asyncio.sleep(pause)
+            found = await self.files.do(reader.next)
+            return await self._ask(batch, *found) if found is not None else None
 
-    async def _call(self, batch: Batch, line: Line) -> Result:
-        """Asks what a client of the same key would ask the route, without taking the place of one."""
+    async def _ask(self, batch: Batch, at: int, line: Line) -> Result:
+        """Asks again as long as the server has no room for it. The engine could put such requests behind all others
+        and take their memory back; here they wait until nobody else does."""
+        service, pause = self._service, PAUSE_SECONDS
+        while True:
+            if not service.draining and not (service.recorder.concurrent and service.engine.stats().waiting):
+                status, request_id, body = await self._call(batch.tenant, line)
+                if status not in AGAIN:
+                    return Result(at, line.custom_id, status, request_id, body)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(pause)
+
+    async def _call(self, tenant: str, line: Line) -> tuple[int, str, bytes]:
+        """Asks what a client of the same key would ask the route, without taking the place of one: the status, the
+        request's id, the body."""
         endpoint, pool = self._endpoints[line.url], self._service.pool
-        entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=batch.tenant)
+        entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=tenant)
         status, data = 0, bytearray()
 
         async def receive() -> dict[str, Any]:
@@ -306,9 +310,8 @@ class Batches:
             await endpoint.run(job, entry, receive, send)
         except Exception as error:
             failure = api_error(error)
-            body = msgspec.json.encode(failure.body(entry.id))
-            return Result(line.custom_id, failure.status, entry.id, body)
-        return Result(line.custom_id, status, entry.id, bytes(data))
+            return failure.status, entry.id, msgspec.json.encode(failure.body(entry.id))
+        return status, entry.id, bytes(data)
 
 
 class Create(Endpoint[BatchBody]):

@@ -22,22 +22,6 @@ UPLOAD_SECONDS = 600.0
 FIELDS = ("purpose",)
 
 
-class ByMethod:
-    """A path with a handler for each method."""
-
-    def __init__(self, handlers: Mapping[str, App]) -> None:
-        self.handlers = handlers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.handlers[scope["method"]](scope, receive, send)
-
-
-async def missing(scope: Scope, receive: Receive, send: Send) -> None:
-    """What routes of a server that keeps nothing answer."""
-    hint = Hint("the server was started without one", "xllm serve --state-dir", "start it with a folder for them")
-    raise ApiError(404, "no_state_dir", "files and batches are kept in a folder, and this server has none", hint=hint)
-
-
 def routes(service: Service, files: Files, in_use: Callable[[str, str], bool]) -> dict[str, Mapping[str, App]]:
     """The routes, by path and method. in_use: whether a batch of the tenant still reads the file."""
 

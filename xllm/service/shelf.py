@@ -84,6 +84,10 @@ class Files:
             text = f"the server can't keep or read its files: {error.strerror}"
             raise ApiError(500, STORAGE_FAILED, text) from None
 
+    def after(self, work: Callable[[], None]) -> None:
+        """Runs it once the disk has done what it was asked for, and waits for nothing."""
+        self._io.submit(work)
+
     def of(self, tenant: str) -> Mapping[str, FileInfo]:
         """The files of a key, oldest first."""
         return self._known.get(owner_name(tenant), {})
