@@ -106,6 +106,7 @@ def test_the_key_is_asked_for_and_kept_in_memory(tmp_path, visit):
     service = fake_service(tmp_path)
     with running(service, Keys(["sesame"])) as (base, _):
         page = visit(base)
+        expect(page.get_by_label("This server needs an API key")).to_be_focused()
         for key, accepted in (("wrong", False), ("sesame", True)):
             page.get_by_label("This server needs an API key").fill(key)
             page.get_by_role("button", name="Use key").click()

@@ -46,8 +46,9 @@ export async function* events(answer) {
 }
 
 function askForKey() {
-  if (form.hidden) field.focus();
+  const asked = !form.hidden;
   form.hidden = false;
+  if (!asked) field.focus();
   said.textContent = key ? "The server does not take this key." : "";
 }
 
