@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -20,6 +22,7 @@ from tests.service.fakes import fake, fake_service, ids, rows_service, running, 
 from xllm.service.answer import Limits, Service
 from xllm.service.batch_lines import Journal, Result
 from xllm.service.batches import LINES, Batches
+from xllm.service.files import Form
 from xllm.service.gate import Keys
 from xllm.service.shelf import Files
 
@@ -208,6 +211,47 @@ def test_what_is_wrong_with_a_request_is_named(tmp_path, monkeypatch):
         refused(404, "batch_not_found", None, "/v1/batches/batch_x/cancel")
         left = {file.suffix for file in (tmp_path / "state").rglob("file-*")}
         assert left == {".data", ".json"} and len(http.get("/v1/files").json()["data"]) == 1
+
+
+def test_a_form_may_come_in_any_pieces(tmp_path):
+    head = b'--cut\r\nContent-Disposition: form-data; name="%b"\r\n\r\n'
+    data = b"one\r\n--cu, and no boundary\r\n--cu"
+    form = head % b"purpose" + b"batch\r\n" + head % b'file"; filename="a b.jsonl' + data + b"\r\n--cut--\r\n"
+    for size in (1, 2, 7, 64, len(form)):
+        part = tmp_path / f"{size}.part"
+        read = Form(b"cut", part)
+        for begin in range(0, len(form), size):
+            read.push(form[begin : begin + size])
+        read.close()
+        read.check()
+        assert (read.purpose, read.filename, part.read_bytes()) == ("batch", "a b.jsonl", data)
+
+
+def test_what_is_kept_and_open_has_limits_and_an_upload_that_ends_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("xllm.service.shelf.MAX_FILES", 2)
+    monkeypatch.setattr("xllm.service.batches.MAX_OPEN", 1)
+    service = fake_service(tmp_path)
+    fake(service).paused = True
+    with serving(service, tmp_path / "state") as base, client_of(base) as client:
+        batch = begin(client, lines(line("a")))
+        with pytest.raises(openai.RateLimitError):
+            begin(client, lines(line("b")))
+        with pytest.raises(openai.APIStatusError) as full:
+            client.files.create(file=b"c", purpose="batch")
+        assert (full.value.status_code, full.value.code) == (413, "no_room")
+        fake(service).paused = False
+        batch = end(client, batch)
+        client.files.delete(batch.input_file_id)
+        client.files.delete(str(batch.output_file_id))
+        parts = urlsplit(base)
+        with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+            head = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            form = '--b\r\ncontent-disposition: form-data; name="file"\r\n\r\nhalf'
+            connection.sendall(f"{head}content-length: 1000\r\n\r\n{form}".encode())
+            wait_for(lambda: list((tmp_path / "state").rglob("*.part")))
+        wait_for(lambda: not list((tmp_path / "state").rglob("*.part")))
+        wait_for(lambda: service.recorder.concurrent == 0)
+        assert len(client.files.list().data) == 1
 
 
 def test_each_key_has_its_own(tmp_path):

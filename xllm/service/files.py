@@ -99,7 +99,7 @@ def page_of(items: Sequence[dict[str, Any]], given: Mapping[str, str], most: int
     return {"object": "list", "data": shown, "has_more": len(shown) < len(ordered)} | ends
 
 
-class _Form:
+class Form:
     """The form of an upload: its file goes to `part` as it comes, its fields are few and short."""
 
     def __init__(self, boundary: bytes, part: Path) -> None:
@@ -195,7 +195,7 @@ class _Form:
         self._whole = True
 
 
-async def _read_form(scope: Scope, receive: Receive, part: Path, files: Files) -> _Form:
+async def _read_form(scope: Scope, receive: Receive, part: Path, files: Files) -> Form:
     """The upload, with its file at `part`. Raises ApiError 400, 408, 413, 415, or 499 when the client left."""
     from python_multipart.multipart import parse_options_header
 
@@ -207,7 +207,7 @@ async def _read_form(scope: Scope, receive: Receive, part: Path, files: Files) -
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or int(declared) > MAX_FILE_BYTES + FORM_BYTES:
         raise _too_large()
-    form, more = _Form(boundary, part), True
+    form, more = Form(boundary, part), True
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
             while more:
