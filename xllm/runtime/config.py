@@ -60,14 +60,14 @@ class EngineConfig:
 class EngineStats:
     """A snapshot. running and waiting are requests; the token and event figures count since start.
 
+    rows and tokens: what all steps computed. mapped_pages: of running sequences; reusable_pages: mapped, and of nobody.
     prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
     in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed). rows and tokens: what all steps computed.
-    mapped_pages: pages of running sequences; reusable_pages: mapped, and of nobody.
+    once no request is taken any more (stopping, draining, failed).
     """
 
     running: int = 0

@@ -47,6 +47,13 @@ RANKED = closed(index=WHOLE, relevance_score=NUMBER)
 ITEMS = closed(object={"const": "list"}, data=many(SOME))
 BATCH = closed(id=TEXT, object={"const": "batch"}, endpoint=TEXT, status=TEXT, request_counts=SOME, created_at=WHOLE)
 FILE = closed(id=TEXT, object={"const": "file"}, bytes=WHOLE, created_at=WHOLE, filename=TEXT, purpose=TEXT)
+STORED: Mapping[str, tuple[str, Schema]] = {
+    "/v1/files": ("Files that are kept, latest first", ITEMS),
+    "/v1/files/{file_id}": ("A file that is kept", FILE),
+    "/v1/files/{file_id}/content": ("What is in the file", TEXT),
+    "/v1/batches": ("Batches, latest first", ITEMS),
+    "/v1/batches/{batch_id}": ("A batch", BATCH),
+}
 ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     "completion": envelope(
         choices=many(closed(index=WHOLE, text=TEXT, logprobs=maybe(SOME), finish_reason=REASON)), usage=USAGE
@@ -92,25 +99,15 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/v1/responses/{response_id}/input_items": ("What a stored response was asked for, latest first", ITEMS),
 }
 
-STORED: Mapping[str, tuple[str, Schema]] = {
-    "/v1/files": ("Files that are kept, latest first", ITEMS),
-    "/v1/files/{file_id}": ("A file that is kept", FILE),
-    "/v1/files/{file_id}/content": ("What is in the file", TEXT),
-    "/v1/batches": ("Batches, latest first", ITEMS),
-    "/v1/batches/{batch_id}": ("A batch", BATCH),
-}
-
 
 def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
     """OpenAPI 3.1. `asked`: the handlers of POST routes."""
     endpoints = {path: handler for path, handler in asked.items() if isinstance(handler, Endpoint)}
     bodies = list(dict.fromkeys(endpoint.body for endpoint in endpoints.values()))
     _, schemas = msgspec.json.schema_components(bodies, ref_template=REFERENCE)
-    paths: dict[str, Schema] = {}
+    paths = _stored() if "/v1/batches" in endpoints else {}
     for path, (summary, answer) in READ.items():
         paths[path] = {"get": _operation(path, "get", summary, _answer(path, answer))}
-    if "/v1/batches" in endpoints:
-        paths |= _stored()
     deleted = _answer("", closed(id=TEXT, deleted={"const": True}))
     at = "/v1/responses/{response_id}"
     paths[at]["delete"] = _operation(at, "delete", "Forgets a stored response", deleted)
