@@ -62,8 +62,9 @@ class Core:
         self._check = config.check
         self._sharing = Sharing(pool, executor.kv, config)
         self._eos = frozenset(config.eos_ids)
+        self._rows = self._tokens = 0
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
-        self._preemptions = self._wasted_rows = self._failed_steps = self._rows = self._tokens = 0
+        self._preemptions = self._wasted_rows = self._failed_steps = 0
         self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
     @property
