@@ -3,6 +3,7 @@ names that are ours. A file is there once its facts are; what a crash left half 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -75,8 +76,6 @@ class Files:
 
     async def do(self, work: Callable[..., Result], *given: Any) -> Result:
         """Runs what touches the disk. Raises ApiError 500 when that fails."""
-        import asyncio
-
         try:
             return await asyncio.get_running_loop().run_in_executor(self._io, work, *given)
         except OSError as error:
