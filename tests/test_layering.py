@@ -57,6 +57,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"artifact", "targets"}, {"numpy"}),
     "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
+    "service.files": ({"service"}, {"python_multipart"}),
     "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),
     "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
@@ -223,5 +224,6 @@ def test_a_server_loads_only_what_its_first_answer_needs() -> None:
     """Each of these costs every start milliseconds: an HTTP framework, templates, metrics, files of others."""
     code = "import sys, xllm.commands, xllm.service.server, xllm.targets.cpu.executor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions"}
+    late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions",
+            "python_multipart"}  # fmt: skip
     assert late & set(done.stdout.split()) == set()

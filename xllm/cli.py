@@ -210,6 +210,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
         help="what waits already may take so long, then newcomers get 429 (default 300, 0 = no limit)",
     )
     sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
+    sub.add_argument("--state-dir", type=Path, metavar="DIR", help="keep files and batches there (default: keep none)")
     sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
     for what, flag, names in (
         ("tool calls are", "--tool-call-parser", TOOL_PARSERS),

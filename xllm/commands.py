@@ -136,6 +136,12 @@ def serve(arguments: argparse.Namespace) -> None:
             print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
+        batches = None
+        if arguments.state_dir is not None:
+            from xllm.service.batches import Batches
+            from xllm.service.shelf import Files
+
+            batches = Batches(Files(arguments.state_dir))
         service = load_service(
             facts=_facts(artifact, arguments.served_model_name),
             codec=codec,
@@ -149,6 +155,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 max_body_bytes=arguments.max_body,
             ),
             dialect=dialect,
+            batches=batches,
         )
         answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:

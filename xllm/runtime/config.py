@@ -60,6 +60,7 @@ class EngineConfig:
 class EngineStats:
     """A snapshot. running and waiting are requests; the token and event figures count since start.
 
+    rows and tokens: what all steps computed. mapped_pages: of running sequences; reusable_pages: mapped, and of nobody.
     prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
@@ -76,6 +77,8 @@ class EngineStats:
     total_pages: int = 0
     page_bytes: int = 0
     steps: int = 0
+    rows: int = 0
+    tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     recomputed_tokens: int = 0
@@ -92,6 +95,8 @@ class EngineStats:
     kv_waste_bytes: int = 0
     looked_up_tokens: int = 0
     cached_tokens: int = 0
+    mapped_pages: int = 0
+    reusable_pages: int = 0
     cached_pages: int = 0
     evictions: int = 0
     refusal: str | None = None

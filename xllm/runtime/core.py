@@ -62,6 +62,7 @@ class Core:
         self._check = config.check
         self._sharing = Sharing(pool, executor.kv, config)
         self._eos = frozenset(config.eos_ids)
+        self._rows = self._tokens = 0
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._preemptions = self._wasted_rows = self._failed_steps = 0
         self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
@@ -108,11 +109,13 @@ class Core:
             sequence = grant.sequence
             sequence.computed += grant.tokens
             sequence.flights += 1
+            self._tokens += grant.tokens
             if grant.sample:
                 sequence.pending += 1
                 sequence.pending_row = sampled
                 sampled += 1
         self._steps += 1
+        self._rows += len(grants)
         try:
             return Flight(self.executor.launch(batch), grants)
         except StepError as error:
@@ -147,6 +150,8 @@ class Core:
             total_pages=plan.pages,
             page_bytes=plan.page_bytes,
             steps=self._steps,
+            rows=self._rows,
+            tokens=self._tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             recomputed_tokens=self._recomputed_tokens,
@@ -162,6 +167,8 @@ class Core:
             kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
             looked_up_tokens=self._sharing.looked_up_tokens,
             cached_tokens=self._sharing.cached_tokens,
+            mapped_pages=figures.states[PageState.MAPPED],
+            reusable_pages=figures.states[PageState.REUSABLE],
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
         )

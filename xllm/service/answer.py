@@ -14,18 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Request, TokenOutput
-from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
+from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
-from xllm.service.openai import Format, Usage, Whole
 from xllm.service.params import Job, ModelFacts
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.batches import Batches
     from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
@@ -70,6 +71,7 @@ class Service:
     recorder: Recorder
     limits: Limits = Limits()
     dialect: Dialect = NO_DIALECT
+    batches: Batches | None = None  # None: nothing is kept on disk
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
@@ -105,7 +107,7 @@ class Endpoint(Generic[JobOf]):
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
-    body: type[OfModel]
+    body: type[Any]
     refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
 
     def __init__(self, service: Service) -> None:
@@ -183,6 +185,7 @@ class _Answer:
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
+        self._first = [entry.started] * len(self._choices)
         self._last = [entry.started] * len(self._choices)
 
     async def whole(self, send: Send) -> None:
@@ -240,6 +243,9 @@ class _Answer:
         self._entry.generated_tokens = sum(choice.tokens for choice in self._choices)
         reasons = [choice.finish_reason or "abort" for choice in self._choices]
         self._service.recorder.samples.observe(self._job.n)
+        for choice, first, last in zip(self._choices, self._first, self._last, strict=True):
+            if choice.tokens > 1:
+                self._service.recorder.recent_rest.append((last - first) / (choice.tokens - 1))
         report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
     @property
@@ -264,6 +270,9 @@ class _Answer:
                 continue
             recorder = self._service.recorder
             (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
+            if not choice.tokens:
+                recorder.recent_first.append(now - self._last[index])
+                self._first[index] = now
             self._last[index] = now
             deltas.append((index, choice.push(output)))
             if choice.cut:

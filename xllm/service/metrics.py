@@ -5,7 +5,7 @@ first scrape."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+RECENT = 256  # answers whose times are kept one by one
 STATUS_NAMES = {
     400: "invalid_argument",
     401: "unauthenticated",
@@ -75,6 +76,8 @@ class Recorder:
         self.prompt_tokens = Histogram(TOKENS)
         self.generated_tokens = Histogram(TOKENS)
         self.samples = Histogram(SAMPLES)
+        self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
+        self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
 
     def status(self, status: int) -> None:
         self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
