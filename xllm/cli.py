@@ -120,7 +120,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     from xllm.measure import commands as measure
 
     inspection.add(command, _dim)
-    measure.add(command, _positive)
+    measure.add(command, _positive, _count)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )

@@ -95,6 +95,7 @@ def serve(arguments: argparse.Namespace) -> None:
         from xllm.llm import open_engine, open_model, open_rows
         from xllm.service.dispatch import Dispatcher
         from xllm.targets import host
+        from xllm.targets.fitted import cost_of
     dispatcher = Dispatcher()
 
     # Checking the weights runs outside the interpreter lock: beside it, the HTTP stack and the tokenizer are loaded.
@@ -133,6 +134,7 @@ def serve(arguments: argparse.Namespace) -> None:
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
         print(f"threads: {chosen.count} ({chosen.why})", flush=True)
         if artifact.task == "generate":
+            print(f"step times: {cost_of(artifact, chosen.count)[1]}", flush=True)
             print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from xllm.kernels import cpu
 
 WRITTEN = 0x3C  # small numbers of every type; what nobody wrote is one page of zeros, again and again
-_CPUINFO, _CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,6 @@ class Machine:
     threads: int
     read_bytes_per_second: float
     flops_per_second: float
-
-
-def cpu_model() -> str:
-    """As the system names it; on Arm, where it has no name, by implementer and part."""
-    text = _read(_CPUINFO)
-    for field in ("model name", "Model"):
-        if found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1].strip()
-    parts = [re.search(rf"^CPU {field}\s*:\s*(\S+)$", text, re.MULTILINE) for field in ("implementer", "part")]
-    return " ".join(part[1] for part in parts if part) or platform.processor() or platform.machine()
 
 
 def cache_bytes() -> dict[str, int]:
