@@ -210,6 +210,10 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     ):
         told = f"how {what} written (default: what the chat template shows): {', '.join(names)}"
         sub.add_argument(flag, choices=names, metavar="NAME", help=told)
+    sub.add_argument(
+        "--record-traffic", type=Path, metavar="FILE",
+        help="write which sizes of steps it runs, every minute and at the end, for `xllm compile --traffic FILE`",
+    )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

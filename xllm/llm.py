@@ -25,6 +25,7 @@ from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
 from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
@@ -44,6 +45,7 @@ _INSTEAD = {
 }
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
+Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
 
 
 def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
@@ -65,12 +67,13 @@ def open_engine(
     max_seqs: int | None = None,
     prefix_cache: bool = True,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
-    the model allows it. kernel_modules: files whose kernels the artifact may run.
+    the model allows it. kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
     Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
@@ -81,7 +84,8 @@ def open_engine(
     count = host.threads(threads).count
     executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
     cost, _ = cost_of(artifact, count)
-    engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling, cost), sink)
+    config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
+    engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
     engine.start()
     return engine, ledger
 
@@ -134,6 +138,7 @@ def open_encoder(
     memory_bytes: int | None = None,
     threads: int | None = None,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Encoder, RowsLedger]:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
     from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
@@ -142,7 +147,8 @@ def open_encoder(
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
     ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
     count = host.threads(threads).count
-    return Encoder(CpuExecutor(artifact, count, kernel_modules=kernel_modules)), ledger
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    return Encoder(watch(executor, artifact) if watch else executor), ledger
 
 
 def open_rows(

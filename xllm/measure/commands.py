@@ -92,8 +92,8 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 
 def _fit(artifact: Artifact, arguments: argparse.Namespace) -> None:
+    from xllm.files import write_whole
     from xllm.measure.fit import fit_artifact
-    from xllm.measure.tables import write_whole
     from xllm.targets.fitted import cost_path
 
     fitted = fit_artifact(
@@ -109,7 +109,8 @@ def _fit(artifact: Artifact, arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from xllm.measure.tables import table_path, write_whole
+    from xllm.files import write_whole
+    from xllm.measure.tables import table_path
     from xllm.measure.tune import tune
 
     _say_if_busy()

@@ -29,11 +29,3 @@ def read_tuning(which: str) -> Tuning:
         raise ValueError(f"there is no tuning table {file}; run `xllm tune`") from None
     except ValueError as error:
         raise ValueError(f"{file} is no tuning table: {error}; run `xllm tune`") from error
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """All of it or nothing; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(content)
-    part.replace(file)
