@@ -133,7 +133,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(artifact: Artifact, threads: int = 2, each: float = 1e-3) -> Fitted:
     """A model by which a token takes `each` seconds, and nothing else anything."""
-    basis = Basis((1,), (1,), windows_of(artifact.plan))
+    basis = Basis((1,), (1,), windows_of(artifact))
     cost = StepCost(basis, (0.0, 0.0, each, *[0.0] * (basis.size - 3)))
     fidelity = Fidelity(20, 60, 0.04, 0.11, 0.02)
     return Fitted(artifact.manifest["digest"], host.cpu_model(), threads, 64, fidelity, cost)
@@ -212,5 +212,5 @@ def test_the_command_writes_beside_the_artifact_what_serving_uses(path: Path, ca
 
 
 def test_windows_are_those_of_the_plan_s_attention(path: Path, tmp_path: Path) -> None:
-    assert windows_of(Artifact.open(path).plan) == (0,)
-    assert windows_of(Artifact.open(write_small(tmp_path / "small")).plan) == ()
+    assert windows_of(Artifact.open(path)) == (0,)
+    assert windows_of(Artifact.open(write_small(tmp_path / "small"))) == ()

@@ -23,7 +23,6 @@ from xllm.artifact import Artifact
 from xllm.measure.machine import state_memory
 from xllm.measure.profile import AHEAD, GREEDY, token_ids
 from xllm.measure.shape import ShapeError
-from xllm.plan import Plan
 from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.executor import Batch, KVSpec, Limits, Row
 from xllm.runtime.request import Request
@@ -67,7 +66,7 @@ def fit_artifact(
     try:
         tell("steps of many shapes")
         with stepping(executor) as (run, room):
-            found = fit(run, windows_of(artifact.plan), executor.limits, room, seconds)
+            found = fit(run, windows_of(artifact), executor.limits, room, seconds)
     finally:
         executor.close()
     largest, fidelity, cost = found
@@ -165,9 +164,9 @@ def non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
     return found / scale
 
 
-def windows_of(plan: Plan) -> tuple[int, ...]:
-    """The windows of the plan's attention layers, 0 for none, as the costs of its calls name them."""
-    terms = [name for call in plan.calls for cost in (call.cost.flops, call.cost.bytes) for name in cost.terms]
+def windows_of(artifact: Artifact) -> tuple[int, ...]:
+    """The windows of its attention layers, 0 for none, as the costs of its calls name them."""
+    terms = [name for call in artifact.plan.calls for cost in (call.cost.flops, call.cost.bytes) for name in cost.terms]
     return tuple(sorted({int(name[1:] or 0) for name in terms if is_meeting(name) and name[0] in "KP"}))
 
 
