@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
 
 import httpx
 import pytest
 
 from tests.models import FAMILIES, build
 from tests.servers import serving
+from tests.service.fakes import fake_service, running
+from tests.watch.test_profiler import assert_nested
 from xllm import cli
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.traffic import read_traffic
+from xllm.watch.observers import Observers
+from xllm.watch.profiler import Profiler
 
 FLAGS = ("--memory", "256MiB", "--threads", "1", "--log-level", "error", "--no-prefix-cache")
 
@@ -68,3 +76,70 @@ def test_a_file_that_can_not_be_written_is_refused_at_the_start(compiled, tmp_pa
     for file, why in ((tmp_path / "none" / "t.json", "is not a folder that can be written to"), (tmp_path, "a folder")):
         assert cli.main(["serve", str(compiled[1]), "--record-traffic", str(file)]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_a_profile_of_a_server_changes_no_answer(compiled: tuple[Path, Path], tmp_path: Path) -> None:
+    _, artifact = compiled
+    calls = len(Artifact.open(artifact).plan.calls)
+    with serving(artifact, *FLAGS, "--profile-dir", str(tmp_path)) as server:
+
+        def post(route: str, status: int = 200, **sent: Any) -> dict[str, Any]:
+            answer = httpx.post(f"{server.url}{route}", **sent)
+            assert answer.status_code == status, answer.text
+            return answer.json()
+
+        assert post("/stop_profile") == {"status": "stopped", "changed": False}
+        plain = ask(server.url, 37, 9)
+        assert post("/start_profile") == {"status": "running", "changed": True}
+        assert post("/start_profile", json={}) == {"status": "running", "changed": False}
+        assert ask(server.url, 37, 9) == plain
+        refused = post("/stop_profile", 400, json={"path": "/tmp/elsewhere"})["error"]
+        assert refused["param"] == "path" and "takes none" in refused["message"]
+        assert httpx.get(f"{server.url}/start_profile").status_code == 405
+        told = post("/stop_profile")
+        assert told["changed"] and told["steps"] == 9 and told["cut"] is None
+        assert post("/stop_profile") == {"status": "stopped", "changed": False}
+        assert ask(server.url, 37, 9) == plain
+        assert post("/start_profile")["changed"] and post("/stop_profile")["trace"] == "profile-01.trace.json"
+    assert told["trace"] == "profile-00.trace.json" and told["flame_graph"] == "profile-00.svg"
+    assert len(list(tmp_path.iterdir())) == 4
+    events = json.loads((tmp_path / told["trace"]).read_text())["traceEvents"]
+    assert_nested([event for event in events if event["ph"] == "X"])
+    names = Counter(event["name"] for event in events if event["tid"] == 2)
+    assert (names["prompt step"], names["decode step"], names["sampling"]) == (1, 8, 9)
+    assert sum(names.values()) == 1 + 9 * (1 + calls + 1), "with the track's name"
+    spans = {event["name"]: event for event in events if event["tid"] >= 100 and event["ph"] == "X"}
+    assert len(spans) == 3 and spans["prompt"]["dur"] > 0 and spans["answer"]["dur"] > 0
+    assert ElementTree.parse(tmp_path / told["flame_graph"]).getroot().tag.endswith("svg")
+
+
+def test_a_server_without_a_folder_for_profiles_makes_none(tmp_path: Path) -> None:
+    with running(fake_service(tmp_path)) as (base, _):
+        for route in ("/start_profile", "/stop_profile"):
+            answer = httpx.post(f"{base}{route}")
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "profiling_disabled"
+            assert "--profile-dir" in answer.json()["error"]["hint"]["knob"]
+
+
+def test_a_profile_that_can_not_be_written_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    observers = Observers(profiles=folder)
+    profiles = observers.profiling
+    assert profiles is not None
+    profiles.profiler = Profiler(SimpleNamespace(times=None), [])
+    service = fake_service(tmp_path)
+    service.profiling = profiles
+    with running(service) as (base, _):
+        assert httpx.post(f"{base}/start_profile").json()["changed"]
+        folder.rmdir()
+        folder.write_text("in the way")
+        answer = httpx.post(f"{base}/stop_profile")
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "profile_not_written"
+        folder.unlink()
+        assert httpx.post(f"{base}/stop_profile").json()["changed"]
+        assert sorted(file.name for file in folder.iterdir()) == ["profile-00.svg", "profile-00.trace.json"]
+        for turn in range(1, 20):
+            httpx.post(f"{base}/start_profile")
+            assert httpx.post(f"{base}/stop_profile").json()["flame_graph"] == f"profile-{turn % 16:02}.svg"
+        assert len(list(folder.iterdir())) == 32

@@ -214,6 +214,10 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
         "--record-traffic", type=Path, metavar="FILE",
         help="write which sizes of steps it runs, every minute and at the end, for `xllm compile --traffic FILE`",
     )  # fmt: skip
+    sub.add_argument(
+        "--profile-dir", type=Path, metavar="FOLDER",
+        help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
+    )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

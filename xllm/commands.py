@@ -86,7 +86,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from xllm.watch.observers import Observers
 
     try:
-        observers = Observers(arguments.record_traffic)
+        observers = Observers(arguments.record_traffic, arguments.profile_dir)
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
@@ -154,6 +154,7 @@ def serve(arguments: argparse.Namespace) -> None:
             limits=Limits(max_concurrent_requests=arguments.max_concurrent_requests, max_body_bytes=arguments.max_body),
             dialect=dialect,
         )
+        service.profiling = observers.profiling
         answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:
         engine.stop()
