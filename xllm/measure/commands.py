@@ -37,8 +37,8 @@ def add(command: Callable[..., Any], positive: Callable[[str], int], count: Call
     profile.add_argument("--threads", type=positive, metavar="N", help="compute threads (default: the cores there are)")
     profile.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels")
     profile.add_argument(
-        "--cost-seconds", type=count, default=30, metavar="N",
-        help="for the cost model that scheduling decides by, written to ARTIFACT.cost.json (default 30; 0: none)",
+        "--cost-seconds", type=count, default=25, metavar="N",
+        help="for the cost model that scheduling decides by, written to ARTIFACT.cost.json (default 25; 0: none)",
     )  # fmt: skip
     profile.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: ARTIFACT.profile.json")
     tune = command(

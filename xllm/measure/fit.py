@@ -34,6 +34,7 @@ from xllm.targets.fitted import Fidelity, Fitted
 STATE_BYTES = 1 << 30  # keys and values of one step, at most; a quarter of what memory there is
 RANDOM, HELD_OUT = 32, 24  # steps, on a machine that is fast enough
 LEAST = 2  # runs of a step
+LONG = 2  # shares of the time
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def fit(
     """Tokens of the largest step, the errors and the model. room: tokens that the state of one step may have."""
     few, some = (min(run(Step(((0, tokens),), 1)) for _ in range(LEAST)) for tokens in (1, min(64, limits.max_len)))
     largest = limits.max_tokens_per_step
-    while largest > 64 and some * largest / 64 > seconds / 20:
+    while largest > 64 and some * largest / 64 > seconds / 16:
         largest //= 2
     shapes = Shapes(limits, room, largest)
     share = min(1.0, seconds / 8 / HELD_OUT / max(few, 1e-9))  # of the steps: a slow machine runs fewer
@@ -104,15 +105,15 @@ def fit(
 
 
 def measure(run: Run, steps: Sequence[Step], seconds: float, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of every run of every step: LEAST times each, in turns (once, where that takes twice as long as it
-    should), then whichever has had least time so far."""
+    """Seconds of every run of every step: LEAST times each, in turns, then whichever has had least time so far. What
+    takes several times its share runs once: it is long enough to be no accident, and many more fit into its time."""
     times: list[list[float]] = [[] for _ in steps]
     end = clock() + seconds
     order = list(range(len(steps)))
     for turn in range(LEAST):
         random.Random(turn).shuffle(order)
         for at in order:
-            if turn == 0 or clock() < end + seconds:
+            if sum(times[at]) <= LONG * seconds / len(steps):
                 times[at].append(run(steps[at]))
     spent = [sum(each) for each in times]
     while clock() < end:
