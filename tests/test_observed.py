@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import httpx
@@ -22,7 +22,7 @@ from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.traffic import read_traffic
 from xllm.watch.observers import Observers
-from xllm.watch.profiler import Profiler
+from xllm.watch.profiler import Profiler, Timed
 
 FLAGS = ("--memory", "256MiB", "--threads", "1", "--log-level", "error", "--no-prefix-cache")
 
@@ -127,7 +127,7 @@ def test_a_profile_that_can_not_be_written_is_kept(tmp_path: Path) -> None:
     observers = Observers(profiles=folder)
     profiles = observers.profiling
     assert profiles is not None
-    profiles.profiler = Profiler(SimpleNamespace(times=None), [])
+    profiles.profiler = Profiler(cast(Timed, SimpleNamespace(times=None)), [])
     service = fake_service(tmp_path)
     service.profiling = profiles
     with running(service) as (base, _):

@@ -68,9 +68,10 @@ def _drawn(frame: Frame, x: float, level: int, scale: float, whole: float) -> It
     said = escape(f"{frame.name}: {frame.seconds * 1e3:.3f} ms, {share:.1%}")
     y, room = level * HEIGHT, int((width - 4) / CHAR)
     shown = frame.name if len(frame.name) <= room else f"{frame.name[: room - 1]}…" if room > 2 else ""
+    drawn = width - LEAST / 2  # a line between neighbours
     colour = COLOURS[sum(frame.name.encode()) % len(COLOURS)]
     yield (
-        f'<g><title>{said}</title><rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{HEIGHT - 1}" fill="{colour}"/>'
+        f'<g><title>{said}</title><rect x="{x:.2f}" y="{y}" width="{drawn:.2f}" height="{HEIGHT - 1}" fill="{colour}"/>'
         f'<text x="{x + 3:.2f}" y="{y + HEIGHT - 6}">{escape(shown)}</text></g>'
     )
     for inner in sorted(frame.inner.values(), key=lambda one: -one.seconds):
