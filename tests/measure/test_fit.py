@@ -19,6 +19,7 @@ from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.llm import STEP_SECONDS, engine_config, tokens_beside_decodes
 from xllm.measure.fit import Shapes, doubling, errors, fit, measure, non_negative, windows_of
+from xllm.measure.machine import thread_times, waited
 from xllm.memory import plan_memory
 from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.executor import Limits
@@ -112,6 +113,18 @@ def test_steps_are_what_the_artifact_takes(limits: Limits, room: int) -> None:
         assert 1 <= len(step.rows) <= limits.max_seqs and 0 <= step.sampled <= len(step.rows)
         assert step.tokens <= limits.max_tokens_per_step and step.context <= room
         assert all(new >= 1 and past >= 0 and past + new <= limits.max_len for past, new in step.rows)
+
+
+def test_what_threads_waited_for_a_core_is_what_all_of_them_did() -> None:
+    before = {"1": (0, 0), "2": (100, 7), "3": (100, 9)}
+    after = {"1": (10, 900), "2": (5100, 3007), "3": (4100, 2009), "4": (9000, 9000)}
+    assert waited(before, after, 2) == pytest.approx(2e-6), "not of the one that hardly ran, or is new"
+    assert waited(before, after, 1) == pytest.approx(3e-6)
+    assert waited({}, after, 2) == waited({}, {}, 2) == 0
+    began = thread_times()
+    assert waited(began, thread_times(), 1) >= 0
+    if began:
+        assert all(run > 0 and wait >= 0 for run, wait in began.values())
 
 
 def test_least_squares_have_no_negative_coefficients() -> None:

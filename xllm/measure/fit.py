@@ -1,9 +1,9 @@
 """Fits the cost model of an artifact on this machine: which steps are run, how often, and what is made of the times.
 
 Steps of a designed mix (sizes at which curves bend, then random ones) and held-out ones, of another seed, take turns:
-each runs again when the others have had as much time, and its least time counts, since what others do on the machine
-only adds. Coefficients are not negative and make the relative errors of the mix small; how far they are off is told of
-the held-out steps, which no coefficient has seen.
+each runs again when the others have had as much time. What others do on the machine only adds: the least time of a step
+counts, without what its threads waited for a core. Coefficients are not negative and make the relative errors of the
+mix small; how far they are off is told of the held-out steps, which no coefficient has seen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xllm.artifact import Artifact
-from xllm.measure.machine import state_memory
+from xllm.measure.machine import state_memory, thread_times, waited
 from xllm.measure.profile import AHEAD, GREEDY, token_ids
 from xllm.measure.shape import ShapeError
 from xllm.runtime.cost import Basis, StepCost
@@ -66,7 +66,7 @@ def fit_artifact(
     executor = CpuExecutor(artifact, count, kernel_modules=modules)
     try:
         tell("steps of many shapes")
-        with stepping(executor) as (run, room):
+        with stepping(executor, count) as (run, room):
             found = fit(run, windows_of(artifact), executor.limits, room, seconds)
     finally:
         executor.close()
@@ -237,8 +237,9 @@ def _log_uniform(chance: random.Random, low: int, high: int) -> int:
 
 
 @contextmanager
-def stepping(executor: CpuExecutor) -> Iterator[tuple[Run, int]]:
-    """Runs a step and gives its seconds; and the tokens of state that one may have. State is written before."""
+def stepping(executor: CpuExecutor, threads: int) -> Iterator[tuple[Run, int]]:
+    """Runs a step and gives its seconds, without those that all threads waited for others to leave the cores; and the
+    tokens of state that one may have. State is written before."""
     limits, spec = executor.limits, executor.kv
     whole = whole_state(spec, limits)
     left = host.memory_left()
@@ -259,9 +260,10 @@ def stepping(executor: CpuExecutor) -> Iterator[tuple[Run, int]]:
             first += new
         assert at <= len(memory)
         batch = Batch(0, tuple(rows))
-        began = time.perf_counter()
+        before, began = thread_times(), time.perf_counter()
         executor.launch(batch).result()
-        return time.perf_counter() - began
+        took = time.perf_counter() - began
+        return max(took - waited(before, thread_times(), threads), took / 100)
 
     try:
         yield run, room

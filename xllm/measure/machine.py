@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from xllm.kernels import cpu
 
 WRITTEN = 0x3C  # small numbers of every type; what nobody wrote is one page of zeros, again and again
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_CACHES, _THREADS = Path("/sys/devices/system/cpu/cpu0/cache"), Path("/proc/self/task")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ def state_memory(size: int) -> np.ndarray:
     memory = np.frombuffer(mmap.mmap(-1, max(size, mmap.PAGESIZE)), np.uint8)
     memory[:] = WRITTEN
     return memory
+
+
+ThreadTimes = Mapping[str, tuple[int, int]]
+
+
+def thread_times() -> ThreadTimes:
+    """Nanoseconds that each thread of this process has run, and has been ready to run while others had the cores;
+    nothing where the system does not say."""
+    found = {}
+    for folder in _THREADS.glob("*"):
+        if len(figures := _read(folder / "schedstat").split()) == 3:
+            found[folder.name] = int(figures[0]), int(figures[1])
+    return found
+
+
+def waited(before: ThreadTimes, after: ThreadTimes, threads: int) -> float:
+    """Seconds that each of so many threads, those that ran most in between, waited for a core at least. Where others
+    take their turns on all cores it is what these took; where they disturb one thread alone it is nothing, since that
+    may have kept the rest waiting or not."""
+    spans = [(run - before[name][0], wait - before[name][1]) for name, (run, wait) in after.items() if name in before]
+    return min((wait for _, wait in sorted(spans)[-threads:]), default=0) / 1e9
 
 
 def _read(path: Path) -> str:
