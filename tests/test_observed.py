@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -54,6 +55,7 @@ def test_recorded_traffic_gives_buckets_that_fit_it(compiled: tuple[Path, Path],
             ask(server.url, 37, 9)
             ask(server.url, 90, 5)
         assert not file.exists(), "it is written by the minute"
+        assert "step times: predicted from the figures it was compiled with; run `xllm profile" in server.said
         steps = server.metric("num_processing_tokens_total_generated")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
@@ -111,6 +113,20 @@ def test_a_profile_of_a_server_changes_no_answer(compiled: tuple[Path, Path], tm
     spans = {event["name"]: event for event in events if event["tid"] >= 100 and event["ph"] == "X"}
     assert len(spans) == 3 and spans["prompt"]["dur"] > 0 and spans["answer"]["dur"] > 0
     assert ElementTree.parse(tmp_path / told["flame_graph"]).getroot().tag.endswith("svg")
+
+
+def test_profiles_start_and_end_under_load(compiled: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(compiled[1], *FLAGS, "--profile-dir", str(tmp_path)) as server, ThreadPoolExecutor(4) as pool:
+        sizes = [(prompt, 20) for prompt in (5, 40, 90, 130)]
+        alone = [ask(server.url, *size) for size in sizes]
+        together = [pool.submit(ask, server.url, *size) for size in sizes * 6]
+        while not all(asked.done() for asked in together):
+            for route in ("start", "stop"):
+                assert httpx.post(f"{server.url}/{route}_profile").json()["changed"]
+        assert [asked.result() for asked in together] == alone * 6
+        assert server.metric("request_status_total_unknown") == 0
+    for file in tmp_path.glob("*.json"):
+        assert_nested([event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"])
 
 
 def test_a_server_without_a_folder_for_profiles_makes_none(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from tests.artifacts import contents, write_small
 from tests.models import FAMILIES, build
+from tests.servers import serving
 from xllm import cli
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
-from xllm.llm import STEP_SECONDS, engine_config, tokens_beside_decodes
+from xllm.llm import LLM, STEP_SECONDS, engine_config, tokens_beside_decodes
 from xllm.measure.fit import Shapes, doubling, errors, fit, measure, non_negative, windows_of
 from xllm.measure.machine import thread_times, waited
 from xllm.memory import plan_memory
@@ -221,6 +222,11 @@ def test_the_command_writes_beside_the_artifact_what_serving_uses(path: Path, ca
     held = json.loads(cost_path(path).read_text())["fidelity"]
     assert held["held_out"] == int(told[1]) and f"{held['p90_error']:.1%}" == f"{told[3]}%"
     assert 0 < cost.seconds([(20, 1)]) <= cost.seconds([(20, 1), (0, 60)])
+    for threads, used in ((1, cost), (2, None)):
+        with LLM(path, memory_bytes=256 << 20, threads=threads) as llm:
+            assert llm._engine is not None and llm._engine._config.cost == used
+    with serving(path, "--memory", "256MiB", "--threads", "1") as server:
+        assert f"step times: {why}\n" in server.said
     cost_path(path).unlink()
 
 
