@@ -20,7 +20,7 @@ from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
 from xllm.llm import LLM, STEP_SECONDS, engine_config, tokens_beside_decodes
 from xllm.measure.fit import Shapes, doubling, errors, fit, measure, non_negative, windows_of
-from xllm.measure.machine import thread_times, waited
+from xllm.measure.machine import thread_times, undisturbed
 from xllm.memory import plan_memory
 from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.executor import Limits
@@ -116,16 +116,17 @@ def test_steps_are_what_the_artifact_takes(limits: Limits, room: int) -> None:
         assert all(new >= 1 and past >= 0 and past + new <= limits.max_len for past, new in step.rows)
 
 
-def test_what_threads_waited_for_a_core_is_what_all_of_them_did() -> None:
-    before = {"1": (0, 0), "2": (100, 7), "3": (100, 9)}
-    after = {"1": (10, 900), "2": (5100, 3007), "3": (4100, 2009), "4": (9000, 9000)}
-    assert waited(before, after, 2) == pytest.approx(2e-6), "not of the one that hardly ran, or is new"
-    assert waited(before, after, 1) == pytest.approx(3e-6)
-    assert waited({}, after, 2) == waited({}, {}, 2) == 0
+def test_what_threads_waited_for_a_core_is_no_part_of_a_step() -> None:
+    before, ms = {"1": (0, 0), "2": (100, 7), "3": (100, 9)}, 10**6
+    after = {"1": (10, 90 * ms), "2": (30 * ms, 20 * ms + 7), "3": (28 * ms, 15 * ms + 9), "4": (99 * ms, 99 * ms)}
+    assert undisturbed(0.05, before, after, 2) == pytest.approx(0.035), "not of who hardly ran, or is new"
+    assert undisturbed(0.05, before, after, 1) == pytest.approx(0.03)
+    assert undisturbed(0.031, before, after, 2) == pytest.approx(0.03, abs=1e-6), "a thread ran as long"
+    assert undisturbed(0.02, before, after, 2) == 0.02 and undisturbed(0.009, before, after, 2) == 0.009
+    assert undisturbed(0.05, {}, after, 2) == undisturbed(0.05, {}, {}, 2) == 0.05
     began = thread_times()
-    assert waited(began, thread_times(), 1) >= 0
-    if began:
-        assert all(run > 0 and wait >= 0 for run, wait in began.values())
+    assert undisturbed(1.0, began, thread_times(), 1) <= 1.0
+    assert all(run >= 0 and wait >= 0 for run, wait in began.values())
 
 
 def test_least_squares_have_no_negative_coefficients() -> None:

@@ -96,9 +96,8 @@ def _fit(artifact: Artifact, arguments: argparse.Namespace) -> None:
     from xllm.measure.fit import fit_artifact
     from xllm.targets.fitted import cost_path
 
-    fitted = fit_artifact(
-        artifact, arguments.threads, arguments.cost_seconds, _tell, tuple(arguments.kernel_module)
-    )  # fmt: skip
+    modules = tuple(arguments.kernel_module)
+    fitted = fit_artifact(artifact, arguments.threads, arguments.cost_seconds, _tell, modules)
     exact, file = fitted.fidelity, cost_path(arguments.artifact)
     write_whole(file, fitted.to_json())
     print(

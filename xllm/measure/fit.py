@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from xllm.artifact import Artifact
-from xllm.measure.machine import state_memory, thread_times, waited
+from xllm.measure.machine import state_memory, thread_times, undisturbed
 from xllm.measure.profile import AHEAD, GREEDY, token_ids
 from xllm.measure.shape import ShapeError
 from xllm.runtime.cost import Basis, StepCost
-from xllm.runtime.executor import Batch, KVSpec, Limits, Row
+from xllm.runtime.executor import Batch, Limits, Row
 from xllm.runtime.request import Request
 from xllm.targets import host
 from xllm.targets.base import is_meeting
@@ -241,12 +241,12 @@ def stepping(executor: CpuExecutor, threads: int) -> Iterator[tuple[Run, int]]:
     """Runs a step and gives its seconds, without those that all threads waited for others to leave the cores; and the
     tokens of state that one may have. State is written before."""
     limits, spec = executor.limits, executor.kv
-    whole = whole_state(spec, limits)
-    left = host.memory_left()
-    memory = state_memory(min(whole, STATE_BYTES, left // 4 if left is not None else STATE_BYTES))
     per_token = -(-spec.group_bytes // spec.group_tokens)
-    usual = spec.fixed_bytes * limits.max_seqs + limits.max_seqs * (mmap.PAGESIZE + spec.group_bytes)
-    room = max(AHEAD + 1, (len(memory) - usual) // per_token)
+    apart = limits.max_seqs * (spec.fixed_bytes + spec.group_bytes + mmap.PAGESIZE)  # what sequences take beside that
+    left, whole = host.memory_left(), apart + limits.max_seqs * (limits.max_len + AHEAD) * per_token
+    granted = min(whole, STATE_BYTES, left // 4 if left is not None else STATE_BYTES)
+    memory = state_memory(max(granted, apart + 2 * AHEAD * per_token))
+    room = (len(memory) - apart) // max(per_token, 1)
     prompt = token_ids(limits, limits.max_tokens_per_step, 0)
     for slot in range(limits.max_seqs):
         executor.attach(slot, Request(f"fit-{slot}", (0,), GREEDY), ())
@@ -263,15 +263,10 @@ def stepping(executor: CpuExecutor, threads: int) -> Iterator[tuple[Run, int]]:
         before, began = thread_times(), time.perf_counter()
         executor.launch(batch).result()
         took = time.perf_counter() - began
-        return max(took - waited(before, thread_times(), threads), took / 100)
+        return undisturbed(took, before, thread_times(), threads)
 
     try:
         yield run, room
     finally:
         for slot in range(limits.max_seqs):
             executor.detach(slot)
-
-
-def whole_state(spec: KVSpec, limits: Limits) -> int:
-    """Bytes that a step needs whose sequences all have the longest context."""
-    return limits.max_seqs * (spec.bytes_for(limits.max_len + AHEAD) + mmap.PAGESIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from xllm.kernels import cpu
 
+SHORT = 0.01  # seconds: of less, a thread that was about to sleep counts more than it should; some run is undisturbed
 WRITTEN = 0x3C  # small numbers of every type; what nobody wrote is one page of zeros, again and again
 _CACHES, _THREADS = Path("/sys/devices/system/cpu/cpu0/cache"), Path("/proc/self/task")
 
@@ -54,21 +56,25 @@ ThreadTimes = Mapping[str, tuple[int, int]]
 
 
 def thread_times() -> ThreadTimes:
-    """Nanoseconds that each thread of this process has run, and has been ready to run while others had the cores;
+    """Nanoseconds that each other thread of this process has run, and has been ready to run while others had the cores;
     nothing where the system does not say."""
-    found = {}
+    found, own = {}, str(threading.get_native_id())  # which is busy asking
     for folder in _THREADS.glob("*"):
-        if len(figures := _read(folder / "schedstat").split()) == 3:
+        if folder.name != own and len(figures := _read(folder / "schedstat").split()) == 3:
             found[folder.name] = int(figures[0]), int(figures[1])
     return found
 
 
-def waited(before: ThreadTimes, after: ThreadTimes, threads: int) -> float:
-    """Seconds that each of so many threads, those that ran most in between, waited for a core at least. Where others
-    take their turns on all cores it is what these took; where they disturb one thread alone it is nothing, since that
-    may have kept the rest waiting or not."""
-    spans = [(run - before[name][0], wait - before[name][1]) for name, (run, wait) in after.items() if name in before]
-    return min((wait for _, wait in sorted(spans)[-threads:]), default=0) / 1e9
+def undisturbed(took: float, before: ThreadTimes, after: ThreadTimes, threads: int) -> float:
+    """Of `took` seconds between two readings, those without what each of so many threads, those that ran most, waited
+    for a core: where others take their turns on all cores, what these took. Where they disturb one thread alone it is
+    all of them, since that may have kept the rest waiting or not. Never less than a thread ran."""
+    spans = sorted(
+        (run - before[name][0], wait - before[name][1]) for name, (run, wait) in after.items() if name in before
+    )[-threads:]
+    if not spans or took < SHORT:
+        return took
+    return min(took, max(took - min(wait for _, wait in spans) / 1e9, spans[-1][0] / 1e9))
 
 
 def _read(path: Path) -> str:

@@ -205,7 +205,7 @@ class Profiler:
         self._executor.times = None
         if recording.ended:
             return
-        recording.ended = time.perf_counter()
+        recording.ended = min(time.perf_counter(), recording.began + self._seconds)
         many = f"only the first {MAX_CALLS} calls are told apart" if self._calls > MAX_CALLS else ""
         recording.cut = "; ".join(filter(None, (why, many)))
         # Those that go on: copies, since they do.
