@@ -120,7 +120,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     from xllm.measure import commands as measure
 
     inspection.add(command, _dim)
-    measure.add(command, _positive)
+    measure.add(command, _positive, _count)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -218,6 +218,14 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     ):
         told = f"how {what} written (default: what the chat template shows): {', '.join(names)}"
         sub.add_argument(flag, choices=names, metavar="NAME", help=told)
+    sub.add_argument(
+        "--record-traffic", type=Path, metavar="FILE",
+        help="write which sizes of steps it runs, every minute and at the end, for `xllm compile --traffic FILE`",
+    )  # fmt: skip
+    sub.add_argument(
+        "--profile-dir", type=Path, metavar="FOLDER",
+        help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
+    )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

@@ -83,7 +83,12 @@ def serve(arguments: argparse.Namespace) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     from xllm.service.listener import bind
+    from xllm.watch.observers import Observers
 
+    try:
+        observers = Observers(arguments.record_traffic, arguments.profile_dir)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     try:
         listener = bind(arguments.host, arguments.port)
     except OSError as error:
@@ -95,6 +100,7 @@ def serve(arguments: argparse.Namespace) -> None:
         from xllm.llm import open_engine, open_model, open_rows
         from xllm.service.dispatch import Dispatcher
         from xllm.targets import host
+        from xllm.targets.fitted import cost_of
     dispatcher = Dispatcher()
 
     # Checking the weights runs outside the interpreter lock: beside it, the HTTP stack and the tokenizer are loaded.
@@ -105,14 +111,15 @@ def serve(arguments: argparse.Namespace) -> None:
         def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
             artifact = opened.result()
             if artifact.task == "generate":
-                return open_engine(artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
+                options = _engine(arguments) | {"max_seqs": arguments.max_seqs, "watch": observers.watch}
+                return open_engine(artifact, dispatcher.sink, **options)
             for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache"):
                 if getattr(arguments, flag):
                     name = flag.replace("_", "-")
                     raise UsageError(
                         f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}"
                     )
-            return open_rows(artifact, dispatcher.sink, **_process(arguments))
+            return open_rows(artifact, dispatcher.sink, watch=observers.watch, **_process(arguments))
 
         opening = opener.submit(open_rest)
         with _lap(took, "HTTP imported"):
@@ -133,6 +140,7 @@ def serve(arguments: argparse.Namespace) -> None:
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
         print(f"threads: {chosen.count} ({chosen.why})", flush=True)
         if artifact.task == "generate":
+            print(f"step times: {cost_of(artifact, chosen.count)[1]}", flush=True)
             print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
@@ -157,9 +165,11 @@ def serve(arguments: argparse.Namespace) -> None:
             dialect=dialect,
             batches=batches,
         )
+        service.profiling = observers.profiling
         answer(service, listener, Keys(keys) if keys else None, _listening)
     finally:
         engine.stop()
+        observers.close()
 
 
 @contextmanager

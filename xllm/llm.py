@@ -21,13 +21,17 @@ import numpy as np
 from xllm.artifact import Artifact, ArtifactError
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
 from xllm.runtime.config import EngineConfig
+from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.executor import Executor
+from xllm.runtime.pace import FEWEST
 from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
-from xllm.targets.base import StepSizes
+from xllm.targets.base import USUAL_CONTEXT, StepSizes
+from xllm.targets.fitted import cost_of
 from xllm.targets.predicted import target_of
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ _INSTEAD = {
 }
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
+Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
 
 
 def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
@@ -62,12 +67,13 @@ def open_engine(
     max_seqs: int | None = None,
     prefix_cache: bool = True,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
-    the model allows it. kernel_modules: files whose kernels the artifact may run.
+    the model allows it. kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
     Raises ArtifactError for an artifact this machine cannot run.
     """
     from xllm.targets.cpu.executor import CpuExecutor
@@ -75,33 +81,46 @@ def open_engine(
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
-    executor = CpuExecutor(artifact, host.threads(threads).count, kernel_modules=kernel_modules)
-    engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
+    count = host.threads(threads).count
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    cost, _ = cost_of(artifact, count)
+    config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
+    engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
     engine.start()
     return engine, ledger
 
 
 def engine_config(
-    artifact: Artifact, ledger: Ledger, chunk: int | None = None, async_scheduling: bool = True
+    artifact: Artifact,
+    ledger: Ledger,
+    chunk: int | None = None,
+    async_scheduling: bool = True,
+    cost: StepCost | None = None,
 ) -> EngineConfig:
-    """The settings of an engine that serves the artifact in this memory."""
+    """The settings of an engine that serves the artifact in this memory; `cost` is what steps take on this machine,
+    where that was measured."""
     budget = artifact.plan.buckets[-1].T
     return EngineConfig(
         kv_bytes=ledger.kv,
         page_bytes=ledger.pool.page_bytes,
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
         max_tokens_per_step=budget,
-        max_beside_decodes=tokens_beside_decodes(artifact),
+        max_beside_decodes=tokens_beside_decodes(artifact, cost),
         step_seconds=STEP_SECONDS,
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
         prefix_cache=ledger.prefix_cache,
+        cost=cost,
     )
 
 
-def tokens_beside_decodes(artifact: Artifact) -> int:
-    """Prompt tokens that may join a step with decodes: a power of two whose predicted time is within STEP_SECONDS."""
+def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> int:
+    """Prompt tokens that may join a step with decodes: as many as keep it within STEP_SECONDS by the model that was
+    fitted on this machine; without one, a power of two by the costs of the artifact's calls."""
+    if cost is not None:
+        most = artifact.plan.buckets[-1].T
+        return max(min(FEWEST, most), cost.tokens_within(STEP_SECONDS, most, [(USUAL_CONTEXT, 1)]))
     target = target_of(artifact)
 
     def seconds(tokens: int) -> float:
@@ -119,6 +138,7 @@ def open_encoder(
     memory_bytes: int | None = None,
     threads: int | None = None,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Encoder, RowsLedger]:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
     from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
@@ -127,7 +147,8 @@ def open_encoder(
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
     ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
     count = host.threads(threads).count
-    return Encoder(CpuExecutor(artifact, count, kernel_modules=kernel_modules)), ledger
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    return Encoder(watch(executor, artifact) if watch else executor), ledger
 
 
 def open_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xllm.runtime.cost import StepCost
 from xllm.runtime.errors import RuntimeFault
 
 
@@ -20,7 +21,8 @@ class EngineConfig:
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
-    for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
+    for models with state that does not grow with the text. cost: what steps take on this machine, where that was
+    measured. check: assert all invariants after each step (for tests;
     cost grows with pages).
     """
 
@@ -37,6 +39,7 @@ class EngineConfig:
     async_scheduling: bool = True
     premap: bool = True
     prefix_cache: bool = True
+    cost: StepCost | None = None
     check: bool = False
 
     def __post_init__(self) -> None:

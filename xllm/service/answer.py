@@ -28,6 +28,7 @@ from xllm.service.tokenizer import TextCodec
 if TYPE_CHECKING:
     from xllm.service.batches import Batches
     from xllm.service.grammar import Grammars
+    from xllm.service.profiling import Profiling
     from xllm.service.template import ChatTemplate
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
@@ -74,6 +75,7 @@ class Service:
     batches: Batches | None = None  # None: nothing is kept on disk
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    profiling: Profiling | None = None  # where it is enabled
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
 
     def warm_up(self) -> None:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from xllm import __version__
+from xllm.service import profiling
 from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
@@ -143,6 +144,7 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         **dict.fromkeys(("/v1/classify", "/classify"), Classify(service)),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
+        **profiling.routes(service),
     }
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
 

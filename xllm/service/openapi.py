@@ -98,6 +98,11 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),
     "/v1/responses/{response_id}/input_items": ("What a stored response was asked for, latest first", ITEMS),
 }
+SWITCHED = closed(status={"enum": ["running", "stopped"]}, changed={"type": "boolean"})
+SWITCHES: Mapping[str, tuple[str, Schema]] = {  # POST without a body, or with an empty one
+    "/start_profile": ("Starts a profile, where the server was given a folder for them", SWITCHED),
+    "/stop_profile": ("Ends it and writes its files", SWITCHED),
+}
 
 
 def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
@@ -108,6 +113,9 @@ def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
     paths = _stored() if "/v1/batches" in endpoints else {}
     for path, (summary, answer) in READ.items():
         paths[path] = {"get": _operation(path, "get", summary, _answer(path, answer))}
+    for path, (summary, answer) in SWITCHES.items():
+        empty = {"content": {"application/json": {"schema": {"type": "object", "additionalProperties": False}}}}
+        paths[path] = {"post": _operation(path, "post", summary, _answer(path, answer)) | {"requestBody": empty}}
     deleted = _answer("", closed(id=TEXT, deleted={"const": True}))
     at = "/v1/responses/{response_id}"
     paths[at]["delete"] = _operation(at, "delete", "Forgets a stored response", deleted)
