@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
-from xllm.runtime.config import EngineConfig, EngineStats
+from xllm.runtime.config import EngineConfig, EngineStats, TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, StepResult
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
@@ -81,6 +82,27 @@ def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact) -> None:
     assert (stats.cached_tokens == 0) if fixed else (stats.cached_tokens > stats.looked_up_tokens // 8)
 
 
+TIERS = (("chunks of 64", "host"), ("preempted", "disk"), ("preempted, plain loop, two threads", "both"))
+
+
+@pytest.mark.parametrize(("name", "tiers"), TIERS, ids=[tiers for _, tiers in TIERS])
+def test_same_bits_from_memory_and_disk(name: str, tiers: str, artifact: Artifact, tmp_path: Path) -> None:
+    """The same beginnings, in a pool that holds two texts or three: evicted, and loaded from where they went."""
+    asked = requests(shared=True)
+    computed, _ = run(artifact, Schedule(), asked=asked, prefix_cache=False)
+    group_bytes = artifact.plan.kv.group_bytes
+    host = 0 if tiers == "disk" else 16 * group_bytes if tiers == "both" else 1 << 20
+    config = TierConfig(host, None if tiers == "host" else str(tmp_path), 1 << 24, "ab")
+    loaded, stats = run(artifact, replace(SCHEDULES[name], kv_groups=14), asked=asked, tiers=config)
+    assert loaded == computed
+    if artifact.plan.kv.fixed_bytes:
+        assert stats.tiers == ()
+        return
+    assert stats.evictions > 0 and stats.loads > 0
+    assert sum(tier.loaded for tier in stats.tiers) > 0
+    assert not any(tier.corrupt or tier.off for tier in stats.tiers)
+
+
 def requests(shared: bool = False) -> list[Request]:
     """Prompts of 1 to 120 tokens; half of them sampled with every feature on. `shared`: cut from three texts that have
     their first 40 tokens in common, with up to two tokens of their own behind."""
@@ -133,6 +155,7 @@ def run(
     one_by_one: bool = False,
     asked: list[Request] | None = None,
     prefix_cache: bool = True,
+    tiers: TierConfig | None = None,
 ) -> tuple[dict[str, list[bytes]], EngineStats]:
     """Every request's rows (logit bits and token) in order, and the engine's figures."""
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
@@ -148,6 +171,7 @@ def run(
         max_seqs=schedule.max_seqs,
         async_scheduling=schedule.overlapped,
         prefix_cache=prefix_cache,
+        tiers=tiers,
         check=True,
     )
     engine = Engine(executor, config, outputs.put)

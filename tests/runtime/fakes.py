@@ -22,6 +22,7 @@ from xllm.runtime import (
     StepResult,
     TokenOutput,
 )
+from xllm.runtime.config import TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
@@ -243,6 +244,7 @@ class Rig:
     real_memory: bool = False
     premap: bool = False
     prefix_cache: bool = True
+    tiers: TierConfig | None = None
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
@@ -260,6 +262,7 @@ class Rig:
             async_scheduling=self.async_scheduling,
             premap=self.premap,
             prefix_cache=self.prefix_cache,
+            tiers=self.tiers,
             check=True,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
@@ -273,6 +276,8 @@ class Rig:
     def turn(self) -> None:
         """One turn of the engine's loop, if it would not sleep."""
         self.now += 1
+        while self.engine._core.parked and not self.engine._cancelled:
+            assert self.engine._tiers.work(), "it waits for a load that nobody makes"
         if self.busy:
             self.engine._take_requests(self.flight)
             self.flight = self.engine._turn(self.flight)
