@@ -37,10 +37,12 @@ class TierConfig:
 
 @dataclass(frozen=True)
 class TierFigures:
-    """One tier, in bytes and in groups of tokens. loaded and corrupt: asked for, and found as they were stored or not
-    (corrupt, short or gone). off: why the tier is not used any more (an errno's name), empty while it is."""
+    """One tier, in bytes and in groups of tokens of `group_bytes`. loaded and corrupt: asked for, and found as they were
+    stored or not (corrupt, short or gone). off: why the tier is not used any more (an errno's name), empty while it
+    is."""
 
     name: str
+    group_bytes: int = 0
     limit_bytes: int = 0
     held_bytes: int = 0
     stored: int = 0

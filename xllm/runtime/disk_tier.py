@@ -51,7 +51,7 @@ class DiskTier:
         self._folder = Path(folder) / f"kv-{identity}"
         self._held: OrderedDict[bytes, None] = OrderedDict()  # oldest first
         self._lock = threading.Lock()
-        self._figures = TierFigures("disk", limit_bytes=self._limit * _on_disk(self._size))
+        self._figures = TierFigures("disk", group_bytes, self._limit * _on_disk(self._size))
         try:
             self._lock_file = _claim(Path(folder), self._folder)
             self._rebuild()

@@ -37,7 +37,7 @@ class HostTier:
         self._free = list(reversed(range(slots)))
         self._held: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()  # digest -> slot and checksum; oldest first
         self._lock = threading.Lock()
-        self._figures = TierFigures("host", limit_bytes=slots * group_bytes)
+        self._figures = TierFigures("host", group_bytes, slots * group_bytes)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._held

@@ -74,7 +74,7 @@ class Tiers:
         if self._failed:
             return 0
         begin = known = self._first(matched)[1].start
-        counts = dict.fromkeys(("host", "disk"), 0)
+        counts: dict[str, int] = {"host": 0, "disk": 0}
         for digest in chain[begin:]:
             store = next((store for store in self._stores if digest in store), None)
             if store is None:
@@ -204,5 +204,7 @@ def open_tiers(config: TierConfig, pool: TieredPool, changed: Callable[[], None]
     if config.host_bytes:
         stores.append(HostTier(config.host_bytes, group_bytes))
     if config.disk is not None:
-        stores.append(DiskTier(config.disk, config.disk_bytes, group_bytes, config.identity))
+        disk = DiskTier(config.disk, config.disk_bytes, group_bytes, config.identity)
+        log.info("the disk cache %s has %.1f MiB of this model", config.disk, disk.figures().held_bytes / 2**20)
+        stores.append(disk)
     return Tiers(pool, stores, config.cost, changed)
