@@ -37,7 +37,7 @@ class TierConfig:
 
 @dataclass(frozen=True)
 class TierFigures:
-    """One tier, in bytes and in groups of tokens of `group_bytes`. loaded and corrupt: asked for, and found as they were
+    """One tier, in bytes and in groups of `group_bytes` each. loaded and corrupt: asked for, and found as they were
     stored or not (corrupt, short or gone). off: why the tier is not used any more (an errno's name), empty while it
     is."""
 
