@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +64,12 @@ class FakeMemory:
         for (source, offset), value in list(self.content.items()):
             if source == page and offset < size:
                 self.content[self.mapped[address], offset] = value
+
+    def copy_out(self, page: int, offset: int, into: memoryview) -> None:
+        raise NotImplementedError  # with tiers, tests have real memory
+
+    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        raise NotImplementedError
 
     def populate(self, address: int) -> None:
         assert address % self.page_bytes == 0
@@ -277,6 +284,7 @@ class Rig:
         """One turn of the engine's loop, if it would not sleep."""
         self.now += 1
         while self.engine._core.parked and not self.engine._cancelled:
+            assert self.engine._tiers is not None
             assert self.engine._tiers.work(), "it waits for a load that nobody makes"
         if self.busy:
             self.engine._take_requests(self.flight)

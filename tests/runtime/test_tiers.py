@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request
-from tests.runtime.test_prefix import TEXT, ask
-from xllm.runtime import RuntimeFault
+from tests.runtime.fakes import BOTH_LOOPS, RealMemory, Rig, assert_as_alone, request
+from tests.runtime.test_prefix import TEXT, ask, chain_of
+from xllm.runtime import KVSpec, RuntimeFault
 from xllm.runtime.config import EngineConfig, LoadCost, TierConfig, TierFigures
 from xllm.runtime.disk_tier import DiskTier
 from xllm.runtime.host_tier import HostTier
+from xllm.runtime.pages import PoolPlan
+from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers
 
 GROUP = 1500
@@ -66,9 +69,9 @@ def data(n: int, size: int = GROUP) -> memoryview:
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("group_bytes", [300, 1500, 4096, 10_000])
 def test_what_the_pool_evicted_is_loaded(group_bytes, where, overlap, tmp_path):
-    there = {"host": 400} if where == "host" else {"disk": tmp_path / "kv"}
+    host, disk = (400, None) if where == "host" else (0, tmp_path / "kv")
     pages = -(-16 * group_bytes // 4096)
-    rig = tiered(**there, group_bytes=group_bytes, pages=pages, async_scheduling=overlap)
+    rig = tiered(host, disk, group_bytes=group_bytes, pages=pages, async_scheduling=overlap)
     assert ask(rig, "first", TEXT[:200]) == 0
     settle(rig)
     forget(rig)
@@ -109,7 +112,8 @@ def test_tenants_and_models_share_nothing_in_tiers(tmp_path):
     assert ask(rig, "c", TEXT[:200], salt="y") == 0
     rig.engine.stop()
     for identity, cached in (("0b", 0), ("0a", 192)):
-        other = Rig(real_memory=True, group_bytes=GROUP, tiers=replace(rig.tiers, identity=identity))
+        tiers = TierConfig(disk=str(tmp_path), disk_bytes=1 << 20, identity=identity)
+        other = Rig(real_memory=True, group_bytes=GROUP, tiers=tiers)
         assert ask(other, "first", TEXT[:200]) == cached, "files of another model are left alone"
         other.engine.stop()
 
@@ -256,6 +260,30 @@ def test_random_texts_with_corruption_are_answered_as_if_computed_anew(seed, ove
     rig.engine.stop()
 
 
+def test_what_a_step_found_stays_until_it_has_started():
+    """A load that comes in between must not evict it."""
+    pool = TieredPool(PoolPlan(KVSpec(4096), 4096, pages=4, span_pages=4, spans=2), RealMemory(4096))
+    chain = chain_of(0, 64)
+    slot = pool.start(64)
+    pool.grow(slot, 64)
+    for position in range(64):
+        ctypes.c_int32.from_address(pool.base(slot) + position * 256).value = position
+    pool.finish(slot, chain)
+    other = threading.Thread(target=pool.put_page, args=(0, chain_of(1, 64)[3:], [(0, data(7, 4096))]))
+    assert pool.match(chain) == 4
+    other.start()
+    other.join(0.1)
+    assert pool.match(chain) == 4 and pool.figures().evictions == 0
+    slot = pool.start(64, chain)
+    pool.settle()
+    other.join()
+    pool.grow(slot, 64)
+    read = [ctypes.c_int32.from_address(pool.base(slot) + position * 256).value for position in range(64)]
+    assert read == list(range(64))
+    pool.check()
+    pool.close()
+
+
 def test_with_threads_it_is_the_same(tmp_path):
     """The engine's own thread and the tiers' beside each other, in a pool much too small."""
     rig = tiered(40, tmp_path, 60, pages=14, max_len=200, vocab=500, premap=True)
@@ -292,9 +320,14 @@ def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
+    def sink(outputs):
+        rig.outputs.extend(outputs)
+        if outputs[-1].finish_reason:
+            done.set()
+
     monkeypatch.setattr(tiers_of(rig)._stores[0], "get", fail)
     done = threading.Event()
-    rig.engine._sink = lambda outputs: (rig.outputs.extend(outputs), outputs[-1].finish_reason and done.set())
+    rig.engine._sink = sink
     rig.engine.start()
     rig.engine.submit(request("again", TEXT[:90], 5, ignore_eos=True))
     assert done.wait(60)
@@ -342,7 +375,8 @@ def test_files_survive_a_restart_and_others_are_left(tmp_path):
     assert [n for n in range(10) if KEYS[n] in smaller] == [0, 3], "the oldest went"
     assert smaller.get(KEYS[3]) == data(3)
     assert sorted(file.suffix for file in folder.iterdir()) == ["", ".kv", ".kv", ".kv", ".txt"]
-    smaller.close()
+    for _ in range(2):
+        smaller.close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -360,9 +394,11 @@ def test_a_disk_that_is_full_or_fails_turns_the_tier_off_and_serving_goes_on(num
     monkeypatch.setattr("xllm.runtime.disk_tier.os.writev", fail)
     settle(rig)
     assert figures(rig, "disk").off == errno.errorcode[number]
+    assert not rig.engine.stats().not_stored and not tiers_of(rig)._leaving
     assert "the disk cache is off until the next start" in caplog.text
     forget(rig)
     assert ask(rig, "again", TEXT[:100]) == 0
+    assert not tiers_of(rig)._leaving, "nothing is copied for a tier that is off"
     files = [file.suffix for file in (tmp_path / "kv-0a").iterdir()]
     assert sorted(files) == ["", ".kv", ".kv", ".kv"], "no half of a file"
 

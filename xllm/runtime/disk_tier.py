@@ -61,6 +61,10 @@ class DiskTier:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
+    def lacks(self, key: bytes) -> bool:
+        """Would it take this group?"""
+        return not self._figures.off and key not in self._held
+
     def refresh(self, keys: Sequence[bytes]) -> None:
         """These are in use; the first of them stay longest."""
         with self._lock:
@@ -70,7 +74,7 @@ class DiskTier:
 
     def put(self, key: bytes, data: memoryview) -> None:
         """Keep a copy of a group."""
-        if self._figures.off or key in self._held:
+        if not self.lacks(key):
             return
         try:
             if len(self._held) >= self._limit:
@@ -107,8 +111,10 @@ class DiskTier:
         return replace(self._figures, held_bytes=len(self._held) * _on_disk(self._size))
 
     def close(self) -> None:
-        """Another server may use the folder; the files stay."""
-        os.close(self._lock_file)
+        """Another server may use the folder; the files stay. Calling it again does nothing."""
+        if self._lock_file >= 0:
+            os.close(self._lock_file)
+        self._lock_file = -1
 
     def _rebuild(self) -> None:
         """List what is there, by its last use; what was left unfinished goes."""

@@ -42,6 +42,10 @@ class HostTier:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
+    def lacks(self, key: bytes) -> bool:
+        """Would it take this group?"""
+        return key not in self._held
+
     def refresh(self, keys: Sequence[bytes]) -> None:
         """These are in use; the first of them stay longest."""
         with self._lock:
@@ -52,7 +56,7 @@ class HostTier:
     def put(self, key: bytes, data: memoryview) -> None:
         """Keep a copy of a group."""
         with self._lock:
-            if key in self._held:
+            if not self.lacks(key):
                 return
             if not self._free:
                 self._free.append(self._held.popitem(last=False)[1][0])
@@ -82,7 +86,7 @@ class HostTier:
         return replace(self._figures, held_bytes=len(self._held) * self._group_bytes)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back. Calling it again does nothing."""
         self._held.clear()
         self._memory = memoryview(b"")  # with the last slice of it the memory goes
 

@@ -53,7 +53,7 @@ class Tiers:
 
     def keep(self, chain: Sequence[bytes], first: int) -> None:
         """Copy the groups of a text from number `first` on to where they are not yet; they are in the pool now."""
-        missing = [group for group in range(first, len(chain)) if any(chain[group] not in s for s in self._stores)]
+        missing = [group for group in range(first, len(chain)) if any(s.lacks(chain[group]) for s in self._stores)]
         if self._failed or not missing:
             return
         with self._work:
@@ -154,7 +154,7 @@ class Tiers:
         self._changed()
 
     def _store(self, digest: bytes, group: int) -> None:
-        lacking = [store for store in self._stores if digest not in store]
+        lacking = [store for store in self._stores if store.lacks(digest)]
         if lacking and not self._pool.read_group(digest, group, self._buffer):
             with self._work:
                 self.not_stored += 1
