@@ -1,7 +1,7 @@
 """Seconds to have the keys and values of N tokens: computed, loaded from the host tier, from files the system has in
 memory, and from files it has not; and from which N on loading is faster.
 
-    python -m bench.tiers [--checkpoint DIR] [--artifact DIR] [--repeats 3] [--tokens 16 64 256 1024 3072]
+    python -m bench.tiers [--checkpoint DIR] [--artifact DIR] [--repeats 3] [--tokens 16 64 256 1024]
 
 Computing is the time to the first token of a prompt of N tokens and one more, less that of the same prompt when all of
 N is in the KV pages. A load runs from the engine's asking for it until its last page is there, checked.
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256, 1024, 3072], metavar="N")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256, 1024], metavar="N")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=RESULTS / "tiers.json")
     options = parser.parse_args()

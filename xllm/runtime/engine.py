@@ -128,10 +128,9 @@ class Engine:
             self._thread.join()
         elif self._thread.ident is None:
             self._run()
-        if self._tiers is not None:
-            self._tiers.close()
-        if self._failed:
-            # A launched step may still be writing: its memory stays until the process ends.
+        ended = self._tiers is None or self._tiers.close()
+        if self._failed or not ended:
+            # A launched step, or a load, may still be writing: its memory stays until the process ends.
             self.pool.stop_premapping()
         else:
             self._core.executor.close()
@@ -183,7 +182,7 @@ class Engine:
             ):
                 self._quiet = self._core.idle
                 self._changed.notify_all()
-                self._changed.wait()
+                self._changed.wait(None if self._quiet else 1.0)  # a load that is stuck does not say so
             self._quiet = False
             stopping = self._stopping
             submitted, self._submitted = self._submitted, []

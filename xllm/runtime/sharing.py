@@ -35,8 +35,8 @@ class Sharing:
 
     @property
     def parked(self) -> bool:
-        """Has none of those loads ended since?"""
-        return self._tiers is not None and self._loads_ended == self._tiers.ended
+        """Has none of those loads ended since, nor got stuck?"""
+        return self._tiers is not None and self._loads_ended == self._tiers.ended and not self._tiers.stuck
 
     def look_up(
         self, waiting: Ordered[Sequence], running: Ordered[Sequence], slots: int, budget: Budget
@@ -131,7 +131,7 @@ class Sharing:
             if known and room:
                 sequence.load = self._tiers.load(chain[:known], lambda: sequence.finish is None)
             return known > 0
-        return sequence.load is not None and not sequence.load.done
+        return sequence.load is not None and not (sequence.load.done or self._tiers.stuck)
 
     def _promised(self, running: Ordered[Sequence], budget: Budget) -> int:
         """Free pages that no admission may have (see scheduler)."""

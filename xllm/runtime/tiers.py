@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from xllm.runtime.tiered import TieredPool
 log = logging.getLogger("xllm.runtime")
 
 MAX_WAITING = 4096  # groups to be copied out; more are not kept
+STUCK_SECONDS = 10.0  # a load or a copy that takes longer: a disk that hangs, which nobody waits for any more
 
 
 @dataclass
@@ -49,7 +51,14 @@ class Tiers:
         self._work = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._failed = False
+        self._began: float | None = None  # what is being done
         self.loads = self.ended = self.not_stored = 0
+
+    @property
+    def stuck(self) -> bool:
+        """Nothing is to be had now, nor waited for."""
+        began = self._began
+        return self._failed or (began is not None and time.monotonic() - began > STUCK_SECONDS)
 
     def keep(self, chain: Sequence[bytes], first: int) -> None:
         """Copy the groups of a text from number `first` on to where they are not yet; they are in the pool now."""
@@ -71,7 +80,7 @@ class Tiers:
 
     def has(self, chain: Sequence[bytes], matched: int) -> int:
         """How many groups of a text the pool can have by a load that pays, where it has `matched`; 0 for no more."""
-        if self._failed:
+        if self.stuck:
             return 0
         begin = known = self._first(matched)[1].start
         counts: dict[str, int] = {"host": 0, "disk": 0}
@@ -108,22 +117,28 @@ class Tiers:
         self._thread = threading.Thread(target=self._run, name="xllm-tiers", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread after the page it is at, and give memory back. What was not copied yet is not kept."""
+    def close(self) -> bool:
+        """End the thread after the page it is at, and give memory back. What was not copied yet is not kept. False: the
+        thread is stuck, and may yet use memory of the pool."""
         with self._work:
             self._closing = True
             self._work.notify()
         self._pool.settle()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(STUCK_SECONDS)
+            if self._thread.is_alive():
+                log.warning("the thread of the KV tiers is stuck, its memory stays until the process ends")
+                return False
         for store in self._stores:
             store.close()
+        return True
 
     def work(self) -> bool:
         """A load or a copy, whichever is next. False: there is none."""
         with self._work:
             load = self._loads.popleft() if self._loads else None
             group = self._leaving.popitem(last=False) if load is None and self._leaving else None
+        self._began = time.monotonic()
         if load is not None:
             try:
                 self._load(load)
@@ -131,6 +146,7 @@ class Tiers:
                 self._end(load)
         elif group is not None:
             self._store(*group)
+        self._began = None
         return load is not None or group is not None
 
     def _run(self) -> None:
@@ -167,6 +183,7 @@ class Tiers:
         index, _ = self._first(self._pool.refresh(chain))
         begun: tuple[bytes, memoryview] | None = None  # a page may end within a group: it is read and checked once
         while load.wanted() and not self._closing:
+            self._began = time.monotonic()
             groups = self._pool.groups_of(index)
             pieces: list[tuple[int, memoryview]] = []
             known = groups.start
