@@ -7,7 +7,6 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +14,14 @@ import pytest
 
 from tests.runtime.fakes import BOTH_LOOPS, RealMemory, Rig, assert_as_alone, request
 from tests.runtime.test_prefix import TEXT, ask, chain_of
-from xllm.runtime import KVSpec, RuntimeFault
-from xllm.runtime.config import EngineConfig, LoadCost, TierConfig, TierFigures
-from xllm.runtime.disk_tier import DiskTier
+from xllm.runtime import KVSpec
+from xllm.runtime.config import LoadCost, TierConfig, TierFigures
 from xllm.runtime.host_tier import HostTier
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers
 
 GROUP = 1500
-KEYS = [bytes([n]) * 16 for n in range(20)]
 
 
 def tiered(host: int = 0, disk: Path | None = None, disk_groups: int = 1000, **settings) -> Rig:
@@ -54,15 +51,10 @@ def figures(rig: Rig, name: str = "host") -> TierFigures:
 def forget(rig: Rig) -> None:
     """Make the pool's cache empty, by a text that needs all of it."""
     plan = rig.engine.pool.plan
-    prompt = tuple(
-        random.Random(rig.now).choices(range(41, rig.vocab), k=min(rig.max_len, plan.tokens_for(plan.pages)) - 2)
-    )
+    tokens = min(rig.max_len, plan.tokens_for(plan.pages)) - 2
+    prompt = tuple(random.Random(rig.now).choices(range(41, rig.vocab), k=tokens))
     rig.engine.submit(request(f"all of it {rig.now}", prompt, 1))
     rig.finish()
-
-
-def data(n: int, size: int = GROUP) -> memoryview:
-    return memoryview(bytes([n]) * size)
 
 
 @BOTH_LOOPS
@@ -269,7 +261,7 @@ def test_what_a_step_found_stays_until_it_has_started():
     for position in range(64):
         ctypes.c_int32.from_address(pool.base(slot) + position * 256).value = position
     pool.finish(slot, chain)
-    other = threading.Thread(target=pool.put_page, args=(0, chain_of(1, 64)[3:], [(0, data(7, 4096))]))
+    other = threading.Thread(target=pool.put_page, args=(0, chain_of(1, 64)[3:], [(0, memoryview(bytes(4096)))]))
     assert pool.match(chain) == 4
     other.start()
     other.join(0.1)
@@ -335,48 +327,31 @@ def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
     assert_as_alone(rig, request("again", TEXT[:90], 5, ignore_eos=True))
 
 
-@pytest.mark.parametrize(
-    "make", [lambda _: HostTier(4 * GROUP + 9, GROUP), lambda f: DiskTier(f, 4 * 4096, GROUP, "0a")]
-)
-def test_a_tier_keeps_to_its_bytes_and_lets_the_oldest_use_go(make: Callable[[Path], HostTier | DiskTier], tmp_path):
-    tier = make(tmp_path)
-    for n in range(4):
-        tier.put(KEYS[n], data(n))
-    tier.refresh(KEYS[:2])
-    assert tier.get(KEYS[2]) == data(2)
-    for n in (4, 5):
-        tier.put(KEYS[n], data(n))
-    assert [n for n in range(6) if KEYS[n] in tier] == [0, 2, 4, 5], "3 went, then 1, the end of what was used together"
-    figures = tier.figures()
-    assert (figures.stored, figures.loaded, figures.evictions) == (6, 1, 2)
-    assert figures.held_bytes <= figures.limit_bytes
-    if isinstance(tier, DiskTier):
-        files = [file for file in (tmp_path / "kv-0a").iterdir() if file.suffix == ".kv"]
-        assert len(files) == 4 and {file.stat().st_mode & 0o777 for file in files} == {0o600}
-        assert (tmp_path / "kv-0a").stat().st_mode & 0o777 == 0o700
-    tier.close()
+def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("xllm.runtime.tiers.STUCK_SECONDS", 0.2)
+    rig = tiered(0, tmp_path, pages=6)
+    ask(rig, "first", TEXT[:90])
+    settle(rig)
+    forget(rig)
+    settle(rig)
+    hangs, done = threading.Event(), threading.Event()
+    monkeypatch.setattr(tiers_of(rig)._stores[0], "get", lambda key: hangs.wait(60) and None)
 
+    def sink(outputs):
+        rig.outputs.extend(outputs)
+        if outputs[-1].finish_reason:
+            done.set()
 
-def test_files_survive_a_restart_and_others_are_left(tmp_path):
-    tier = DiskTier(tmp_path, 4 * 4096, GROUP, "0a")
-    for n in range(4):
-        tier.put(KEYS[n], data(n))
-        os.utime(tier._file(KEYS[n]), (n, n))
-    assert tier.get(KEYS[0]) == data(0), "used now"
-    with pytest.raises(RuntimeFault, match="another server uses it"):
-        DiskTier(tmp_path, 4 * 4096, GROUP, "0a")
-    DiskTier(tmp_path, 4 * 4096, GROUP, "0b").close()
-    tier.close()
-    folder = tmp_path / "kv-0a"
-    (folder / "notes.txt").write_text("mine")
-    (folder / f"{KEYS[9].hex()}.part").write_text("half of a file")
-    (folder / f"{KEYS[8].hex()}.kv").symlink_to(folder / "notes.txt")
-    smaller = DiskTier(tmp_path, 2 * 4096, GROUP, "0a")
-    assert [n for n in range(10) if KEYS[n] in smaller] == [0, 3], "the oldest went"
-    assert smaller.get(KEYS[3]) == data(3)
-    assert sorted(file.suffix for file in folder.iterdir()) == ["", ".kv", ".kv", ".kv", ".txt"]
-    for _ in range(2):
-        smaller.close()
+    rig.engine._sink = sink
+    rig.engine.start()
+    for name in ("again", "and again"):
+        done.clear()
+        rig.engine.submit(request(name, TEXT[:90], 5, ignore_eos=True))
+        assert done.wait(30)
+    rig.engine.stop()
+    hangs.set()
+    for name in ("again", "and again"):
+        assert_as_alone(rig, request(name, TEXT[:90], 5, ignore_eos=True))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -401,19 +376,3 @@ def test_a_disk_that_is_full_or_fails_turns_the_tier_off_and_serving_goes_on(num
     assert not tiers_of(rig)._leaving, "nothing is copied for a tier that is off"
     files = [file.suffix for file in (tmp_path / "kv-0a").iterdir()]
     assert sorted(files) == ["", ".kv", ".kv", ".kv"], "no half of a file"
-
-
-def test_folders_and_sizes_that_can_not_do_are_refused(tmp_path):
-    with pytest.raises(RuntimeFault, match="holds no group"):
-        HostTier(GROUP - 1, GROUP)
-    with pytest.raises(RuntimeFault, match="holds no file"):
-        DiskTier(tmp_path, 4095, GROUP, "0a")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeFault, match="can't be used"):
-        DiskTier(tmp_path / "file", 1 << 20, GROUP, "0a")
-    (tmp_path / "open").mkdir(mode=0o700)
-    os.chmod(tmp_path / "open", 0o777)
-    with pytest.raises(RuntimeFault, match="only they can write to"):
-        DiskTier(tmp_path / "open", 1 << 20, GROUP, "0a")
-    with pytest.raises(RuntimeFault, match="prefix_cache must be on"):
-        EngineConfig(kv_bytes=1, prefix_cache=False, tiers=TierConfig())
