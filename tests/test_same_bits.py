@@ -71,29 +71,34 @@ def test_same_tokens_and_logit_bits(name: str, artifact: Artifact, alone: dict[s
     assert (stats.preemptions > 0) == name.startswith("preempted")
 
 
+@pytest.fixture(scope="module")
+def computed(artifact: Artifact) -> dict[str, list[bytes]]:
+    """Of prompts with few beginnings, all of them computed."""
+    return run(artifact, Schedule(), asked=requests(shared=True), prefix_cache=False)[0]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact) -> None:
+def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact, computed: dict[str, list[bytes]]) -> None:
     """Few beginnings, cut anywhere, twice each: all of them computed, or started on what others computed."""
-    asked = requests(shared=True)
-    computed, _ = run(artifact, Schedule(), asked=asked, prefix_cache=False)
-    started, stats = run(artifact, SCHEDULES[name], asked=asked)
+    started, stats = run(artifact, SCHEDULES[name], asked=requests(shared=True))
     assert started == computed
     fixed = artifact.plan.kv.fixed_bytes
     assert (stats.cached_tokens == 0) if fixed else (stats.cached_tokens > stats.looked_up_tokens // 8)
 
 
-TIERS = (("chunks of 64", "host"), ("preempted", "disk"), ("preempted, plain loop, two threads", "both"))
+TIERS = (("preempted", "host"), ("preempted, plain loop, two threads", "both"))
 
 
 @pytest.mark.parametrize(("name", "tiers"), TIERS, ids=[tiers for _, tiers in TIERS])
-def test_same_bits_from_memory_and_disk(name: str, tiers: str, artifact: Artifact, tmp_path: Path) -> None:
-    """The same beginnings, in a pool that holds two texts or three: evicted, and loaded from where they went."""
-    asked = requests(shared=True)
-    computed, _ = run(artifact, Schedule(), asked=asked, prefix_cache=False)
-    group_bytes = artifact.plan.kv.group_bytes
-    host = 0 if tiers == "disk" else 16 * group_bytes if tiers == "both" else 1 << 20
-    config = TierConfig(host, None if tiers == "host" else str(tmp_path), 1 << 24, "ab")
-    loaded, stats = run(artifact, replace(SCHEDULES[name], kv_groups=14), asked=asked, tiers=config)
+def test_same_bits_from_memory_and_disk(
+    name: str, tiers: str, artifact: Artifact, computed: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    """The same beginnings, in a pool that holds one text or two: evicted, and loaded from where they went."""
+    config = TierConfig(1 << 20)
+    if tiers == "both":
+        config = TierConfig(16 * artifact.plan.kv.group_bytes, str(tmp_path), 1 << 24, "ab")
+    schedule = replace(SCHEDULES[name], kv_groups=14)
+    loaded, stats = run(artifact, schedule, asked=requests(shared=True), tiers=config)
     assert loaded == computed
     if artifact.plan.kv.fixed_bytes:
         assert stats.tiers == ()
