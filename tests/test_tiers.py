@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,7 @@ import pytest
 
 from tests.models import FAMILIES, VOCAB, build
 from tests.servers import Server, serving
-from xllm import cli
-from xllm.artifact import Artifact
+from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
 from xllm.memory import PROCESS_BYTES, plan_memory
 
@@ -71,16 +72,21 @@ def test_with_the_pool_s_cache_emptied_the_host_tier_has_it(artifact: Path, leas
         assert server.metric("kv_tier_hits_total") > 0 and server.metric("kv_tier_loads_total") == 1
 
 
-def test_a_new_server_finds_what_a_killed_one_computed(
-    artifact: Path, least: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refused(artifact: Path, *flags: str) -> str:
+    """What a server says that does not start."""
+    command = [sys.executable, "-m", "xllm.cli", "serve", str(artifact), "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def test_a_new_server_finds_what_a_killed_one_computed(artifact: Path, least: tuple[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     flags = (*least, "--disk-cache", str(folder), "--disk-cache-size", "64MiB")
     with serving(artifact, *flags) as server:
         _, computed = ask(server, PROMPT)
         stored(server, 312)
-        assert cli.main(["serve", str(artifact), "--port", "0", *flags]) == 2
-        assert "another server uses it" in capsys.readouterr().err
+        assert "another server uses it" in refused(artifact, *flags)
         server.process.send_signal(signal.SIGKILL)
     with serving(artifact, *flags) as server:
         assert ask(server, PROMPT) == (4992, computed)
@@ -119,15 +125,13 @@ def test_keys_and_salts_share_nothing(artifact: Path, tmp_path: Path) -> None:
             assert (answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0) == hit
 
 
-def test_flags_that_say_nothing_are_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, why in (
-        (("--disk-cache-size", "1GiB"), "give --disk-cache DIR too"),
-        (("--host-cache", "1GiB", "--no-prefix-cache"), "leave --no-prefix-cache out"),
-        (("--host-cache", "100"), "holds no 16 tokens"),
-        (("--host-cache", "900GiB"), "give a smaller --host-cache"),
-        (("--disk-cache", str(artifact / "manifest.json")), "can't be used"),
-    ):
-        assert cli.main(["serve", str(artifact), "--port", "0", *flags]) == 2
-        assert why in capsys.readouterr().err
-    table = plan_memory(Artifact.open(artifact), 256 << 20, host_cache=64 << 20)
-    assert table.host_cache == 64 << 20 and table.total <= (256 + 64) << 20
+def test_what_can_not_be_is_refused(artifact: Path) -> None:
+    assert "give --disk-cache DIR too" in refused(artifact, "--disk-cache-size", "1GiB")
+    assert "leave --no-prefix-cache out" in refused(artifact, "--host-cache", "1GiB", "--no-prefix-cache")
+    opened = Artifact.open(artifact)
+    with pytest.raises(ArtifactError, match="holds no 16 tokens"):
+        plan_memory(opened, 256 << 20, host_cache=100)
+    with pytest.raises(ArtifactError, match="give a smaller --host-cache"):
+        plan_memory(opened, 256 << 20, host_cache=1 << 40)
+    ledger = plan_memory(opened, 256 << 20, host_cache=64 << 20)
+    assert ledger.host_cache == 64 << 20 and ledger.total <= (256 + 64) << 20
