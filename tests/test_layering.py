@@ -57,7 +57,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         {"numpy"},
     ),
     "session": ({"artifact", "targets"}, {"numpy"}),
-    "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
+    "runtime": ({"artifact", "plan", "targets"}, {"blake3", "numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
     "service.files": ({"service"}, {"python_multipart"}),
     "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),

@@ -194,6 +194,10 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=_port, default=8000, help="port (default 8000; 0 takes a free one)")
     _engine_flags(sub)
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together, at most")
+    kept = "for keys and values that the KV pages have no room for"
+    sub.add_argument("--host-cache", type=_size, metavar="SIZE", help=f"memory beside --memory, {kept} (default none)")
+    sub.add_argument("--disk-cache", type=Path, metavar="DIR", help=f"files {kept}; the next start finds them again")
+    sub.add_argument("--disk-cache-size", type=_size, metavar="SIZE", help="of these files in all (default 8GiB)")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
     sub.add_argument(
         "--max-concurrent-requests",

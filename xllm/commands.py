@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from xllm.service.tokenizer import TextCodec
 
 
+TIERS = ("host_cache", "disk_cache", "disk_cache_size")
+
+
 class UsageError(ValueError):
     """What the user asked for can't be done as asked; the message says what to try."""
 
@@ -111,10 +114,11 @@ def serve(arguments: argparse.Namespace) -> None:
         def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
             artifact = opened.result()
             if artifact.task == "generate":
-                options = _engine(arguments) | {"max_seqs": arguments.max_seqs, "watch": observers.watch}
+                options = _engine(arguments) | _tiers(arguments)
+                options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch}
                 return open_engine(artifact, dispatcher.sink, **options)
-            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache"):
-                if getattr(arguments, flag):
+            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", *TIERS):
+                if getattr(arguments, flag) not in (None, False):
                     name = flag.replace("_", "-")
                     raise UsageError(
                         f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}"
@@ -299,6 +303,15 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
         "async_scheduling": not arguments.no_async_scheduling,
         "prefix_cache": not arguments.no_prefix_cache,
     }
+
+
+def _tiers(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in TIERS if getattr(arguments, name) is not None}
+    if "disk_cache_size" in given and "disk_cache" not in given:
+        raise UsageError("--disk-cache-size says how much: give --disk-cache DIR too")
+    if given and arguments.no_prefix_cache:
+        raise UsageError("--host-cache and --disk-cache hold what the prefix cache knows: leave --no-prefix-cache out")
+    return given
 
 
 def _process(arguments: argparse.Namespace) -> dict[str, Any]:

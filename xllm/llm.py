@@ -20,7 +20,7 @@ import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
-from xllm.runtime.config import EngineConfig
+from xllm.runtime.config import EngineConfig, LoadCost, TierConfig
 from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
@@ -43,6 +43,11 @@ _INSTEAD = {
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
     "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
+DISK_CACHE_BYTES = 8 << 30
+# What loading keys and values takes (bench/tiers.py), to compare with the artifact's own costs of computing them.
+HOST_BYTES_PER_SECOND = 2.0e9
+DISK_BYTES_PER_SECOND = 0.5e9
+LOAD_WAIT_SECONDS = 5e-3
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
 Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
@@ -66,6 +71,9 @@ def open_engine(
     chunk: int | None = None,
     max_seqs: int | None = None,
     prefix_cache: bool = True,
+    host_cache: int = 0,
+    disk_cache: str | os.PathLike[str] | None = None,
+    disk_cache_size: int = DISK_CACHE_BYTES,
     kernel_modules: Sequence[str] = (),
     watch: Watch | None = None,
 ) -> tuple[Engine, Ledger]:
@@ -73,19 +81,29 @@ def open_engine(
     thread.
 
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
-    the model allows it. kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
-    Raises ArtifactError for an artifact this machine cannot run.
+    the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
+    disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
+    kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
+    Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used.
     """
-    from xllm.targets.cpu.executor import CpuExecutor
+    from xllm.targets.cpu.executor import CpuExecutor, state_identity
 
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
-    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
+    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
     count = host.threads(threads).count
-    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
     cost, _ = cost_of(artifact, count)
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
-    engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
+    if host_cache or disk_cache is not None:
+        disk = None if disk_cache is None else os.fspath(disk_cache)
+        tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))
+        config = replace(config, tiers=tiers)
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    try:
+        engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
+    except BaseException:
+        executor.close()
+        raise
     engine.start()
     return engine, ledger
 
@@ -121,16 +139,27 @@ def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> i
     if cost is not None:
         most = artifact.plan.buckets[-1].T
         return max(min(FEWEST, most), cost.tokens_within(STEP_SECONDS, most, [(USUAL_CONTEXT, 1)]))
-    target = target_of(artifact)
-
-    def seconds(tokens: int) -> float:
-        sizes = StepSizes.usual(tokens, 1)
-        return sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
-
     tokens = artifact.plan.buckets[-1].T
-    while tokens > 16 and seconds(tokens) > STEP_SECONDS:
+    while tokens > 16 and _step_seconds(artifact, tokens) > STEP_SECONDS:
         tokens //= 2
     return tokens
+
+
+def load_cost(artifact: Artifact) -> LoadCost:
+    """When keys and values are better loaded than computed, for this artifact: seconds a token."""
+    tokens, size = artifact.plan.buckets[-1].T, artifact.plan.kv.token_bytes
+    return LoadCost(
+        compute=_step_seconds(artifact, tokens) / tokens,
+        host=size / HOST_BYTES_PER_SECOND,
+        disk=size / DISK_BYTES_PER_SECOND,
+        wait=LOAD_WAIT_SECONDS,
+    )
+
+
+def _step_seconds(artifact: Artifact, tokens: int) -> float:
+    """Predicted, of a prompt's tokens alone."""
+    target, sizes = target_of(artifact), StepSizes.usual(tokens, 1)
+    return sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
 
 
 def open_encoder(
@@ -174,7 +203,8 @@ class Completion:
 class LLM:
     """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
     turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
-    ones have in common with them, where the model allows it; the answers are the same."""
+    ones have in common with them, where the model allows it; the answers are the same. host_cache, disk_cache and
+    disk_cache_size: as of `open_engine`, off unless given."""
 
     def __init__(
         self,
@@ -183,6 +213,9 @@ class LLM:
         memory_bytes: int | None = None,
         threads: int | None = None,
         prefix_cache: bool = True,
+        host_cache: int = 0,
+        disk_cache: str | Path | None = None,
+        disk_cache_size: int = DISK_CACHE_BYTES,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
@@ -201,6 +234,9 @@ class LLM:
                 memory_bytes=memory_bytes,
                 threads=threads,
                 prefix_cache=prefix_cache,
+                host_cache=host_cache,
+                disk_cache=disk_cache,
+                disk_cache_size=disk_cache_size,
                 kernel_modules=kernel_modules,
             )
         else:

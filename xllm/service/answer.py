@@ -348,8 +348,9 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 
 def _requests(job: Job, entry: Record) -> list[Request]:
     name = uuid.uuid4().hex
+    salt = f"{entry.tenant}/{job.cache_salt}" if job.cache_salt else entry.tenant  # no tenant has a slash
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
+        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, cache_salt=salt)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.n)
     ]

@@ -118,12 +118,34 @@ class Recorder:
         yield _gauge("num_used_blocks", "used KV pages", used)
         yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)
         yield _plain("prefix_cache_evicted_blocks_total", "pages the prefix cache gave up", engine.evictions)
+        yield from self._tiers(engine)
         yield _gauge("kv_cache_utilization_perc", "share of KV pages in use, 0 to 1", share)
         yield _histogram("time_to_first_token_latency_milliseconds", "time to first token", self.first_token, 1000)
         yield _histogram("inter_token_latency_milliseconds", "time between tokens", self.inter_token, 1000)
         yield _histogram("end_2_end_latency_milliseconds", "time of a request", self.end_to_end, 1000)
         yield _histogram("num_prompt_tokens_per_request", "prompt tokens", self.prompt_tokens, 1)
         yield _histogram("num_generated_tokens_per_request", "generated tokens", self.generated_tokens, 1)
+
+    def _tiers(self, engine: EngineStats) -> Iterator[Metric]:
+        if not engine.tiers:
+            return
+        yield _plain("kv_tier_loads_total", "times that a request waited for keys and values of a tier", engine.loads)
+        yield _plain("kv_tier_not_stored_total", "groups of tokens gone before they were copied", engine.not_stored)
+        for name, help_, value in (
+            ("kv_tier_bytes", "bytes that a tier holds", lambda tier: tier.held_bytes),
+            ("kv_tier_limit_bytes", "bytes that it may hold", lambda tier: tier.limit_bytes),
+            ("kv_tier_hits_total", "groups of tokens loaded from it", lambda tier: tier.loaded),
+            ("kv_tier_hit_bytes_total", "bytes loaded from it", lambda tier: tier.loaded * tier.group_bytes),
+            ("kv_tier_stored_total", "groups of tokens copied to it", lambda tier: tier.stored),
+            ("kv_tier_evictions_total", "groups of tokens it gave up", lambda tier: tier.evictions),
+            ("kv_tier_corrupt_total", "groups that were corrupt, short or gone", lambda tier: tier.corrupt),
+        ):
+            kind = "unknown" if name.endswith("_total") else "gauge"
+            yield _metric(name, help_, kind, [(name, {"tier": tier.name}, value(tier)) for tier in engine.tiers])
+        name, help_ = "kv_tier_off", "1 for a tier that is not used any more, and why"
+        yield _metric(
+            name, help_, "gauge", [(name, {"tier": t.name, "reason": t.off}, float(bool(t.off))) for t in engine.tiers]
+        )
 
     def _compatible(self, engine: EngineStats, share: float) -> Iterator[Metric]:
         labels = self._labels

@@ -22,6 +22,7 @@ import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.kernels import cpu
+from xllm.kernels.cpu._library import library_file
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
 from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
@@ -343,6 +344,14 @@ def limits_of(artifact: Artifact) -> Limits:
 
 def kv_of(plan: Plan) -> KVSpec:
     return KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
+
+
+def state_identity(artifact: Artifact) -> str:
+    """Hex digest of all that decides the bytes of a sequence's state: weights, plan and layout; kernels as built, and
+    their level here."""
+    level = usable_level(artifact.manifest["target"])
+    parts = f"{artifact.manifest['digest']} {level} ".encode() + library_file().read_bytes()
+    return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
 def usable_level(target: dict[str, str]) -> str:
