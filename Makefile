@@ -10,6 +10,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed-dev lint
+	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed-dev

@@ -259,12 +259,12 @@ async def _exchange(target: Target, work: Work, answer: _Answer) -> None:
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
     try:
         writer.write(_request(target, work, parts.netloc))
-        status, chunked = await _head(reader)
+        status, chunked = await read_head(reader)
         if status != 200:
             answer.error = f"status {status}"
             return
         parser = SseParser()
-        async for piece in _pieces(reader, chunked):
+        async for piece in read_pieces(reader, chunked):
             now = time.perf_counter()
             for data in parser.feed(piece):
                 answer.take(data, now)
@@ -289,7 +289,7 @@ def _request(target: Target, work: Work, host: str) -> bytes:
     return head.encode() + data
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """Status, and whether the body comes in chunks."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     status, _, headers = head.partition("\r\n")
@@ -298,7 +298,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     )
 
 
-async def _pieces(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
+async def read_pieces(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
     """The body as it arrives."""
     if not chunked:
         while piece := await reader.read(READ_BYTES):

@@ -26,7 +26,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "artifact": ({"kernels", "plan"}, {"blake3", "msgspec", "numpy"}),
     "artifact.signature": ({"artifact"}, {"cryptography"}),
     "storage": (set(), set()),
-    "traffic": (set(), set()),
+    "files": (set(), set()),
+    "traffic": ({"files"}, set()),
     "frontend": ({"ir", "errors"}, {"blake3", "torch", "transformers", "numpy"}),
     "frontend.onnx": ({"ir", "errors", "frontend"}, {"torch", "numpy", "onnx", "onnx_ir"}),
     **{
@@ -47,6 +48,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
+    "targets.fitted": ({"artifact", "runtime.cost", "targets"}, {"msgspec"}),
     "targets.predicted": ({"artifact", "targets"}, set()),
     "targets.modules": ({"", "artifact", "extensions", "plan", "targets.arrays", "targets.base"}, {"numpy"}),
     "targets.fallback": ({"artifact", "ir", "plan", "targets.arrays", "targets.base"}, {"numpy", "torch"}),
@@ -56,23 +58,28 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         {"numpy"},
     ),
     "session": ({"artifact", "targets"}, {"numpy"}),
-    "runtime": ({"artifact", "plan", "targets"}, {"numpy"}),
+    "runtime": ({"artifact", "plan", "targets"}, {"blake3", "numpy"}),
     "service": ({"", "config", "runtime"}, HTTP),
+    "service.files": ({"service"}, {"python_multipart"}),
     "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),
     "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
+    "watch": ({"artifact", "files", "runtime", "traffic"}, {"msgspec", "numpy"}),
     "memory": ({"artifact", "runtime", "targets"}, set()),
     "control": ({"artifact", "runtime", "targets"}, set()),
     "llm": ({"artifact", "control", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": (
         {"", "artifact", "config", "control", "functions", "kernels", "llm", "runtime", "service", "storage"}
-        | {"targets"},
+        | {"targets", "watch"},
         SERVING,
     ),
     "extensions": (set(), set()),
-    "measure": ({"artifact", "config", "kernels", "llm", "memory", "runtime", "targets"}, {"msgspec", "numpy"}),
-    "measure.commands": ({"artifact", "inspection", "measure"}, set()),
+    "measure": (
+        {"artifact", "config", "kernels", "llm", "memory", "runtime", "targets"},
+        {"msgspec", "numpy"},
+    ),
+    "measure.commands": ({"artifact", "files", "inspection", "measure", "targets.fitted"}, set()),
     "inspection": ({"artifact", "measure.record", "plan", "targets.base"}, set()),
     "inspection.profile": ({"artifact", "measure.record", "targets"}, set()),
     "inspection.dot": ({"artifact", "inspection", "ir", "plan", "targets.base"}, {"networkx"}),
@@ -226,5 +233,6 @@ def test_a_server_loads_only_what_its_first_answer_needs() -> None:
     """Each of these costs every start milliseconds: an HTTP framework, templates, metrics, files of others."""
     code = "import sys, xllm.commands, xllm.service.server, xllm.targets.cpu.executor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions"}
+    late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions",
+            "python_multipart"}  # fmt: skip
     assert late & set(done.stdout.split()) == set()

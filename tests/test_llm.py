@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,19 @@ def test_answers_are_the_same_with_and_without_the_prefix_cache(artifact: Path) 
             cached = llm._engine.stats().cached_tokens
             assert cached >= 4 * 48 if prefix_cache else cached == 0
     assert answers[0] == answers[1]
+
+
+def test_what_was_computed_goes_to_the_tiers_that_were_asked_for(artifact: Path, tmp_path: Path) -> None:
+    options = {"host_cache": 1 << 20, "disk_cache": tmp_path / "kv", "disk_cache_size": 1 << 24}
+    with LLM(artifact, threads=1, **options) as llm:
+        assert llm.ledger is not None and llm._engine is not None
+        assert llm.ledger.host_cache > 0 and "host cache" in llm.ledger.table()
+        llm.generate([[*range(1, 60)]], temperature=0, max_tokens=8, ignore_eos=True)
+        end = time.monotonic() + 60
+        while min(tier.stored for tier in llm._engine.stats().tiers) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [(tier.name, tier.stored) for tier in llm._engine.stats().tiers] == [("host", 4), ("disk", 4)]
+    assert len(list((tmp_path / "kv").glob("kv-*/*.kv"))) == 4
 
 
 def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

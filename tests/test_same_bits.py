@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
-from xllm.runtime.config import EngineConfig, EngineStats
+from xllm.runtime.config import EngineConfig, EngineStats, TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, StepResult
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
@@ -70,15 +71,41 @@ def test_same_tokens_and_logit_bits(name: str, artifact: Artifact, alone: dict[s
     assert (stats.preemptions > 0) == name.startswith("preempted")
 
 
+@pytest.fixture(scope="module")
+def computed(artifact: Artifact) -> dict[str, list[bytes]]:
+    """Of prompts with few beginnings, all of them computed."""
+    return run(artifact, Schedule(), asked=requests(shared=True), prefix_cache=False)[0]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact) -> None:
+def test_same_bits_with_shared_prefixes(name: str, artifact: Artifact, computed: dict[str, list[bytes]]) -> None:
     """Few beginnings, cut anywhere, twice each: all of them computed, or started on what others computed."""
-    asked = requests(shared=True)
-    computed, _ = run(artifact, Schedule(), asked=asked, prefix_cache=False)
-    started, stats = run(artifact, SCHEDULES[name], asked=asked)
+    started, stats = run(artifact, SCHEDULES[name], asked=requests(shared=True))
     assert started == computed
     fixed = artifact.plan.kv.fixed_bytes
     assert (stats.cached_tokens == 0) if fixed else (stats.cached_tokens > stats.looked_up_tokens // 8)
+
+
+TIERS = (("preempted", "host"), ("preempted, plain loop, two threads", "both"))
+
+
+@pytest.mark.parametrize(("name", "tiers"), TIERS, ids=[tiers for _, tiers in TIERS])
+def test_same_bits_from_memory_and_disk(
+    name: str, tiers: str, artifact: Artifact, computed: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    """The same beginnings, in a pool that holds one text or two: evicted, and loaded from where they went."""
+    config = TierConfig(1 << 20)
+    if tiers == "both":
+        config = TierConfig(16 * artifact.plan.kv.group_bytes, str(tmp_path), 1 << 24, "ab")
+    schedule = replace(SCHEDULES[name], kv_groups=14)
+    loaded, stats = run(artifact, schedule, asked=requests(shared=True), tiers=config)
+    assert loaded == computed
+    if artifact.plan.kv.fixed_bytes:
+        assert stats.tiers == ()
+        return
+    assert stats.evictions > 0 and stats.loads > 0
+    assert sum(tier.loaded for tier in stats.tiers) > 0
+    assert not any(tier.corrupt or tier.off for tier in stats.tiers)
 
 
 def requests(shared: bool = False) -> list[Request]:
@@ -133,6 +160,7 @@ def run(
     one_by_one: bool = False,
     asked: list[Request] | None = None,
     prefix_cache: bool = True,
+    tiers: TierConfig | None = None,
 ) -> tuple[dict[str, list[bytes]], EngineStats]:
     """Every request's rows (logit bits and token) in order, and the engine's figures."""
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
@@ -148,6 +176,7 @@ def run(
         max_seqs=schedule.max_seqs,
         async_scheduling=schedule.overlapped,
         prefix_cache=prefix_cache,
+        tiers=tiers,
         check=True,
     )
     engine = Engine(executor, config, outputs.put)

@@ -8,14 +8,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import openai
+import openai.types
 import pytest
 
 from tests.models import FAMILIES, VOCAB, build
 from tests.servers import Server, serving
+from tests.service.fakes import wait_for
 from xllm.compiler import CompileOptions
 
 CLIENTS = 1000
@@ -212,6 +215,51 @@ def test_termination_drains(artifact: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert sum(line.startswith("data: {") for line in rest) >= 150
         assert running.process.wait(20) == 0
+
+
+def test_a_batch_goes_on_after_the_server_was_killed_and_stopped(artifact: Path, tmp_path: Path) -> None:
+    """Each line is answered once, with the bits of any other run."""
+    flags = ("--memory", "512MiB", "--state-dir", str(tmp_path / "state"), "--log-level", "error")
+    prompts = [list(range(300 + at % 20, 330 + at)) for at in range(150)]
+    ask = {"max_tokens": 80, "temperature": 0.8, "logprobs": 1, "ignore_eos": True}
+    lines = [
+        {"custom_id": f"{at}", "method": "POST", "url": "/v1/completions", "body": ask | {"prompt": prompt, "seed": at}}
+        for at, prompt in enumerate(prompts)
+    ]
+
+    def now(client: openai.OpenAI) -> tuple[openai.types.Batch, int]:
+        batch = client.batches.retrieve(name)
+        return batch, batch.request_counts.completed if batch.request_counts else 0
+
+    def reached(client: openai.OpenAI, count: int, *states: str) -> bool:
+        batch, done = now(client)
+        return done >= count and batch.status in states
+
+    name, wanted = "", 10
+    for end in (signal.SIGKILL, signal.SIGTERM, None):
+        with serving(artifact, *flags) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="no") as client:
+            if not name:
+                file = client.files.create(file="\n".join(map(json.dumps, lines)).encode(), purpose="batch")
+                kind = "/v1/completions"
+                name = client.batches.create(input_file_id=file.id, endpoint=kind, completion_window="24h").id
+            wait_for(partial(reached, client, wanted, "in_progress", "completed"))
+            if end is not None:
+                before = now(client)[1]
+                wanted = min(before + 10, len(lines))
+                server.process.send_signal(end)
+                assert server.process.wait(20) == (-end if end == signal.SIGKILL else 0)
+                continue
+            wait_for(partial(reached, client, len(lines), "completed"))
+            batch, done = now(client)
+            assert done == len(lines) and batch.output_file_id is not None and batch.error_file_id is None
+            found = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+            assert sorted(int(item["custom_id"]) for item in found) == list(range(len(lines)))
+            answers = {item["custom_id"]: item["response"]["body"]["choices"] for item in found}
+            for at in range(0, len(lines), 10):
+                alone = client.completions.create(model="tiny", prompt=prompts[at], extra_body=ask | {"seed": at})
+                assert [choice.model_dump(exclude_unset=True) for choice in alone.choices] == answers[f"{at}"]
+            asked = server.metric("num_processing_tokens_total_generated") / ask["max_tokens"]
+            assert asked <= len(lines) - before + len(lines) // 10, "what was on disk was not asked again"
 
 
 def test_a_checkpoint_folder_is_compiled_once(tmp_path: Path) -> None:

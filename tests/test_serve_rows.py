@@ -17,6 +17,7 @@ from tests.encoders import VOCAB, write_model
 from tests.servers import Server, serving
 from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.llm import LLM
+from xllm.traffic import read_traffic
 
 OPTIONS = CompileOptions(max_batch_tokens=96, max_seqs=4)
 TEXTS = ["a fox", "the lantern", "grüße 😀", "z" * 60, "a fox"]
@@ -187,3 +188,15 @@ def test_an_embedding_model_scores_by_the_cosine(embedder: Server, artifacts: Ma
 def test_flags_of_the_scheduler_are_refused(artifacts: Mapping[str, Path]) -> None:
     with pytest.raises(AssertionError, match="ended with"), serving(artifacts["bert"], "--chunk", "4"):
         pass
+
+
+def test_steps_of_rows_are_recorded_and_profiled(artifacts: Mapping[str, Path], tmp_path: Path) -> None:
+    flags = ("--threads", "1", "--record-traffic", str(tmp_path / "traffic.json"), "--profile-dir", str(tmp_path))
+    with serving(artifacts["bert"], *flags) as server, client(server) as ask:
+        assert httpx.post(f"{server.url}/start_profile").json()["changed"]
+        answer = ask.embeddings.create(model="bert", input=TEXTS[:1], encoding_format="float")
+        told = httpx.post(f"{server.url}/stop_profile").json()
+    assert np.array_equal(np.array([answer.data[0].embedding], np.float32), expected(artifacts["bert"], TEXTS[:1]))
+    assert told["steps"] == 1 and answer.usage is not None
+    assert read_traffic(tmp_path / "traffic.json") == ((answer.usage.prompt_tokens, 1.0),)
+    assert '"prompt step"' in (tmp_path / told["trace"]).read_text()

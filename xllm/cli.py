@@ -120,7 +120,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     from xllm.measure import commands as measure
 
     inspection.add(command, _dim)
-    measure.add(command, _positive)
+    measure.add(command, _positive, _count)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -194,16 +194,17 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=_port, default=8000, help="port (default 8000; 0 takes a free one)")
     _engine_flags(sub)
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together, at most")
+    kept = "for keys and values that the KV pages have no room for"
+    sub.add_argument("--host-cache", type=_size, metavar="SIZE", help=f"memory beside --memory, {kept} (default none)")
+    sub.add_argument("--disk-cache", type=Path, metavar="DIR", help=f"files {kept}; the next start finds them again")
+    sub.add_argument("--disk-cache-size", type=_size, metavar="SIZE", help="of these files in all (default 8GiB)")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
     sub.add_argument("--admin-key-file", type=Path, metavar="FILE", help="keys that may control it, one a line")
     sub.add_argument("--weights-dir", type=Path, metavar="FOLDER", help="artifacts /update_weights may load")
     sub.add_argument(
-        "--max-concurrent-requests",
-        type=_count,
-        default=200,
-        metavar="N",
+        "--max-concurrent-requests", type=_count, default=200, metavar="N",
         help="more get 429 (default 200, 0 = no limit)",
-    )
+    )  # fmt: skip
     sub.add_argument(
         "--max-wait",
         type=_count,
@@ -212,6 +213,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
         help="what waits already may take so long, then newcomers get 429 (default 300, 0 = no limit)",
     )
     sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
+    sub.add_argument("--state-dir", type=Path, metavar="DIR", help="keep files and batches there (default: keep none)")
     sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
     for what, flag, names in (
         ("tool calls are", "--tool-call-parser", TOOL_PARSERS),
@@ -219,6 +221,14 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     ):
         told = f"how {what} written (default: what the chat template shows): {', '.join(names)}"
         sub.add_argument(flag, choices=names, metavar="NAME", help=told)
+    sub.add_argument(
+        "--record-traffic", type=Path, metavar="FILE",
+        help="write which sizes of steps it runs, every minute and at the end, for `xllm compile --traffic FILE`",
+    )  # fmt: skip
+    sub.add_argument(
+        "--profile-dir", type=Path, metavar="FOLDER",
+        help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
+    )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from xllm.service.tokenizer import TextCodec
 
 
+TIERS = ("host_cache", "disk_cache", "disk_cache_size")
+
+
 class UsageError(ValueError):
     """What the user asked for can't be done as asked; the message says what to try."""
 
@@ -84,7 +87,12 @@ def serve(arguments: argparse.Namespace) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     from xllm.service.listener import bind
+    from xllm.watch.observers import Observers
 
+    try:
+        observers = Observers(arguments.record_traffic, arguments.profile_dir)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     try:
         listener = bind(arguments.host, arguments.port)
     except OSError as error:
@@ -98,6 +106,7 @@ def serve(arguments: argparse.Namespace) -> None:
         from xllm.runtime.engine import Engine
         from xllm.service.dispatch import Dispatcher
         from xllm.targets import host
+        from xllm.targets.fitted import cost_of
     dispatcher = Dispatcher()
 
     # Checking the weights runs outside the interpreter lock: beside it, the HTTP stack and the tokenizer are loaded.
@@ -108,14 +117,16 @@ def serve(arguments: argparse.Namespace) -> None:
         def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
             artifact = opened.result()
             if artifact.task == "generate":
-                return open_engine(artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
-            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache"):
-                if getattr(arguments, flag):
+                options = _engine(arguments) | _tiers(arguments)
+                options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch}
+                return open_engine(artifact, dispatcher.sink, **options)
+            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", *TIERS):
+                if getattr(arguments, flag) not in (None, False):
                     name = flag.replace("_", "-")
                     raise UsageError(
                         f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}"
                     )
-            return open_rows(artifact, dispatcher.sink, **_process(arguments))
+            return open_rows(artifact, dispatcher.sink, watch=observers.watch, **_process(arguments))
 
         opening = opener.submit(open_rest)
         with _lap(took, "HTTP imported"):
@@ -136,9 +147,16 @@ def serve(arguments: argparse.Namespace) -> None:
         print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
         print(f"threads: {chosen.count} ({chosen.why})", flush=True)
         if artifact.task == "generate":
+            print(f"step times: {cost_of(artifact, chosen.count)[1]}", flush=True)
             print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
+        batches = None
+        if arguments.state_dir is not None:
+            from xllm.service.batches import Batches
+            from xllm.service.shelf import Files
+
+            batches = Batches(Files(arguments.state_dir))
         service = load_service(
             facts=_facts(artifact, arguments.served_model_name),
             codec=codec,
@@ -152,13 +170,16 @@ def serve(arguments: argparse.Namespace) -> None:
                 max_body_bytes=arguments.max_body,
             ),
             dialect=dialect,
+            batches=batches,
         )
+        service.profiling = observers.profiling
         if isinstance(engine, Engine):
             service.controls = EngineControl(engine, artifact, arguments.require_signature)
             service.weights_folder = arguments.weights_dir
         answer(service, listener, Keys(keys) if keys else None, _listening, admin=Keys(admin) if admin else None)
     finally:
         engine.stop()
+        observers.close()
 
 
 @contextmanager
@@ -280,6 +301,15 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
         "async_scheduling": not arguments.no_async_scheduling,
         "prefix_cache": not arguments.no_prefix_cache,
     }
+
+
+def _tiers(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in TIERS if getattr(arguments, name) is not None}
+    if "disk_cache_size" in given and "disk_cache" not in given:
+        raise UsageError("--disk-cache-size says how much: give --disk-cache DIR too")
+    if given and arguments.no_prefix_cache:
+        raise UsageError("--host-cache and --disk-cache hold what the prefix cache knows: leave --no-prefix-cache out")
+    return given
 
 
 def _process(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -100,3 +100,50 @@ class EngineControl:
         except ArtifactError as error:
             raise RequestRefused("weights_unusable", str(error)) from error
         return self._engine.swap(version_of(other), lambda: self._executor.load(other, mapped), mode)
+
+
+class Controlled:
+    """The half of `LLM` that holds, puts to sleep and updates its engine; from any thread."""
+
+    artifact: Artifact
+    _control: EngineControl | None = None
+
+    def pause(self, mode: Mode = "keep") -> bool:
+        """Compute nothing until `resume`, which another thread calls: "keep" goes on where it was, to the same text,
+        "wait" finishes first what runs, "abort" ends it (finish_reason cancelled). Whether it ran before."""
+        return self._controlled.pause(mode).result()
+
+    def resume(self) -> bool:
+        """Whether it was paused."""
+        return self._controlled.resume().result()
+
+    def sleep(self, level: Level = "light", mode: Leaving | None = None) -> bool:
+        """Give memory back until `wake_up`; level "deep" drops the weight file from the system's cache too. While
+        something is generated: RequestRefused (engine_busy), unless `mode` says what becomes of it. Whether it did not
+        sleep like this before."""
+        return self._controlled.sleep(level, mode).result()
+
+    def wake_up(self) -> bool:
+        """Whether it slept. Raises RequestRefused (weights_changed) when they are not what they were; it sleeps on."""
+        return self._controlled.wake().result()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._controlled.asleep)
+
+    def update_weights(self, path: str | os.PathLike[str], checksum: str | None = None, mode: Leaving = "wait") -> bool:
+        """Generate with the weights of another artifact that was compiled like this one from now on. No prompt mixes
+        the two: `mode` says what becomes of those that have begun. Whether they are others. Raises RequestRefused with
+        what differs."""
+        return self._controlled.update_weights(path, checksum, mode).result()
+
+    @property
+    def weights(self) -> str:
+        """The version of the weights."""
+        return self._controlled.weights
+
+    @property
+    def _controlled(self) -> EngineControl:
+        if self._control is None:
+            raise RequestRefused("wrong_task", f"{self.artifact.name} gives rows: only what generates is controlled")
+        return self._control

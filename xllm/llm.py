@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError
-from xllm.control import EngineControl, Leaving, Level, version_of
+from xllm.control import Controlled, EngineControl, version_of
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
-from xllm.runtime.config import EngineConfig
+from xllm.runtime.config import EngineConfig, LoadCost, TierConfig
+from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
-from xllm.runtime.orders import Mode
+from xllm.runtime.executor import Executor
+from xllm.runtime.pace import FEWEST
 from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
-from xllm.targets.base import StepSizes
+from xllm.targets.base import USUAL_CONTEXT, StepSizes
+from xllm.targets.fitted import cost_of
 from xllm.targets.predicted import target_of
 
 if TYPE_CHECKING:
@@ -41,8 +44,14 @@ _INSTEAD = {
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
     "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
+DISK_CACHE_BYTES = 8 << 30
+# What loading keys and values takes (bench/tiers.py), to compare with the artifact's own costs of computing them.
+HOST_BYTES_PER_SECOND = 2.0e9
+DISK_BYTES_PER_SECOND = 0.5e9
+LOAD_WAIT_SECONDS = 5e-3
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
+Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
 
 
 def open_model(path: str | os.PathLike[str], require_signature: str | os.PathLike[str] | None = None) -> Artifact:
@@ -63,58 +72,96 @@ def open_engine(
     chunk: int | None = None,
     max_seqs: int | None = None,
     prefix_cache: bool = True,
+    host_cache: int = 0,
+    disk_cache: str | os.PathLike[str] | None = None,
+    disk_cache_size: int = DISK_CACHE_BYTES,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
-    the model allows it. kernel_modules: files whose kernels the artifact may run.
-    Raises ArtifactError for an artifact this machine cannot run.
+    the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
+    disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
+    kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
+    Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used.
     """
-    from xllm.targets.cpu.executor import CpuExecutor
+    from xllm.targets.cpu.executor import CpuExecutor, state_identity
 
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
-    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
-    executor = CpuExecutor(artifact, host.threads(threads).count, kernel_modules=kernel_modules)
-    engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
+    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
+    count = host.threads(threads).count
+    cost, _ = cost_of(artifact, count)
+    config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
+    if host_cache or disk_cache is not None:
+        disk = None if disk_cache is None else os.fspath(disk_cache)
+        tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))
+        config = replace(config, tiers=tiers)
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    try:
+        engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
+    except BaseException:
+        executor.close()
+        raise
     engine.start()
     return engine, ledger
 
 
 def engine_config(
-    artifact: Artifact, ledger: Ledger, chunk: int | None = None, async_scheduling: bool = True
+    artifact: Artifact,
+    ledger: Ledger,
+    chunk: int | None = None,
+    async_scheduling: bool = True,
+    cost: StepCost | None = None,
 ) -> EngineConfig:
-    """The settings of an engine that serves the artifact in this memory."""
+    """The settings of an engine that serves the artifact in this memory; `cost` is what steps take on this machine,
+    where that was measured."""
     budget = artifact.plan.buckets[-1].T
     return EngineConfig(
         kv_bytes=ledger.kv,
         page_bytes=ledger.pool.page_bytes,
         eos_ids=tuple(artifact.manifest["model"]["eos_ids"]),
         max_tokens_per_step=budget,
-        max_beside_decodes=tokens_beside_decodes(artifact),
+        max_beside_decodes=tokens_beside_decodes(artifact, cost),
         step_seconds=STEP_SECONDS,
         max_chunk=min(chunk or budget, budget),
         max_seqs=ledger.pool.spans,
         async_scheduling=async_scheduling,
         prefix_cache=ledger.prefix_cache,
         weights=version_of(artifact),
+        cost=cost,
     )
 
 
-def tokens_beside_decodes(artifact: Artifact) -> int:
-    """Prompt tokens that may join a step with decodes: a power of two whose predicted time is within STEP_SECONDS."""
-    target = target_of(artifact)
-
-    def seconds(tokens: int) -> float:
-        sizes = StepSizes.usual(tokens, 1)
-        return sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
-
+def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> int:
+    """Prompt tokens that may join a step with decodes: as many as keep it within STEP_SECONDS by the model that was
+    fitted on this machine; without one, a power of two by the costs of the artifact's calls."""
+    if cost is not None:
+        most = artifact.plan.buckets[-1].T
+        return max(min(FEWEST, most), cost.tokens_within(STEP_SECONDS, most, [(USUAL_CONTEXT, 1)]))
     tokens = artifact.plan.buckets[-1].T
-    while tokens > 16 and seconds(tokens) > STEP_SECONDS:
+    while tokens > 16 and _step_seconds(artifact, tokens) > STEP_SECONDS:
         tokens //= 2
     return tokens
+
+
+def load_cost(artifact: Artifact) -> LoadCost:
+    """When keys and values are better loaded than computed, for this artifact: seconds a token."""
+    tokens, size = artifact.plan.buckets[-1].T, artifact.plan.kv.token_bytes
+    return LoadCost(
+        compute=_step_seconds(artifact, tokens) / tokens,
+        host=size / HOST_BYTES_PER_SECOND,
+        disk=size / DISK_BYTES_PER_SECOND,
+        wait=LOAD_WAIT_SECONDS,
+    )
+
+
+def _step_seconds(artifact: Artifact, tokens: int) -> float:
+    """Predicted, of a prompt's tokens alone."""
+    target, sizes = target_of(artifact), StepSizes.usual(tokens, 1)
+    return sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
 
 
 def open_encoder(
@@ -122,6 +169,7 @@ def open_encoder(
     memory_bytes: int | None = None,
     threads: int | None = None,
     kernel_modules: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> tuple[Encoder, RowsLedger]:
     """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
     from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
@@ -130,7 +178,8 @@ def open_encoder(
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
     ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
     count = host.threads(threads).count
-    return Encoder(CpuExecutor(artifact, count, kernel_modules=kernel_modules)), ledger
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    return Encoder(watch(executor, artifact) if watch else executor), ledger
 
 
 def open_rows(
@@ -153,10 +202,11 @@ class Completion:
     logprobs: tuple[float, ...] = ()
 
 
-class LLM:
+class LLM(Controlled):
     """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
     turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
-    ones have in common with them, where the model allows it; the answers are the same."""
+    ones have in common with them, where the model allows it; the answers are the same. host_cache, disk_cache and
+    disk_cache_size: as of `open_engine`, off unless given."""
 
     def __init__(
         self,
@@ -165,6 +215,9 @@ class LLM:
         memory_bytes: int | None = None,
         threads: int | None = None,
         prefix_cache: bool = True,
+        host_cache: int = 0,
+        disk_cache: str | Path | None = None,
+        disk_cache_size: int = DISK_CACHE_BYTES,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
     ) -> None:
@@ -175,7 +228,6 @@ class LLM:
         self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
         self._engine: Engine | None = None
         self._encoder: Encoder | None = None
-        self._control: EngineControl | None = None
         self.ledger: Ledger | None = None
         if self.artifact.task == "generate":
             self._engine, self.ledger = open_engine(
@@ -184,6 +236,9 @@ class LLM:
                 memory_bytes=memory_bytes,
                 threads=threads,
                 prefix_cache=prefix_cache,
+                host_cache=host_cache,
+                disk_cache=disk_cache,
+                disk_cache_size=disk_cache_size,
                 kernel_modules=kernel_modules,
             )
             self._control = EngineControl(self._engine, self.artifact, require_signature)
@@ -304,46 +359,6 @@ class LLM:
         tokens = tuple(output.token for output in outputs if output.token is not None)
         logprobs = tuple(output.logprob for output in outputs if output.logprob is not None)
         return Completion(self.codec.decode(tokens), tokens, str(end.finish_reason), logprobs)
-
-    def pause(self, mode: Mode = "keep") -> bool:
-        """Compute nothing until `resume`, which another thread calls: "keep" goes on where it was, to the same text,
-        "wait" finishes first what runs, "abort" ends it (finish_reason cancelled). Whether it ran before."""
-        return self._controlled.pause(mode).result()
-
-    def resume(self) -> bool:
-        """Whether it was paused."""
-        return self._controlled.resume().result()
-
-    def sleep(self, level: Level = "light", mode: Leaving | None = None) -> bool:
-        """Give memory back until `wake_up`; level "deep" drops the weight file from the system's cache too. While
-        something is generated: RequestRefused (engine_busy), unless `mode` says what becomes of it. Whether it did not
-        sleep like this before."""
-        return self._controlled.sleep(level, mode).result()
-
-    def wake_up(self) -> bool:
-        """Whether it slept. Raises RequestRefused (weights_changed) when they are not what they were; it sleeps on."""
-        return self._controlled.wake().result()
-
-    @property
-    def is_sleeping(self) -> bool:
-        return bool(self._controlled.asleep)
-
-    def update_weights(self, path: str | Path, checksum: str | None = None, mode: Leaving = "wait") -> bool:
-        """Generate with the weights of another artifact that was compiled like this one from now on. No prompt mixes
-        the two: `mode` says what becomes of those that have begun. Whether they are others. Raises RequestRefused with
-        what differs."""
-        return self._controlled.update_weights(path, checksum, mode).result()
-
-    @property
-    def weights(self) -> str:
-        """The version of the weights."""
-        return self._controlled.weights
-
-    @property
-    def _controlled(self) -> EngineControl:
-        if self._control is None:
-            raise RequestRefused("wrong_task", f"{self.artifact.name} gives rows: only what generates is controlled")
-        return self._control
 
     def close(self) -> None:
         if self._engine is not None:

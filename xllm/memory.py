@@ -30,6 +30,7 @@ class Ledger:
     pool: PoolPlan
     process: int
     prefix_cache: bool = True  # asked for
+    host_cache: int = 0  # memory for texts that the pool evicts
 
     @property
     def kv(self) -> int:
@@ -41,12 +42,15 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        return self.weights + self.arena + self.kv + self.process
+        return self.weights + self.arena + self.kv + self.host_cache + self.process
 
     def table(self) -> str:
         token_bytes = self.pool.kv.group_bytes // self.pool.kv.group_tokens
         note = f"{self.kv_tokens:,} tokens of {token_bytes:,} bytes"
-        table = _table(self.weights, self.arena, ("KV pages", self.kv, note), self.process)
+        rows = [("KV pages", self.kv, note)]
+        if self.host_cache:
+            rows.append(("host cache", self.host_cache, f"{self.host_cache // token_bytes:,} tokens, beside --memory"))
+        table = _table(self.weights, self.arena, rows, self.process)
         return f"{table}\n  prefix cache: {self.prefix_note()}"
 
     def prefix_note(self) -> str:
@@ -73,13 +77,18 @@ class RowsLedger:
         return self.weights + self.arena + self.state + self.process
 
     def table(self) -> str:
-        return _table(self.weights, self.arena, ("state of a step", self.state, ""), self.process)
+        return _table(self.weights, self.arena, [("state of a step", self.state, "")], self.process)
 
 
 def plan_memory(
-    artifact: Artifact, memory_bytes: int | None, max_seqs: int | None = None, prefix_cache: bool = True
+    artifact: Artifact,
+    memory_bytes: int | None,
+    max_seqs: int | None = None,
+    prefix_cache: bool = True,
+    host_cache: int = 0,
 ) -> Ledger:
-    """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free).
+    """Divides `memory_bytes` (None: room for DEFAULT_KV_TOKENS, within half of what the machine has free). `host_cache`
+    comes on top; models that have no prefix cache have none.
 
     Raises ArtifactError with the number and the knob when not even one sequence of full length fits.
     """
@@ -88,6 +97,12 @@ def plan_memory(
     seqs = min(max_seqs or limits["max_seqs"], limits["max_seqs"])
     fixed = artifact.weight_bytes + plan.arena_bytes + PROCESS_BYTES
     free = _available_bytes()
+    if 0 < host_cache < spec.group_bytes:
+        raise ArtifactError(
+            "host-cache-too-small",
+            f"--host-cache {host_cache} holds no {spec.group_tokens} tokens: give {spec.group_bytes} bytes or more",
+        )
+    host_cache = 0 if spec.fixed_bytes else host_cache // spec.group_bytes * spec.group_bytes
 
     def pages(tokens: int) -> int:
         return -(-spec.bytes_for(tokens) // PAGE_BYTES) * PAGE_BYTES
@@ -95,7 +110,7 @@ def plan_memory(
     one = pages(limits["max_len"])
     if memory_bytes is None:
         wanted = pages(min(DEFAULT_KV_TOKENS, limits["max_len"] * seqs))
-        kv = max(one, min(wanted, (free - fixed) // 2))
+        kv = max(one, min(wanted, (free - fixed - host_cache) // 2))
     else:
         kv = memory_bytes - fixed
     if kv < one:
@@ -105,9 +120,10 @@ def plan_memory(
             f" {_mib(one)}: give --memory {_mib(fixed + one)} or more, or compile with a smaller --max-len",
         )
     pool = plan_pool(spec, limits["max_len"], seqs, kv)
-    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES, prefix_cache)
+    ledger = Ledger(artifact.weight_bytes, plan.arena_bytes, pool, PROCESS_BYTES, prefix_cache, host_cache)
     if ledger.total > free + artifact.weight_bytes:
         knob = "give a smaller --memory" if memory_bytes else "free some, or compile with a smaller --max-len"
+        knob = "give a smaller --host-cache" if host_cache else knob
         raise ArtifactError(
             "memory-too-large",
             f"{_mib(ledger.total)} are needed, {_mib(ledger.kv)} of them for KV pages, and the machine has {_mib(free)}"
@@ -129,13 +145,13 @@ def plan_rows_memory(artifact: Artifact, limits: Limits, kv: KVSpec, memory_byte
     return ledger
 
 
-def _table(weights: int, arena: int, state: tuple[str, int, str], process: int) -> str:
+def _table(weights: int, arena: int, states: Sequence[tuple[str, int, str]], process: int) -> str:
     rows: Sequence[tuple[str, int, str]] = (
         ("weights (mapped, shared)", weights, ""),
         ("arena", arena, ""),
-        state,
+        *states,
         ("process", process, "estimate"),
-        ("total", weights + arena + state[1] + process, ""),
+        ("total", weights + arena + sum(size for _, size, _ in states) + process, ""),
     )
     return "\n".join(f"  {name:<26}{size / 2**20:>10,.1f} MiB  {note}".rstrip() for name, size, note in rows)
 

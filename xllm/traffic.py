@@ -2,17 +2,99 @@
 
     {"schema": 1, "steps": {"1": 9120, "17": 40, "512": 300}}
 
-where a key is the tokens of a step and a value says how often such a step ran, or any weight in proportion to it.
+where a key is the tokens of a step and a value says how often such a step ran, or any weight in proportion to it. What
+`xllm serve --record-traffic FILE` writes has "seen" beside them, figures for people (see `Traffic`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
+from collections import Counter
 from pathlib import Path
+
+from xllm.files import write_whole
 
 SCHEMA = 1
 MAX_SIZES, MAX_TOKENS, MAX_FILE_BYTES = 4096, 1 << 20, 4 << 20
+SECONDS = 60.0  # between two writes
+
+log = logging.getLogger("xllm.traffic")
+
+
+class Traffic:
+    """What steps a server runs, in bounded memory. One thread adds, any may ask for the text.
+
+    "steps": steps by their tokens. "rows": by their sequences. decodes, prompts: sequences of one token that follows
+    others, and of any other piece; prompt_tokens: of the latter. bucket_misses: by the tokens of the bucket that a step
+    ran in, those that had fewer, so that a bucket of their own size would have held less.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: Counter[int] = Counter()
+        self._rows: Counter[int] = Counter()
+        self._misses: Counter[int] = Counter()
+        self._decodes = self._prompts = self._prompt_tokens = 0
+
+    def add(self, tokens: int, rows: int, decodes: int, bucket: int) -> None:
+        """A step of so many tokens and sequences, `decodes` of which decode, in a bucket of so many tokens."""
+        with self._lock:
+            self._steps[counted(tokens)] += 1
+            self._rows[counted(rows)] += 1
+            self._decodes += decodes
+            self._prompts += rows - decodes
+            self._prompt_tokens += tokens - decodes
+            if tokens < bucket:
+                self._misses[bucket] += 1
+
+    def to_json(self) -> bytes | None:
+        """The file; None as long as no step ran, since that would be no histogram."""
+        with self._lock:
+            if not self._steps:
+                return None
+            seen = {
+                "rows": _ordered(self._rows),
+                "decodes": self._decodes,
+                "prompts": self._prompts,
+                "prompt_tokens": self._prompt_tokens,
+                "bucket_misses": _ordered(self._misses),
+            }
+            body = {"schema": SCHEMA, "steps": _ordered(self._steps), "seen": seen}
+        return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def counted(size: int) -> int:
+    """The size under which another is counted: not less, and at most a 256th more."""
+    apart = max(1, 1 << max(0, (size - 1).bit_length() - 9))
+    return -(-size // apart) * apart
+
+
+class TrafficFile:
+    """Keeps a file as new as SECONDS ago, in a thread of its own, and writes it once more when it is closed."""
+
+    def __init__(self, traffic: Traffic, file: Path, seconds: float = SECONDS) -> None:
+        self._traffic, self._file, self._seconds = traffic, file, seconds
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="xllm-traffic", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while True:
+            closing = self._closing.wait(self._seconds)
+            if content := self._traffic.to_json():
+                try:
+                    write_whole(self._file, content)
+                except OSError as error:
+                    log.warning("the traffic was not written to %s: %s", self._file, error.strerror)
+            if closing:
+                return
 
 
 def read_traffic(path: str | Path) -> tuple[tuple[int, float], ...]:
@@ -24,7 +106,7 @@ def read_traffic(path: str | Path) -> tuple[tuple[int, float], ...]:
         raise ValueError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
     try:
         held = json.loads(raw)
-        if not isinstance(held, dict) or set(held) != {"schema", "steps"} or held["schema"] != SCHEMA:
+        if not isinstance(held, dict) or held.keys() - {"seen"} != {"schema", "steps"} or held["schema"] != SCHEMA:
             raise ValueError(f'it must be {{"schema": {SCHEMA}, "steps": {{TOKENS: COUNT}}}}')
         steps = held["steps"]
         if not isinstance(steps, dict) or not 1 <= len(steps) <= MAX_SIZES:
@@ -47,3 +129,7 @@ def _weight(size: str, count: object) -> float:
     if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count <= 1e15:
         raise ValueError(f"the count of {size} is {count!r}, not a number from 0 on")
     return float(count)
+
+
+def _ordered(counts: Counter[int]) -> dict[str, int]:
+    return {str(size): counts[size] for size in sorted(counts)}

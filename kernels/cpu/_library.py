@@ -71,14 +71,19 @@ _SIGNATURES = {
 @cache
 def library() -> c.CDLL:
     """The library, its functions typed. CDLL releases the GIL around every call."""
+    loaded = c.CDLL(str(library_file()))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def library_file() -> Path:
+    """Where the library is. Raises ImportError."""
     # An editable install keeps the sources and the built library in two folders of this package's path.
     import xllm.kernels.cpu as package
 
     for folder in package.__path__:
         if (path := Path(folder) / _FILE).is_file():
-            loaded = c.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.restype, function.argtypes = result, arguments
-            return loaded
+            return path
     raise ImportError(f"{_FILE} is not built: install the project with pip (a C++17 compiler is needed)")

@@ -6,11 +6,16 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__)
 namespace xk_v2 { const xk::Level &level(); }
 namespace xk_v3 { const xk::Level &level(); }
 namespace xk_v4 { const xk::Level &level(); }
+namespace xk_v4_amx { const xk::Level &level(); }
 #else
 namespace xk_arm64 { const xk::Level &level(); }
 #endif
@@ -18,12 +23,23 @@ namespace xk_arm64 { const xk::Level &level(); }
 namespace xk {
 namespace {
 
+// The matrix unit's registers are large: a process asks the system for them, once.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<const Level *> detect() {
 #if defined(__x86_64__)
   unsigned a = 0, b1 = 0, c1 = 0, d1 = 0, b7 = 0, c7 = 0, d7 = 0, cx = 0, dx = 0;
   __get_cpuid(1, &a, &b1, &c1, &d1);
   __get_cpuid_count(7, 0, &a, &b7, &c7, &d7);
-  unsigned b = 0;
+  unsigned b = 0, a71 = 0;
+  __get_cpuid_count(7, 1, &a71, &b, &a, &d1);
   __get_cpuid(0x80000001u, &a, &b, &cx, &dx);
   const auto bits = [](unsigned value, unsigned mask) { return (value & mask) == mask; };
   unsigned saved = 0, high = 0;
@@ -33,10 +49,13 @@ std::vector<const Level *> detect() {
                   bits(b7, bit_AVX2 | bit_BMI | bit_BMI2) && bits(cx, 1u << 5 /* lzcnt */);
   const bool v4 = v3 && bits(saved, 0xe6) && bits(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL) &&
                   bits(c7, bit_AVX512VNNI);  // the first CPUs with AVX-512 lack it and slow down for wide vectors: v3 serves them
+  const bool amx = v4 && bits(saved, 0x600e6) && bits(d7, 1u << 24 /* tiles */ | 1u << 25 /* int8 */ | 1u << 22 /* bf16 */) &&
+                   bits(a71, 1u << 5 /* bf16 vectors */);
   std::vector<const Level *> found;
   if (v2) found.push_back(&xk_v2::level());
   if (v3) found.push_back(&xk_v3::level());
   if (v4) found.push_back(&xk_v4::level());
+  if (amx && may_use_tiles()) found.push_back(&xk_v4_amx::level());
   return found;
 #else
   return {&xk_arm64::level()};

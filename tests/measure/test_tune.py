@@ -15,7 +15,7 @@ from xllm.artifact import Artifact
 from xllm.kernels import cpu
 from xllm.measure import tables
 from xllm.measure import tune as tuning
-from xllm.measure.machine import cache_bytes, cpu_model
+from xllm.measure.machine import cache_bytes
 from xllm.targets import host
 from xllm.targets.cpu import CpuTarget
 from xllm.targets.predicted import target_of
@@ -104,7 +104,7 @@ def test_a_table_is_cached_asked_for_and_sealed_in_the_artifact(
     assert cli.main(["tune", "--threads", "1"]) == 0
     assert "linear.bf16" in capsys.readouterr().out
     (file,) = (tmp_path / "cache" / "tuning").iterdir()
-    assert file == tables.table_path(cpu_model(), 1)
+    assert file == tables.table_path(host.cpu_model(), 1)
     for out, asked in (("one", ["--tuning", "cached"]), ("two", ["--tuning", str(file)]), ("plain", [])):
         assert cli.main([*command, str(tmp_path / out), *asked]) == 0
     one, two, plain = (contents(tmp_path / out) for out in ("one", "two", "plain"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from xllm.runtime import (
     StepResult,
     TokenOutput,
 )
+from xllm.runtime.config import TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
@@ -62,6 +64,12 @@ class FakeMemory:
         for (source, offset), value in list(self.content.items()):
             if source == page and offset < size:
                 self.content[self.mapped[address], offset] = value
+
+    def copy_out(self, page: int, offset: int, into: memoryview) -> None:
+        raise NotImplementedError  # with tiers, tests have real memory
+
+    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        raise NotImplementedError
 
     def populate(self, address: int) -> None:
         assert address % self.page_bytes == 0
@@ -256,6 +264,7 @@ class Rig:
     real_memory: bool = False
     premap: bool = False
     prefix_cache: bool = True
+    tiers: TierConfig | None = None
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
@@ -273,6 +282,7 @@ class Rig:
             async_scheduling=self.async_scheduling,
             premap=self.premap,
             prefix_cache=self.prefix_cache,
+            tiers=self.tiers,
             check=True,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
@@ -281,11 +291,14 @@ class Rig:
     @property
     def busy(self) -> bool:
         engine = self.engine
-        return bool(self.flight or engine._told or not engine._orders.resting)
+        return bool(self.flight or engine._told or engine._core.parked or not engine._orders.resting)
 
     def turn(self) -> None:
         """One turn of the engine's loop, if it would not sleep."""
         self.now += 1
+        while self.engine._core.parked and not self.engine._cancelled:
+            assert self.engine._tiers is not None
+            assert self.engine._tiers.work(), "it waits for a load that nobody makes"
         if self.busy:
             self.engine._take_requests(self.flight)
             self.flight = self.engine._turn(self.flight)

@@ -25,6 +25,8 @@ def test_one_request_is_generated_to_its_length(overlap):
     assert rig.end("a").prompt_tokens == 40
     stats = rig.engine.stats()
     assert (stats.prompt_tokens, stats.generated_tokens, stats.finished, stats.wasted_rows) == (40, 10, 1, 0)
+    assert (stats.rows, stats.tokens) == (stats.steps, 40 + 10 - 1), "the last token is never computed on"
+    assert stats.mapped_pages == 0 and 0 < stats.reusable_pages + stats.cached_pages <= stats.total_pages
     rig.assert_baseline()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.fakes import BOTH_LOOPS, RealMemory, Rig, assert_as_alone, expected_outputs, limit_of, request
+from tests.runtime.test_prefix import TEXT
+from tests.runtime.test_tiers import tiered, tiers_of
 from xllm.runtime import Group, RequestRefused
 from xllm.runtime.orders import ABORTED, Mode
+from xllm.runtime.prefix import extend_chain
 
 
 def started(overlap: bool = True, requests: int = 2, turns: int = 6, **settings) -> tuple[Rig, list]:
@@ -87,8 +91,6 @@ def test_pause_wait_finishes_who_runs_and_admits_nobody(overlap):
 
 
 def asked_chain(rig: Rig, one) -> list[bytes]:
-    from xllm.runtime.prefix import extend_chain
-
     chain: list[bytes] = []
     extend_chain(chain, one.prompt, rig.executor.kv.group_tokens, "")
     return chain
@@ -219,29 +221,32 @@ STEP = st.one_of(
 )
 
 
-@given(st.lists(STEP, max_size=50), st.booleans(), st.sampled_from([6, 24]))
+@given(st.lists(STEP, max_size=50), st.booleans(), st.sampled_from([6, 24]), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pages):
+def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pages, tiers):
     """Every request ends once: with the text of exactly one version of the weights, or by an abort with the beginning
     of it. Every order is carried out or refused."""
-    rig = Rig(async_scheduling=overlap, pages=pages, max_seqs=4)
+    settings: dict[str, Any] = {"async_scheduling": overlap, "pages": pages, "max_seqs": 4}
+    rig = tiered(host=50, **settings) if tiers else Rig(**settings)
     engine = rig.engine
     asked: list = []
     orders: list = []
-    groups: dict[int, Group] = {}
     aborts = False
     for kind, first, second in steps:
         try:
             if kind == "submit":
-                # Half of a prompt is everybody's: what one version computed of it must not be found by another.
-                prompt = (*range(min(first, 40)), *((len(asked) + n) % 40 for n in range(max(first - 40, 1))))
-                one = request(f"r{len(asked)}", prompt, min(second, 20), seed=3)
-                one = replace(one, group=groups.setdefault(len(asked) // 4, Group()))
-                engine.submit(one)
-                asked.append(one)
+                group = Group()
+                for _ in range(1 + first % 3):
+                    # Half of a prompt is everybody's: what one version computed of it must not be found by another.
+                    prompt = (*range(min(first, 40)), *((len(asked) + n) % 40 for n in range(max(first - 40, 1))))
+                    one = request(f"r{len(asked)}", prompt, min(second, 20), seed=3)
+                    engine.submit(one := replace(one, group=group))
+                    asked.append(one)
             elif kind == "turn":
-                for _ in range(first):
+                for at in range(first):
                     rig.turn()
+                    if tiers and at % 3 != 2:
+                        tiers_of(rig).work()
             elif kind == "swap":
                 aborts |= second == 3
                 load = partial(setattr, rig.executor, "weights", first)
@@ -276,3 +281,45 @@ def test_orders_at_any_time_change_no_text_and_mix_no_weights(steps, overlap, pa
         else:
             assert (rig.tokens(one.id), rig.end(one.id).finish_reason) == (expected, reason)
     rig.assert_baseline()
+    engine.stop()
+
+
+def test_a_tier_gives_nothing_that_other_weights_have_computed_and_keeps_what_a_sleep_forgets():
+    rig = tiered(host=50)
+
+    def found(name: str, weights: int = 0) -> int:
+        rig.engine.submit(one := request(name, tuple(TEXT[:200]), 4, ignore_eos=True))
+        rig.finish()
+        while tiers_of(rig).work():
+            pass
+        assert rig.tokens(name) == expected_outputs(one, 4, rig.vocab, weights=weights)[0]
+        return rig.end(name).cached_tokens
+
+    def done(order: Future[bool]) -> bool:
+        rig.finish()
+        return order.result(0)
+
+    assert (found("a"), found("b")) == (0, 192)
+    assert done(rig.engine.sleep("light", lambda: None)) and done(rig.engine.wake(lambda: None))
+    assert found("c") == 192, "of the host's memory, which sleeps with it"
+    assert done(rig.engine.swap("v1", partial(setattr, rig.executor, "weights", 1)))
+    assert (found("d", 1), found("e", 1)) == (0, 192)
+    assert done(rig.engine.swap("", partial(setattr, rig.executor, "weights", 0)))
+    assert found("f") == 192, "these weights have computed it before"
+    rig.engine.stop()
+
+
+def test_nothing_is_loaded_into_a_pool_that_sleeps():
+    rig = tiered(host=50)
+    rig.engine.submit(request("a", tuple(TEXT[:200]), 1))
+    rig.finish()
+    while tiers_of(rig).work():
+        pass
+    rig.engine.sleep("light", lambda: None)
+    rig.finish()
+    chain: list[bytes] = []
+    extend_chain(chain, TEXT[:200], rig.executor.kv.group_tokens, "0a")
+    tiers_of(rig).load(chain, lambda: True)
+    assert tiers_of(rig).work() and rig.engine.stats().cached_pages == 0
+    assert os.fstat(cast(RealMemory, rig.memory)._fd).st_blocks == 0
+    rig.engine.stop()

@@ -7,12 +7,16 @@ import openai
 import pytest
 
 from tests.service.fakes import Script, fake_service, running
+from xllm.service.batches import Batches
+from xllm.service.shelf import Files
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(base URL, service); the server lives as long as the test module."""
-    service = fake_service(tmp_path_factory.mktemp("fake"))
+    folder = tmp_path_factory.mktemp("fake")
+    service = fake_service(folder)
+    service.batches = Batches(Files(folder / "state"))
     with running(service) as (base, _):
         yield base, service
 

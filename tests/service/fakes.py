@@ -103,6 +103,11 @@ class FakeEngine:
                 running=live,
                 free_pages=100 - live,
                 total_pages=100,
+                mapped_pages=7,
+                cached_pages=20,
+                reusable_pages=3,
+                looked_up_tokens=80,
+                cached_tokens=20,
                 generated_tokens=self.generated,
                 refusal=self.refusal,
             )

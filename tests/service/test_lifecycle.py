@@ -16,7 +16,7 @@ import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, running, wait_for
 from xllm.service.answer import Limits
-from xllm.service.gate import PUBLIC, Keys
+from xllm.service.gate import PAGE, PUBLIC, Keys
 
 COMPLETIONS = "/v1/completions"
 ENDLESS = {"model": "fake", "prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -58,7 +58,7 @@ def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
                     {"authorization": "Basic one"},
                 ):
                     answer = client.request(method, path, headers=headers)
-                    public = path in PUBLIC and method in ("GET", "HEAD")
+                    public = path in (*PUBLIC, *PAGE) and method in ("GET", "HEAD")
                     assert answer.status_code == (200 if public else 401), (method, path)
             for headers in ({"authorization": "Bearer one"}, {"x-api-key": "two"}, {"authorization": "bearer two"}):
                 assert client.get("/v1/models", headers=headers).status_code == 200

@@ -288,6 +288,8 @@ def test_every_prompt_has_one_output_whatever_ends_it() -> None:
     wait_for(lambda: engine.stats().running == 0)
     stats = engine.stats()
     assert (stats.finished, stats.cancelled, stats.waiting, stats.prompt_tokens) == (8, 1, 0, 80 + 7 * 9)
+    assert (stats.steps, stats.rows) == (len(executor.batches), sum(len(batch.rows) for batch in executor.batches))
+    assert stats.tokens == sum(len(row.tokens) for batch in executor.batches for row in batch.rows)
     executor.open.clear()
     for request in requests[:3]:
         engine.submit(request)

@@ -8,10 +8,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllm.artifact import Artifact
 
 
-def add(command: Callable[..., Any], positive: Callable[[str], int]) -> None:
+def add(command: Callable[..., Any], positive: Callable[[str], int], count: Callable[[str], int]) -> None:
     """The flags of each; `command(name, run, help, *examples)` makes its parser."""
     profile = command(
         "profile",
@@ -33,6 +36,10 @@ def add(command: Callable[..., Any], positive: Callable[[str], int]) -> None:
     profile.add_argument("--seconds", type=positive, default=5, metavar="N", help="for each shape (default 5)")
     profile.add_argument("--threads", type=positive, metavar="N", help="compute threads (default: the cores there are)")
     profile.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels")
+    profile.add_argument(
+        "--cost-seconds", type=count, default=25, metavar="N",
+        help="for the cost model that scheduling decides by, written to ARTIFACT.cost.json (default 25; 0: none)",
+    )  # fmt: skip
     profile.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: ARTIFACT.profile.json")
     tune = command(
         "tune",
@@ -80,16 +87,35 @@ def _profile(arguments: argparse.Namespace) -> None:
     file.write_bytes(found.to_json())
     print(text(artifact, found), end="")
     print(f"wrote {file}")
+    if arguments.cost_seconds and artifact.task == "generate":
+        _fit(artifact, arguments)
+
+
+def _fit(artifact: Artifact, arguments: argparse.Namespace) -> None:
+    from xllm.files import write_whole
+    from xllm.measure.fit import fit_artifact
+    from xllm.targets.fitted import cost_path
+
+    modules = tuple(arguments.kernel_module)
+    fitted = fit_artifact(artifact, arguments.threads, arguments.cost_seconds, _tell, modules)
+    exact, file = fitted.fidelity, cost_path(arguments.artifact)
+    write_whole(file, fitted.to_json())
+    print(
+        f"cost model of {exact.fitted} steps of up to {fitted.largest} tokens: of {exact.held_out} steps held out it is"
+        f" off by {exact.median_error:.1%} (median) and {exact.p90_error:.1%} (90 of 100);"
+        f" runs of one step spread by {exact.spread:.1%}\nwrote {file}"
+    )
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from xllm.measure.tables import table_path, write_tuning
+    from xllm.files import write_whole
+    from xllm.measure.tables import table_path
     from xllm.measure.tune import tune
 
     _say_if_busy()
     table = tune(arguments.threads, _tell)
     file = arguments.output or table_path(table.cpu, table.threads)
-    write_tuning(table, file)
+    write_whole(file, table.to_json())
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in table.cache_bytes.items())
     print(
         f"{table.cpu}, {table.level}, {table.threads} threads: reads {table.read_bytes_per_second / 1e9:.1f} GB/s,"

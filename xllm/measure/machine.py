@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import platform
 import re
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from xllm.kernels import cpu
 
+SHORT = 0.01  # seconds: of less, a thread that was about to sleep counts more than it should; some run is undisturbed
 WRITTEN = 0x3C  # small numbers of every type; what nobody wrote is one page of zeros, again and again
-_CPUINFO, _CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+_CACHES, _THREADS = Path("/sys/devices/system/cpu/cpu0/cache"), Path("/proc/self/task")
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,6 @@ class Machine:
     threads: int
     read_bytes_per_second: float
     flops_per_second: float
-
-
-def cpu_model() -> str:
-    """As the system names it; on Arm, where it has no name, by implementer and part."""
-    text = _read(_CPUINFO)
-    for field in ("model name", "Model"):
-        if found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1].strip()
-    parts = [re.search(rf"^CPU {field}\s*:\s*(\S+)$", text, re.MULTILINE) for field in ("implementer", "part")]
-    return " ".join(part[1] for part in parts if part) or platform.processor() or platform.machine()
 
 
 def cache_bytes() -> dict[str, int]:
@@ -58,6 +50,31 @@ def state_memory(size: int) -> np.ndarray:
     memory = np.frombuffer(mmap.mmap(-1, max(size, mmap.PAGESIZE)), np.uint8)
     memory[:] = WRITTEN
     return memory
+
+
+ThreadTimes = Mapping[str, tuple[int, int]]
+
+
+def thread_times() -> ThreadTimes:
+    """Nanoseconds that each other thread of this process has run, and has been ready to run while others had the cores;
+    nothing where the system does not say."""
+    found, own = {}, str(threading.get_native_id())  # which is busy asking
+    for folder in _THREADS.glob("*"):
+        if folder.name != own and len(figures := _read(folder / "schedstat").split()) == 3:
+            found[folder.name] = int(figures[0]), int(figures[1])
+    return found
+
+
+def undisturbed(took: float, before: ThreadTimes, after: ThreadTimes, threads: int) -> float:
+    """Of `took` seconds between two readings, those without what each of so many threads, those that ran most, waited
+    for a core: where others take their turns on all cores, what these took. Where they disturb one thread alone it is
+    all of them, since that may have kept the rest waiting or not. Never less than a thread ran."""
+    spans = sorted(
+        (run - before[name][0], wait - before[name][1]) for name, (run, wait) in after.items() if name in before
+    )[-threads:]
+    if not spans or took < SHORT:
+        return took
+    return min(took, max(took - min(wait for _, wait in spans) / 1e9, spans[-1][0] / 1e9))
 
 
 def _read(path: Path) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from xllm.artifact import Artifact
 from xllm.kernels import cpu
 from xllm.llm import engine_config
-from xllm.measure.machine import Machine, ceilings, cpu_model, state_memory
+from xllm.measure.machine import Machine, ceilings, state_memory
 from xllm.measure.record import Profile, StepProfile
 from xllm.measure.shape import DECODED, Shape, usual_shapes
 from xllm.memory import plan_memory
@@ -81,7 +81,7 @@ def profile(
             executor.close()
     # The greatest of several: the limit that flatters least.
     read, flops = (max(figures) for figures in zip(*held, strict=True))
-    return Profile(artifact.manifest["digest"], Machine(cpu_model(), level, count, read, flops), tuple(steps))
+    return Profile(artifact.manifest["digest"], Machine(host.cpu_model(), level, count, read, flops), tuple(steps))
 
 
 def executor_steps(
@@ -130,7 +130,7 @@ def engine_steps(
     executor.times = []
     prompt = max(1, shape.context - DECODED // 2)
     for index in range(shape.count):
-        ids = _ids(executor.limits, prompt, index)
+        ids = token_ids(executor.limits, prompt, index)
         engine.submit(Request(f"profile-{index}", tuple(ids), GREEDY))
     left = shape.count
     while left:
@@ -161,7 +161,7 @@ def _batch(executor: CpuExecutor, shape: Shape, task: str) -> Iterator[Batch]:
     memory = state_memory(size * len(shape.sequences))
     rows = []
     for slot, (tokens, past) in enumerate(shape.sequences):
-        ids = _ids(limits, tokens, slot)
+        ids = token_ids(limits, tokens, slot)
         rows.append(Row(slot, memory.ctypes.data + slot * size, past, ids, True))
         if task == "generate":
             executor.attach(slot, Request(f"profile-{slot}", (0,), GREEDY), ())
@@ -172,7 +172,8 @@ def _batch(executor: CpuExecutor, shape: Shape, task: str) -> Iterator[Batch]:
             executor.detach(slot)
 
 
-def _ids(limits: Limits, count: int, seed: int) -> list[int]:
+def token_ids(limits: Limits, count: int, seed: int) -> list[int]:
+    """Token ids, as random as a prompt is to a model."""
     return np.random.default_rng(seed).integers(0, limits.vocab, count).tolist()
 
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from xllm import config
-from xllm.measure.machine import cpu_model
 from xllm.targets import host
 from xllm.targets.cpu.tuning import MAX_BYTES, Tuning
 
@@ -21,7 +20,7 @@ def table_path(cpu: str, threads: int) -> Path:
 
 def read_tuning(which: str) -> Tuning:
     """The table in the file `which`, or, for CACHED, this machine's. Raises ValueError when there is none."""
-    file = table_path(cpu_model(), host.threads().count) if which == CACHED else Path(which)
+    file = table_path(host.cpu_model(), host.threads().count) if which == CACHED else Path(which)
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
@@ -30,11 +29,3 @@ def read_tuning(which: str) -> Tuning:
         raise ValueError(f"there is no tuning table {file}; run `xllm tune`") from None
     except ValueError as error:
         raise ValueError(f"{file} is no tuning table: {error}; run `xllm tune`") from error
-
-
-def write_tuning(tuning: Tuning, file: Path) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(tuning.to_json())
-    part.replace(file)

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from xllm.kernels import cpu
-from xllm.measure.machine import WRITTEN, cache_bytes, cpu_model, state_memory
+from xllm.measure.machine import WRITTEN, cache_bytes, state_memory
 from xllm.targets import host
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget
@@ -72,7 +72,7 @@ def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: Non
                 tell(bench.kernel)
                 curves[bench.kernel] = curve(bench)
     usual = statistics.median(found.call_seconds for found in curves.values())
-    return _rounded(Tuning(cpu_model(), level, count, cache_bytes(), read, flops, usual, curves))
+    return _rounded(Tuning(host.cpu_model(), level, count, cache_bytes(), read, flops, usual, curves))
 
 
 def fastest_level(threads: int) -> str:

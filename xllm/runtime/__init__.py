@@ -1,4 +1,5 @@
-"""The runtime: continuous batching over an executor and an xTensor KV pool. Standard library and numpy only."""
+"""The runtime: continuous batching over an executor and an xTensor KV pool. Standard library, numpy and blake3
+only."""
 
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, RequestRefused, RuntimeFault, StepError

@@ -2,9 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from xllm.runtime.cost import StepCost
 from xllm.runtime.errors import RuntimeFault
+
+
+@dataclass(frozen=True)
+class LoadCost:
+    """What it takes to have a token's keys and values: computing them, or loading them from a tier. Seconds; `wait` is
+    what a load takes before its first byte."""
+
+    compute: float = 1.0
+    host: float = 0.0
+    disk: float = 0.0
+    wait: float = 0.0
+
+    def pays(self, tokens: int, from_host: int, from_disk: int) -> bool:
+        """Is loading faster? `tokens` need not be computed then; for that, so many are loaded from each tier."""
+        return self.wait + from_host * self.host + from_disk * self.disk < tokens * self.compute
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """Where the state of texts goes that has no room in the pool. host_bytes: memory beside the pool, 0 for none. disk:
+    a folder for files of `disk_bytes` in all, None for none. identity: hex digest of whatever decides the bytes
+    (weights, their layout, kernels): nothing is shared with another one's files. cost: when loading is worth it."""
+
+    host_bytes: int = 0
+    disk: str | None = None
+    disk_bytes: int = 0
+    identity: str = ""
+    cost: LoadCost = LoadCost()
+
+
+@dataclass(frozen=True)
+class TierFigures:
+    """One tier, in bytes and in groups of `group_bytes` each. loaded and corrupt: asked for, and found as they were
+    stored or not (corrupt, short or gone). off: why the tier is not used any more (an errno's name), empty while it
+    is."""
+
+    name: str
+    group_bytes: int = 0
+    limit_bytes: int = 0
+    held_bytes: int = 0
+    stored: int = 0
+    loaded: int = 0
+    corrupt: int = 0
+    evictions: int = 0
+    off: str = ""
+
+    def plus(self, stored: int = 0, loaded: int = 0, corrupt: int = 0, evictions: int = 0) -> TierFigures:
+        return replace(
+            self,
+            stored=self.stored + stored,
+            loaded=self.loaded + loaded,
+            corrupt=self.corrupt + corrupt,
+            evictions=self.evictions + evictions,
+        )
 
 
 @dataclass(frozen=True)
@@ -20,8 +75,10 @@ class EngineConfig:
     queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
     admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
-    for models with state that does not grow with the text. weights: their version, which outputs name. check: assert
-    all invariants after each step (for tests; cost grows with pages).
+    for models with state that does not grow with the text. weights: their version, which outputs name. cost: what steps
+    take on this machine, where that was measured. tiers: where cached pages go when the pool has no room; needs the
+    prefix cache, and is without effect where that is. check: assert all invariants after each step (for tests; cost
+    grows with pages).
     """
 
     kv_bytes: int
@@ -38,6 +95,8 @@ class EngineConfig:
     premap: bool = True
     prefix_cache: bool = True
     weights: str = ""
+    cost: StepCost | None = None
+    tiers: TierConfig | None = None
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -55,20 +114,24 @@ class EngineConfig:
                 raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")
         if not 0 < self.admit_below <= 1:
             raise RuntimeFault("invalid_config", f"admit_below is {self.admit_below}, must be above 0 and at most 1")
+        if self.tiers is not None and not self.prefix_cache:
+            raise RuntimeFault("invalid_config", "tiers hold what the prefix cache knows: prefix_cache must be on")
 
 
 @dataclass(frozen=True)
 class EngineStats:
     """A snapshot. running and waiting are requests; the token and event figures count since start.
 
+    rows and tokens: what all steps computed. mapped_pages: of running sequences; reusable_pages: mapped, and of nobody.
     prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
     again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
-    in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed). paused: no step is computed, asleep: the level,
-    see Engine.pause and Engine.sleep. weights: the version of those that are computed with.
+    in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. tiers: those that there
+    are; loads: times that a sequence waited for one; not_stored: groups of tokens that were gone before they were
+    copied. refusal: "code: message" once no request is taken any more (stopping, draining, failed). paused: no step is
+    computed, asleep: the level, see Engine.pause and Engine.sleep. weights: the version that steps compute with.
     """
 
     running: int = 0
@@ -78,6 +141,8 @@ class EngineStats:
     total_pages: int = 0
     page_bytes: int = 0
     steps: int = 0
+    rows: int = 0
+    tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     recomputed_tokens: int = 0
@@ -94,8 +159,13 @@ class EngineStats:
     kv_waste_bytes: int = 0
     looked_up_tokens: int = 0
     cached_tokens: int = 0
+    mapped_pages: int = 0
+    reusable_pages: int = 0
     cached_pages: int = 0
     evictions: int = 0
+    tiers: tuple[TierFigures, ...] = ()
+    loads: int = 0
+    not_stored: int = 0
     refusal: str | None = None
     paused: bool = False
     asleep: str = ""

@@ -22,6 +22,7 @@ from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.sharing import Sharing
+from xllm.runtime.tiers import Tiers
 
 _FAULTS = {
     -1: "numeric_error: the logits hold NaN or infinity",
@@ -40,7 +41,14 @@ class Flight:
 class Core:
     """Sequences, queues and counters of one engine. Not thread-safe. Outputs gather in `outputs` until taken."""
 
-    def __init__(self, executor: Executor, config: EngineConfig, pool: KvPool, clock: Callable[[], float]):
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        pool: KvPool,
+        clock: Callable[[], float],
+        tiers: Tiers | None = None,
+    ):
         limits = executor.limits
         self.executor = executor
         self.pool = pool
@@ -62,8 +70,9 @@ class Core:
         self._oldest_wait = 0.0
         self._clock = clock
         self._check = config.check
-        self._sharing = Sharing(pool, executor.kv, config)
+        self._sharing = Sharing(pool, executor.kv, config, tiers)
         self._eos = frozenset(config.eos_ids)
+        self._rows = self._tokens = 0
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._preemptions = self._wasted_rows = self._failed_steps = 0
         self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
@@ -72,6 +81,16 @@ class Core:
     def idle(self) -> bool:
         """Nothing to do, not even for a launched step."""
         return not (self.running or self.waiting or self.leaving)
+
+    @property
+    def loading(self) -> bool:
+        """All that there are wait for loads: that nothing ran is then no fault."""
+        return bool(self.waiting) and not (self.running or self.leaving) and self._sharing.loading
+
+    @property
+    def parked(self) -> bool:
+        """And none of these has ended since."""
+        return self.loading and self._sharing.parked
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
@@ -106,6 +125,7 @@ class Core:
         for victim in decision.preempted:
             self._preempt(victim)
         self._admit(decision)
+        self._sharing.settle()
         grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
         if not grants:
             return None
@@ -122,11 +142,13 @@ class Core:
             sequence = grant.sequence
             sequence.computed += grant.tokens
             sequence.flights += 1
+            self._tokens += grant.tokens
             if grant.sample:
                 sequence.pending += 1
                 sequence.pending_row = sampled
                 sampled += 1
         self._steps += 1
+        self._rows += len(grants)
         try:
             return Flight(self.executor.launch(batch), grants)
         except StepError as error:
@@ -161,6 +183,8 @@ class Core:
             total_pages=plan.pages,
             page_bytes=plan.page_bytes,
             steps=self._steps,
+            rows=self._rows,
+            tokens=self._tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             recomputed_tokens=self._recomputed_tokens,
@@ -176,9 +200,12 @@ class Core:
             kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
             looked_up_tokens=self._sharing.looked_up_tokens,
             cached_tokens=self._sharing.cached_tokens,
+            mapped_pages=figures.states[PageState.MAPPED],
+            reusable_pages=figures.states[PageState.REUSABLE],
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
             weights=self.weights,
+            **self._sharing.tier_figures(),
         )
 
     def check(self) -> None:

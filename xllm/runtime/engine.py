@@ -23,6 +23,8 @@ from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence, new_sequence
+from xllm.runtime.tiered import TieredPool
+from xllm.runtime.tiers import Tiers, open_tiers
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
 
 log = logging.getLogger("xllm.runtime")
@@ -34,7 +36,8 @@ class Engine(Ordered):
     `sink` is called from the engine thread, at most once per step, with the outputs of that step in no particular order
     of requests; a slow sink slows generation, one that raises ends the engine. Every accepted request gets exactly one
     output with a finish_reason, also on stop and on failure. `memory` is where KV pages come from (Linux by default),
-    `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault when the KV pool cannot be made.
+    `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault when the KV pool cannot be made,
+    RuntimeFault when a tier cannot.
     """
 
     def __init__(
@@ -48,8 +51,14 @@ class Engine(Ordered):
         limits = executor.limits
         max_seqs = min(config.max_seqs or limits.max_seqs, limits.max_seqs)
         plan = plan_pool(executor.kv, limits.max_len, max_seqs, config.kv_bytes, config.page_bytes)
-        pool = KvPool(plan, memory or LinuxMemory(plan.page_bytes))
-        super().__init__(Core(executor, config, pool, clock))
+        pages = memory or LinuxMemory(plan.page_bytes)
+        self._tiers: Tiers | None = None
+        if config.tiers is None or executor.kv.fixed_bytes:
+            pool = KvPool(plan, pages)
+        else:
+            pool = TieredPool(plan, pages)
+            self._tiers = open_tiers(config.tiers, pool, self._wake)
+        super().__init__(Core(executor, config, pool, clock, self._tiers))
         self._limits = limits
         self._config = config
         self._sink = sink
@@ -69,6 +78,8 @@ class Engine(Ordered):
         """Start the engine thread. Requests may be submitted before."""
         if self._config.premap:
             self.pool.start_premapping()
+        if self._tiers is not None:
+            self._tiers.start()
         self._thread.start()
 
     def submit(self, request: Request) -> None:
@@ -122,8 +133,9 @@ class Engine(Ordered):
             self._thread.join()
         elif self._thread.ident is None:
             self._run()
-        if self._failed:
-            # A launched step may still be writing: its memory stays until the process ends.
+        ended = self._tiers is None or self._tiers.close()
+        if self._failed or not ended:
+            # A launched step, or a load, may still be writing: its memory stays until the process ends.
             self.pool.stop_premapping()
         else:
             self._core.executor.close()
@@ -173,7 +185,7 @@ class Engine(Ordered):
             while self._orders.resting and flight is None and not self._told:
                 self._quiet = self._core.idle
                 self._changed.notify_all()
-                self._changed.wait()
+                self._changed.wait(None if self._quiet else 1.0)  # a load that is stuck does not say so
             self._quiet = False
             stopping = self._stopping
             submitted, self._submitted = self._submitted, []
@@ -196,9 +208,13 @@ class Engine(Ordered):
         if outputs:
             self._forget(outputs)
             self._sink(outputs)
-        elif not (progress or self._core.idle or self._orders.active):
+        elif not (progress or self._core.idle or self._core.loading or self._orders.active):
             raise InvariantBroken(f"engine: nothing can run: {'; '.join(self._core.why)}")
         self._orders.carry_out()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
 
     def _forget(self, outputs: list[TokenOutput]) -> None:
         """Ended ids may be used again as soon as the sink has seen the end."""

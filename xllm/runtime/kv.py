@@ -64,7 +64,7 @@ class KvPool:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
-        self._closing = self._resting = False  # resting: nothing is mapped ahead
+        self._closing = self._resting = self._filling = False  # resting: no page is to be touched
 
     @property
     def free_pages(self) -> int:

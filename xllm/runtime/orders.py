@@ -62,9 +62,11 @@ class Orders:
 
     @property
     def resting(self) -> bool:
-        """There is nothing to do until somebody says something."""
+        """There is nothing to do until somebody says something, or something is loaded."""
         core = self._core
-        return not (self._pending or core.running or core.leaving or (core.waiting and not self.paused))
+        if core.running or core.leaving:
+            return False
+        return core.parked or not (self._pending or (core.waiting and not self.paused))
 
     def take(self, order: Order | Recall) -> None:
         """Begin to carry it out. The requests that were submitted before are known to the core."""

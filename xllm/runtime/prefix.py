@@ -57,6 +57,8 @@ class PrefixIndex:
         self._keys: dict[int, set[tuple[bytes, int]]] = {}  # of every cached page
         self.uses: dict[int, int] = {}  # spans that use each cached page
         self._unused: OrderedDict[int, None] = OrderedDict()  # oldest use first
+        self._entries: dict[int, int] = {}  # of every cached page: how many were cached before it, since start
+        self._added = 0
 
     def __contains__(self, page: int) -> bool:
         return page in self.uses
@@ -87,6 +89,11 @@ class PrefixIndex:
         shared = tuple([self._pages[chain[self.groups_of(index)[-1]], index] for index in range(whole)])
         return Match(groups, shared, self._pages[chain[groups - 1], whole] if rest else -1, rest)
 
+    def locate(self, digest: bytes, index: int) -> tuple[int, int] | None:
+        """The page known under this, and a number that is another one when the page was evicted and cached again."""
+        page = self._pages.get((digest, index))
+        return None if page is None else (page, self._entries[page])
+
     def add(self, page: int, index: int, chain: Sequence[bytes]) -> tuple[bool, list[int]]:
         """Cache page `index` of a span whose written text is `chain`, used by that span; again when more is written. It
         takes the place of pages that know less of the same text; the second result are those that nothing leads to now.
@@ -104,6 +111,9 @@ class PrefixIndex:
                     gone.append(before)
             self._pages[key] = page
         self._keys.setdefault(page, set()).update(keys)
+        if page not in self._entries:
+            self._added += 1
+            self._entries[page] = self._added
         return self.uses.setdefault(page, 0) == 0, gone
 
     def hold(self, page: int) -> None:
@@ -120,6 +130,11 @@ class PrefixIndex:
         if not self._keys[page]:
             self._remove(page)
         return page in self.uses
+
+    def refresh(self, page: int) -> None:
+        """A page that may be unused goes last."""
+        if page in self._unused:
+            self._unused.move_to_end(page)
 
     def evict(self) -> int:
         """Take the page whose last use is longest ago out of the cache; at least one must be unused."""
@@ -138,4 +153,4 @@ class PrefixIndex:
     def _remove(self, page: int) -> None:
         for key in self._keys.pop(page):
             del self._pages[key]
-        del self.uses[page], self._unused[page]
+        del self.uses[page], self._unused[page], self._entries[page]

@@ -8,15 +8,15 @@ from xllm.runtime.kv import KvPool
 def forget(pool: KvPool) -> None:
     """Empty the prefix cache; its pages are free then."""
     with pool._lock:
-        while pool._cache.unused:
-            pool._release(pool._cache.evict())
+        _forget(pool)
 
 
 def give_back(pool: KvPool) -> None:
     """Return the memory of all pages to the system, until `take_back`. Raises MemoryFault."""
-    forget(pool)
     with pool._lock:
         pool._resting = True
+        pool._work.wait_for(lambda: not pool._filling)  # or what is loaded right now would be lost, and taken for known
+        _forget(pool)
         pool._memory.discard()
 
 
@@ -25,3 +25,8 @@ def take_back(pool: KvPool) -> None:
     with pool._lock:
         pool._memory.reclaim()
         pool._resting = False
+
+
+def _forget(pool: KvPool) -> None:
+    while pool._cache.unused:
+        pool._release(pool._cache.evict())

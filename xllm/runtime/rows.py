@@ -137,7 +137,7 @@ class RowEngine:
                     break
                 rows = self._encoder.run(step, prompts)
                 with self._changed:
-                    self._count(steps=1)
+                    self._count(steps=1, rows=len(step), tokens=sum(piece.stop - piece.start for piece in step))
                 ends = [requests[piece.index] for piece in step if piece.ends]
                 outputs |= {request.id: _row(request, row) for request, row in zip(ends, rows, strict=True)}
         except StepError as error:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence as Ordered
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    from xllm.runtime.tiers import Load
 
 
 class State(Enum):
@@ -39,6 +43,8 @@ class Sequence:
         "computed",
         "finish",
         "flights",
+        "kept",
+        "load",
         "max_outputs",
         "order",
         "pages",
@@ -75,6 +81,8 @@ class Sequence:
         self.behind: tuple[int, int] | None = None  # order and `publish_at` of the older prompt it waits for
         self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
         self.cached = 0  # prompt tokens found in the prefix cache
+        self.load: Load | None = None  # what it waited or waits for since it waits
+        self.kept = 0  # groups of its text offered to the tiers since it runs
 
     @property
     def id(self) -> str:

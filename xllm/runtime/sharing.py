@@ -1,9 +1,10 @@
-"""Which sequence starts on what others computed, who had better wait for an older one, and when a page is offered to
-others. The pages themselves and their digests are the pool's (see prefix)."""
+"""Which sequence starts on what others computed, who had better wait for an older one or for a tier, and when a page is
+offered to others. The pages themselves and their digests are the pool's (see prefix), slower memory is the tiers'."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 from xllm.runtime.config import EngineConfig
 from xllm.runtime.executor import KVSpec
@@ -11,30 +12,47 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.prefix import extend_chain
 from xllm.runtime.scheduler import Budget
 from xllm.runtime.sequence import Sequence
+from xllm.runtime.tiers import Tiers
 
 
 class Sharing:
     """Of one core. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found."""
 
-    def __init__(self, pool: KvPool, kv: KVSpec, config: EngineConfig):
+    def __init__(self, pool: KvPool, kv: KVSpec, config: EngineConfig, tiers: Tiers | None = None):
         self._pool = pool
+        self._tiers = tiers
+        self._identity = config.tiers.identity if config.tiers else ""
+        self._loads_ended: int | None = None  # before somebody was told to wait for a load, in the latest step
         self._group_tokens = kv.group_tokens
         # State that does not grow is of the whole text before it: no page of it fits another text.
         self._on = config.prefix_cache and not kv.fixed_bytes
-        self._weights = config.weights
+        self._first_weights, self._weights = config.weights, ""  # the second names those that came later
         self.looked_up_tokens = self.cached_tokens = 0
+
+    @property
+    def loading(self) -> bool:
+        """Did the latest step put off somebody until a load ends?"""
+        return self._loads_ended is not None
+
+    @property
+    def parked(self) -> bool:
+        """Has none of those loads ended since, nor got stuck?"""
+        return self._tiers is not None and self._loads_ended == self._tiers.ended and not self._tiers.stuck
 
     def look_up(
         self, waiting: Ordered[Sequence], running: Ordered[Sequence], slots: int, budget: Budget
     ) -> tuple[list[Sequence], list[Sequence]]:
         """Find the cached part of those that this step could admit; at least one token is always left to compute. The
-        second list are those that had better wait: an older prompt is about to compute what they would need next."""
+        second list are those that had better wait: an older prompt is about to compute what they would need next, or a
+        tier gives it."""
+        ended, self._loads_ended = self._tiers.ended if self._tiers else 0, None
         found: list[Sequence] = []
         later: list[Sequence] = []
         if not (self._on and waiting):
             return found, later
         ahead = {sequence.order: sequence for sequence in running if sequence.written < sequence.prompt_tokens}
         tokens, pages = budget.tokens, self._pool.free_pages
+        coming, room = 0, pages - self._promised(running, budget) if self._tiers else 0  # pages, of those that load
         for sequence in waiting:
             if tokens <= 0 or pages < 0 or len(found) == slots:
                 break
@@ -49,9 +67,15 @@ class Sharing:
                 sequence.behind = older.order, older.publish_at
                 later.append(sequence)
                 continue
+            needed = self._pool.plan.pages_for(len(sequence.tokens))
+            if matched < groups and self._load(sequence, chain, matched, coming + needed <= room, coming > 0):
+                self._loads_ended = ended
+                later.append(sequence)
+                coming += needed
+                continue
             sequence.computed = matched * self._group_tokens
             tokens -= min(sequence.remaining, budget.max_chunk)
-            pages -= self._pool.plan.pages_for(len(sequence.tokens))
+            pages, room = pages - needed, room - needed
             found.append(sequence)
             ahead[sequence.order] = sequence
         return found, later
@@ -62,6 +86,7 @@ class Sharing:
         chain = self._chain(sequence, found // self._group_tokens)
         sequence.slot = self._pool.start(found + sequence.remaining, chain)
         sequence.written = found
+        sequence.load, sequence.kept = None, 0
         if not self._on:
             return
         self._expect(sequence)
@@ -72,19 +97,67 @@ class Sharing:
 
     def renew(self, weights: str, waiting: Ordered[Sequence]) -> None:
         """Nothing that was computed with other weights is found any more."""
-        self._weights = weights
+        self._weights = "" if weights == self._first_weights else weights
         for sequence in waiting:
-            sequence.chain, sequence.behind = [], None
+            sequence.chain, sequence.behind, sequence.load, sequence.kept = [], None, None, 0
+
+    def settle(self) -> None:
+        """Whoever the step admits has started."""
+        if self._tiers:
+            self._tiers.settle()
 
     def publish(self, sequence: Sequence) -> None:
         """Offer the pages that are complete to others."""
-        self._pool.offer(sequence.slot, self._chain(sequence, sequence.written // self._group_tokens))
+        chain = self._chain(sequence, sequence.written // self._group_tokens)
+        self._pool.offer(sequence.slot, chain)
+        self._keep(sequence, chain)
         self._expect(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Give its span back; what it has of a text may stay cached, unless it failed."""
         known = 0 if sequence.finish == "error" else sequence.written // self._group_tokens
-        self._pool.finish(sequence.slot, self._chain(sequence, known))
+        chain = self._chain(sequence, known)
+        self._pool.finish(sequence.slot, chain)
+        self._keep(sequence, chain)
+        if self._tiers:
+            self._tiers.refresh(chain)
+
+    def _keep(self, sequence: Sequence, chain: list[bytes]) -> None:
+        """Have what was written go to the tiers; it is in the pool by now, where nothing keeps it."""
+        if self._tiers and len(chain) > sequence.kept:
+            self._tiers.keep(chain, sequence.kept)
+            sequence.kept = len(chain)
+
+    def _load(self, sequence: Sequence, chain: list[bytes], matched: int, room: bool, others: bool) -> bool:
+        """Had it better wait until a tier has loaded more of its text? A load, one for each, begins when it could be
+        admitted but for the `others` that load: sooner, what it brings would be driven out, or drive out theirs."""
+        if self._tiers is None:
+            return False
+        if sequence.load is None and (room or others):
+            known = self._tiers.has(chain, matched)
+            if known and room:
+                sequence.load = self._tiers.load(chain[:known], lambda: sequence.finish is None)
+            return known > 0
+        return sequence.load is not None and not (sequence.load.done or self._tiers.stuck)
+
+    def _promised(self, running: Ordered[Sequence], budget: Budget) -> int:
+        """Free pages that no admission may have (see scheduler)."""
+        if not running:
+            return 0
+        pages_for = self._pool.plan.pages_for
+        prompts = (sequence for sequence in running if sequence.computed < sequence.prompt_tokens)
+        promised = sum(max(0, pages_for(len(sequence.tokens)) - sequence.pages) for sequence in prompts)
+        return promised + self._pool.plan.pages - budget.admit_pages
+
+    def tier_figures(self) -> dict[str, Any]:
+        """Those of EngineStats."""
+        if self._tiers is None:
+            return {}
+        return {
+            "tiers": self._tiers.figures(),
+            "loads": self._tiers.loads,
+            "not_stored": self._tiers.not_stored,
+        }
 
     def _will_have(self, older: Sequence, chain: list[bytes], group: int) -> bool:
         """Does the prompt of a sequence that is not through with it contain this group of another text?"""
@@ -94,7 +167,7 @@ class Sharing:
         """Digests of the first `groups` whole groups of its text; none when nothing is cached."""
         if not self._on:
             return []
-        salt = self._weights + sequence.request.cache_salt
+        salt = self._identity + self._weights + sequence.request.cache_salt
         extend_chain(sequence.chain, sequence.tokens, self._group_tokens, salt)
         return sequence.chain[:groups]
 

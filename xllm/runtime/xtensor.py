@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,8 @@ SMALL_PAGE_BYTES = 64 << 10
 MAX_MAPPINGS = 16_384
 
 _PROT_READ, _PROT_WRITE = 1, 2
-_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+_MAP_NORESERVE, _MAP_POPULATE = 0x4000, 0x8000
 _MFD_CLOEXEC, _MFD_HUGETLB, _MFD_HUGE_2MB = 0x0001, 0x0004, 21 << 26
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, which wants FALLOC_FL_KEEP_SIZE
@@ -72,6 +74,15 @@ class PageMemory(Protocol):
 
     def copy(self, page: int, address: int, size: int) -> None:
         """Copy the first `size` bytes of a page, mapped anywhere or not, to a writable address."""
+        ...
+
+    def copy_out(self, page: int, offset: int, into: memoryview) -> None:
+        """Fill writable bytes from a page, mapped anywhere or not, `offset` bytes behind its start. Beside a writer of
+        the same bytes, what is read is undefined."""
+        ...
+
+    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Put bytes into a page that is mapped nowhere, each piece at its offset."""
         ...
 
     def populate(self, address: int) -> None:
@@ -174,14 +185,27 @@ class LinuxMemory:
             self._libc.madvise(address, self._page_bytes, _MADV_HUGEPAGE)
 
     def copy(self, page: int, address: int, size: int) -> None:
-        ticket = self.export_page(page)
-        there = (ctypes.c_ubyte * size).from_address(address)
+        self.copy_out(page, 0, memoryview((ctypes.c_ubyte * size).from_address(address)))
+
+    def copy_out(self, page: int, offset: int, into: memoryview) -> None:
+        ticket, size = self.export_page(page), into.nbytes
         try:
-            copied = os.preadv(ticket.fd, [there], ticket.offset)
+            copied = os.preadv(ticket.fd, [into], ticket.offset + offset)
         except OSError as error:
             raise _fault("preadv", error.errno, f"{size} bytes of a page") from None
         if copied != size:
             raise MemoryFault("memory_unavailable", f"{copied} of {size} bytes of a page could be copied")
+
+    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        # By a mapping of its own: files of huge pages can be read but not written by a call.
+        ticket, protection = self.export_page(page), _PROT_READ | _PROT_WRITE
+        address = self._mmap(0, self._page_bytes, protection, _MAP_SHARED | _MAP_POPULATE, ticket.fd, ticket.offset)
+        try:
+            there = np.ctypeslib.as_array((ctypes.c_ubyte * self._page_bytes).from_address(address))
+            for offset, data in pieces:
+                there[offset : offset + data.nbytes] = np.frombuffer(data, np.uint8)
+        finally:
+            self._libc.munmap(address, self._page_bytes)
 
     def populate(self, address: int) -> None:
         if self._libc.madvise(address, self._page_bytes, _MADV_POPULATE_WRITE) == 0:

@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from xllm.runtime import Group, Request, TokenOutput
-from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
+from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import GONE, ApiError, Hint, busy, draining
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
-from xllm.service.openai import Format, Usage, Whole
 from xllm.service.params import Job, ModelFacts
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    from xllm.service.batches import Batches
     from xllm.service.control import Controls
     from xllm.service.grammar import Grammars
+    from xllm.service.profiling import Profiling
     from xllm.service.template import ChatTemplate
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
@@ -72,10 +74,12 @@ class Service:
     recorder: Recorder
     limits: Limits = Limits()
     dialect: Dialect = NO_DIALECT
+    batches: Batches | None = None  # None: nothing is kept on disk
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     controls: Controls | None = None
     weights_folder: Path | None = None  # where other weights may lie
+    profiling: Profiling | None = None  # where it is enabled
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
 
     def warm_up(self) -> None:
@@ -109,7 +113,7 @@ class Endpoint(Generic[JobOf]):
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
-    body: type[OfModel]
+    body: type[Any]
     refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
 
     def __init__(self, service: Service) -> None:
@@ -192,6 +196,7 @@ class _Answer:
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
+        self._first = [entry.started] * len(self._choices)
         self._last = [entry.started] * len(self._choices)
 
     async def whole(self, send: Send) -> None:
@@ -249,6 +254,9 @@ class _Answer:
         self._entry.generated_tokens = sum(choice.tokens for choice in self._choices)
         reasons = [choice.finish_reason or "abort" for choice in self._choices]
         self._service.recorder.samples.observe(self._job.n)
+        for choice, first, last in zip(self._choices, self._first, self._last, strict=True):
+            if choice.tokens > 1:
+                self._service.recorder.recent_rest.append((last - first) / (choice.tokens - 1))
         report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
     @property
@@ -277,6 +285,9 @@ class _Answer:
                 continue
             recorder = self._service.recorder
             (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
+            if not choice.tokens:
+                recorder.recent_first.append(now - self._last[index])
+                self._first[index] = now
             self._last[index] = now
             deltas.append((index, choice.push(output)))
             self._format.weights = choice.weights
@@ -357,8 +368,9 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 
 def _requests(job: Job, entry: Record) -> list[Request]:
     name, group = uuid.uuid4().hex, Group()
+    salt = f"{entry.tenant}/{job.cache_salt}" if job.cache_salt else entry.tenant  # no tenant has a slash
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, entry.tenant, group)
+        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, salt, group)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.n)
     ]

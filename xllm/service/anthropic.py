@@ -12,9 +12,9 @@ import msgspec
 from xllm.service.anthropic_body import NOT_SUPPORTED, MessagesBody, chat_body
 from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError, invalid
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Send, send_json
 from xllm.service.generation import Delta
-from xllm.service.openai import Format, Usage, Whole
 from xllm.service.params import Job
 from xllm.service.parsers.parts import Call, Content, Part
 

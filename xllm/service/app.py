@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from xllm import __version__
+from xllm.service import profiling
 from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
@@ -14,9 +15,10 @@ from xllm.service.completions import Chat, Completions
 from xllm.service.control import routes as control_routes
 from xllm.service.control import sleeping
 from xllm.service.dispatch import Dispatcher, Engine
-from xllm.service.errors import ApiError, draining, from_engine, from_output, invalid
-from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
+from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
+from xllm.service.gate import PAGE, App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
+from xllm.service.page import STATE, send_page, state
 from xllm.service.params import ModelFacts
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
@@ -27,6 +29,7 @@ from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
 
 if TYPE_CHECKING:
+    from xllm.service.batches import Batches
     from xllm.service.grammar import Grammars
     from xllm.service.template import ChatTemplate
 
@@ -42,9 +45,10 @@ def load_service(
     dispatcher: Dispatcher,
     limits: Limits,
     dialect: Dialect | None = None,
+    batches: Batches | None = None,
 ) -> Service:
     """Everything the routes share. The chat template is compiled by its first use; `dialect` is what it shows, or
-    what else its answers are read as."""
+    what else its answers are read as; `batches` are what is kept on disk."""
 
     @cache
     def template() -> ChatTemplate:
@@ -74,6 +78,7 @@ def load_service(
         recorder=Recorder(facts.name),
         limits=limits,
         dialect=dialect or choose(chat_template),
+        batches=batches,
     )
 
 
@@ -131,6 +136,8 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         "/version": Json(lambda scope: {"version": __version__}),
         MODELS: Json(lambda scope: {"object": "list", "data": [model()]}),
         f"{MODELS}/": Json(one_model),
+        STATE: Json(lambda scope: state(service)),
+        **dict.fromkeys(PAGE, send_page),
     }
     store = Store()
     asked: dict[str, App] = {
@@ -146,30 +153,69 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
         **control_routes(service),
+        **profiling.routes(service),
     }
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
+
+    stored = _stored(service, asked)
 
     def openapi(scope: Scope) -> object:
         from xllm.service.openapi import document  # few ask for it
 
-        return document(asked, keys is not None)
+        makes = {path: handlers["POST"] for path, handlers in stored.items() if "POST" in handlers}
+        return document(asked | makes, keys is not None)
 
     read["/openapi.json"] = Json(openapi)
-    return Gate(Routes(read, asked, kept), keys, service.recorder, admin)
+    return Gate(Routes(read, asked, kept, stored), keys, service.recorder, admin)
+
+
+def _stored(service: Service, asked: Mapping[str, App]) -> dict[str, Mapping[str, App]]:
+    """The routes of what is kept on disk, by path and method; without a folder they say so."""
+    if service.batches is None:
+        paths = (path for name in ("files", "batches") for path in (f"/v1/{name}", f"/v1/{name}/"))
+        return {path: dict.fromkeys(("GET", "POST", "DELETE"), _no_folder) for path in paths}
+    from xllm.service import batches, files
+
+    service.batches.bind(service, asked)
+    create = batches.Create(service, service.batches)
+    kept = files.routes(service, service.batches.files, service.batches.in_use)
+    return kept | batches.routes(service.batches, create)
+
+
+async def _no_folder(scope: Scope, receive: Receive, send: Send) -> None:
+    hint = Hint("the server was started without one", "xllm serve --state-dir", "start it with a folder for them")
+    raise ApiError(404, "no_state_dir", "files and batches are kept in a folder, and this server has none", hint=hint)
+
+
+class ByMethod:
+    """A path with a handler for each method."""
+
+    def __init__(self, handlers: Mapping[str, App]) -> None:
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handlers[scope["method"]](scope, receive, send)
 
 
 class Routes:
-    """Paths that are read (GET, HEAD), those that are asked (POST), and what is kept (read, or deleted). One with a
-    slash at its end has all below it.
+    """Paths that are read (GET, HEAD), those that are asked (POST), what is kept (read, or deleted), and what is
+    stored, by method. One with a slash at its end has all below it.
 
     A table is all it takes: a framework's router costs every start a thirtieth of a second of imports.
     """
 
-    def __init__(self, read: Mapping[str, App], asked: Mapping[str, App], kept: Mapping[str, App]) -> None:
+    def __init__(
+        self,
+        read: Mapping[str, App],
+        asked: Mapping[str, App],
+        kept: Mapping[str, App],
+        stored: Mapping[str, Mapping[str, App]],
+    ) -> None:
         self.table = {path: (handler, ("GET", "HEAD")) for path, handler in read.items()}
         self.table |= {path: (handler, ("POST",)) for path, handler in asked.items()}
         self.table |= {path: (handler, ("GET", "DELETE")) for path, handler in kept.items()}
-        self._below = tuple(path for path in self.table if path.endswith("/"))
+        self.table |= {path: (ByMethod(handlers), tuple(handlers)) for path, handlers in stored.items()}
+        self._below = tuple(path for path in self.table if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]

@@ -74,6 +74,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
     user: str | None = None
 
 
@@ -232,9 +233,10 @@ class OfModel(Protocol):
 
 
 Body = TypeVar("Body", bound=OfModel)
+Parsed = TypeVar("Parsed")
 
 
-def parse(data: bytes, kind: type[Body], refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED) -> Body:
+def parse(data: bytes, kind: type[Parsed], refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED) -> Parsed:
     """The typed body; `refused` are fields with the values that ask for nothing. Raises ApiError 400: `invalid_json`
     with the position, `unsupported_parameter`, `invalid_request` with the field."""
     value = parse_json(data)

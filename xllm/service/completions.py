@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from xllm.service.answer import Generate
 from xllm.service.body import ChatBody, CompletionBody
+from xllm.service.format import Format
 from xllm.service.gate import Record
-from xllm.service.openai import ChatFormat, CompletionFormat, Format
+from xllm.service.openai import ChatFormat, CompletionFormat
 from xllm.service.params import Job, chat_job, completion_job
 
 

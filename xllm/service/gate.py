@@ -24,6 +24,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC = ("/health", "/livez", "/ready", "/readyz")
+PAGE = ("/", *(f"/ui/{name}" for name in ("page.css", "api.js", "chat.js", "engine.js", "icon.svg")))  # just files
+OPEN = frozenset(PUBLIC + PAGE)
 CONTROL = ("/pause", "/resume", "/sleep", "/wakeup", "/wake_up", "/is_sleeping", "/update_weights")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 
@@ -89,7 +91,7 @@ class Gate:
             self._authorize(scope, headers, entry)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            failure = _api_error(error)
+            failure = api_error(error)
             if entry.status == 0 and failure.code != GONE:
                 of_messages = scope["path"].startswith("/v1/messages")
                 body = failure.anthropic_body(request_id) if of_messages else failure.body(request_id)
@@ -106,7 +108,7 @@ class Gate:
         entry.admin = self._admin is not None and key in self._admin
         known = self._keys is not None and key in self._keys
         controls = scope["path"] in CONTROL
-        public = scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
+        public = scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
         if (self._keys is not None and not public) or (controls and self._admin is not None):
             if not key:
                 message = "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
@@ -136,7 +138,8 @@ async def send_data(send: Send, status: int, data: bytes, kind: bytes, headers: 
     await send({"type": "http.response.body", "body": data})
 
 
-def _api_error(error: Exception) -> ApiError:
+def api_error(error: Exception) -> ApiError:
+    """What is answered for it; a fault of the server goes to the log."""
     if isinstance(error, ApiError):
         return error
     logging.getLogger("xllm.service").error("a request failed by a fault of the server", exc_info=error)
@@ -144,7 +147,8 @@ def _api_error(error: Exception) -> ApiError:
 
 
 def _write_log(scope: Scope, entry: Record) -> None:
-    level = logging.DEBUG if scope["path"] in PUBLIC or scope["path"] == "/metrics" else logging.INFO
+    quiet = scope["path"] in PUBLIC or scope["path"] == "/metrics" or scope["path"].startswith("/ui/")
+    level = logging.DEBUG if quiet else logging.INFO
     if not log.isEnabledFor(level):
         return
     facts = {

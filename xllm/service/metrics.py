@@ -5,7 +5,7 @@ first scrape."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+RECENT = 256  # answers whose times are kept one by one
 STATUS_NAMES = {
     400: "invalid_argument",
     401: "unauthenticated",
@@ -75,6 +76,8 @@ class Recorder:
         self.prompt_tokens = Histogram(TOKENS)
         self.generated_tokens = Histogram(TOKENS)
         self.samples = Histogram(SAMPLES)
+        self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
+        self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
 
     def status(self, status: int) -> None:
         self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
@@ -115,6 +118,7 @@ class Recorder:
         yield _gauge("num_used_blocks", "used KV pages", used)
         yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)
         yield _plain("prefix_cache_evicted_blocks_total", "pages the prefix cache gave up", engine.evictions)
+        yield from self._tiers(engine)
         yield _gauge("engine_paused", "1 while nothing is computed by an order", engine.paused)
         yield _gauge("engine_asleep", "1 while it sleeps lightly, 2 deeply", ("", "light", "deep").index(engine.asleep))
         if engine.weights:
@@ -125,6 +129,27 @@ class Recorder:
         yield _histogram("end_2_end_latency_milliseconds", "time of a request", self.end_to_end, 1000)
         yield _histogram("num_prompt_tokens_per_request", "prompt tokens", self.prompt_tokens, 1)
         yield _histogram("num_generated_tokens_per_request", "generated tokens", self.generated_tokens, 1)
+
+    def _tiers(self, engine: EngineStats) -> Iterator[Metric]:
+        if not engine.tiers:
+            return
+        yield _plain("kv_tier_loads_total", "times that a request waited for keys and values of a tier", engine.loads)
+        yield _plain("kv_tier_not_stored_total", "groups of tokens gone before they were copied", engine.not_stored)
+        for name, help_, value in (
+            ("kv_tier_bytes", "bytes that a tier holds", lambda tier: tier.held_bytes),
+            ("kv_tier_limit_bytes", "bytes that it may hold", lambda tier: tier.limit_bytes),
+            ("kv_tier_hits_total", "groups of tokens loaded from it", lambda tier: tier.loaded),
+            ("kv_tier_hit_bytes_total", "bytes loaded from it", lambda tier: tier.loaded * tier.group_bytes),
+            ("kv_tier_stored_total", "groups of tokens copied to it", lambda tier: tier.stored),
+            ("kv_tier_evictions_total", "groups of tokens it gave up", lambda tier: tier.evictions),
+            ("kv_tier_corrupt_total", "groups that were corrupt, short or gone", lambda tier: tier.corrupt),
+        ):
+            kind = "unknown" if name.endswith("_total") else "gauge"
+            yield _metric(name, help_, kind, [(name, {"tier": tier.name}, value(tier)) for tier in engine.tiers])
+        name, help_ = "kv_tier_off", "1 for a tier that is not used any more, and why"
+        yield _metric(
+            name, help_, "gauge", [(name, {"tier": t.name, "reason": t.off}, float(bool(t.off))) for t in engine.tiers]
+        )
 
     def _compatible(self, engine: EngineStats, share: float) -> Iterator[Metric]:
         labels = self._labels

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from xllm.service.errors import ApiError
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.generation import Delta, TokenLogprob
 from xllm.service.parsers.parts import Call, Content, Part, Reasoning
 from xllm.service.tokenizer import TextCodec
@@ -24,29 +24,11 @@ def frame(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-@dataclass(frozen=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    reasoning_tokens: int
-
-    def body(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-        }
-
-
-class Format:
-    """The bodies of one answer. `logprobs` tells whether the request asked for them."""
+class OpenAIFormat(Format):
+    """What OpenAI's two APIs of generation share: the envelope of choices. `logprobs` tells whether the request asked
+    for them."""
 
     prefix = object = chunk_object = ""
-    weights = ""  # version of those that the answer is computed with, once something of it is there
-    idle = b": keep-alive\n\n"  # keeps the connection of a stream that has nothing to say
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool) -> None:
         self._codec = codec
@@ -56,37 +38,21 @@ class Format:
         self._created = int(time.time())
         self._model = model
 
-    @property
-    def id(self) -> str:
-        """What the client knows the answer by."""
-        return self._id
-
     def gather(self, choice: Whole, delta: Delta) -> None:
-        """Adds to an answer that is sent whole."""
-        choice.parts.extend(delta.parts)
+        super().gather(choice, delta)
         choice.logprobs.extend(map(self._token, delta.logprobs))
-        choice.finish_reason, choice.stop = delta.finish_reason, delta.stop
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
-        return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": usage.body()})
-
-    def first(self, choices: int, usage: Usage) -> bytes:
-        """What a stream opens with."""
-        return b""
-
-    def chunk(self, index: int, delta: Delta) -> bytes:
-        raise NotImplementedError
+        return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": _usage(usage)})
 
     def failed(self, error: ApiError, request_id: str) -> bytes:
-        """What a stream closes with that fails once it has begun."""
         return frame(error.body(request_id)) + DONE
 
     def last(self, usage: Usage) -> bytes:
-        """What a stream closes with."""
         if not self._include_usage:
             return DONE
-        return frame(self._envelope(self.chunk_object, []) | {"usage": usage.body()}) + DONE
+        return frame(self._envelope(self.chunk_object, []) | {"usage": _usage(usage)}) + DONE
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         raise NotImplementedError
@@ -105,17 +71,7 @@ class Format:
         return frame(body | {"usage": None} if self._include_usage else body)
 
 
-@dataclass
-class Whole:
-    """A choice on its way to be sent whole. logprobs: what the format makes of each token."""
-
-    parts: list[Part] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop: str | None = None
-
-
-class CompletionFormat(Format):
+class CompletionFormat(OpenAIFormat):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool, echo: Sequence[str]) -> None:
@@ -150,7 +106,7 @@ class CompletionFormat(Format):
         return text, _finite(item.logprob), _encoded(best), item.offset, item.token
 
 
-class ChatFormat(Format):
+class ChatFormat(OpenAIFormat):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool, tools: bool) -> None:
@@ -198,6 +154,16 @@ class ChatFormat(Format):
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._codec.token_bytes(token)
         return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
 
 
 def _delta(part: Part) -> dict[str, Any]:

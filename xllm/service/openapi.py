@@ -46,6 +46,15 @@ MODEL = closed(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT,
 SAID = closed(role=TEXT, content=maybe(TEXT))
 RANKED = closed(index=WHOLE, relevance_score=NUMBER)
 ITEMS = closed(object={"const": "list"}, data=many(SOME))
+BATCH = closed(id=TEXT, object={"const": "batch"}, endpoint=TEXT, status=TEXT, request_counts=SOME, created_at=WHOLE)
+FILE = closed(id=TEXT, object={"const": "file"}, bytes=WHOLE, created_at=WHOLE, filename=TEXT, purpose=TEXT)
+STORED: Mapping[str, tuple[str, Schema]] = {
+    "/v1/files": ("Files that are kept, latest first", ITEMS),
+    "/v1/files/{file_id}": ("A file that is kept", FILE),
+    "/v1/files/{file_id}/content": ("What is in the file", TEXT),
+    "/v1/batches": ("Batches, latest first", ITEMS),
+    "/v1/batches/{batch_id}": ("A batch", BATCH),
+}
 ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     "completion": envelope(
         choices=many(closed(index=WHOLE, text=TEXT, logprobs=maybe(SOME), finish_reason=REASON)), usage=USAGE
@@ -78,6 +87,7 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     **dict.fromkeys(("sleep", "wakeup"), closed(is_sleeping=FLAG, level=maybe(TEXT), changed=FLAG)),
     "update": closed(weights=TEXT, changed=FLAG),
     "abort": closed(aborted=WHOLE),
+    "batch": BATCH,
 }  # fmt: skip
 READ: Mapping[str, tuple[str, Schema]] = {
     "/health": ("Alive and able to answer", closed(status=TEXT)),
@@ -88,10 +98,16 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/version": ("The version of the server", closed(version=TEXT)),
     "/is_sleeping": ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
+    "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
     "/v1/models": ("The model that is served", closed(object=TEXT, data=many(MODEL))),
     "/v1/models/{model}": ("The model that is served", MODEL),
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),
     "/v1/responses/{response_id}/input_items": ("What a stored response was asked for, latest first", ITEMS),
+}
+SWITCHED = closed(status={"enum": ["running", "stopped"]}, changed={"type": "boolean"})
+SWITCHES: Mapping[str, tuple[str, Schema]] = {  # POST without a body, or with an empty one
+    "/start_profile": ("Starts a profile, where the server was given a folder for them", SWITCHED),
+    "/stop_profile": ("Ends it and writes its files", SWITCHED),
 }
 
 
@@ -100,9 +116,12 @@ def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
     endpoints = {path: handler for path, handler in asked.items() if isinstance(handler, Endpoint)}
     bodies = list(dict.fromkeys(endpoint.body for endpoint in endpoints.values()))
     _, schemas = msgspec.json.schema_components(bodies, ref_template=REFERENCE)
-    paths: dict[str, Schema] = {}
+    paths = _stored() if "/v1/batches" in endpoints else {}
     for path, (summary, answer) in READ.items():
         paths[path] = {"get": _operation(path, "get", summary, _answer(path, answer))}
+    for path, (summary, answer) in SWITCHES.items():
+        empty = {"content": {"application/json": {"schema": {"type": "object", "additionalProperties": False}}}}
+        paths[path] = {"post": _operation(path, "post", summary, _answer(path, answer)) | {"requestBody": empty}}
     deleted = _answer("", closed(id=TEXT, deleted={"const": True}))
     at = "/v1/responses/{response_id}"
     paths[at]["delete"] = _operation(at, "delete", "Forgets a stored response", deleted)
@@ -115,7 +134,7 @@ def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
         said = (type(endpoint).__doc__ or "").removeprefix(f"POST {path}").strip(" .:")
         operation = _operation(path, "post", said or f"{endpoint.kind}: tasks {', '.join(endpoint.tasks)}", content)
         body = {"required": True, "content": {"application/json": {"schema": {"$ref": REFERENCE.format(name=name)}}}}
-        paths[path] = {"post": operation | {"requestBody": body}}
+        paths.setdefault(path, {})["post"] = operation | {"requestBody": body}
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -127,6 +146,25 @@ def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
         "components": {"schemas": schemas | _errors(), "securitySchemes": keys},
         "security": [{name: []} for name in keys] if needs_key else [],
     }
+
+
+def _stored() -> dict[str, Schema]:
+    """What is kept on disk, but for the making of a batch."""
+    paths: dict[str, Schema] = {}
+    for path, (summary, answer) in STORED.items():
+        content = (
+            {"application/octet-stream": {"schema": answer}} if path.endswith("/content") else _answer(path, answer)
+        )
+        paths[path] = {"get": _operation(path, "get", summary, content)}
+    form = closed(file={"type": "string", "format": "binary"}, purpose={"enum": ["batch"]})
+    body = {"required": True, "content": {"multipart/form-data": {"schema": form | {"additionalProperties": False}}}}
+    upload = _operation("/v1/files", "post", "Keeps a file", _answer("", FILE))
+    paths["/v1/files"]["post"] = upload | {"requestBody": body}
+    at = "/v1/files/{file_id}"
+    paths[at]["delete"] = _operation(at, "delete", "Deletes a file", _answer("", closed(id=TEXT, object=TEXT)))
+    at = "/v1/batches/{batch_id}/cancel"
+    paths[at] = {"post": _operation(at, "post", "Ends a batch with the results it has", _answer("", BATCH))}
+    return paths
 
 
 def _operation(path: str, method: str, summary: str, content: Schema) -> Schema:

@@ -19,6 +19,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 256
+MAX_SALT_CHARS = 256
 MAX_BIASES = 1024
 # Logprobs held until an answer is sent whole: chosen tokens and alternatives, some hundred bytes each.
 MAX_HELD_LOGPROBS = 1 << 20
@@ -65,6 +66,7 @@ class Job:
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
+    cache_salt: str = ""  # requests of another one share no cached prefix
     asked: Any = None  # what only the format of the answer knows
 
     @property
@@ -246,6 +248,8 @@ def _job(
         raise invalid("invalid_request", f"stop has {len(stops)} strings, at most {MAX_STOPS} are allowed", "stop")
     if any(not stop or len(stop) > MAX_STOP_CHARS for stop in stops):
         raise invalid("invalid_request", f"each stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+    if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
+        raise invalid("invalid_request", f"cache_salt has 1 to {MAX_SALT_CHARS} characters", "cache_salt")
     params = tuple(_params(body, facts, len(prompt), logprobs) for prompt in prompts)
     if logprobs is not None and not body.stream:
         _check_held(n * sum(each.max_tokens or 0 for each in params) * (logprobs + 1))
@@ -258,6 +262,7 @@ def _job(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
+        cache_salt=body.cache_salt or "",
     )
 
 

@@ -15,9 +15,9 @@ import msgspec
 from xllm.service.answer import Service
 from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError
+from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
-from xllm.service.openai import Format, Usage, Whole
 from xllm.service.params import Job
 from xllm.service.parsers.parts import Call, Content, Part
 from xllm.service.responses_body import NOT_SUPPORTED, ResponsesBody, chat_body, items_of

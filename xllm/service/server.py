@@ -71,6 +71,8 @@ class Server(uvicorn.Server):
         self.service.dispatcher.bind(self.service.engine, loop)
         await super().startup(sockets)
         self.on_listening()
+        if self.service.batches is not None:
+            self.service.batches.resume()
         # Importing the sandbox costs tens of milliseconds, which neither the start nor the first request should pay.
         loop.call_later(WARM_UP_SECONDS, loop.run_in_executor, self.service.pool, self.service.warm_up)
 

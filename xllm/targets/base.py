@@ -84,7 +84,7 @@ class StepSizes(dict[str, int]):
     def __missing__(self, name: str) -> int:
         if not is_meeting(name):
             raise KeyError(name)
-        meeting = {"K": _read, "P": _seen, "A": _both_ways}[name[0]]
+        meeting = {"K": keys_read, "P": pairs_seen, "A": _both_ways}[name[0]]
         window = int(name[1:] or 0) or 1 << 62
         self[name] = sum(meeting(tokens, past, window) for tokens, past in self._sequences)
         return self[name]
@@ -104,18 +104,20 @@ def within(name: str, window: int) -> Extent:
     return Extent({f"{name}{window or ''}": 1})
 
 
-def _read(tokens: int, past: int, window: int) -> int:
+def keys_read(tokens: int, past: int, window: int) -> int:
+    """Tokens whose keys and values one sequence's step reads, each once."""
     return min(past + tokens, window + tokens - 1) if tokens else 0
 
 
-def _seen(tokens: int, past: int, window: int) -> int:
+def pairs_seen(tokens: int, past: int, window: int) -> int:
+    """Pairs of a token of one sequence's step and one it sees, itself and those before it."""
     growing = max(0, min(tokens, window - past))  # tokens that the window does not cut
     return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * window
 
 
 def _both_ways(tokens: int, past: int, window: int) -> int:
     """Of a sequence that lies in the step whole."""
-    return 2 * _seen(tokens, 0, window) - tokens
+    return 2 * pairs_seen(tokens, 0, window) - tokens
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What this process may use of its machine: cores by affinity, NUMA nodes, and the limits of its control groups,
-version 1 and 2, its own group's and those of every group around it."""
+"""What machine this is, and what this process may use of it: cores by affinity, NUMA nodes, and the limits of its
+control groups, version 1 and 2, its own group's and those of every group around it."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +70,16 @@ def memory_left(root: Path = ROOT) -> int | None:
         if limit.isdigit():
             left.append(max(0, int(limit) - sum(int(held.get(name, 0)) for name in kept)))
     return min(left, default=None)
+
+
+def cpu_model(root: Path = ROOT) -> str:
+    """As the system names it; on Arm, where it has no name, by implementer and part."""
+    text = _text(root / "proc/cpuinfo")
+    for field in ("model name", "Model"):
+        if found := re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE):
+            return found[1].strip()
+    parts = [re.search(rf"^CPU {field}\s*:\s*(\S+)$", text, re.MULTILINE) for field in ("implementer", "part")]
+    return " ".join(part[1] for part in parts if part) or platform.processor() or platform.machine()
 
 
 def numa_nodes(root: Path = ROOT) -> tuple[int, ...]:

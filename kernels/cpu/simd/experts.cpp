@@ -91,7 +91,7 @@ struct Ints {
                       rows, panels);
   }
   static void quantise(const Call &c, const Step &s, int x, int to, int64_t k, Rows rows) {
-    quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), c.arg<uint8_t>(to, s), rows);
+    quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), false, c.arg<uint8_t>(to, s), rows);
   }
 };
 

@@ -2,7 +2,7 @@
 // x[rows, heads, k] with a weight of its own, [heads][n/16][k][16]. Few rows: one pass, bound by the bandwidth of the weights. Many
 // rows: k in blocks, so that a panel block stays in L1. Quantised weights (quantised.h): a first stage quantises the rows of x.
 #include "common.h"
-#include "quantised.h"
+#include "float_tiles.h"
 
 namespace XK_LEVEL {
 namespace {
@@ -18,26 +18,28 @@ const char *check(const Call &c) {
 }
 
 int64_t panels_of(const Call &c) { return (c.ints[kN] + 15) / 16; }
+constexpr int64_t kUnitsOfTiles = 24;  // to keep threads busy
+int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
 // A unit is some panels times some rows. Few rows: as many panels as make about kUnitBytes of weights, so that threads end together.
 // Many rows: kPanelGroup panels and a block of rows that stays in L2.
-int64_t panels_of_unit(const Call &c, int64_t rows) {
+int64_t panels_of_unit(const Call &c, int64_t rows, bool tiles = false) {
+  if (tiles && rows > kFewSplit) return max(kPanelGroup, min(kPanelsOfTiles, panels_of(c) * row_blocks(rows) / kUnitsOfTiles));
   return rows > kTileRows ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
-int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
-Cut cut_of(const Call &c, const Step &s, int64_t unit) {
-  const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all), groups = (panels_of(c) + each - 1) / each;
+Cut cut_of(const Call &c, const Step &s, int64_t unit, bool tiles = false) {
+  const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, tiles), groups = (panels_of(c) + each - 1) / each;
   const int64_t block = unit % blocks, row = all * block / blocks, first = unit / blocks % groups * each;
   return {row, all * (block + 1) / blocks - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
 
-// Sums [panel][row][16] to the columns from `column` on of rows `stride` apart, with their biases.
-void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out) {
-  for (int64_t p = 0; p < panels; p++, column += 16) {
+// Sums [panel][row][16], after each panel's `unused` rows, to the columns from `column` on of rows `stride` apart, with their biases.
+void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out,
+              int64_t unused = 0) {
+  for (int64_t p = 0; p < panels; p++, column += 16, sums += unused * 16) {
     const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
     for (int64_t r = 0; r < rows; r++, sums += 16)
       store_some(out + r * stride + column, bias ? load(sums) + add : load(sums), n - column);
@@ -53,9 +55,9 @@ struct Scratch : Sums {
 template <class Memory>
 int64_t scratch(const Call &) { return sizeof(Memory); }
 
-template <bool Heads>
+template <bool Heads, bool Tiles = false>
 int64_t units(const Call &c, const Step &s) {
-  const int64_t each = panels_of_unit(c, c.rows(s));
+  const int64_t each = panels_of_unit(c, c.rows(s), Tiles);
   return (Heads ? c.ints[kHeads] : 1) * ((panels_of(c) + each - 1) / each) * row_blocks(c.rows(s));
 }
 
@@ -72,6 +74,15 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
            c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }
 
+// bf16 weights where there is a matrix unit.
+void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
+  const int64_t k = c.ints[kK], n = c.ints[kN];
+  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, true);
+  FloatTileMemory *scratch = (FloatTileMemory *)memory;
+  float_product(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
+  put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n, float_rows(rows) - rows);
+}
+
 // --- quantised weights ---
 
 const char *check_quantised(const Call &c) {
@@ -79,12 +90,18 @@ const char *check_quantised(const Call &c) {
   return check<false>(c);
 }
 
+bool tiled(const Call &c, const Step &s) { return c.rows(s) >= kTileLeast; }
+
+struct IntScratch : Sums {
+  TileMemory tiles;
+};
+
 int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), c.ints[kK]); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK];
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
 }
 
 template <class Type>
@@ -93,14 +110,18 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   const Cut cut = cut_of(c, s, unit);
   const QuantisedRows x = {c.arg<const uint8_t>(kRowsQuantised, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
-  float *sums = ((Sums *)memory)->sums;
-  int_product<Type>({x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16},
-                    cut.rows, cut.panels);
+  IntScratch *scratch = (IntScratch *)memory;
+  float *sums = scratch->sums;
+  const IntProduct product = {
+      x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16};
+  if (tiled(c, s)) tile_multiply<Type>(product, cut.rows, cut.panels, scratch->tiles);
+  else int_multiply<Type>(product, cut.rows, cut.panels);
+  scale_rows<Type>(product, cut.rows, cut.panels);
   put_sums(sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
 }
 
 template <class Type>
-const Kernel quantised = {"", "", "", "", nullptr, scratch<Sums>, units<false>, run_quantised<Type>};
+const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
 
 constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = "k n group";
 
@@ -108,7 +129,8 @@ constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = 
 
 const Kernel linear_kernels[] = {
     {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Scratch>, units<false>, run<PanelF32, false>},
-    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, scratch<Scratch>, units<false>, run<PanelBf16, false>},
+    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, kFloatTiles ? scratch<FloatTileMemory> : scratch<Scratch>,
+     units<false, kFloatTiles>, kFloatTiles ? run_tiles : run<PanelBf16, false>},
     {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
     {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
     {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Scratch>, units<true>, run<PanelF32, true>},

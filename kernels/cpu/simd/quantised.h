@@ -51,14 +51,17 @@ struct Int8 {
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
 
-  // int16 values, then the scale.
+  // int16 values, then the scale. Planes: all low bytes, then all high ones.
   static int64_t row_bytes(int64_t padded) { return (2 * padded + 4 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, uint8_t *to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, bool planes, uint8_t *to) {
     const Span span = span_of(x, k, 32767.0f);
     for (int64_t j = 0; j < padded; j += 16) {
       int32_t whole[16];
       whole_steps(j < k && span.finite ? load_some(x + j, k - j) : zero(), span.steps, whole);
-      for (int i = 0; i < 16; i++) ((int16_t *)to)[j + i] = (int16_t)whole[i];
+      if (planes)
+        for (int i = 0; i < 16; i++) to[j + i] = (uint8_t)whole[i], to[padded + j + i] = (uint8_t)(whole[i] >> 8);
+      else
+        for (int i = 0; i < 16; i++) ((int16_t *)to)[j + i] = (int16_t)whole[i];
     }
     *(float *)(to + 2 * padded) = span.step;
   }
@@ -120,7 +123,7 @@ struct Int4 {
 
   // int8 values, then for every stretch what a step is worth, and that times 8 and the sum of the values.
   static int64_t row_bytes(int64_t padded) { return (padded + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, uint8_t *to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, bool, uint8_t *to) {
     float *factors = (float *)(to + padded);
     for (int64_t j = 0; j < padded; j += kStretch4, factors += 2) {
       const int64_t some = max(0, min(kStretch4, k - j));
@@ -247,10 +250,9 @@ static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
     }
 }
 
-// The same, times the scales of the rows: [panel][row][16], as products with float weights give them.
+// Sums times the scales of the rows: [panel][row][16], as products with float weights give them.
 template <class Type>
-static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
-  int_multiply<Type>(t, rows, panels);
+static void scale_rows(const IntProduct &t, int64_t rows, int64_t panels) {
   if constexpr (Type::kRowScale)
     for (int64_t r = 0; r < rows; r++) {
       const f32x16 scale = set1(*(const float *)(t.x_row(r) + 2 * t.x.k));
@@ -258,11 +260,17 @@ static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
     }
 }
 
+template <class Type>
+static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
+  int_multiply<Type>(t, rows, panels);
+  scale_rows<Type>(t, rows, panels);
+}
+
 // Of all the rows of a call, units of whole rows at a time.
 template <class Type>
-static void quantise_rows(const float *x, int64_t k, int64_t group, uint8_t *to, Rows rows) {
+static void quantise_rows(const float *x, int64_t k, int64_t group, bool planes, uint8_t *to, Rows rows) {
   const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
-  for (int64_t r = rows.begin; r < rows.end; r++) Type::quantise(x + r * k, k, padded, to + r * bytes);
+  for (int64_t r = rows.begin; r < rows.end; r++) Type::quantise(x + r * k, k, padded, planes, to + r * bytes);
 }
 
 // One output of a packed weight, at its k inputs: `panels` are the weight's, an output is lane `row % 16` of panel `row / 16`.

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.kernels import cpu
+from xllm.kernels.cpu._library import library_file
 from xllm.kernels.cpu.sampling import Sampler, SamplingError
 from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
@@ -73,7 +74,7 @@ class CpuExecutor:
         # first step.
         self._bound = {self._last_bucket.T: self._bind(self._last_bucket)}
         self._previous = np.zeros(self.limits.max_seqs, np.int32)
-        self.times: list[StepTimes] | None = None  # where it is a list, every step adds what it took
+        self.times: Times | None = None  # where there is something to append to, every step adds what it took
         self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
         self._worker.start()
@@ -156,12 +157,13 @@ class CpuExecutor:
         bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
         self._last_bucket = bucket
         started = time.perf_counter()
-        calls = bound.run(step) if self.times is None else bound.timed(step)
+        times = self.times  # others may set it meanwhile
+        calls = bound.run(step) if times is None else bound.timed(step)
         began = time.perf_counter()
         result = self._result(slots, masks, bucket)
-        if self.times is not None and calls is not None:
+        if times is not None and calls is not None:
             ended = time.perf_counter()
-            self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
+            times.append(StepTimes(len(step.ids), calls, ended - began, ended, batch.step))
         return replace(result, seconds=began - started)
 
     def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
@@ -240,12 +242,17 @@ class Step:
 @dataclass(frozen=True)
 class StepTimes:
     """What one step took, in seconds: each call of the plan (float64 [calls]), then choosing tokens or copying rows.
-    ended: when that was, as time.perf_counter tells it."""
+    ended: when that was, as time.perf_counter tells it. step: the number of its batch."""
 
     tokens: int
     calls: np.ndarray
     sample: float
     ended: float
+    step: int = 0
+
+
+class Times(Protocol):
+    def append(self, took: StepTimes, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -354,6 +361,14 @@ def limits_of(artifact: Artifact) -> Limits:
 
 def kv_of(plan: Plan) -> KVSpec:
     return KVSpec(plan.kv.group_bytes, plan.kv.group_tokens, plan.kv.fixed_bytes)
+
+
+def state_identity(artifact: Artifact) -> str:
+    """Hex digest of all that decides the bytes of a sequence's state: weights, plan and layout; kernels as built, and
+    their level here."""
+    level = usable_level(artifact.manifest["target"])
+    parts = f"{artifact.manifest['digest']} {level} ".encode() + library_file().read_bytes()
+    return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
 def usable_level(target: dict[str, str]) -> str:
