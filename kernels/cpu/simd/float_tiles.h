@@ -154,7 +154,7 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
       for (int p = 0; p < P; p++) {
         const uint8_t *from = w + p * w_stride + i * 32;
         const __m512i pair = lay_out_pair(from, inputs - i);
-        __builtin_prefetch(from + kFetchAhead, 0, 3);
+        __builtin_prefetch(from + kFetchAhead, 0, kFetchInto);
         const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)

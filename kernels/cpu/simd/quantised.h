@@ -94,7 +94,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
+        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -161,7 +161,7 @@ struct Int4 {
           line[p][0][i] = both & 15;
           line[p][1][i] = (vb)((vs)both >> 4) & 15;
         }
-        if (first) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, 3);
+        if (first) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++)

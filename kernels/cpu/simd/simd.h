@@ -40,7 +40,14 @@ constexpr int kAccumulators = 6, kTileRows = 6;
 constexpr int kAccumulators = 2, kTileRows = 2;
 #endif
 constexpr int kFewRows = 8;           // tiles this low wait for memory, so they fetch ahead by hand
-constexpr int64_t kFetchAhead = 2048;  // bytes, inside one panel of weights
+// Bytes between weights in use and those fetched by hand, and the cache that takes them. Cores with wide vectors are far from memory.
+#if XK_VECTOR_BYTES == 64
+constexpr int64_t kFetchAhead = 8192;
+constexpr int kFetchInto = 2;  // L2
+#else
+constexpr int64_t kFetchAhead = 2048;
+constexpr int kFetchInto = 3;  // L1
+#endif
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
 constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
