@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from xllm.memory import Ledger, RowsLedger
     from xllm.runtime.engine import Engine
     from xllm.runtime.rows import RowEngine
-    from xllm.service.params import Job, ModelFacts
+    from xllm.service.params import Job
+    from xllm.service.sampling import ModelFacts
     from xllm.service.tokenizer import TextCodec
 
 
@@ -256,7 +257,7 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
 
 
 def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
-    from xllm.service.params import ModelFacts, default_sampling
+    from xllm.service.sampling import ModelFacts, default_sampling
 
     model, task = artifact.manifest["model"], artifact.manifest["task"]
     return ModelFacts(

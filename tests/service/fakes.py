@@ -20,7 +20,7 @@ from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
 from xllm.service.gate import Keys
 from xllm.service.listener import bind, url
-from xllm.service.params import ModelFacts
+from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
 from xllm.service.tokenizer import TextCodec
 

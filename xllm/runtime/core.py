@@ -15,7 +15,7 @@ from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
 from xllm.runtime.kv import KvPool
-from xllm.runtime.masks import GRAMMAR_FAILED
+from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
 from xllm.runtime.request import FinishReason, TokenOutput
@@ -26,6 +26,7 @@ from xllm.runtime.sharing import Sharing
 _FAULTS = {
     -1: "numeric_error: the logits hold NaN or infinity",
     GRAMMAR_FAILED: "grammar_failed: the grammar became too costly at this token; make its schema or pattern simpler",
+    NOTHING_ALLOWED: "nothing_allowed: allowed_token_ids, bad_words and the grammar left no token to draw",
 }
 
 
@@ -330,4 +331,7 @@ def _best(sequence: Sequence, result: StepResult, row: int) -> tuple[tuple[int, 
     count = sequence.request.params.logprobs
     if not count:
         return ()
-    return tuple(zip(result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True))
+    ids, logprobs = result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist()
+    if ids and ids[-1] < 0:  # the distribution has fewer
+        ids = ids[: ids.index(-1)]
+    return tuple(zip(ids, logprobs, strict=False))

@@ -72,8 +72,9 @@ class Batch:
 @dataclass(frozen=True)
 class StepResult:
     """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits, -2
-    (GRAMMAR_FAILED) one whose grammar could not go on;
-    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
+    (GRAMMAR_FAILED) one whose grammar could not go on, -3 (NOTHING_ALLOWED) one of which masks leave nothing to draw;
+    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0);
+    id -1 where the distribution has no more.
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
     computed for, without sampling and any wait; 0 where that is not known."""

@@ -45,8 +45,11 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `max_tokens` None means up to the context limit.
     `min_tokens` generated tokens must exist before an EOS or stop id ends the request. `logprobs` None is off, k asks
-    for the chosen token and the k best ones. `seed` None lets the sampler choose one. With a `grammar` a token is drawn
-    among those it allows, before everything else; an end token it forces ends the request before `min_tokens` too.
+    for the chosen token and the k best ones, of the distribution as the model gives it ("raw") or as it is drawn from
+    ("processed"; a greedy row's is the one of temperature 1). `seed` None lets the sampler choose one. With a `grammar`
+    a token is drawn among those it allows, before everything else; an end token it forces ends the request before
+    `min_tokens` too. Of `bad_words` (token ids of each) the last token is never drawn where those before it were just
+    generated; `allowed_token_ids` leave no others. A request they leave nothing to draw ends with nothing_allowed.
     """
 
     temperature: float = 1.0
@@ -63,6 +66,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +89,12 @@ class SamplingParams:
             _within("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, math.inf)
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise RequestRefused("invalid_parameter", f"logprobs_mode is {self.logprobs_mode!r}, not raw or processed")
+        if not all(self.bad_words):
+            raise RequestRefused("invalid_parameter", "bad_words holds a word without tokens")
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise RequestRefused("invalid_parameter", "allowed_token_ids is empty: nothing could be drawn")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -math.inf, math.inf, finite=True)
 

@@ -126,9 +126,15 @@ def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> 
     if min(request.prompt) < 0 or max(request.prompt) >= vocab:
         bad = next(token for token in request.prompt if not 0 <= token < vocab)
         raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
-    for token in request.params.logit_bias:
-        if not 0 <= token < vocab:
-            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
+    params = request.params
+    for field, named in (
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        *(("bad_words", word) for word in params.bad_words),
+    ):
+        for token in named:
+            if not 0 <= token < vocab:
+                raise RequestRefused("token_out_of_range", f"{field} names token {token}, the vocabulary has {vocab}")
     if prompt + (wanted or 1) > max_len:
         asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
         raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")

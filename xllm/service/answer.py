@@ -21,8 +21,9 @@ from xllm.service.gate import Receive, Record, Scope, Send, record
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
 from xllm.service.openai import Format, Usage, Whole
-from xllm.service.params import Job, ModelFacts
+from xllm.service.params import Job
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
+from xllm.service.sampling import ModelFacts
 from xllm.service.tokenizer import TextCodec
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class _Answer:
         while not self._done:
             for index, delta in self._take(await self._subscription.next()):
                 self._format.gather(results[index], delta)
-        data = self._format.whole(results, self._usage)
+        data = self._format.whole([results[index] for index in self._chosen()], self._usage)
         await send_whole(send, data, self._subscription, self._entry)
 
     async def stream(self, send: Send) -> None:
@@ -241,6 +242,14 @@ class _Answer:
         self._service.recorder.samples.observe(self._job.n)
         report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
+    def _chosen(self) -> list[int]:
+        """The sequences that are the choices: of each prompt's the n likeliest, the likeliest first."""
+        n, best_of = self._job.n, self._job.best_of
+        if n == best_of:
+            return list(range(len(self._choices)))
+        ranked = sorted(range(len(self._choices)), key=lambda at: (at // best_of, -self._choices[at].likelihood))
+        return [index for place, index in enumerate(ranked) if place % best_of < n]
+
     @property
     def _done(self) -> bool:
         return all(choice.finish_reason is not None for choice in self._choices)
@@ -250,7 +259,7 @@ class _Answer:
         return Usage(
             prompt_tokens=sum(map(len, self._job.prompts)),
             completion_tokens=sum(choice.tokens for choice in self._choices),
-            cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.n]),
+            cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.best_of]),
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self._choices),
         )
 
@@ -337,9 +346,9 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 def _requests(job: Job, entry: Record) -> list[Request]:
     name = uuid.uuid4().hex
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
+        Request(f"{name}-{at * job.best_of + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
-        for sample in range(job.n)
+        for sample in range(job.best_of)
     ]
 
 

@@ -14,12 +14,12 @@ from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.errors import ApiError, draining, from_output, invalid
 from xllm.service.gate import App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
-from xllm.service.params import ModelFacts
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
 from xllm.service.responses import PATH as RESPONSES
 from xllm.service.responses import Responses, Store, StoredResponses
 from xllm.service.rows import Embeddings
+from xllm.service.sampling import ModelFacts
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
 

@@ -59,11 +59,15 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
+    best_of: int | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    logprobs_mode: str | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
@@ -82,7 +86,6 @@ class CompletionBody(Sampling, forbid_unknown_fields=True, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    best_of: int | None = None
     logprobs: int | None = None
 
 

@@ -51,6 +51,7 @@ class Choice:
         self.tokens = 0
         self.reasoning_tokens = 0
         self.cached_tokens = 0
+        self.likelihood = 0.0  # sum of the logprobs of its tokens, where they are asked for
         self.finish_reason: str | None = None
         self.cut = False  # the answer has ended, the engine still works on it
 
@@ -64,6 +65,7 @@ class Choice:
         piece = ""
         if output.token is not None:
             self.tokens += 1
+            self.likelihood += output.logprob or 0.0
             self.reasoning_tokens += self._reader.thinking
             if not stopper:
                 if output.logprob is not None:

@@ -45,6 +45,7 @@ class Format:
     """The bodies of one answer. `logprobs` tells whether the request asked for them."""
 
     prefix = object = chunk_object = ""
+    _logprobs = False
     idle = b": keep-alive\n\n"  # keeps the connection of a stream that has nothing to say
 
     def __init__(self, model: str, codec: TextCodec, logprobs: bool, include_usage: bool) -> None:
@@ -58,7 +59,8 @@ class Format:
     def gather(self, choice: Whole, delta: Delta) -> None:
         """Adds to an answer that is sent whole."""
         choice.parts.extend(delta.parts)
-        choice.logprobs.extend(map(self._token, delta.logprobs))
+        if self._logprobs:
+            choice.logprobs.extend(map(self._token, delta.logprobs))
         choice.finish_reason, choice.stop = delta.finish_reason, delta.stop
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:

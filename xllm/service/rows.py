@@ -18,7 +18,8 @@ from xllm.service.body import EmbeddingBody, RowsBody
 from xllm.service.dispatch import Subscription
 from xllm.service.errors import from_output, invalid
 from xllm.service.gate import Receive, Record, Send
-from xllm.service.params import ModelFacts, check_ids, check_text, listed, messages, within
+from xllm.service.params import check_ids, check_text, listed, messages
+from xllm.service.sampling import ModelFacts, within
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import MAX_CHARS
 
