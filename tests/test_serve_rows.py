@@ -16,7 +16,7 @@ import pytest
 from tests.encoders import VOCAB, write_model
 from tests.servers import Server, serving
 from xllm.compiler import CompileOptions, compile_checkpoint
-from xllm.llm import LLM
+from xllm.offline import LLM
 
 OPTIONS = CompileOptions(max_batch_tokens=96, max_seqs=4)
 TEXTS = ["a fox", "the lantern", "grüße 😀", "z" * 60, "a fox"]
