@@ -62,7 +62,8 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "memory": ({"artifact", "runtime", "targets"}, set()),
     "llm": ({"artifact", "memory", "runtime", "targets"}, set()),
-    "offline": ({"artifact", "llm", "memory", "runtime", "service"}, {"msgspec", "numpy", "rich"}),
+    "completion": ({"runtime", "service"}, {"rich"}),
+    "offline": ({"artifact", "completion", "llm", "memory", "runtime", "service"}, {"msgspec", "numpy"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": (
         {"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "storage", "targets"},

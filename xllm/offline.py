@@ -7,20 +7,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
-import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xllm.completion import Answer, Completion, bar, raise_failure
 from xllm.llm import INSTEAD, open_encoder, open_engine, open_model
 from xllm.memory import Ledger
+from xllm.runtime.beams import BeamParams, BeamSearch, Found
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
@@ -34,18 +35,6 @@ if TYPE_CHECKING:
 # A text, the ids of one, or one of {"prompt": text}, {"prompt_token_ids": ids} and {"messages": a chat}.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 RETRY_SECONDS = 0.01  # until a full queue is tried again
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One generation, or a piece of one that is streamed (`finish_reason` is None then, except for the last piece).
-    `logprobs` of the tokens and the best ones at each place (id, logprob) are empty unless asked for."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str | None
-    logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class LLM:
@@ -107,23 +96,16 @@ class LLM:
         """
         chosen = self._params(params, structured_outputs, options)
         requests = [self._request(prompt, chosen) for prompt in _listed(prompts)]
-        answers = {request.id: _Answer(self._choice(stop)) for request in requests}
-        inbox: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
-        with self._routed(requests, inbox.put) as engine, _bar(len(requests), progress) as advance:
-            waiting, left = deque(requests), len(requests)
-            while left:
-                while waiting and _submitted(engine, waiting[0]):
-                    waiting.popleft()
-                with suppress(queue.Empty):
-                    output = inbox.get(timeout=RETRY_SECONDS if waiting else None)
-                    answer = answers[output.request_id]
-                    if answer.ended:
-                        continue
+        answers = {request.id: Answer(self._choice(stop)) for request in requests}
+        with bar(len(requests), progress) as advance, closing(self._outputs(requests)) as outputs:
+            for output in outputs:
+                answer = answers[output.request_id]
+                if not answer.ended:
                     answer.push(output)
                     if answer.ended:
-                        engine.cancel(output.request_id)
-                        left -= 1
                         advance()
+                        if output.finish_reason is None and self._engine is not None:  # a stop text
+                            self._engine.cancel(output.request_id)
         return [answers[request.id].whole() for request in requests]
 
     def chat(
@@ -134,6 +116,36 @@ class LLM:
         chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [{"messages": chat, "template": template} for chat in chats]
         return self.generate(prompts, params, **options)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int,
+        max_tokens: int,
+        *,
+        num_return_sequences: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: Any = False,
+        structured_outputs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[list[Completion]]:
+        """The best answers to each prompt that a search with so many beams finds, the best first, with their `score`
+        (see runtime.beams); as many as num_return_sequences, or as there are beams. `options` as in `generate`;
+        temperature and what follows it have no effect. The steps of all prompts go together."""
+        beams = BeamParams(beam_width, num_return_sequences, length_penalty, early_stopping)
+        params = self._params(None, structured_outputs, options | {"max_tokens": max_tokens})
+        eos_ids = self.artifact.manifest["model"]["eos_ids"]
+        searches = [BeamSearch(self._request(prompt, params), beams, eos_ids) for prompt in _listed(prompts)]
+        while live := [search for search in searches if search.live]:
+            asked = [search.requests() for search in live]
+            ends = {}
+            with closing(self._outputs([request for of_search in asked for request in of_search])) as outputs:
+                for output in outputs:
+                    raise_failure(output)
+                    ends[output.request_id] = output
+            for search, of_search in zip(live, asked, strict=True):
+                search.advance([ends[request.id] for request in of_search])
+        return [[self._found(found, params.logprobs) for found in search.results()] for search in searches]
 
     async def stream(
         self,
@@ -147,7 +159,7 @@ class LLM:
         """`async for piece in llm.stream(prompt)`: what each step adds, as in `generate`. Leaving the loop ends the
         request."""
         request = self._request(prompt, self._params(params, structured_outputs, options))
-        answer, loop = _Answer(self._choice(stop)), asyncio.get_running_loop()
+        answer, loop = Answer(self._choice(stop)), asyncio.get_running_loop()
         inbox: asyncio.Queue[TokenOutput] = asyncio.Queue()
 
         def put(output: TokenOutput) -> None:
@@ -269,6 +281,25 @@ class LLM:
                 del self._routes[request.id]
                 self._engine.cancel(request.id)
 
+    def _outputs(self, requests: Sequence[Request]) -> Generator[TokenOutput, None, None]:
+        """What comes of them, until all have ended."""
+        inbox: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        with self._routed(requests, inbox.put) as engine:
+            waiting, left = deque(requests), len(requests)
+            while left:
+                while waiting and _submitted(engine, waiting[0]):
+                    waiting.popleft()
+                with suppress(queue.Empty):
+                    output = inbox.get(timeout=RETRY_SECONDS if waiting else None)
+                    left -= output.finish_reason is not None
+                    yield output
+
+    def _found(self, found: Found, logprobs: int | None) -> Completion:
+        answer = Answer(self._choice(()))
+        for output in found.outputs(logprobs):
+            answer.push(output)
+        return replace(answer.whole(), score=found.score)
+
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """On the engine's thread."""
         for output in outputs:
@@ -295,43 +326,6 @@ class LLM:
         return RequestRefused("wrong_task", f"{self.artifact.name} {INSTEAD[self.artifact.task]}")
 
 
-class _Answer:
-    """A completion as it grows."""
-
-    def __init__(self, choice: Choice) -> None:
-        self._choice = choice
-        self._pieces: list[Completion] = []
-
-    @property
-    def ended(self) -> bool:
-        return self._choice.finish_reason is not None
-
-    def push(self, output: TokenOutput) -> Completion:
-        """What one more output adds. Raises RuntimeError when the request failed."""
-        if output.finish_reason in ("error", "cancelled"):
-            raise RuntimeError(output.error or "the request was cancelled")
-        delta = self._choice.push(output)
-        piece = Completion(
-            delta.text,
-            () if output.token is None else (output.token,),
-            delta.finish_reason,
-            () if output.logprob is None else (output.logprob,),
-            (output.top_logprobs,) if output.top_logprobs else (),
-        )
-        self._pieces.append(piece)
-        return piece
-
-    def whole(self) -> Completion:
-        pieces = self._pieces
-        return Completion(
-            "".join(piece.text for piece in pieces),
-            tuple(token for piece in pieces for token in piece.tokens),
-            self._choice.finish_reason,
-            tuple(logprob for piece in pieces for logprob in piece.logprobs),
-            tuple(best for piece in pieces for best in piece.top_logprobs),
-        )
-
-
 def _listed(prompts: Any) -> list[Any]:
     """One prompt or several: a list of ids is one."""
     one = isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], int | np.integer))
@@ -347,20 +341,6 @@ def _refusing() -> Iterator[None]:
         yield
     except ApiError as error:
         raise RequestRefused(error.code, error.message) from None
-
-
-@contextmanager
-def _bar(total: int, shown: bool | None) -> Iterator[Callable[[], None]]:
-    """Something to call for each of `total` prompts that is done."""
-    if not (sys.stderr.isatty() if shown is None else shown):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("prompts", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _submitted(engine: Engine, request: Request) -> bool:

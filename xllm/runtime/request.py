@@ -108,7 +108,8 @@ def _within(name: str, value: float, low: float, high: float, finite: bool = Fal
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
     apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
-    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix."""
+    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix.
+    `generated` tokens exist already: it goes on behind them as if it had made them itself."""
 
     id: str
     prompt: tuple[int, ...]
@@ -116,6 +117,7 @@ class Request:
     sample_index: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

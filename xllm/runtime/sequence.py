@@ -59,7 +59,7 @@ class Sequence:
         self.order = order
         self.max_outputs = max_outputs
         self.prompt_tokens = len(request.prompt)
-        self.tokens = list(request.prompt)  # prompt and generated, as far as known
+        self.tokens = [*request.prompt, *request.generated]  # prompt and generated, as far as known
         self.state = State.WAITING
         self.finish: FinishReason | None = None
         self.slot = -1
@@ -123,8 +123,9 @@ def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> 
     capacity = plan.tokens_for(plan.pages) + 1
     if prompt == 0:
         raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-        bad = next(token for token in request.prompt if not 0 <= token < vocab)
+    text = (*request.prompt, *request.generated)
+    if min(text) < 0 or max(text) >= vocab:
+        bad = next(token for token in text if not 0 <= token < vocab)
         raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
     params = request.params
     for field, named in (
@@ -144,4 +145,8 @@ def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> 
             f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
             "give the engine more memory",
         )
-    return Sequence(request, wanted or min(max_len, capacity) - prompt)
+    most = wanted or min(max_len, capacity) - prompt
+    if len(request.generated) >= most:
+        text = f"{len(request.generated)} tokens are generated already, at most {most} may be"
+        raise RequestRefused("invalid_parameter", text)
+    return Sequence(request, most)

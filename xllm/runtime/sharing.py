@@ -65,8 +65,8 @@ class Sharing:
             return
         self._expect(sequence)
         if not sequence.recompute:
-            sequence.cached = found
-            self.cached_tokens += found
+            sequence.cached = min(found, sequence.prompt_tokens)
+            self.cached_tokens += sequence.cached
             self.looked_up_tokens += sequence.prompt_tokens
 
     def publish(self, sequence: Sequence) -> None:

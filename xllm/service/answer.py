@@ -168,7 +168,7 @@ class Generate(Endpoint[Job]):
         return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
-        async with self.submitted(_requests(job, entry), receive) as subscription:
+        async with self.submitted(requests_of(job, entry), receive) as subscription:
             answer = _Answer(self.service, job, self.format(job), subscription, entry)
             try:
                 await (answer.stream(send) if job.stream else answer.whole(send))
@@ -343,7 +343,8 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
     subscription.fail(ApiError(499, "client_disconnected", "the client left"))
 
 
-def _requests(job: Job, entry: Record) -> list[Request]:
+def requests_of(job: Job, entry: Record) -> list[Request]:
+    """Of each prompt as many as run for it."""
     name = uuid.uuid4().hex
     return [
         Request(f"{name}-{at * job.best_of + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)

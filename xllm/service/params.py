@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xllm.runtime import SamplingParams
+from xllm.runtime.beams import BeamParams
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import invalid
 from xllm.service.forms import Form, form_of
 from xllm.service.parsers.reading import NO_DIALECT, PLAIN, Dialect, Reading
-from xllm.service.sampling import Encode, ModelFacts, bad_words, number, sampling_params, too_long, within
+from xllm.service.sampling import Encode, ModelFacts, bad_words, beams_of, number, sampling_params, too_long, within
 from xllm.service.tools import call_schema, earlier_calls, offered
 
 MAX_SEQUENCES = 128  # prompts x n of one HTTP request
@@ -36,6 +37,7 @@ class Job:
     params: tuple[SamplingParams, ...]  # one per prompt: what is left of the context differs
     n: int
     best_of: int
+    beams: BeamParams | None  # best_of is their width then
     logprobs: bool  # whether they are asked for
     stops: tuple[str, ...]
     skip_special_tokens: bool
@@ -195,7 +197,8 @@ def _job(
         raise invalid("invalid_request", f"stop has {len(stops)} strings, at most {MAX_STOPS} are allowed", "stop")
     if any(not stop or len(stop) > MAX_STOP_CHARS for stop in stops):
         raise invalid("invalid_request", f"each stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
-    n, best_of = _samples(body, len(prompts))
+    beams = beams_of(body, bool(stops))
+    n, best_of = _samples(body, len(prompts), beams)
     ranked = 0 if logprobs is None and best_of > n else logprobs  # what they are ranked by
     words = bad_words(body.bad_words, encode)
     params = tuple(sampling_params(body, facts, len(prompt), ranked, words) for prompt in prompts)
@@ -206,6 +209,7 @@ def _job(
         params=params,
         n=n,
         best_of=best_of,
+        beams=beams,
         logprobs=logprobs is not None,
         stops=stops,
         skip_special_tokens=body.skip_special_tokens is not False,
@@ -225,8 +229,13 @@ def _check_held(logprobs: int) -> None:
         )
 
 
-def _samples(body: Sampling, prompts: int) -> tuple[int, int]:
-    """n and best_of."""
+def _samples(body: Sampling, prompts: int, beams: BeamParams | None) -> tuple[int, int]:
+    """Choices of a prompt, and the sequences that run for them."""
+    if beams is not None:
+        if prompts * beams.width > MAX_SEQUENCES:
+            text = f"{prompts} prompts x beam_width = {beams.width} are more than {MAX_SEQUENCES} sequences"
+            raise invalid("invalid_request", text, "beam_width")
+        return beams.count, beams.width
     n = 1 if body.n is None else body.n
     within("n", n, 1, MAX_SEQUENCES)
     best_of = n if body.best_of is None else body.best_of

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from xllm.runtime import RequestRefused, SamplingParams
+from xllm.runtime.beams import BeamParams
 from xllm.service.body import Sampling
 from xllm.service.errors import ApiError, Hint, invalid
 
@@ -108,6 +109,34 @@ def sampling_params(
         bad_words=bad_words,
         allowed_token_ids=_allowed(body.allowed_token_ids, facts.vocab),
     )
+
+
+def beams_of(body: Sampling, stops: bool) -> BeamParams | None:
+    """The beam search that is asked for. What only a draw or a stream has is refused beside it."""
+    given = (body.num_return_sequences, body.length_penalty, body.early_stopping)
+    names = ("num_return_sequences", "length_penalty", "early_stopping")
+    if body.beam_width is None:
+        for name, value in zip(names, given, strict=True):
+            if value is not None:
+                raise invalid("invalid_request", f"{name} needs beam_width", name)
+        return None
+    asked = {
+        "n": body.n not in (None, 1),
+        "best_of": body.best_of not in (None, 1),
+        "temperature": bool(body.temperature),
+        "top_p": body.top_p not in (None, 1),
+        "top_k": (body.top_k or 0) > 0,
+        "min_p": bool(body.min_p),
+        "stop": stops,
+        "stream": bool(body.stream),
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise invalid("unsupported_parameter", f"{name} can't be combined with beam_width", name)
+    stopping: Any = body.early_stopping or False
+    try:
+        return BeamParams(body.beam_width, body.num_return_sequences, _or(body.length_penalty, 1.0), stopping)
+    except RequestRefused as error:
+        raise invalid("invalid_request", error.message, error.message.partition(" ")[0]) from None
 
 
 def bad_words(given: Sequence[str] | None, encode: Encode) -> tuple[tuple[int, ...], ...]:

@@ -32,7 +32,7 @@ from xllm.runtime.request import Request
 from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.modules import ModuleCall, kernels_of
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 512  # beams look at more than anybody is shown
 Piece = Callable[["Step"], None]
 HUGE_PAGE_BYTES = 2 << 20
 
