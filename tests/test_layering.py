@@ -44,6 +44,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),
+    "targets.cpu.prompts": ({"kernels", "runtime"}, set()),
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
     "targets.predicted": ({"artifact", "targets"}, set()),

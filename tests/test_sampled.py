@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
+from tests.models import HYBRIDS, build
 from tests.servers import serving
-from xllm.compiler import compile_checkpoint
+from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.embedded import checkpoint_path
 from xllm.offline import LLM
+from xllm.runtime.request import PromptLogprobs, joined
 
 ASK = "<|im_start|>user\nTell me a story about a fox.<|im_end|>\n<|im_start|>assistant\n"
 TOLD: dict[str, Any] = {"prompt": ASK, "temperature": 0, "max_tokens": 24}
@@ -82,3 +86,77 @@ def test_processed_logprobs_are_those_of_the_draw(client: openai.OpenAI) -> None
     assert raw.text == drawn.text and raw.logprobs.tokens == drawn.logprobs.tokens
     for one, other in zip(raw.logprobs.top_logprobs, drawn.logprobs.top_logprobs, strict=True):
         assert len(other) == 2 < len(one) and list(other) == list(one)[:2]
+
+
+def forced(llm: LLM, prompt: list[int], at: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """What the model gives to a token of a prompt when it is the only one that may be drawn there."""
+    asked: dict[str, Any] = {"max_tokens": 1, "logprobs": 2, "ignore_eos": True}
+    [answer] = llm.generate([prompt[:at]], allowed_token_ids=(prompt[at],), **asked)
+    return answer.logprobs[0], answer.top_logprobs[0]
+
+
+def test_logprobs_of_a_prompt_are_those_of_drawing_it(llm: LLM) -> None:
+    """Bit by bit, whatever is cached of the prompt; and asking for them changes no answer."""
+    prompt = llm.codec.encode(ASK * 3, False)
+    options: dict[str, Any] = {"temperature": 1, "seed": 5, "max_tokens": 8, "logprobs": 1}
+    [plain] = llm.generate([prompt], **options)
+    both = llm.generate([prompt, prompt[:5]], prompt_logprobs=2, **options)
+    assert [(token.token, len(token.best)) for token in both[0].prompt] == [(token, 2) for token in prompt[1:]]
+    assert (both[0].tokens, both[0].logprobs) == (plain.tokens, plain.logprobs)
+    assert both[1].prompt == both[0].prompt[:4]
+    for at in (1, 2, 15, 16, 17, len(prompt) - 1):
+        found = both[0].prompt[at - 1]
+        assert (found.logprob, found.best) == forced(llm, prompt, at)
+        assert found.rank == 1 if found.token == found.best[0][0] else found.rank > 1
+    assert llm.generate([prompt[:1]], prompt_logprobs=2, **options)[0].prompt == ()
+
+
+def test_logprobs_of_a_prompt_in_a_model_with_state(tmp_path: Path) -> None:
+    """State that is written over must be written once."""
+    build(tmp_path, HYBRIDS["qwen3-next"], options=CompileOptions(max_len=64, max_seqs=3))
+    prompt = [*range(3, 30)]
+    with LLM(tmp_path / "tiny.xllm", threads=1) as llm:
+        [plain] = llm.generate([prompt], temperature=0, max_tokens=6, logprobs=0)
+        [scored] = llm.generate([prompt], temperature=0, max_tokens=6, logprobs=0, prompt_logprobs=2)
+        assert replace(scored, prompt=()) == plain
+        for at in (1, 9, 26):
+            assert (scored.prompt[at - 1].logprob, scored.prompt[at - 1].best) == forced(llm, prompt, at)
+        [beams] = llm.beam_search([prompt], 1, 6)
+        assert beams[0].tokens == plain.tokens
+
+
+def test_answers_show_the_logprobs_of_their_prompts(client: openai.OpenAI, llm: LLM) -> None:
+    prompts = [llm.codec.encode(text, False) for text in (ASK, "Once upon a time", "A")]
+    found = complete(client, {"prompt_logprobs": 1}, prompt=prompts, n=2, temperature=1)
+    for index, choice in enumerate(found.choices):
+        ids, shown = prompts[index // 2], choice.prompt_logprobs
+        assert len(shown) == len(ids) and shown[0] is None
+        for token, place in zip(ids[1:], shown[1:], strict=True):
+            assert 1 <= len(place) <= 2 and min(item["rank"] for item in place.values()) == 1
+            assert place[str(token)]["decoded_token"] == llm.codec.token_text(token)
+    chat: Any = [{"role": "user", "content": "hi"}]
+    name = client.models.list().data[0].id
+    said: Any = client.chat.completions.create(
+        model=name, messages=chat, max_tokens=2, extra_body={"prompt_logprobs": 0}
+    )
+    assert len(said.prompt_logprobs) == said.usage.prompt_tokens
+    assert not hasattr(complete(client).choices[0], "prompt_logprobs")
+    for fields in ({"stream": True}, {"extra_body": {"prompt_logprobs": 1, "beam_width": 2}}):
+        with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
+            client.completions.create(**{"model": name, "prompt": "a", "extra_body": {"prompt_logprobs": 1}, **fields})
+
+
+def test_parts_of_a_prompt_that_was_begun_again_are_one() -> None:
+    """A preempted prompt is computed again, in other chunks."""
+
+    def part(first: int, last: int, mark: float) -> PromptLogprobs:
+        size = last - first + 1
+        ids, wide = np.full((size, 1), first, np.int32), np.full((size, 1), mark, np.float32)
+        return PromptLogprobs(
+            first, np.full(size, mark, np.float32), np.arange(first, last + 1, dtype=np.int32), ids, wide
+        )
+
+    parts = [part(1, 10, 1), part(11, 20, 2), part(1, 7, 3), part(8, 15, 4), part(1, 12, 5), part(13, 30, 6)]
+    whole = joined(parts)
+    assert whole.start == 1 and whole.ranks.tolist() == [*range(1, 31)]
+    assert whole.logprobs.tolist() == [5.0] * 12 + [6.0] * 18

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xllm.runtime.request import TokenOutput
+from xllm.runtime.request import PromptLogprobs, PromptToken, TokenOutput
 
 if TYPE_CHECKING:
     from xllm.service.generation import Choice
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Completion:
     """One generation, or a piece of one that is streamed (`finish_reason` is None then, except for the last piece).
     `logprobs` of the tokens and the best ones at each place (id, logprob) are empty unless asked for. `score`:
-    of a beam search."""
+    of a beam search. `prompt`: of the prompt's tokens but the first, where `prompt_logprobs` asks for them."""
 
     text: str
     tokens: tuple[int, ...]
@@ -26,6 +26,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     score: float | None = None
+    prompt: tuple[PromptToken, ...] = ()
 
 
 class Answer:
@@ -33,6 +34,7 @@ class Answer:
 
     def __init__(self, choice: Choice) -> None:
         self._choice = choice
+        self._prompt: PromptLogprobs | None = None
         self._pieces: list[Completion] = []
 
     @property
@@ -43,6 +45,8 @@ class Answer:
         """What one more output adds. Raises RuntimeError when the request failed."""
         raise_failure(output)
         delta = self._choice.push(output)
+        if output.prompt is not None:
+            self._prompt = output.prompt
         piece = Completion(
             delta.text,
             () if output.token is None else (output.token,),
@@ -53,7 +57,8 @@ class Answer:
         self._pieces.append(piece)
         return piece
 
-    def whole(self) -> Completion:
+    def whole(self, prompt: Sequence[int] = ()) -> Completion:
+        """All of it; `prompt` are the tokens before it."""
         pieces = self._pieces
         return Completion(
             "".join(piece.text for piece in pieces),
@@ -61,6 +66,7 @@ class Answer:
             self._choice.finish_reason,
             tuple(logprob for piece in pieces for logprob in piece.logprobs),
             tuple(best for piece in pieces for best in piece.top_logprobs),
+            prompt=tuple(self._prompt.tokens(prompt)) if self._prompt else (),
         )
 
 

@@ -106,7 +106,7 @@ class LLM:
                         advance()
                         if output.finish_reason is None and self._engine is not None:  # a stop text
                             self._engine.cancel(output.request_id)
-        return [answers[request.id].whole() for request in requests]
+        return [answers[request.id].whole(request.prompt) for request in requests]
 
     def chat(
         self, messages: Sequence[Any], params: SamplingParams | None = None, *, template: Any = None, **options: Any

@@ -187,6 +187,19 @@ int32_t sample(Row &row, float *logits, Slot &slot, Listed listed) {
   return drawn.token;
 }
 
+// One row that a token was given for.
+int32_t score(Row &row, float *logits, int32_t token, Listed listed) {
+  listed.clear();
+  if (!row.open(logits)) return 0;
+  const double base = log_mass(row.sum(xs::kLog2E));
+  const int k = std::min(listed.width, row.vocab);
+  if (k > 0) listed.list(row, row.top(k), k, 1, base);
+  *listed.chosen = Listed::of(logits[token], row.peak, 1, base);
+  int32_t rank = 1;
+  for (int32_t i = 0; i < row.vocab; i++) rank += logits[i] > logits[token];
+  return rank;
+}
+
 }  // namespace
 
 struct xk_sampler {
@@ -259,4 +272,16 @@ int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_
   static_cast<xk::Pool *>(pool)->run(
       rows, [](void *b, int64_t j, int thread) { (*static_cast<decltype(body) *>(b))(j, thread); }, &body);
   return XK_SAMPLED;
+}
+
+void xk_sampler_score(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *tokens,
+                      float *logprobs, int32_t *ranks, int32_t top_width, int32_t *top_ids, float *top_logprobs) {
+  const auto body = [=](int64_t j, int thread) {
+    Row &row = sampler->workers[thread];
+    const Listed listed{logprobs + j, top_width, top_ids + j * top_width, top_logprobs + j * top_width};
+    ranks[j] = score(row, logits + j * row.vocab, tokens[j], listed);
+  };
+  static_cast<xk::Pool *>(pool)->run(
+      rows, [](void *b, int64_t j, int thread) { (*static_cast<decltype(body) *>(b))(j, thread); },
+      const_cast<void *>(static_cast<const void *>(&body)));
 }

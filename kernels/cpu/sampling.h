@@ -44,3 +44,9 @@ XK_API void xk_sampler_detach(xk_sampler *sampler, int32_t slot);
 XK_API int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
                                  int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids,
                                  float *top_logprobs);
+
+// Nothing is drawn from these rows: the logprobs of given tokens [rows], as raw ones, their ranks (1: no token is more
+// likely), and the best ones. NaN and rank 0 for a row that nothing could be drawn from. No slot is read or changed.
+XK_API void xk_sampler_score(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *tokens,
+                             float *logprobs, int32_t *ranks, int32_t top_width, int32_t *top_ids,
+                             float *top_logprobs);

@@ -84,6 +84,17 @@ class SampleResult:
     top_logprobs: np.ndarray
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Of given tokens, R rows: float32[R] logprobs (NaN: the row holds a NaN, +inf, or nothing above -inf), int32[R]
+    ranks, 1 where no token is more likely; the best ones int32[R, W] and float32[R, W] as in SampleResult."""
+
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
 class _CParams(c.Structure):
     _fields_ = (
         ("seed", c.c_uint64),
@@ -241,6 +252,19 @@ class Sampler:
             raise SamplingError("slots", f"{slots.tolist()}: one {_REFUSALS[refused]}")
         return result
 
+    def score(self, logits_address: int, tokens: np.ndarray, width: int) -> Scores:
+        """What row j of float32[R, vocab] at `logits_address` gives to token tokens[j], and its `width` best; no slot
+        is looked at. Raises SamplingError for a token that is none. Releases the GIL."""
+        tokens = self._ids("tokens", tokens)
+        rows, width = len(tokens), _integer("width", width, 0, self.max_logprobs)
+        floats, wide = np.empty(rows, np.float32), np.empty((rows, width), np.float32)
+        scores = Scores(floats, np.empty(rows, np.int32), np.empty((rows, width), np.int32), wide)
+        outputs = (floats.ctypes.data, scores.ranks.ctypes.data, width, scores.top_ids.ctypes.data, wide.ctypes.data)
+        self._library.xk_sampler_score(
+            self._open(), self._runner.pool, logits_address, rows, tokens.ctypes.data, *outputs
+        )
+        return scores
+
     def close(self) -> None:
         """Frees the native side. Later calls raise."""
         self._handle = None
@@ -279,6 +303,7 @@ def _typed(native: c.CDLL) -> c.CDLL:
         ("xk_sampler_free", None, [pointer]),
         ("xk_sampler_attach", number, [pointer, number, pointer]),
         ("xk_sampler_detach", None, [pointer, number]),
+        ("xk_sampler_score", None, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
         ("xk_sampler_sample", number, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
     ):
         function = getattr(native, name)

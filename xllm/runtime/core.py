@@ -11,6 +11,8 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
@@ -18,7 +20,7 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
-from xllm.runtime.request import FinishReason, TokenOutput
+from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.sharing import Sharing
@@ -234,6 +236,10 @@ class Core:
             if sample:
                 sampled += 1
                 sequence.pending -= 1
+            if result.prompts and (part := result.prompts.get(sequence.slot)) is not None:
+                sequence.prompted.append(part)
+                if sequence.finish is None and np.isnan(part.logprobs).any():
+                    self._end(sequence, "error", _FAULTS[-1])
             if sequence.finish is None:
                 sequence.written += count
                 bad = sample and tokens[sampled] < 0
@@ -266,8 +272,10 @@ class Core:
                 reason,
                 cached_tokens=sequence.cached,
                 prompt_tokens=sequence.prompt_tokens,
+                prompt=joined(sequence.prompted) if sequence.prompted else None,
             )
         )
+        sequence.prompted = []
         if reason is not None:
             self._finish(sequence, reason)
 

@@ -7,13 +7,13 @@ tokens it continues from are known on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from xllm.runtime.request import Request
+from xllm.runtime.request import PromptLogprobs, Request
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class StepResult:
     id -1 where the distribution has no more.
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
-    computed for, without sampling and any wait; 0 where that is not known."""
+    computed for, without sampling and any wait; 0 where that is not known.
+    prompts: by slot, the logprobs of what was computed of prompts, where they are asked for."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -85,6 +86,7 @@ class StepResult:
     top_logprobs: np.ndarray
     rows: np.ndarray | None = None
     seconds: float = 0.0
+    prompts: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
 
 class Handle(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class SamplingParams:
     a token is drawn among those it allows, before everything else; an end token it forces ends the request before
     `min_tokens` too. Of `bad_words` (token ids of each) the last token is never drawn where those before it were just
     generated; `allowed_token_ids` leave no others. A request they leave nothing to draw ends with nothing_allowed.
+    `prompt_logprobs` k asks for the logprobs of the prompt's tokens, and the k best at each place; the prompt is then
+    computed whole, whatever is cached of it, and logits for all of its places.
     """
 
     temperature: float = 1.0
@@ -69,6 +71,7 @@ class SamplingParams:
     logprobs_mode: Literal["raw", "processed"] = "raw"
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -87,8 +90,9 @@ class SamplingParams:
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 1, math.inf)
             _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, math.inf)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _within(name, count, 0, math.inf)
         if self.logprobs_mode not in ("raw", "processed"):
             raise RequestRefused("invalid_parameter", f"logprobs_mode is {self.logprobs_mode!r}, not raw or processed")
         if not all(self.bad_words):
@@ -120,6 +124,51 @@ class Request:
     generated: tuple[int, ...] = ()
 
 
+class PromptToken(NamedTuple):
+    """A token of a prompt, given all before it. rank: 1 where no token is more likely. best: (id, logprob)."""
+
+    token: int
+    logprob: float
+    rank: int
+    best: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Of the tokens of a prompt from place `start` on: float32 [R] logprobs (NaN: its logits hold NaN or infinity),
+    int32 [R] ranks, and int32 and float32 [R, K] of the best tokens (id -1: there are no more)."""
+
+    start: int
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+
+    def tokens(self, prompt: Sequence[int]) -> list[PromptToken]:
+        """One by one."""
+        return [
+            PromptToken(token, logprob, rank, tuple((i, p) for i, p in zip(ids, best, strict=True) if i >= 0))
+            for token, logprob, rank, ids, best in zip(
+                prompt[self.start :], *(c.tolist() for c in self.columns), strict=True
+            )
+        ]
+
+
+def joined(parts: Sequence[PromptLogprobs]) -> PromptLogprobs:
+    """Consecutive parts of one prompt as one; a part that starts again before an earlier one's end replaces it."""
+    kept: list[PromptLogprobs] = []
+    for part in reversed(parts):
+        if not kept or part.start < kept[0].start:
+            size = kept[0].start - part.start if kept else len(part.ranks)
+            kept.insert(0, PromptLogprobs(part.start, *(column[:size] for column in part.columns)))
+    columns = [np.concatenate([part.columns[at] for part in kept]) for at in range(4)]
+    return PromptLogprobs(kept[0].start, *columns)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One generated token, or the end of a request.
@@ -127,7 +176,7 @@ class TokenOutput:
     `index` counts generated tokens from 0; a token that ends the request by EOS or stop id is delivered with
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
-    `cached_tokens` of the prompt were found in the prefix cache.
+    `cached_tokens` of the prompt were found in the prefix cache. `prompt` is with the first token, where asked for.
     """
 
     request_id: str
@@ -140,3 +189,4 @@ class TokenOutput:
     cached_tokens: int = 0
     prompt_tokens: int = 0
     row: np.ndarray | None = field(default=None, compare=False)
+    prompt: PromptLogprobs | None = field(default=None, compare=False)

@@ -14,7 +14,7 @@ from enum import Enum
 
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.pages import PoolPlan
-from xllm.runtime.request import FinishReason, Request
+from xllm.runtime.request import FinishReason, PromptLogprobs, Request
 
 
 class State(Enum):
@@ -45,6 +45,7 @@ class Sequence:
         "pending",
         "pending_row",
         "prompt_tokens",
+        "prompted",
         "publish_at",
         "recompute",
         "request",
@@ -74,6 +75,7 @@ class Sequence:
         self.publish_at = sys.maxsize  # `written` then completes a page for the prefix cache
         self.behind: tuple[int, int] | None = None  # order and `publish_at` of the older prompt it waits for
         self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
+        self.prompted: list[PromptLogprobs] = []  # of what was computed of the prompt, where asked for
         self.cached = 0  # prompt tokens found in the prefix cache
 
     @property
@@ -93,6 +95,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens the model has not seen."""
         return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def scored(self) -> bool:
+        """Is every place of the prompt to be computed, because its logprobs are asked for?"""
+        return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.prompt_tokens
 
     @property
     def decoding(self) -> bool:

@@ -42,6 +42,8 @@ class Sharing:
                 continue
             groups = (len(sequence.tokens) - 1) // self._group_tokens
             chain = self._chain(sequence, groups)
+            if sequence.scored:
+                chain, groups = [], 0
             matched = self._pool.match(chain)
             having = (other for other in ahead.values() if self._will_have(other, chain, matched))
             if matched < groups and (older := next(having, None)) is not None:

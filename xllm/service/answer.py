@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from xllm.runtime import Request, TokenOutput
+from xllm.runtime import Request, SamplingParams, TokenOutput
+from xllm.runtime.request import PromptLogprobs
 from xllm.service.body import NOT_SUPPORTED, Body, OfModel, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import ApiError, Hint, busy, draining
@@ -183,13 +184,18 @@ class _Answer:
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
+        self._prompts: dict[int, PromptLogprobs] = {}  # by prompt
         self._last = [entry.started] * len(self._choices)
 
     async def whole(self, send: Send) -> None:
-        results = [Whole() for _ in self._choices]
+        results, prompts = [Whole() for _ in self._choices], self._job.prompts
         while not self._done:
             for index, delta in self._take(await self._subscription.next()):
                 self._format.gather(results[index], delta)
+        if self._job.params[0].prompt_logprobs is not None:
+            shown = [self._format.prompt(self._prompts.get(at), prompt) for at, prompt in enumerate(prompts)]
+            for index, result in enumerate(results):
+                result.prompt = shown[index // self._job.best_of]
         data = self._format.whole([results[index] for index in self._chosen()], self._usage)
         await send_whole(send, data, self._subscription, self._entry)
 
@@ -273,6 +279,8 @@ class _Answer:
             recorder = self._service.recorder
             (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
             self._last[index] = now
+            if output.prompt is not None:
+                self._prompts[index // self._job.best_of] = output.prompt
             deltas.append((index, choice.push(output)))
             if choice.cut:
                 self._service.dispatcher.cancel(self._subscription, output.request_id)
@@ -345,12 +353,17 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 
 def requests_of(job: Job, entry: Record) -> list[Request]:
     """Of each prompt as many as run for it."""
-    name = uuid.uuid4().hex
+    name, known = uuid.uuid4().hex, {"arrival": entry.started, "cache_salt": entry.tenant}
     return [
-        Request(f"{name}-{at * job.best_of + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
+        Request(f"{name}-{at * job.best_of + sample}", prompt, _of_sample(params, sample), sample, **known)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.best_of)
     ]
+
+
+def _of_sample(params: SamplingParams, sample: int) -> SamplingParams:
+    """A prompt's logprobs are computed with its first sample."""
+    return replace(params, prompt_logprobs=None) if sample and params.prompt_logprobs is not None else params
 
 
 def _shows(delta: Delta) -> bool:

@@ -68,6 +68,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     logprobs_mode: str | None = None
+    prompt_logprobs: int | None = None
     beam_width: int | None = None
     num_return_sequences: int | None = None
     length_penalty: float | None = None

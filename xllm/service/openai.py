@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from xllm.runtime.request import PromptLogprobs
 from xllm.service.errors import ApiError
 from xllm.service.generation import Delta, TokenLogprob
 from xllm.service.parsers.parts import Call, Content, Part, Reasoning
@@ -65,7 +66,25 @@ class Format:
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
-        return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": usage.body()})
+        return msgspec.json.encode(
+            self._envelope(self.object, bodies) | {"usage": usage.body()} | self._of_all(choices)
+        )
+
+    def prompt(self, found: PromptLogprobs | None, prompt: Sequence[int]) -> msgspec.Raw:
+        """The logprobs of a prompt as vLLM shows them: by place, and by id there; there are none of its first token."""
+        shown: list[dict[str, Any] | None] = [None]
+        for item in found.tokens(prompt) if found else ():
+            place = {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.best, 1)}
+            place.setdefault(item.token, (item.logprob, item.rank))
+            shown.append({
+                str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._codec.token_text(token)}
+                for token, (logprob, rank) in place.items()
+            })  # fmt: skip
+        return _encoded(shown)
+
+    def _of_all(self, choices: Sequence[Whole]) -> dict[str, Any]:
+        """What a whole answer has beside its choices."""
+        return {}
 
     def first(self, choices: int, usage: Usage) -> bytes:
         """What a stream opens with."""
@@ -108,6 +127,7 @@ class Whole:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     stop: str | None = None
+    prompt: msgspec.Raw | None = None  # logprobs of the prompt, where asked for
 
 
 class CompletionFormat(Format):
@@ -127,7 +147,8 @@ class CompletionFormat(Format):
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         text = self._echo[index] + _joined(choice.parts, Content)
-        return self._choice(index, text, choice.logprobs, choice.finish_reason)
+        body = self._choice(index, text, choice.logprobs, choice.finish_reason)
+        return body | ({"prompt_logprobs": choice.prompt} if choice.prompt is not None else {})
 
     def _choice(self, index: int, text: str, logprobs: Sequence[tuple[Any, ...]], reason: str | None) -> dict[str, Any]:
         body = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
@@ -177,6 +198,9 @@ class ChatFormat(Format):
         if calls := [_call(part) for part in choice.parts if isinstance(part, Call)]:
             message["tool_calls"] = calls
         return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
+
+    def _of_all(self, choices: Sequence[Whole]) -> dict[str, Any]:
+        return {"prompt_logprobs": choices[0].prompt} if choices[0].prompt is not None else {}
 
     def _choice(
         self, index: int, content: dict[str, Any], logprobs: Sequence[msgspec.Raw], reason: str | None

@@ -202,8 +202,19 @@ def _job(
     ranked = 0 if logprobs is None and best_of > n else logprobs  # what they are ranked by
     words = bad_words(body.bad_words, encode)
     params = tuple(sampling_params(body, facts, len(prompt), ranked, words) for prompt in prompts)
+    within("prompt_logprobs", body.prompt_logprobs, 0, MAX_LOGPROBS)
+    if body.prompt_logprobs is not None and (body.stream or beams):
+        text = "prompt_logprobs are told in answers that are drawn and sent whole: leave stream and beam_width out"
+        raise invalid("unsupported_parameter", text, "prompt_logprobs")
+    held = sum(map(len, prompts)) * n * (body.prompt_logprobs + 1) if body.prompt_logprobs is not None else 0
     if logprobs is not None and not body.stream:
-        _check_held(best_of * sum(each.max_tokens or 0 for each in params) * (logprobs + 1))
+        held += best_of * sum(each.max_tokens or 0 for each in params) * (logprobs + 1)
+    if held > MAX_HELD_LOGPROBS:
+        text = (
+            f"the answer may hold {held} logprobs (sequences x tokens x tokens listed), at most {MAX_HELD_LOGPROBS} are"
+            " kept for an answer sent whole: lower max_tokens, or set stream: true"
+        )
+        raise invalid("invalid_request", text, "logprobs" if logprobs is not None else "prompt_logprobs")
     return Job(
         prompts=prompts,
         params=params,
@@ -217,16 +228,6 @@ def _job(
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
     )
-
-
-def _check_held(logprobs: int) -> None:
-    if logprobs > MAX_HELD_LOGPROBS:
-        raise invalid(
-            "invalid_request",
-            f"the answer may hold {logprobs} logprobs (sequences x max_tokens x tokens listed), at most"
-            f" {MAX_HELD_LOGPROBS} are kept for an answer sent whole: lower max_tokens, or set stream: true",
-            "logprobs",
-        )
 
 
 def _samples(body: Sampling, prompts: int, beams: BeamParams | None) -> tuple[int, int]:

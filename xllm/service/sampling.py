@@ -108,6 +108,7 @@ def sampling_params(
         logprobs_mode=cast(Literal["raw", "processed"], mode),
         bad_words=bad_words,
         allowed_token_ids=_allowed(body.allowed_token_ids, facts.vocab),
+        prompt_logprobs=body.prompt_logprobs,
     )
 
 

@@ -22,14 +22,15 @@ import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.kernels import cpu
-from xllm.kernels.cpu.sampling import Sampler, SamplingError
+from xllm.kernels.cpu.sampling import Sampler, SamplingError, Scores
 from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
-from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
+from xllm.runtime.executor import Batch, KVSpec, Limits, Row, StepResult
 from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request
 from xllm.targets.cpu.bounds import check_bounds
+from xllm.targets.cpu.prompts import Prompts
 from xllm.targets.modules import ModuleCall, kernels_of
 
 MAX_LOGPROBS = 512  # beams look at more than anybody is shown
@@ -68,6 +69,7 @@ class CpuExecutor:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
         self._masks = Masks(self.limits.vocab)
         self._eos = tuple(manifest["model"]["eos_ids"])
+        self._prompts = Prompts(min(plan.buckets[-1].S, plan.buckets[-1].T))
         self._key = os.urandom(16)
         self._arena, self.arena_address = allocate(plan.arena_bytes)
         self._last_bucket = plan.buckets[-1]
@@ -88,6 +90,7 @@ class CpuExecutor:
         try:
             if params.seed is None:
                 params = replace(params, seed=self._seed_for(request.id))
+            self._prompts.attach(slot, request, generated)
             mask = self._masks.attach(slot, params.grammar, generated)
             self._sampler.attach(
                 slot, params, request.prompt, generated, request.sample_index, (*stops, *params.stop_token_ids), mask
@@ -99,6 +102,7 @@ class CpuExecutor:
         if self._sampler is not None:
             self._sampler.detach(slot)
             self._masks.detach(slot)
+            self._prompts.detach(slot)
 
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
@@ -134,18 +138,35 @@ class CpuExecutor:
     def _run(self, batch: Batch) -> StepResult:
         slots = [row.slot for row in batch.rows if row.sample]
         masks = self._masks.begin(slots)
-        step = flatten(batch, self._previous, self.kv.fixed_bytes)
-        bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
-        bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
-        self._last_bucket = bucket
         started = time.perf_counter()
+        batch, prompts = self._prompts.score(batch, self._score)
+        if not batch.rows:
+            result = self._result([], [], self._last_bucket)
+            return replace(result, seconds=time.perf_counter() - started, prompts=prompts)
+        step = flatten(batch, self._previous, self.kv.fixed_bytes)
+        bound = self._bound_for(step)
         calls = bound.run(step) if self.times is None else bound.timed(step)
         began = time.perf_counter()
-        result = self._result(slots, masks, bucket)
+        result = self._result(slots, masks, bound.bucket)
         if self.times is not None and calls is not None:
             ended = time.perf_counter()
             self.times.append(StepTimes(len(step.ids), calls, ended - began, ended))
-        return replace(result, seconds=began - started)
+        return replace(result, seconds=began - started, prompts=prompts)
+
+    def _bound_for(self, step: Step) -> BoundPlan:
+        self._last_bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
+        return self._bound.get(self._last_bucket.T) or self._bound.setdefault(
+            self._last_bucket.T, self._bind(self._last_bucket)
+        )
+
+    def _score(self, piece: Row, targets: Sequence[int], width: int) -> Scores:
+        """Computes the piece with a row of logits for every token."""
+        assert self._sampler is not None
+        step = flatten(Batch(0, (piece,)), self._previous, self.kv.fixed_bytes, every=True)
+        bound = self._bound_for(step)
+        bound.run(step)
+        address = self.arena_address + bound.bucket.offsets[self._plan.result]
+        return self._sampler.score(address, np.array(targets, np.int32), width)
 
     def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
         if self._sampler is None or not slots:
@@ -297,8 +318,9 @@ class Ticket:
         self._done.set()
 
 
-def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int) -> Step:
-    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to.
+def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int, every: bool = False) -> Step:
+    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to. With
+    `every`, all tokens have a row of logits.
 
     Kernels are given where the groups of tokens start, behind the `fixed_bytes` of a span that do not grow.
     """
@@ -313,6 +335,8 @@ def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int) -> Step:
         [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
     )
     last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
+    if every:
+        last = np.arange(len(ids), dtype=np.int32)
     bases = np.array([row.kv_base + fixed_bytes for row in batch.rows], np.uint64)
     return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
 
