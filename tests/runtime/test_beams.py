@@ -130,3 +130,31 @@ def test_a_request_goes_on_behind_what_it_has(overlap):
     with pytest.raises(RequestRefused, match="20 tokens are generated already"):
         rig.engine.submit(Request("full", whole.prompt, whole.params, generated=tokens))
     rig.assert_baseline()
+
+
+@BOTH_LOOPS
+def test_behaviour_9_a_group_is_not_split_by_a_steps_budget(overlap):
+    """Two beams, a budget of two tokens, another request that runs: the group waits for a step of its own."""
+    rig = Rig(async_scheduling=overlap, max_tokens_per_step=2, max_chunk=2)
+    rig.engine.submit(request("other", (3,), 12, ignore_eos=True))
+    rig.turn()
+    for name, token in (("a", 4), ("b", 5)):
+        rig.engine.submit(Request(name, (token,), SamplingParams(max_tokens=1, ignore_eos=True), group="beams"))
+    rig.finish()
+    firsts = {row.tokens[0]: batch.step for batch in rig.executor.batches for row in batch.rows if row.start == 0}
+    assert firsts[4] == firsts[5] >= 11, "both in one step, when the other had its tokens"
+    assert all(len(batch.rows) == 1 for batch in rig.executor.batches[: firsts[4]])
+    assert len(rig.tokens("other")) == 12
+    rig.assert_baseline()
+
+
+def test_a_group_that_no_step_can_hold_starts_in_parts():
+    rig = Rig(max_tokens_per_step=2, max_chunk=2)
+    members = [
+        Request(f"{at}", (at, 7, 8), SamplingParams(max_tokens=2, ignore_eos=True), group="beams") for at in range(3)
+    ]
+    for member in members:
+        rig.engine.submit(member)
+    rig.finish()
+    for member in members:
+        assert_as_alone(rig, member)

@@ -89,6 +89,8 @@ CASES = {
     "blank bad word": (COMPLETIONS, completion(bad_words=["a", " "]), 400, "invalid_request", "bad_words[1]"),
     "no allowed id": (CHAT, chat(allowed_token_ids=[]), 400, "invalid_request", "allowed_token_ids"),
     "allowed id": (CHAT, chat(allowed_token_ids=[1, VOCAB]), 400, "invalid_request", "allowed_token_ids[1]"),
+    "prompt_logprobs": (COMPLETIONS, completion(prompt_logprobs=21), 400, "invalid_request", "prompt_logprobs"),
+    "a stream's prompt": (CHAT, chat(prompt_logprobs=1, stream=True), 400, None, "prompt_logprobs"),
     "logprobs_mode": (COMPLETIONS, completion(logprobs_mode="odd"), 400, "invalid_request", "logprobs_mode"),
     "five stops": (COMPLETIONS, completion(stop=list("abcde")), 400, "invalid_request", "stop"),
     "empty stop": (COMPLETIONS, completion(stop=""), 400, "invalid_request", "stop"),
@@ -123,6 +125,23 @@ def test_bad_input_has_a_typed_answer_and_the_server_lives(http, served, case):
     assert error["request_id"] == answer.headers["x-request-id"]
     assert http.post(COMPLETIONS, content=completion(), headers=JSON).json()["choices"][0]["text"] == "hi"
     wait_for(lambda: not served[1].recorder.concurrent and not served[1].dispatcher.live)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"echo": True, "logprobs": 1}, "logprobs"),
+    ],
+)
+def test_behaviour_52_values_no_request_can_have_are_400_with_their_field(http, fields, param, stream):
+    answer = http.post(COMPLETIONS, content=completion(stream=stream, **fields), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_values_that_ask_for_nothing_are_honoured(http):

@@ -162,7 +162,7 @@ def test_another_model_is_not_found(served: Served) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_tokenize_then_detokenize_is_exact(served: Served) -> None:
+def test_behaviour_59_tokenize_then_detokenize_is_exact(served: Served) -> None:
     text = "grüße 😀 <|start|>\x00\n  日本"
     found = served[0].post(TOKENIZE, json={"prompt": text, "return_token_strs": True}).json()
     assert found["max_model_len"] == 64

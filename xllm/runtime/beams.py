@@ -104,7 +104,7 @@ class BeamSearch:
             min_tokens=min(request.params.min_tokens, length + 1),
         )
         return [
-            replace(request, id=f"{request.id}-{length}-{at}", params=params, generated=beam.tokens)
+            replace(request, id=f"{request.id}-{length}-{at}", params=params, generated=beam.tokens, group=request.id)
             for at, beam in enumerate(self.live)
         ]
 

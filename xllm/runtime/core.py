@@ -16,6 +16,7 @@ import numpy as np
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
+from xllm.runtime.groups import whole_groups
 from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
@@ -88,7 +89,8 @@ class Core:
         found, later = self._sharing.look_up(self.waiting, self.running, slots, self.budget)
         put_off = {sequence.order for sequence in later}
         waiting = [sequence for sequence in self.waiting if sequence.order not in put_off] if later else self.waiting
-        decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
+        queues = Queues(self.running, waiting, slots)
+        decision = whole_groups(decide(queues, self.budget, self.pool.free_pages, self._clock()), queues, self.budget)
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0

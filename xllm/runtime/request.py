@@ -113,7 +113,8 @@ class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
     apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
     order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix.
-    `generated` tokens exist already: it goes on behind them as if it had made them itself."""
+    `generated` tokens exist already: it goes on behind them as if it had made them itself. Requests of one `group` are
+    submitted one after the other and start in one step, if it can hold them."""
 
     id: str
     prompt: tuple[int, ...]
@@ -122,6 +123,7 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     generated: tuple[int, ...] = ()
+    group: str = ""
 
 
 class PromptToken(NamedTuple):

@@ -200,9 +200,9 @@ def _job(
     beams = beams_of(body, bool(stops))
     n, best_of = _samples(body, len(prompts), beams)
     ranked = 0 if logprobs is None and best_of > n else logprobs  # what they are ranked by
+    within("prompt_logprobs", body.prompt_logprobs, 0, MAX_LOGPROBS)
     words = bad_words(body.bad_words, encode)
     params = tuple(sampling_params(body, facts, len(prompt), ranked, words) for prompt in prompts)
-    within("prompt_logprobs", body.prompt_logprobs, 0, MAX_LOGPROBS)
     if body.prompt_logprobs is not None and (body.stream or beams):
         text = "prompt_logprobs are told in answers that are drawn and sent whole: leave stream and beam_width out"
         raise invalid("unsupported_parameter", text, "prompt_logprobs")
