@@ -39,7 +39,7 @@ def llm(built: tuple[Path, Path]) -> Iterator[LLM]:
 @pytest.mark.parametrize(("penalty", "stopping"), [(1.0, False), (0.0, "never"), (2.0, True), (-0.5, False)])
 def test_what_transformers_finds(built: tuple[Path, Path], llm: LLM, penalty: float, stopping: Any, ends: int) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(built[0], dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(built[0], dtype=torch.float32).eval()
     for prompt in PROMPTS:
         often = [int(token) for token in model(torch.tensor([prompt])).logits[0, -1].topk(9)[1][2::2]][:ends]
         found = model.generate(

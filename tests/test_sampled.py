@@ -160,3 +160,27 @@ def test_parts_of_a_prompt_that_was_begun_again_are_one() -> None:
     whole = joined(parts)
     assert whole.start == 1 and whole.ranks.tolist() == [*range(1, 31)]
     assert whole.logprobs.tolist() == [5.0] * 12 + [6.0] * 18
+
+
+def test_behaviour_35_slots_are_answered_in_order_with_what_would_stand_there(client: openai.OpenAI, llm: LLM) -> None:
+    """The same bits as a draw in the slot's place; a slot that nothing precedes has none."""
+
+    def sample(prompt: str, value: str, **fields: Any) -> Any:
+        body = {"prompt": prompt, "selector": {"type": "literal", "value": value}, **fields}
+        return client.post("/sample", body=body, cast_to=object)
+
+    slot = "<|im_end|>"
+    text = f"{slot}Once upon a{slot} the{slot} fox"
+    ids = llm.codec.encode(text, True)
+    places = [at for at, token in enumerate(ids) if token == ids[0]]
+    found = sample(text, slot, logprobs=3)
+    assert found["object"] == "sample_completion" and [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    reasons = [choice["finish_reason"] for choice in found["choices"]]
+    assert len(places) == 3 and reasons == ["empty_logprobs", "selector_match", "selector_match"]
+    for place, choice in zip(places[1:], found["choices"][1:], strict=True):
+        [drawn] = llm.generate([ids[:place]], temperature=0, max_tokens=1, logprobs=3, ignore_eos=True)
+        assert choice["logprobs"]["token_ids"] == [[token for token, _ in drawn.top_logprobs[0]]]
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(list(drawn.logprobs), abs=0)
+        assert choice["text"] == llm.codec.token_text(drawn.tokens[0])
+    assert sample("no slot here", slot)["choices"] == []
+    assert found["usage"]["prompt_tokens"] == len(ids) and found["usage"]["completion_tokens"] == 2

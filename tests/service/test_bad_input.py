@@ -23,6 +23,10 @@ def chat(**fields) -> bytes:
     return json.dumps({"model": "fake", "messages": SAY} | fields).encode()
 
 
+def slots(type: str = "literal", value: str = "a", **fields) -> bytes:
+    return json.dumps({"prompt": "a b a", "selector": {"type": type, "value": value}} | fields).encode()
+
+
 def deep(levels: int) -> bytes:
     return b'{"messages":[],"chat_template_kwargs":' + b'{"a":' * levels + b"1" + b"}" * levels + b"}"
 
@@ -106,6 +110,11 @@ CASES = {
     "template that loops": (CHAT, chat(chat_template_kwargs={"loops": 99_999}), 400, "template_error", None),
     "template without end": (CHAT, chat(chat_template_kwargs={"loops": 10**12}), 400, "template_error", None),
     "template argument": (CHAT, chat(chat_template_kwargs={"messages": []}), 400, "invalid_request", None),
+    "selector type": ("/v1/sample", slots(type="regex"), 400, "invalid_request", "selector.type"),
+    "selector of two tokens": ("/v1/sample", slots(value="ab"), 400, "invalid_request", "selector.value"),
+    "empty selector": ("/v1/sample", slots(value=""), 400, "invalid_request", "selector.value"),
+    "no selector": ("/v1/sample", b'{"prompt":"a"}', 400, "missing_parameter", "selector"),
+    "logprobs of slots": ("/v1/sample", slots(logprobs=6), 400, "invalid_request", "logprobs"),
     "rows of a generator": ("/v1/embeddings", b'{"input":"a"}', 400, "wrong_task", None),
     "rerank by a generator": ("/rerank", b'{"query":"a","documents":["b"]}', 400, "wrong_task", None),
     "10 MB": (COMPLETIONS, completion(prompt="x" * 10_000_000), 413, "body_too_large", None),

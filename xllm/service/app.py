@@ -20,6 +20,7 @@ from xllm.service.responses import PATH as RESPONSES
 from xllm.service.responses import Responses, Store, StoredResponses
 from xllm.service.rows import Embeddings
 from xllm.service.sampling import ModelFacts
+from xllm.service.slots import Sample
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
 
@@ -133,6 +134,7 @@ def build_app(service: Service, keys: Keys | None = None) -> App:
         **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Rerank(service)),
         **dict.fromkeys(("/v1/score", "/score"), Score(service)),
         **dict.fromkeys(("/v1/classify", "/classify"), Classify(service)),
+        "/v1/sample": Sample(service),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
     }

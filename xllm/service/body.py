@@ -186,6 +186,22 @@ class ClassifyBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+class Selector(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    value: str
+
+
+class SampleBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/sample. `selector` names the slots of the prompt; `logprobs` tokens are listed for each (5)."""
+
+    model: str | None = None
+    prompt: str
+    selector: Selector
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+
 class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """POST /tokenize: a text, or messages that the chat template makes one of."""
 

@@ -66,6 +66,14 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
         stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}, stop_sequence=maybe(TEXT),
         usage=closed(input_tokens=WHOLE, output_tokens=WHOLE),
     ),
+    "sample": envelope(
+        choices=many(
+            closed(index=WHOLE, text=TEXT, logprobs=maybe(SOME), finish_reason={"enum": [
+                "selector_match", "empty_logprobs"
+            ]})
+        ),
+        usage=USAGE,
+    ),
     "count": closed(input_tokens=WHOLE),
     "embedding": closed(object={"const": "list"}, data=many(closed(index=WHOLE, object=TEXT)), usage=COUNTS),
     "rerank": closed(id=TEXT, model=TEXT, usage=COUNTS, results=many(RANKED)),
