@@ -20,7 +20,7 @@ from bench.checkpoints import write_tokenizer
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions, Report, compile_checkpoint
 from xllm.errors import CompileError
-from xllm.llm import LLM
+from xllm.offline import LLM
 from xllm.runtime.executor import Batch, Row
 from xllm.runtime.request import Request, SamplingParams
 from xllm.targets.cpu.executor import CpuExecutor

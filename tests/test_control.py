@@ -21,7 +21,7 @@ from tests.models import FAMILIES, build
 from tests.servers import Server, serving
 from xllm.artifact import WEIGHTS, Artifact
 from xllm.compiler import CompileOptions, compile_checkpoint
-from xllm.llm import LLM
+from xllm.offline import LLM
 from xllm.runtime import RequestRefused
 
 ADMIN = {"x-api-key": "root"}

@@ -14,7 +14,8 @@ from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.errors import CompileError
 from xllm.inspection.show import show
-from xllm.llm import LLM, open_engine
+from xllm.llm import open_engine
+from xllm.offline import LLM
 from xllm.runtime.errors import RequestRefused
 
 LENGTHS = (1, 2, 17, 64, 65, 90, 33)

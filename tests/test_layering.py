@@ -46,6 +46,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),
+    "targets.cpu.prompts": ({"kernels", "runtime"}, set()),
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
     "targets.fitted": ({"artifact", "runtime.cost", "targets"}, {"msgspec"}),
@@ -67,7 +68,9 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "watch": ({"artifact", "files", "runtime", "traffic"}, {"msgspec", "numpy"}),
     "memory": ({"artifact", "runtime", "targets"}, set()),
     "control": ({"artifact", "runtime", "targets"}, set()),
-    "llm": ({"artifact", "control", "memory", "plan", "runtime", "service", "targets"}, {"numpy", "tokenizers"}),
+    "llm": ({"artifact", "control", "memory", "plan", "runtime", "targets"}, set()),
+    "completion": ({"runtime", "service"}, {"rich"}),
+    "offline": ({"artifact", "completion", "control", "llm", "memory", "runtime", "service"}, {"msgspec", "numpy"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "commands": (
         {"", "artifact", "config", "control", "functions", "kernels", "llm", "runtime", "service", "storage"}
@@ -91,7 +94,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         | {"service.parsers", "traffic"},
         {"rich"},
     ),
-    "": ({"llm", "runtime", "session"}, set()),
+    "": ({"offline", "runtime", "session"}, set()),
 }
 # What the tables do not allow: (file, module or call) -> why it is right all the same.
 EXEMPT: dict[tuple[str, str], str] = {

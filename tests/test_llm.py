@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -10,15 +12,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.models import FAMILIES, build
+from tests.service.fakes import wait_for
 from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
-from xllm.llm import LLM, open_engine
+from xllm.llm import open_engine
 from xllm.memory import PROCESS_BYTES, plan_memory
+from xllm.offline import LLM, Completion
 from xllm.runtime import EngineConfig, RequestRefused, SamplingParams
+from xllm.service.template import ChatTemplate
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
@@ -123,3 +129,68 @@ def test_memory_that_can_not_do_is_refused_with_numbers(artifact: Path, monkeypa
         plan_memory(opened, 1 << 30)
     with pytest.raises(ArtifactError, match="free some"):
         plan_memory(opened, None)
+
+
+def test_prompts_may_be_written_in_each_of_their_forms(llm: LLM) -> None:
+    ids = llm.codec.encode("hello", True)
+    forms: list[Any] = ["hello", ids, {"prompt": "hello"}, {"prompt_token_ids": ids}]
+    assert len(set(llm.generate(forms, **GREEDY))) == 1 == len(llm.generate(ids, **GREEDY))
+    for wrong in ({}, {"text": "a"}, {"prompt": "a", "prompt_token_ids": [1]}):
+        with pytest.raises(RequestRefused, match="prompt_token_ids"):
+            llm.generate([wrong], **GREEDY)
+
+
+def test_a_chat_is_its_template_and_each_of_several_has_an_answer(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    one, other = llm.chat([chat, [{"role": "user", "content": "no"}]], **GREEDY)
+    assert llm.chat(chat, **GREEDY) == [one] != [other]
+    assert llm.artifact.chat_template is not None
+    text = ChatTemplate(llm.artifact.chat_template, llm.artifact.special_tokens).render(chat, {})
+    assert llm.generate([llm.codec.encode(text, False)], **GREEDY) == [one]
+    with pytest.raises(RequestRefused, match=r"messages\[0\].role"):
+        llm.chat([{"role": "boss", "content": "hi"}])
+    with pytest.raises(TypeError, match="tools"):
+        llm.chat(chat, tools=[])
+
+
+def test_a_stream_is_the_whole_in_pieces_and_ends_where_it_is_left(llm: LLM) -> None:
+    async def gather(prompt: list[int]) -> list[Completion]:
+        return [piece async for piece in llm.stream(prompt, **GREEDY, logprobs=1)]
+
+    async def many() -> list[list[Completion]]:
+        return await asyncio.gather(*map(gather, prompts(6)))
+
+    for pieces, whole in zip(asyncio.run(many()), llm.generate(prompts(6), **GREEDY, logprobs=1), strict=True):
+        assert [len(piece.tokens) for piece in pieces] == [1] * 8
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert sum((piece.top_logprobs for piece in pieces), ()) == whole.top_logprobs
+        assert [piece.finish_reason for piece in pieces] == [None] * 7 + ["length"]
+
+    async def leave() -> None:
+        async with contextlib.aclosing(llm.stream([1, 2, 3], temperature=0, ignore_eos=True)) as pieces:
+            async for _ in pieces:
+                break
+
+    engine = llm._engine
+    assert engine is not None
+    before = engine.stats().cancelled
+    asyncio.run(leave())
+    assert not llm._routes
+    wait_for(lambda: engine.stats().cancelled == before + 1)
+
+
+def test_an_answer_ends_before_a_stop_text_and_its_request_with_it(llm: LLM) -> None:
+    [whole] = llm.generate(prompts(1), **GREEDY)
+    stop = whole.text[3:5]
+    [cut] = llm.generate(prompts(1), **GREEDY, stop=stop)
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] != whole.tokens
+    assert llm.generate(prompts(1), **GREEDY) == [whole]
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(prompts(2), **GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(prompts(2), **GREEDY, progress=True)
+    said = capsys.readouterr()
+    assert not said.out and "prompts" in said.err and "100%" in said.err

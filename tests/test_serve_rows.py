@@ -16,7 +16,7 @@ import pytest
 from tests.encoders import VOCAB, write_model
 from tests.servers import Server, serving
 from xllm.compiler import CompileOptions, compile_checkpoint
-from xllm.llm import LLM
+from xllm.offline import LLM
 from xllm.traffic import read_traffic
 
 OPTIONS = CompileOptions(max_batch_tokens=96, max_seqs=4)

@@ -24,7 +24,7 @@ from tests.servers import Server, serving
 from xllm.artifact import Artifact
 from xllm.compiler import compile_checkpoint
 from xllm.embedded import checkpoint_path
-from xllm.llm import LLM
+from xllm.offline import LLM
 from xllm.runtime import EngineConfig, Request, RequestRefused, SamplingParams, TokenOutput
 from xllm.runtime import masks as runtime_masks
 from xllm.runtime.engine import Engine

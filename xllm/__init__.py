@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from xllm.llm import LLM, Completion
+    from xllm.offline import LLM, Completion
     from xllm.runtime.request import SamplingParams
     from xllm.session import Session
 
@@ -15,9 +15,9 @@ __all__ = ["LLM", "Completion", "SamplingParams", "Session", "__version__"]
 def __getattr__(name: str) -> Any:
     """Names are imported when first used, so that `import xllm` costs nothing."""
     if name in ("LLM", "Completion"):
-        from xllm import llm
+        from xllm import offline
 
-        return getattr(llm, name)
+        return getattr(offline, name)
     if name == "Session":
         from xllm.session import Session
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from xllm.memory import Ledger, RowsLedger
     from xllm.runtime.engine import Engine
     from xllm.runtime.rows import RowEngine
-    from xllm.service.params import Job, ModelFacts
+    from xllm.service.params import Job
+    from xllm.service.sampling import ModelFacts
     from xllm.service.tokenizer import TextCodec
 
 
@@ -130,8 +131,8 @@ def serve(arguments: argparse.Namespace) -> None:
 
         opening = opener.submit(open_rest)
         with _lap(took, "HTTP imported"):
-            from xllm.service.answer import Limits
             from xllm.service.app import load_service
+            from xllm.service.endpoint import Limits
             from xllm.service.gate import Keys
             from xllm.service.parsers.reading import choose
             from xllm.service.server import serve as answer
@@ -279,7 +280,7 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
 
 
 def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
-    from xllm.service.params import ModelFacts, default_sampling
+    from xllm.service.sampling import ModelFacts, default_sampling
 
     model, task = artifact.manifest["model"], artifact.manifest["task"]
     return ModelFacts(

@@ -1,44 +1,31 @@
-"""An artifact opened in this process: memory decided before anything runs, then an engine that answers.
-
-`open_engine` and `open_rows` are what `xllm serve` and `LLM` share.
+"""An artifact opened in this process: memory decided before anything runs, then an engine that answers. `xllm serve`
+and `LLM` (offline) share it.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import queue
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from xllm.artifact import Artifact, ArtifactError
-from xllm.control import Controlled, EngineControl, version_of
+from xllm.control import version_of
 from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
 from xllm.runtime.config import EngineConfig, LoadCost, TierConfig
 from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
-from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
-from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
+from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
 from xllm.targets.base import USUAL_CONTEXT, StepSizes
 from xllm.targets.fitted import cost_of
 from xllm.targets.predicted import target_of
 
-if TYPE_CHECKING:
-    from xllm.service.grammar import Grammars
-
-_INSTEAD = {
+INSTEAD = {
     "generate": "generates text: call generate",
     "embed": "computes embeddings: call xllm.LLM(artifact).embed(texts)",
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
@@ -90,7 +77,7 @@ def open_engine(
     from xllm.targets.cpu.executor import CpuExecutor, state_identity
 
     if artifact.task != "generate":
-        raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
+        raise ArtifactError("wrong-task", f"{artifact.name} {INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
     count = host.threads(threads).count
     cost, _ = cost_of(artifact, count)
@@ -190,195 +177,3 @@ def open_rows(
     engine = RowEngine(encoder, sink)
     engine.start()
     return engine, ledger
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished generation. `logprobs` are of the chosen tokens, empty unless asked for."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    logprobs: tuple[float, ...] = ()
-
-
-class LLM(Controlled):
-    """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
-    turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
-    ones have in common with them, where the model allows it; the answers are the same. host_cache, disk_cache and
-    disk_cache_size: as of `open_engine`, off unless given."""
-
-    def __init__(
-        self,
-        artifact: str | Path,
-        *,
-        memory_bytes: int | None = None,
-        threads: int | None = None,
-        prefix_cache: bool = True,
-        host_cache: int = 0,
-        disk_cache: str | Path | None = None,
-        disk_cache_size: int = DISK_CACHE_BYTES,
-        require_signature: str | Path | None = None,
-        kernel_modules: Sequence[str] = (),
-    ) -> None:
-        from xllm.service.tokenizer import TextCodec
-
-        self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-        self.artifact = open_model(artifact, require_signature)
-        self.codec = TextCodec.from_artifact(self.artifact.tokenizer, self.artifact.path)
-        self._engine: Engine | None = None
-        self._encoder: Encoder | None = None
-        self.ledger: Ledger | None = None
-        if self.artifact.task == "generate":
-            self._engine, self.ledger = open_engine(
-                self.artifact,
-                self._outputs.put,
-                memory_bytes=memory_bytes,
-                threads=threads,
-                prefix_cache=prefix_cache,
-                host_cache=host_cache,
-                disk_cache=disk_cache,
-                disk_cache_size=disk_cache_size,
-                kernel_modules=kernel_modules,
-            )
-            self._control = EngineControl(self._engine, self.artifact, require_signature)
-        else:
-            self._encoder, _ = open_encoder(self.artifact, memory_bytes, threads, kernel_modules)
-        self._turn = threading.Lock()
-        self._ids = itertools.count()
-
-    def embed(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [texts, width]: the embedding of each text (or of its token ids), pooled and normalised as the
-        checkpoint says.
-
-        Raises RequestRefused for what can never run, and for an artifact of another task.
-        """
-        items: Iterable[Any] = [texts] if isinstance(texts, str) else texts
-        return self._rows("embed", items)
-
-    def score(self, texts: str | Sequence[str | tuple[str, str]] | Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [texts, labels]: the logits of each text, pair of texts or list of token ids; `labels` names them.
-
-        Where the model tells the texts of a pair apart by segments, token t of the second is id vocab + t. Raises
-        RequestRefused for what can never run, and for an artifact of another task.
-        """
-        items: Iterable[Any] = [texts] if isinstance(texts, str) else texts
-        return self._rows("classify", items)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the columns that `score` gives; empty for other tasks."""
-        return tuple(self.artifact.manifest["task"].get("labels", ()))
-
-    def _rows(self, task: str, items: Iterable[Any]) -> np.ndarray:
-        if self._encoder is None or self.artifact.task != task:
-            raise self._wrong_task()
-        return self._encoder.rows([self._tokens(item) for item in items])
-
-    def _tokens(self, item: Any) -> Sequence[int]:
-        """The ids of a text, with the special tokens its tokenizer adds; of a pair of texts; or ids as they are."""
-        if isinstance(item, str):
-            return self.codec.encode(item, True)
-        if isinstance(item, tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
-            manifest = self.artifact.manifest
-            return self.codec.encode_pair(*item, manifest["model"]["vocab"] if manifest["task"]["segments"] > 1 else 0)
-        return item
-
-    def _wrong_task(self) -> RequestRefused:
-        return RequestRefused("wrong_task", f"{self.artifact.name} {_INSTEAD[self.artifact.task]}")
-
-    def generate(
-        self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
-        *,
-        structured_outputs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[Completion]:
-        """Completes each prompt (text, or token ids). `options` are fields of SamplingParams, beside the defaults of
-        the model; or give `params` whole. Order is kept. structured_outputs: the form each answer must have, one of
-        {"json": schema}, {"json_object": True}, {"regex": text}, {"choice": [text, ...]} and {"grammar": Lark's
-        notation}.
-
-        Raises RequestRefused for what can never run, RuntimeError when a request fails; the other prompts then end.
-        """
-        if self._engine is None:
-            raise self._wrong_task()
-        if params is not None and options:
-            raise TypeError(f"generate takes params or {', '.join(options)}, not both")
-        from xllm.service.params import default_sampling
-
-        chosen = params or SamplingParams(**default_sampling(self.artifact.generation) | options)
-        if structured_outputs is not None:
-            chosen = replace(chosen, grammar=self._grammar(structured_outputs))
-        items: Iterable[Any] = [prompts] if isinstance(prompts, str) else prompts
-        requests = [
-            Request(f"llm-{next(self._ids)}", tuple(self.codec.encode(p, True) if isinstance(p, str) else p), chosen)
-            for p in items
-        ]
-        with self._turn:
-            try:
-                gathered = self._run(self._engine, requests)
-            except BaseException:
-                for request in requests:
-                    self._engine.cancel(request.id)
-                raise
-        return [self._completion(gathered[request.id]) for request in requests]
-
-    def _grammar(self, outputs: Mapping[str, Any]) -> Grammar:
-        from xllm.service.errors import ApiError
-
-        try:
-            return self._grammars.of(outputs)
-        except ApiError as error:
-            raise RequestRefused(error.code, error.message) from None
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        from xllm.service.grammar import Grammars
-
-        model = self.artifact.manifest["model"]
-        return Grammars(self.codec, model["vocab"], model["eos_ids"])
-
-    def _run(self, engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenOutput]]:
-        gathered: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
-        waiting, left = deque(requests), len(requests)
-        while left:
-            while waiting and _submitted(engine, waiting[0]):
-                waiting.popleft()
-            for output in self._outputs.get():
-                if output.request_id in gathered:  # not of a call that was given up
-                    gathered[output.request_id].append(output)
-                    left -= output.finish_reason is not None
-        return gathered
-
-    def _completion(self, outputs: list[TokenOutput]) -> Completion:
-        end = outputs[-1]
-        if end.finish_reason == "error":
-            raise RuntimeError(end.error)
-        tokens = tuple(output.token for output in outputs if output.token is not None)
-        logprobs = tuple(output.logprob for output in outputs if output.logprob is not None)
-        return Completion(self.codec.decode(tokens), tokens, str(end.finish_reason), logprobs)
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.stop()
-        if self._encoder is not None:
-            self._encoder.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _submitted(engine: Engine, request: Request) -> bool:
-    """False when the queue is full: the outputs of those in it come first."""
-    try:
-        engine.submit(request)
-    except RequestRefused as refusal:
-        if refusal.code != "queue_full":
-            raise
-        return False
-    return True

@@ -1,6 +1,7 @@
-// The sampler: one row of logits and one slot's state in, one token out. Order: mask, penalties, repetition, bias,
-// min_tokens, temperature, top-k, top-p, min-p, draw. What is masked is -inf and stays so, whatever follows. Penalties
-// touch few values: they are written into the row and taken back; a masked row is a copy.
+// The sampler: one row of logits and one slot's state in, one token out. Order: masks (a grammar's, allowed ids),
+// penalties, repetition, bias, bad words, min_tokens, temperature, top-k, top-p, min-p, draw. What is masked is -inf and
+// stays so, whatever follows: so masks may come first. Penalties touch few values: they are written into the row and
+// taken back; a masked row is a copy.
 #include "sampling.h"
 
 #include <new>
@@ -34,14 +35,26 @@ struct Seen {
 struct Slot {
   bool attached = false;
   xk_sampling_params params{};
-  std::vector<int32_t> bias_ids, suppress_ids;
+  std::vector<int32_t> bias_ids, suppress_ids, bad_ids, bad_ends;
+  std::vector<int32_t> recent;    // the last generated tokens, as many as a bad word has before its last one
+  std::vector<uint32_t> allowed;  // [ceil(vocab / 32)] or empty
   std::vector<float> bias;
   std::vector<Seen> seen;  // sorted by token; empty where no penalty reads it
   uint32_t position = 0;   // tokens generated so far
 
+  size_t context() const {
+    int32_t longest = 1, begin = 0;
+    for (const int32_t end : bad_ends) longest = std::max(longest, end - begin), begin = end;
+    return static_cast<size_t>(longest - 1);
+  }
+
   bool counts() const { return params.presence != 0 || params.frequency != 0 || params.repetition != 1; }
 
   void remember(int32_t token) {
+    if (!recent.empty()) {
+      std::rotate(recent.begin(), recent.begin() + 1, recent.end());
+      recent.back() = token;
+    }
     if (!counts()) return;
     auto at = std::lower_bound(seen.begin(), seen.end(), token, [](const Seen &s, int32_t t) { return s.token < t; });
     if (at == seen.end() || at->token != token) at = seen.insert(at, Seen{token, 0});
@@ -49,33 +62,51 @@ struct Slot {
   }
 };
 
-// The mask; then penalties, bias and min_tokens, in this order, on the few values that they touch. False: nothing is
-// left to draw. Where the mask leaves nothing but what min_tokens suppresses, the mask has its way.
+// The masks; then penalties, bias, bad words and min_tokens, in this order, on the few values that they touch. False:
+// nothing is left to draw. Where the masks leave nothing but what min_tokens suppresses, they have their way.
 bool edit(Row &row, const Slot &slot) {
   const xk_sampling_params &p = slot.params;
+  const bool masked = p.mask || !slot.allowed.empty();
   const bool suppress = slot.position < static_cast<uint32_t>(p.min_tokens) && !slot.suppress_ids.empty();
-  if (p.mask && !row.mask(p.mask)) return false;
-  if (slot.seen.empty() && slot.bias.empty() && !suppress) return true;
+  if (masked && !row.mask(p.mask, slot.allowed.empty() ? nullptr : slot.allowed.data())) return false;
+  if (slot.seen.empty() && slot.bias.empty() && slot.bad_ends.empty() && !suppress) return true;
   for (const Seen &s : slot.seen) {
     float x = row[s.token];
     if (s.generated) x = x - p.frequency * static_cast<float>(s.generated) - p.presence;
     row.set(s.token, x > 0 ? x / p.repetition : x * p.repetition);
   }
   for (size_t i = 0; i < slot.bias.size(); i++) row.set(slot.bias_ids[i], row[slot.bias_ids[i]] + slot.bias[i]);
+  int32_t begin = 0;
+  for (const int32_t end : slot.bad_ends) {
+    const int32_t *word = slot.bad_ids.data() + begin, before = end - begin - 1;
+    if (std::equal(word, word + before, slot.recent.end() - before)) row.set(word[before], -xs::kInf);
+    begin = end;
+  }
   const size_t kept = row.edits();
   if (suppress)
     for (const int32_t token : slot.suppress_ids) row.set(token, -xs::kInf);
   if (row.refresh()) return true;
-  if (!suppress || !p.mask) return false;
+  if (!suppress || !masked) return false;
   row.take_back(kept);
   return row.refresh();
 }
 
-// Temperature, top-k, top-p, min-p, draw.
-int32_t choose(Row &row, const Slot &slot) {
+// A token, and the distribution that it was drawn from: numerators e^((x - peak) / temperature) of total mass `total`,
+// of the row's candidates, or of the whole row.
+struct Drawn {
+  int32_t token;
+  double temperature;
+  bool candidates;
+  uint64_t total;  // 0: not known yet
+};
+
+float scale_of(float temperature) { return std::min(xs::kLog2E / temperature, std::numeric_limits<float>::max()); }
+
+// Temperature, top-k, top-p, min-p, draw. A greedy row counts as one of temperature 1.
+Drawn choose(Row &row, const Slot &slot) {
   const xk_sampling_params &p = slot.params;
-  if (p.temperature == 0) return row.argmax();
-  const float scale = std::min(xs::kLog2E / p.temperature, std::numeric_limits<float>::max());
+  if (p.temperature == 0) return {row.argmax(), 1, false, 0};
+  const float scale = scale_of(p.temperature);
   const uint64_t random = philox(p.seed, static_cast<uint32_t>(p.sample_index), slot.position);
   const auto share = [&](uint64_t total) {
     const double need = std::ceil(p.top_p * static_cast<double>(total));
@@ -93,42 +124,86 @@ int32_t choose(Row &row, const Slot &slot) {
     row.gather(row.peak, scale, std::log2(p.min_p) - xs::kMargin);
     row.exponentiate(scale);
   } else {
-    return row.draw(scale, random);
+    return {row.draw(scale, random), p.temperature, false, 0};
   }
   if (p.min_p > 0) row.keep(xs::key_of(p.min_p, std::numeric_limits<int32_t>::max()));
-  return row.draw_candidate(random);
+  return {row.draw_candidate(random), p.temperature, true, row.mass()};
 }
 
-// One row; logprobs are those of the row as it came.
-int32_t sample(Row &row, float *logits, Slot &slot, float *logprob, int32_t width, int32_t *top_ids,
-               float *top_logprobs) {
-  const int wanted = slot.params.logprobs;
-  *logprob = std::numeric_limits<float>::quiet_NaN();
-  std::fill(top_ids, top_ids + width, -1);
-  std::fill(top_logprobs, top_logprobs + width, -xs::kInf);
-  if (!row.open(logits)) return -1;
-  double base = 0;
-  if (wanted >= 0) {
-    base = row.peak + std::log(static_cast<double>(row.sum(xs::kLog2E)) / xs::kUnit);
-    const int k = std::min({wanted, width, row.vocab});
-    const uint64_t *top = k > 0 ? row.top(k) : nullptr;
-    for (int i = 0; i < k; i++) {
-      top_ids[i] = xs::id_of(top[i]);
-      top_logprobs[i] = static_cast<float>(row[top_ids[i]] - base);
+// Where logprobs go: of the chosen token, and of the best ones.
+struct Listed {
+  float *chosen;
+  int32_t width, *ids;
+  float *logprobs;
+
+  void clear() {
+    *chosen = std::numeric_limits<float>::quiet_NaN();
+    std::fill(ids, ids + width, -1);
+    std::fill(logprobs, logprobs + width, -xs::kInf);
+  }
+
+  static float of(double x, double peak, double temperature, double base) {
+    return static_cast<float>((x - peak) / temperature - base);
+  }
+
+  // The `k` best, given as keys, and their logprobs in a distribution of the row.
+  void list(const Row &row, const uint64_t *best, int k, double temperature, double base) {
+    for (int i = 0; i < k && xs::value_of(best[i]) > -xs::kInf; i++) {
+      ids[i] = xs::id_of(best[i]);
+      logprobs[i] = of(row[ids[i]], row.peak, temperature, base);
     }
   }
-  const int32_t token = edit(row, slot) ? choose(row, slot) : -1;
+};
+
+double log_mass(uint64_t total) { return std::log(static_cast<double>(total) / xs::kUnit); }
+
+// One row; logprobs are those of the row as it came, or of what is drawn from.
+int32_t sample(Row &row, float *logits, Slot &slot, Listed listed) {
+  const int wanted = slot.params.logprobs;
+  const bool raw = wanted >= 0 && !slot.params.processed;
+  listed.clear();
+  if (!row.open(logits)) return -1;
+  const float peak = row.peak;
+  double base = 0;
+  if (raw) {
+    base = log_mass(row.sum(xs::kLog2E));
+    const int k = std::min({wanted, listed.width, row.vocab});
+    if (k > 0) listed.list(row, row.top(k), k, 1, base);
+  }
+  Drawn drawn{-3, 1, false, 0};
+  if (edit(row, slot)) drawn = choose(row, slot);
+  if (drawn.token >= 0 && wanted >= 0 && !raw) {
+    if (!drawn.candidates) drawn.total = row.sum(scale_of(static_cast<float>(drawn.temperature)));
+    base = log_mass(drawn.total);
+    *listed.chosen = Listed::of(row[drawn.token], row.peak, drawn.temperature, base);
+    const int k = std::min({wanted, listed.width, drawn.candidates ? row.candidates() : row.vocab});
+    if (k > 0) listed.list(row, drawn.candidates ? row.best_candidates(k) : row.top(k), k, drawn.temperature, base);
+  }
   row.take_back(0);
-  if (token < 0) return -1;
-  if (wanted >= 0) *logprob = static_cast<float>(row[token] - base);
-  slot.remember(token);
+  if (drawn.token < 0) return drawn.token;
+  if (raw) *listed.chosen = Listed::of(logits[drawn.token], peak, 1, base);
+  slot.remember(drawn.token);
   slot.position++;
-  return token;
+  return drawn.token;
+}
+
+// One row that a token was given for.
+int32_t score(Row &row, float *logits, int32_t token, Listed listed) {
+  listed.clear();
+  if (!row.open(logits)) return 0;
+  const double base = log_mass(row.sum(xs::kLog2E));
+  const int k = std::min(listed.width, row.vocab);
+  if (k > 0) listed.list(row, row.top(k), k, 1, base);
+  *listed.chosen = Listed::of(logits[token], row.peak, 1, base);
+  int32_t rank = 1;
+  for (int32_t i = 0; i < row.vocab; i++) rank += logits[i] > logits[token];
+  return rank;
 }
 
 }  // namespace
 
 struct xk_sampler {
+  int32_t vocab;
   std::vector<Slot> slots;
   std::vector<Row> workers;
   std::vector<int64_t> used;  // [slots] the last call that sampled it
@@ -136,7 +211,7 @@ struct xk_sampler {
 };
 
 xk_sampler *xk_sampler_new(int32_t vocab, int32_t max_slots, int32_t workers) try {
-  return new xk_sampler{std::vector<Slot>(max_slots), std::vector<Row>(workers, Row(vocab)),
+  return new xk_sampler{vocab, std::vector<Slot>(max_slots), std::vector<Row>(workers, Row(vocab)),
                         std::vector<int64_t>(max_slots)};
 } catch (const std::bad_alloc &) {
   return nullptr;
@@ -150,6 +225,15 @@ int32_t xk_sampler_attach(xk_sampler *sampler, int32_t index, const xk_sampling_
   slot.bias_ids.assign(params->bias_ids, params->bias_ids + params->bias_count);
   slot.bias.assign(params->bias, params->bias + params->bias_count);
   slot.suppress_ids.assign(params->suppress_ids, params->suppress_ids + params->suppress_count);
+  if (params->allowed_count) slot.allowed.resize((sampler->vocab + 31) / 32);
+  for (int32_t i = 0; i < params->allowed_count; i++)
+    slot.allowed[params->allowed_ids[i] / 32] |= 1u << params->allowed_ids[i] % 32;
+  slot.bad_ends.assign(params->bad_ends, params->bad_ends + params->bad_count);
+  if (params->bad_count) slot.bad_ids.assign(params->bad_ids, params->bad_ids + slot.bad_ends.back());
+  const size_t context = slot.context(), made = static_cast<size_t>(params->generated_count);
+  slot.recent.assign(context, -1);  // of a token before the first one: no word has it
+  std::copy(params->generated_ids + (made - std::min(context, made)), params->generated_ids + made,
+            slot.recent.end() - static_cast<ptrdiff_t>(std::min(context, made)));
   slot.position = static_cast<uint32_t>(params->generated_count);
   if (slot.counts()) {
     std::vector<int32_t> made(params->generated_ids, params->generated_ids + params->generated_count), all = made;
@@ -182,10 +266,22 @@ int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_
   }
   auto body = [&](int64_t j, int thread) {
     Row &row = sampler->workers[thread];
-    tokens[j] = sample(row, logits + j * row.vocab, sampler->slots[slots[j]], logprobs + j, top_width,
-                       top_ids + j * top_width, top_logprobs + j * top_width);
+    const Listed listed{logprobs + j, top_width, top_ids + j * top_width, top_logprobs + j * top_width};
+    tokens[j] = sample(row, logits + j * row.vocab, sampler->slots[slots[j]], listed);
   };
   static_cast<xk::Pool *>(pool)->run(
       rows, [](void *b, int64_t j, int thread) { (*static_cast<decltype(body) *>(b))(j, thread); }, &body);
   return XK_SAMPLED;
+}
+
+void xk_sampler_score(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *tokens,
+                      float *logprobs, int32_t *ranks, int32_t top_width, int32_t *top_ids, float *top_logprobs) {
+  const auto body = [=](int64_t j, int thread) {
+    Row &row = sampler->workers[thread];
+    const Listed listed{logprobs + j, top_width, top_ids + j * top_width, top_logprobs + j * top_width};
+    ranks[j] = score(row, logits + j * row.vocab, tokens[j], listed);
+  };
+  static_cast<xk::Pool *>(pool)->run(
+      rows, [](void *b, int64_t j, int thread) { (*static_cast<decltype(body) *>(b))(j, thread); },
+      const_cast<void *>(static_cast<const void *>(&body)));
 }

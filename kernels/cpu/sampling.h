@@ -15,11 +15,16 @@ typedef struct {  // copied by xk_sampler_attach; ranges are checked by the Pyth
   int32_t top_k;                                   // <= 0: off
   int32_t sample_index, min_tokens;
   int32_t logprobs;                                // -1: off, else chosen + this many best
+  int32_t processed;                               // their distribution: 0 the row's, 1 the one that is drawn from
   int32_t bias_count, suppress_count, prompt_count, generated_count;
+  int32_t allowed_count, bad_count;                // 0: off
   const int32_t *bias_ids;                         // [bias_count] distinct
   const float *bias;                               // [bias_count]
   const int32_t *suppress_ids;                     // [suppress_count] never drawn before min_tokens tokens exist
   const int32_t *prompt_ids, *generated_ids;
+  const int32_t *allowed_ids;                      // [allowed_count] all others are never drawn
+  const int32_t *bad_ids, *bad_ends;               // bad_count sequences, one after the other, and where each ends: its
+                                                   // last token is not drawn where those before it were just generated
   const uint32_t *mask;                            // not copied, [ceil(vocab / 32)], bit t % 32 of word t / 32: may
                                                    // token t be drawn now; read by every sample; NULL: all may
 } xk_sampling_params;
@@ -34,8 +39,14 @@ XK_API void xk_sampler_detach(xk_sampler *sampler, int32_t slot);
 
 // pool: from xk_runner_pool. logits [rows, vocab] f32, edited while the call runs and restored before it returns.
 // tokens, logprobs [rows]; top_ids, top_logprobs [rows, top_width], unused cells -1 and -inf; the logprob of a row
-// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf that its mask lets pass, gives
-// token -1 and leaves its slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
+// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf gives token -1, one with nothing
+// left by masks, allowed ids and bad words -3; both leave their slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
 XK_API int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
                                  int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids,
                                  float *top_logprobs);
+
+// Nothing is drawn from these rows: the logprobs of given tokens [rows], as raw ones, their ranks (1: no token is more
+// likely), and the best ones. NaN and rank 0 for a row that nothing could be drawn from. No slot is read or changed.
+XK_API void xk_sampler_score(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *tokens,
+                             float *logprobs, int32_t *ranks, int32_t top_width, int32_t *top_ids,
+                             float *top_logprobs);

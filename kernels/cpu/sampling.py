@@ -21,6 +21,7 @@ from ._library import library
 
 _INT32_MAX = 2**31 - 1
 _VOCAB_MAX = 1 << 19  # sums of softmax numerators fit 64 bits, see sampling_row.h
+NOTHING_ALLOWED = -3
 _REFUSALS = {1: "is not one of the sampler's slots", 2: "is not attached", 3: "is named twice in one step"}
 
 
@@ -33,7 +34,8 @@ class SamplingError(ValueError):
 
 
 class Params(Protocol):
-    """What `attach` reads. Temperature 0 is greedy; off are top_k <= 0, top_p 1, min_p 0, penalties 0, 0 and 1."""
+    """What `attach` reads. Temperature 0 is greedy; off are top_k <= 0, top_p 1, min_p 0, penalties 0, 0 and 1.
+    Logprobs are "raw", or "processed": of the distribution that is drawn from (of a greedy row: at temperature 1)."""
 
     @property
     def temperature(self) -> float: ...
@@ -57,20 +59,38 @@ class Params(Protocol):
     def min_tokens(self) -> int: ...
     @property
     def logprobs(self) -> int | None: ...
+    @property
+    def logprobs_mode(self) -> str: ...
+    @property
+    def allowed_token_ids(self) -> Sequence[int] | None: ...
+    @property
+    def bad_words(self) -> Sequence[Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
 class SampleResult:
     """One step, S rows. Fresh arrays, so that a result may be read while the next step runs.
 
-    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf that its mask lets pass. logprobs
-    float32[S]: of the chosen token in the raw distribution, NaN where the slot asked for none. top_ids int32[S, W],
-    top_logprobs float32[S, W]: the best tokens of the raw distribution, by falling logit, then id; W is the most that a
-    slot of this step asked for; unused cells are -1 and -inf.
+    tokens int32[S]: -1 for a row that holds a NaN or +inf, or nothing above -inf; NOTHING_ALLOWED for one of which
+    masks, allowed ids and bad words leave nothing. logprobs float32[S]: of the chosen token in the raw distribution, or
+    the one that it was drawn from; NaN where the slot asked for none. top_ids int32[S, W], top_logprobs float32[S, W]:
+    the best tokens of that distribution, by falling logit, then id; W is the most that a slot of this step asked for;
+    unused cells are -1 and -inf.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of given tokens, R rows: float32[R] logprobs (NaN: the row holds a NaN, +inf, or nothing above -inf), int32[R]
+    ranks, 1 where no token is more likely; the best ones int32[R, W] and float32[R, W] as in SampleResult."""
+
+    logprobs: np.ndarray
+    ranks: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
@@ -88,15 +108,21 @@ class _CParams(c.Structure):
         ("sample_index", c.c_int32),
         ("min_tokens", c.c_int32),
         ("logprobs", c.c_int32),
+        ("processed", c.c_int32),
         ("bias_count", c.c_int32),
         ("suppress_count", c.c_int32),
         ("prompt_count", c.c_int32),
         ("generated_count", c.c_int32),
+        ("allowed_count", c.c_int32),
+        ("bad_count", c.c_int32),
         ("bias_ids", c.c_void_p),
         ("bias", c.c_void_p),
         ("suppress_ids", c.c_void_p),
         ("prompt_ids", c.c_void_p),
         ("generated_ids", c.c_void_p),
+        ("allowed_ids", c.c_void_p),
+        ("bad_ids", c.c_void_p),
+        ("bad_ends", c.c_void_p),
         ("mask", c.c_void_p),
     )
 
@@ -134,9 +160,9 @@ class Sampler:
         """Starts, or after a preemption resumes, a sequence in `slot`, replacing what was there.
 
         The next draw has position len(generated_ids). `suppress_ids` (EOS and stop ids) are never drawn before
-        `params.min_tokens` tokens exist, unless `mask` leaves nothing else. `mask` is uint32[ceil(vocab / 32)], written
+        `params.min_tokens` tokens exist, unless masks leave nothing else. `mask` is uint32[ceil(vocab / 32)], written
         by the caller between draws: token t may be drawn where bit t % 32 of word t // 32 is set; the distribution is
-        that of the tokens left, the logprobs stay those of all. Raises SamplingError naming the field.
+        that of the tokens left, raw logprobs stay those of all. Raises SamplingError naming the field.
         """
         _integer("slot", slot, 0, self.max_slots - 1)
         if params.seed is None:
@@ -146,6 +172,11 @@ class Sampler:
         bias = np.array([_real("logit_bias", v, -math.inf, math.inf) for v in params.logit_bias.values()], np.float32)
         suppress = self._ids("suppress_ids", suppress_ids)
         prompt, generated = self._ids("prompt_ids", prompt_ids), self._ids("generated_ids", generated_ids)
+        allowed = self._ids("allowed_token_ids", params.allowed_token_ids or ())
+        bad = self._ids("bad_words", [token for word in params.bad_words for token in word])
+        if not all(params.bad_words):
+            raise SamplingError("bad_words", "holds a word without tokens")
+        ends = np.cumsum([len(word) for word in params.bad_words], dtype=np.int32)
         repetition = _real("repetition_penalty", params.repetition_penalty, 0, math.inf)
         if repetition == 0:
             raise SamplingError("repetition_penalty", "must be above 0")
@@ -163,15 +194,21 @@ class Sampler:
             sample_index=_integer("sample_index", sample_index, 0, _INT32_MAX),
             min_tokens=_integer("min_tokens", params.min_tokens, 0, _INT32_MAX),
             logprobs=wanted,
+            processed=params.logprobs_mode == "processed",
             bias_count=len(bias_ids),
             suppress_count=len(suppress),
             prompt_count=len(prompt),
             generated_count=len(generated),
+            allowed_count=len(allowed),
+            bad_count=len(ends),
             bias_ids=bias_ids.ctypes.data,
             bias=bias.ctypes.data,
             suppress_ids=suppress.ctypes.data,
             prompt_ids=prompt.ctypes.data,
             generated_ids=generated.ctypes.data,
+            allowed_ids=allowed.ctypes.data,
+            bad_ids=bad.ctypes.data,
+            bad_ends=ends.ctypes.data,
             mask=None if mask is None else mask.ctypes.data,
         )
         if self._library.xk_sampler_attach(self._open(), slot, c.byref(native)):
@@ -215,6 +252,19 @@ class Sampler:
             raise SamplingError("slots", f"{slots.tolist()}: one {_REFUSALS[refused]}")
         return result
 
+    def score(self, logits_address: int, tokens: np.ndarray, width: int) -> Scores:
+        """What row j of float32[R, vocab] at `logits_address` gives to token tokens[j], and its `width` best; no slot
+        is looked at. Raises SamplingError for a token that is none. Releases the GIL."""
+        tokens = self._ids("tokens", tokens)
+        rows, width = len(tokens), _integer("width", width, 0, self.max_logprobs)
+        floats, wide = np.empty(rows, np.float32), np.empty((rows, width), np.float32)
+        scores = Scores(floats, np.empty(rows, np.int32), np.empty((rows, width), np.int32), wide)
+        outputs = (floats.ctypes.data, scores.ranks.ctypes.data, width, scores.top_ids.ctypes.data, wide.ctypes.data)
+        self._library.xk_sampler_score(
+            self._open(), self._runner.pool, logits_address, rows, tokens.ctypes.data, *outputs
+        )
+        return scores
+
     def close(self) -> None:
         """Frees the native side. Later calls raise."""
         self._handle = None
@@ -253,6 +303,7 @@ def _typed(native: c.CDLL) -> c.CDLL:
         ("xk_sampler_free", None, [pointer]),
         ("xk_sampler_attach", number, [pointer, number, pointer]),
         ("xk_sampler_detach", None, [pointer, number]),
+        ("xk_sampler_score", None, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
         ("xk_sampler_sample", number, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
     ):
         function = getattr(native, name)

@@ -152,12 +152,12 @@ class Row {
     return find_peak(nan);
   }
 
-  // The row becomes a copy in which every token whose bit is not set is -inf; as open().
-  bool mask(const uint32_t *words) {
+  // The row becomes a copy in which every token whose bit is not set in both (NULL: in one) is -inf; as open().
+  bool mask(const uint32_t *words, const uint32_t *others) {
     Ints nan = {};
     for (int begin = 0; begin < vocab; begin += 32) {
       const int end = std::min(vocab, begin + 32);
-      const uint32_t word = words[begin / 32];
+      const uint32_t word = (words ? words[begin / 32] : ~0u) & (others ? others[begin / 32] : ~0u);
       if (word == 0)
         std::fill(masked.begin() + begin, masked.begin() + end, -kInf);
       else if (word == 0xffffffffu)
@@ -279,8 +279,15 @@ class Row {
   // The k largest, best first, as keys.
   const uint64_t *top(int k) {
     gather_top(k);
-    for (int i = 0; i < k; i++) keys[i] = key_of(value[i], id[i]);
-    std::sort(keys.begin(), keys.begin() + k, std::greater<uint64_t>());
+    return best_candidates(k);
+  }
+
+  int candidates() const { return count; }
+
+  // The k largest of the candidates by their logits, best first, as keys.
+  const uint64_t *best_candidates(int k) {
+    for (int i = 0; i < count; i++) keys[i] = key_of(x[id[i]], id[i]);
+    std::partial_sort(keys.begin(), keys.begin() + k, keys.begin() + count, std::greater<uint64_t>());
     return keys.data();
   }
 
@@ -313,6 +320,13 @@ class Row {
       gather(peak, scale, std::max(threshold, last));
       if (exponentiate(scale) >= need || threshold <= last) return;
     }
+  }
+
+  // Of the candidates.
+  uint64_t mass() const {
+    uint64_t total = 0;
+    for (int i = 0; i < count; i++) total += fixed(value[i]);
+    return total;
   }
 
   int32_t draw_candidate(uint64_t random) const {
@@ -357,12 +371,6 @@ class Row {
     std::fill(tail, tail + kBlock, -kInf);
     std::copy(x + b * kBlock, x + vocab, tail);
     return tail;
-  }
-
-  uint64_t mass() const {
-    uint64_t total = 0;
-    for (int i = 0; i < count; i++) total += fixed(value[i]);
-    return total;
   }
 
   float *x = nullptr;

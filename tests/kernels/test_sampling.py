@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xllm.kernels.cpu import Runner
-from xllm.kernels.cpu.sampling import Sampler, SamplingError
+from xllm.kernels.cpu.sampling import NOTHING_ALLOWED, Sampler, SamplingError
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Params:
     logit_bias: dict[int, float] = field(default_factory=dict)
     min_tokens: int = 0
     logprobs: int | None = None
+    logprobs_mode: str = "raw"
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 GREEDY = Params(temperature=0)
@@ -45,7 +48,9 @@ FEATURES = {
     "bias": Params(logit_bias={0: 4.0, 3: -100.0, 6: 2.5}),
     "min_tokens": Params(min_tokens=4),
     "greedy_with_penalties": Params(temperature=0, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2),
-    "everything": Params(0.8, 40, 0.9, 0.02, 2**63 + 7, 0.4, 0.3, 1.3, {1: 3.0, 5: -2.0}, 3, 4),
+    "allowed": Params(allowed_token_ids=(0, 2, 4, 5)),
+    "bad_words": Params(bad_words=((3,), (1, 0), (0, 0, 0), (5, 2, 6))),
+    "everything": Params(0.8, 40, 0.9, 0.02, 2**63 + 7, 0.4, 0.3, 1.3, {1: 3.0, 5: -2.0}, 3, 4, bad_words=((6,),)),
 }
 
 
@@ -73,8 +78,13 @@ def distribution(row, p, prompt=(), generated=(), suppress=()):
         x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
     for token, bias in p.logit_bias.items():
         x[token] += bias
+    for word in p.bad_words:
+        if list(word[:-1]) == list(generated)[len(generated) + 1 - len(word) :] and len(generated) >= len(word) - 1:
+            x[word[-1]] = -np.inf
     if len(generated) < p.min_tokens:
         x[list(suppress)] = -np.inf
+    if p.allowed_token_ids is not None:
+        x[np.setdiff1d(np.arange(len(x)), p.allowed_token_ids)] = -np.inf
     order = np.argsort(-x, kind="stable")
     keep = np.zeros(len(x), bool)
     if p.temperature == 0:
@@ -243,7 +253,7 @@ def test_seed_index_and_position_each_change_the_draw(runner):
     assert len(seeds | {first(index=1), first(generated=[3])}) == 6
 
 
-@pytest.mark.parametrize("name", ["everything", "frequency", "min_tokens", "greedy_with_penalties"])
+@pytest.mark.parametrize("name", ["everything", "frequency", "min_tokens", "greedy_with_penalties", "bad_words"])
 def test_resuming_continues_as_if_never_interrupted(runner, name):
     p, prompt, logits = FEATURES[name], [4, 9, 9], rows_of(31, 16, 200)
     sampler = Sampler(runner, 200, 2)
@@ -297,7 +307,7 @@ def test_masked_tokens_are_never_drawn(runner, p):
         sampler.attach(slot, replace(p, seed=slot), [])
     assert set(sample(sampler, np.tile(row, (slots, 1)), range(slots)).tokens) <= {5, 130, 699}
     sampler.attach(0, replace(p, min_tokens=1), [], [], 0, [5, 130, 699])
-    assert sample(sampler, row, [0]).tokens.tolist() == [-1]
+    assert sample(sampler, row, [0]).tokens.tolist() == [NOTHING_ALLOWED]
 
 
 @pytest.mark.parametrize("vocab", [3, 4000])
@@ -341,6 +351,9 @@ def test_logprobs_are_of_the_raw_distribution(runner, vocab):
         ("logit_bias", {50: 1.0}),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.nan}),
+        ("allowed_token_ids", (50,)),
+        ("bad_words", ((3, 50),)),
+        ("bad_words", ((),)),
     ],
 )
 def test_attach_refuses_by_field(runner, field_name, value):

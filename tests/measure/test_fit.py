@@ -18,10 +18,11 @@ from tests.servers import serving
 from xllm import cli
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
-from xllm.llm import LLM, STEP_SECONDS, engine_config, tokens_beside_decodes
+from xllm.llm import STEP_SECONDS, engine_config, tokens_beside_decodes
 from xllm.measure.fit import Shapes, doubling, errors, fit, measure, non_negative, windows_of
 from xllm.measure.machine import thread_times, undisturbed
 from xllm.memory import plan_memory
+from xllm.offline import LLM
 from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.executor import Limits
 from xllm.targets import host

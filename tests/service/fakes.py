@@ -15,12 +15,12 @@ from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, St
 from xllm.runtime import Limits as ExecutorLimits
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.rows import RowEngine
-from xllm.service.answer import Limits, Service
 from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
+from xllm.service.endpoint import Limits, Service
 from xllm.service.gate import Keys
 from xllm.service.listener import bind, url
-from xllm.service.params import ModelFacts
+from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
 from xllm.service.tokenizer import TextCodec
 

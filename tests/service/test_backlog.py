@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.service.fakes import fake_service, running
 from tests.service.test_lifecycle import ask, fake, wait_for
 from xllm.runtime import Request
-from xllm.service.answer import Limits
 from xllm.service.backlog import EVIDENCE, Backlog
+from xllm.service.endpoint import Limits
 from xllm.service.errors import ApiError
 
 

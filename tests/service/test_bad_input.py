@@ -23,6 +23,10 @@ def chat(**fields) -> bytes:
     return json.dumps({"model": "fake", "messages": SAY} | fields).encode()
 
 
+def slots(type: str = "literal", value: str = "a", **fields) -> bytes:
+    return json.dumps({"prompt": "a b a", "selector": {"type": type, "value": value}} | fields).encode()
+
+
 def deep(levels: int) -> bytes:
     return b'{"messages":[],"chat_template_kwargs":' + b'{"a":' * levels + b"1" + b"}" * levels + b"}"
 
@@ -86,7 +90,15 @@ CASES = {
     "huge n": (COMPLETIONS, completion(n=100_000), 400, "invalid_request", "n"),
     "n 0": (CHAT, chat(n=0), 400, "invalid_request", "n"),
     "prompts times n": (COMPLETIONS, completion(prompt=["a"] * 100, n=100), 400, "invalid_request", "n"),
-    "best_of": (COMPLETIONS, completion(n=2, best_of=3), 400, "unsupported_parameter", "best_of"),
+    "best_of": (COMPLETIONS, completion(n=2, best_of=1), 400, "invalid_request", "best_of"),
+    "best_of of a stream": (CHAT, chat(best_of=2, stream=True), 400, "invalid_request", "best_of"),
+    "best_of times prompts": (COMPLETIONS, completion(prompt=["a"] * 65, best_of=2), 400, None, "best_of"),
+    "blank bad word": (COMPLETIONS, completion(bad_words=["a", " "]), 400, "invalid_request", "bad_words[1]"),
+    "no allowed id": (CHAT, chat(allowed_token_ids=[]), 400, "invalid_request", "allowed_token_ids"),
+    "allowed id": (CHAT, chat(allowed_token_ids=[1, VOCAB]), 400, "invalid_request", "allowed_token_ids[1]"),
+    "prompt_logprobs": (COMPLETIONS, completion(prompt_logprobs=21), 400, "invalid_request", "prompt_logprobs"),
+    "a stream's prompt": (CHAT, chat(prompt_logprobs=1, stream=True), 400, None, "prompt_logprobs"),
+    "logprobs_mode": (COMPLETIONS, completion(logprobs_mode="odd"), 400, "invalid_request", "logprobs_mode"),
     "five stops": (COMPLETIONS, completion(stop=list("abcde")), 400, "invalid_request", "stop"),
     "empty stop": (COMPLETIONS, completion(stop=""), 400, "invalid_request", "stop"),
     "frequency 2.1": (COMPLETIONS, completion(frequency_penalty=2.1, stream=True), 400, None, "frequency_penalty"),
@@ -101,6 +113,11 @@ CASES = {
     "template that loops": (CHAT, chat(chat_template_kwargs={"loops": 99_999}), 400, "template_error", None),
     "template without end": (CHAT, chat(chat_template_kwargs={"loops": 10**12}), 400, "template_error", None),
     "template argument": (CHAT, chat(chat_template_kwargs={"messages": []}), 400, "invalid_request", None),
+    "selector type": ("/v1/sample", slots(type="regex"), 400, "invalid_request", "selector.type"),
+    "selector of two tokens": ("/v1/sample", slots(value="ab"), 400, "invalid_request", "selector.value"),
+    "empty selector": ("/v1/sample", slots(value=""), 400, "invalid_request", "selector.value"),
+    "no selector": ("/v1/sample", b'{"prompt":"a"}', 400, "missing_parameter", "selector"),
+    "logprobs of slots": ("/v1/sample", slots(logprobs=6), 400, "invalid_request", "logprobs"),
     "rows of a generator": ("/v1/embeddings", b'{"input":"a"}', 400, "wrong_task", None),
     "rerank by a generator": ("/rerank", b'{"query":"a","documents":["b"]}', 400, "wrong_task", None),
     "10 MB": (COMPLETIONS, completion(prompt="x" * 10_000_000), 413, "body_too_large", None),
@@ -120,6 +137,23 @@ def test_bad_input_has_a_typed_answer_and_the_server_lives(http, served, case):
     assert error["request_id"] == answer.headers["x-request-id"]
     assert http.post(COMPLETIONS, content=completion(), headers=JSON).json()["choices"][0]["text"] == "hi"
     wait_for(lambda: not served[1].recorder.concurrent and not served[1].dispatcher.live)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"echo": True, "logprobs": 1}, "logprobs"),
+    ],
+)
+def test_behaviour_52_values_no_request_can_have_are_400_with_their_field(http, fields, param, stream):
+    answer = http.post(COMPLETIONS, content=completion(stream=stream, **fields), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_values_that_ask_for_nothing_are_honoured(http):

@@ -19,9 +19,9 @@ import pytest
 from openai.types import Batch as ClientBatch
 
 from tests.service.fakes import fake, fake_service, ids, rows_service, running, wait_for
-from xllm.service.answer import Limits, Service
 from xllm.service.batch_lines import Journal, Result
 from xllm.service.batches import LINES, Batches
+from xllm.service.endpoint import Limits, Service
 from xllm.service.files import Form
 from xllm.service.gate import Keys
 from xllm.service.shelf import Files

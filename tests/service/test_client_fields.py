@@ -18,9 +18,9 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from xllm.service.answer import Endpoint
 from xllm.service.anthropic import Messages
 from xllm.service.completions import Chat, Completions
+from xllm.service.endpoint import Endpoint
 from xllm.service.responses import Responses
 from xllm.service.rows import Embeddings
 

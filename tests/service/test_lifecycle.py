@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, running, wait_for
-from xllm.service.answer import Limits
+from xllm.service.endpoint import Limits
 from xllm.service.gate import PAGE, PUBLIC, Keys
 
 COMPLETIONS = "/v1/completions"

@@ -112,7 +112,7 @@ def test_an_answer_can_be_sent_back(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_strings_are_cut_and_never_leak(client, served, stream):
+def test_behaviour_54_stop_strings_are_cut_and_never_leak(client, served, stream):
     arguments: dict[str, Any] = {
         "model": "fake",
         "prompt": "one, two. three",

@@ -11,7 +11,8 @@ import pytest
 from tests.service.fakes import CHAT_TEMPLATE, MAX_LEN, VOCAB, byte_tokenizer
 from xllm.service.body import NOT_SUPPORTED, ChatBody, CompletionBody, parse
 from xllm.service.errors import ApiError
-from xllm.service.params import Job, ModelFacts, chat_job, completion_job, default_sampling
+from xllm.service.params import Job, chat_job, completion_job
+from xllm.service.sampling import ModelFacts, default_sampling
 from xllm.service.template import ChatTemplate
 from xllm.service.tokenizer import TextCodec
 

@@ -20,8 +20,8 @@ from xllm.runtime import Request, RequestRefused, TokenOutput
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.rows import RowEngine
 from xllm.service import rows
-from xllm.service.answer import Service
 from xllm.service.body import ClassifyBody, DetokenizeBody, EmbeddingBody, RerankBody, ScoreBody, TokenizeBody
+from xllm.service.endpoint import Service
 from xllm.service.errors import ApiError
 from xllm.service.gate import Record
 from xllm.service.relevance import MAX_PAIR_CHARS, Classify, Rerank, Score
@@ -162,7 +162,7 @@ def test_another_model_is_not_found(served: Served) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_tokenize_then_detokenize_is_exact(served: Served) -> None:
+def test_behaviour_59_tokenize_then_detokenize_is_exact(served: Served) -> None:
     text = "grüße 😀 <|start|>\x00\n  日本"
     found = served[0].post(TOKENIZE, json={"prompt": text, "return_token_strs": True}).json()
     assert found["max_model_len"] == 64

@@ -39,7 +39,7 @@ def pieces_of(tokenizer: Tokenizer, tokens: list[int], skip_special_tokens: bool
 
 
 @given(TEXTS)
-def test_text_in_bytes_comes_back_without_half_characters(text):
+def test_behaviour_53_text_in_bytes_comes_back_without_half_characters(text):
     pieces = pieces_of(TOKENIZER, ids(text))
     assert "".join(pieces) == text
     assert REPLACEMENT in text or not any(REPLACEMENT in piece for piece in pieces)

@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, running
-from xllm.service.answer import Limits
 from xllm.service.body import ChatBody, parse
+from xllm.service.endpoint import Limits
 from xllm.service.errors import ApiError
 from xllm.service.parsers.reading import Dialect
 from xllm.service.template import ChatTemplate

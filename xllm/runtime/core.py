@@ -11,14 +11,17 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
+from xllm.runtime.groups import whole_groups
 from xllm.runtime.kv import KvPool
-from xllm.runtime.masks import GRAMMAR_FAILED
+from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
-from xllm.runtime.request import FinishReason, TokenOutput
+from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.sharing import Sharing
@@ -27,6 +30,7 @@ from xllm.runtime.tiers import Tiers
 _FAULTS = {
     -1: "numeric_error: the logits hold NaN or infinity",
     GRAMMAR_FAILED: "grammar_failed: the grammar became too costly at this token; make its schema or pattern simpler",
+    NOTHING_ALLOWED: "nothing_allowed: allowed_token_ids, bad_words and the grammar left no token to draw",
 }
 
 
@@ -118,7 +122,8 @@ class Core:
         found, later = self._sharing.look_up(waiting, self.running, slots, self.budget)
         put_off = {sequence.order for sequence in later}
         waiting = [sequence for sequence in waiting if sequence.order not in put_off] if later else waiting
-        decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
+        queues = Queues(self.running, waiting, slots)
+        decision = whole_groups(decide(queues, self.budget, self.pool.free_pages, self._clock()), queues, self.budget)
         self.why, self._oldest_wait = decision.why, decision.oldest_wait
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0
@@ -275,6 +280,10 @@ class Core:
             if sample:
                 sampled += 1
                 sequence.pending -= 1
+            if result.prompts and (part := result.prompts.get(sequence.slot)) is not None:
+                sequence.prompted.append(part)
+                if sequence.finish is None and np.isnan(part.logprobs).any():
+                    self._end(sequence, "error", _FAULTS[-1])
             if sequence.finish is None:
                 sequence.written += count
                 bad = sample and tokens[sampled] < 0
@@ -310,8 +319,10 @@ class Core:
                 cached_tokens=sequence.cached,
                 prompt_tokens=sequence.prompt_tokens,
                 weights=self.weights,
+                prompt=joined(sequence.prompted) if sequence.prompted else None,
             )
         )
+        sequence.prompted = []
         if reason is not None:
             self._finish(sequence, reason)
 
@@ -375,4 +386,7 @@ def _best(sequence: Sequence, result: StepResult, row: int) -> tuple[tuple[int, 
     count = sequence.request.params.logprobs
     if not count:
         return ()
-    return tuple(zip(result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True))
+    ids, logprobs = result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist()
+    if ids and ids[-1] < 0:  # the distribution has fewer
+        ids = ids[: ids.index(-1)]
+    return tuple(zip(ids, logprobs, strict=False))

@@ -7,13 +7,13 @@ tokens it continues from are known on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from xllm.runtime.request import Request
+from xllm.runtime.request import PromptLogprobs, Request
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ class Batch:
 @dataclass(frozen=True)
 class StepResult:
     """Results of the S sampled rows, in row order. tokens int32 [S], -1 marks a row with NaN or infinite logits, -2
-    (GRAMMAR_FAILED) one whose grammar could not go on;
-    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0).
+    (GRAMMAR_FAILED) one whose grammar could not go on, -3 (NOTHING_ALLOWED) one of which masks leave nothing to draw;
+    logprobs float32 [S]; top_ids int32 and top_logprobs float32 [S, K], K the most any row asked for (may be 0);
+    id -1 where the distribution has no more.
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
-    computed for, without sampling and any wait; 0 where that is not known."""
+    computed for, without sampling and any wait; 0 where that is not known.
+    prompts: by slot, the logprobs of what was computed of prompts, where they are asked for."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -84,6 +86,7 @@ class StepResult:
     top_logprobs: np.ndarray
     rows: np.ndarray | None = None
     seconds: float = 0.0
+    prompts: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
 
 class Handle(Protocol):

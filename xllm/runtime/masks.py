@@ -20,6 +20,7 @@ log = logging.getLogger("xllm.runtime")
 STUCK_SECONDS = 5.0  # a mask takes microseconds, rarely milliseconds
 WAITS = 50  # in so many parts, so that a process that was stopped for long takes nobody for stuck
 GRAMMAR_FAILED = -2
+NOTHING_ALLOWED = -3  # what samplers say
 
 
 class _Slot:

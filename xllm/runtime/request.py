@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,8 +45,13 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `max_tokens` None means up to the context limit.
     `min_tokens` generated tokens must exist before an EOS or stop id ends the request. `logprobs` None is off, k asks
-    for the chosen token and the k best ones. `seed` None lets the sampler choose one. With a `grammar` a token is drawn
-    among those it allows, before everything else; an end token it forces ends the request before `min_tokens` too.
+    for the chosen token and the k best ones, of the distribution as the model gives it ("raw") or as it is drawn from
+    ("processed"; a greedy row's is the one of temperature 1). `seed` None lets the sampler choose one. With a `grammar`
+    a token is drawn among those it allows, before everything else; an end token it forces ends the request before
+    `min_tokens` too. Of `bad_words` (token ids of each) the last token is never drawn where those before it were just
+    generated; `allowed_token_ids` leave no others. A request they leave nothing to draw ends with nothing_allowed.
+    `prompt_logprobs` k asks for the logprobs of the prompt's tokens, and the k best at each place; the prompt is then
+    computed whole, whatever is cached of it, and logits for all of its places.
     """
 
     temperature: float = 1.0
@@ -63,6 +68,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -81,8 +90,15 @@ class SamplingParams:
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 1, math.inf)
             _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, math.inf)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _within(name, count, 0, math.inf)
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise RequestRefused("invalid_parameter", f"logprobs_mode is {self.logprobs_mode!r}, not raw or processed")
+        if not all(self.bad_words):
+            raise RequestRefused("invalid_parameter", "bad_words holds a word without tokens")
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise RequestRefused("invalid_parameter", "allowed_token_ids is empty: nothing could be drawn")
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -math.inf, math.inf, finite=True)
 
@@ -105,7 +121,9 @@ class Group:
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
     apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
-    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix."""
+    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix.
+    `generated` tokens exist already: it goes on behind them as if it had made them itself. Requests that say
+    the same for `together` are submitted one after the other and start in one step, if it can hold them."""
 
     id: str
     prompt: tuple[int, ...]
@@ -114,6 +132,53 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     group: Group | None = field(default=None, compare=False)
+    generated: tuple[int, ...] = ()
+    together: str = ""
+
+
+class PromptToken(NamedTuple):
+    """A token of a prompt, given all before it. rank: 1 where no token is more likely. best: (id, logprob)."""
+
+    token: int
+    logprob: float
+    rank: int
+    best: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Of the tokens of a prompt from place `start` on: float32 [R] logprobs (NaN: its logits hold NaN or infinity),
+    int32 [R] ranks, and int32 and float32 [R, K] of the best tokens (id -1: there are no more)."""
+
+    start: int
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+
+    def tokens(self, prompt: Sequence[int]) -> list[PromptToken]:
+        """One by one."""
+        return [
+            PromptToken(token, logprob, rank, tuple((i, p) for i, p in zip(ids, best, strict=True) if i >= 0))
+            for token, logprob, rank, ids, best in zip(
+                prompt[self.start :], *(c.tolist() for c in self.columns), strict=True
+            )
+        ]
+
+
+def joined(parts: Sequence[PromptLogprobs]) -> PromptLogprobs:
+    """Consecutive parts of one prompt as one; a part that starts again before an earlier one's end replaces it."""
+    kept: list[PromptLogprobs] = []
+    for part in reversed(parts):
+        if not kept or part.start < kept[0].start:
+            size = kept[0].start - part.start if kept else len(part.ranks)
+            kept.insert(0, PromptLogprobs(part.start, *(column[:size] for column in part.columns)))
+    columns = [np.concatenate([part.columns[at] for part in kept]) for at in range(4)]
+    return PromptLogprobs(kept[0].start, *columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +189,7 @@ class TokenOutput:
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
     `cached_tokens` of the prompt were found in the prefix cache. `weights`: the version that all of it was computed
-    with.
+    with. `prompt` is with the first token, where asked for.
     """
 
     request_id: str
@@ -138,3 +203,4 @@ class TokenOutput:
     prompt_tokens: int = 0
     row: np.ndarray | None = field(default=None, compare=False)
     weights: str = ""
+    prompt: PromptLogprobs | None = field(default=None, compare=False)

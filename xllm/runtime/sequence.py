@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.pages import PoolPlan
-from xllm.runtime.request import FinishReason, Request
+from xllm.runtime.request import FinishReason, PromptLogprobs, Request
 
 if TYPE_CHECKING:
     from xllm.runtime.tiers import Load
@@ -51,6 +51,7 @@ class Sequence:
         "pending",
         "pending_row",
         "prompt_tokens",
+        "prompted",
         "publish_at",
         "recompute",
         "request",
@@ -65,7 +66,7 @@ class Sequence:
         self.order = order
         self.max_outputs = max_outputs
         self.prompt_tokens = len(request.prompt)
-        self.tokens = list(request.prompt)  # prompt and generated, as far as known
+        self.tokens = [*request.prompt, *request.generated]  # prompt and generated, as far as known
         self.state = State.WAITING
         self.finish: FinishReason | None = None
         self.slot = -1
@@ -80,6 +81,7 @@ class Sequence:
         self.publish_at = sys.maxsize  # `written` then completes a page for the prefix cache
         self.behind: tuple[int, int] | None = None  # order and `publish_at` of the older prompt it waits for
         self.chain: list[bytes] = []  # digests of the text, as far as somebody asked
+        self.prompted: list[PromptLogprobs] = []  # of what was computed of the prompt, where asked for
         self.cached = 0  # prompt tokens found in the prefix cache
         self.load: Load | None = None  # what it waited or waits for since it waits
         self.kept = 0  # groups of its text offered to the tiers since it runs
@@ -107,6 +109,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens the model has not seen."""
         return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def scored(self) -> bool:
+        """Is every place of the prompt to be computed, because its logprobs are asked for?"""
+        return self.request.params.prompt_logprobs is not None and len(self.tokens) == self.prompt_tokens
 
     @property
     def decoding(self) -> bool:
@@ -137,12 +144,19 @@ def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> 
     capacity = plan.tokens_for(plan.pages) + 1
     if prompt == 0:
         raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-        bad = next(token for token in request.prompt if not 0 <= token < vocab)
+    text = (*request.prompt, *request.generated)
+    if min(text) < 0 or max(text) >= vocab:
+        bad = next(token for token in text if not 0 <= token < vocab)
         raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
-    for token in request.params.logit_bias:
-        if not 0 <= token < vocab:
-            raise RequestRefused("token_out_of_range", f"logit_bias names token {token}, the vocabulary has {vocab}")
+    params = request.params
+    for field, named in (
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        *(("bad_words", word) for word in params.bad_words),
+    ):
+        for token in named:
+            if not 0 <= token < vocab:
+                raise RequestRefused("token_out_of_range", f"{field} names token {token}, the vocabulary has {vocab}")
     if prompt + (wanted or 1) > max_len:
         asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
         raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
@@ -152,4 +166,8 @@ def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> 
             f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
             "give the engine more memory",
         )
-    return Sequence(request, wanted or min(max_len, capacity) - prompt)
+    most = wanted or min(max_len, capacity) - prompt
+    if len(request.generated) >= most:
+        text = f"{len(request.generated)} tokens are generated already, at most {most} may be"
+        raise RequestRefused("invalid_parameter", text)
+    return Sequence(request, most)

@@ -61,6 +61,8 @@ class Sharing:
                 continue
             groups = (len(sequence.tokens) - 1) // self._group_tokens
             chain = self._chain(sequence, groups)
+            if sequence.scored:
+                chain, groups = [], 0
             matched = self._pool.match(chain)
             having = (other for other in ahead.values() if self._will_have(other, chain, matched))
             if matched < groups and (older := next(having, None)) is not None:
@@ -91,8 +93,8 @@ class Sharing:
             return
         self._expect(sequence)
         if not sequence.recompute:
-            sequence.cached = found
-            self.cached_tokens += found
+            sequence.cached = min(found, sequence.prompt_tokens)
+            self.cached_tokens += sequence.cached
             self.looked_up_tokens += sequence.prompt_tokens
 
     def renew(self, weights: str, waiting: Ordered[Sequence]) -> None:

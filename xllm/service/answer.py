@@ -1,164 +1,38 @@
-"""Decides the life of one request to the model: slot, task, body, job, sequences in the engine, answer. Whatever ends
-it, its sequences are out of the engine when this returns. A generation's status waits for the first output, so that
-what fails before has its own."""
+"""Decides the life of what is generated, from its job to its answer, whole or as a stream. Its status waits for the
+first output, so that what fails before has its own."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from xllm.runtime import Group, Request, TokenOutput
-from xllm.service.body import NOT_SUPPORTED, Body, parse
-from xllm.service.dispatch import Dispatcher, Engine, Subscription
-from xllm.service.errors import GONE, ApiError, Hint, busy, draining
+from xllm.runtime import Group, Request, SamplingParams, TokenOutput
+from xllm.runtime.request import PromptLogprobs
+from xllm.service.dispatch import Subscription
+from xllm.service.endpoint import Endpoint, Service
+from xllm.service.errors import GONE, ApiError
 from xllm.service.format import Format, Usage, Whole
-from xllm.service.gate import Receive, Record, Scope, Send, record
+from xllm.service.gate import Receive, Record, Send
 from xllm.service.generation import Choice, Delta
 from xllm.service.metrics import Recorder
-from xllm.service.params import Job, ModelFacts
-from xllm.service.parsers.reading import NO_DIALECT, Dialect
-from xllm.service.tokenizer import TextCodec
+from xllm.service.params import Job
 
 if TYPE_CHECKING:
-    from xllm.service.batches import Batches
-    from xllm.service.control import Controls
-    from xllm.service.grammar import Grammars
-    from xllm.service.profiling import Profiling
-    from xllm.service.template import ChatTemplate
+    pass
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
 STALL_SECONDS = 60.0
 FAREWELL_SECONDS = 5.0
 PIECE_BYTES = 64 << 10  # of an answer that is sent whole: only so much of it lies in a connection's buffer
-_TASKS = {  # what an artifact does, and the routes for it
-    "generate": ("generates text", "/v1/chat/completions or /v1/completions"),
-    "embed": ("computes embeddings", "/v1/embeddings, /v1/rerank or /v1/score"),
-    "classify": ("computes scores of labels", "/v1/rerank, /v1/score or /v1/classify"),
-}
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes. Seconds and bytes."""
-
-    max_concurrent_requests: int = 200  # 0 = no limit
-    max_wait: float | None = None  # for what is ahead of a request
-    max_body_bytes: int = 8 << 20
-    body_seconds: float = 30.0
-    keep_alive_seconds: float = 15.0
-
-
-@dataclass
-class Service:
-    """All that requests share. Belongs to the event loop; `pool` runs what takes long (JSON, templates,
-    tokenisation)."""
-
-    facts: ModelFacts
-    codec: TextCodec
-    chat_template: Callable[[], ChatTemplate]
-    grammars: Callable[[], Grammars]
-    engine: Engine
-    dispatcher: Dispatcher
-    recorder: Recorder
-    limits: Limits = Limits()
-    dialect: Dialect = NO_DIALECT
-    batches: Batches | None = None  # None: nothing is kept on disk
-    created: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
-    controls: Controls | None = None
-    weights_folder: Path | None = None  # where other weights may lie
-    profiling: Profiling | None = None  # where it is enabled
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
-
-    def warm_up(self) -> None:
-        """Loads what the first chat would wait for. A template that is missing or broken is reported to who asks for a
-        chat."""
-        with suppress(ApiError):
-            self.chat_template()
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """One of max_concurrent_requests. Raises ApiError 429 when all are taken, 503 while draining."""
-        if self.draining:
-            raise draining()
-        limit = self.limits.max_concurrent_requests
-        if limit and self.recorder.concurrent >= limit:
-            hint = Hint("all slots are taken", "xllm serve --max-concurrent-requests", "retry, or raise the limit")
-            raise busy(f"the server answers {limit} requests already", hint)
-        self.recorder.concurrent += 1
-        try:
-            yield
-        finally:
-            self.recorder.concurrent -= 1
-
-
-JobOf = TypeVar("JobOf")
-
-
-class Endpoint(Generic[JobOf]):
-    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is what it
-    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing."""
-
-    kind = ""
-    tasks: tuple[str, ...] = ("generate",)
-    body: type[Any]
-    refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self.service
-        with service.slot():
-            entry = record(scope)
-            entry.kind = self.kind
-            check_task(service.facts, self.tasks, scope["path"])
-            data = await read_body(scope, receive, service.limits)
-            begin = time.monotonic()
-            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data, entry)
-            service.recorder.tokenization_seconds += time.monotonic() - begin
-            await self.run(job, entry, receive, send)
-
-    def plan(self, data: bytes, entry: Record) -> JobOf:
-        """The body as what is to be done; runs in the pool. Raises ApiError."""
-        raise NotImplementedError
-
-    async def run(self, job: JobOf, entry: Record, receive: Receive, send: Send) -> None:
-        """Does it and answers."""
-        raise NotImplementedError
-
-    def parse(self, data: bytes, kind: type[Body]) -> Body:
-        """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
-        body = parse(data, kind, self.refused)
-        _check_model(body.model, self.service.facts)
-        return body
-
-    @asynccontextmanager
-    async def submitted(
-        self, requests: Sequence[Request], receive: Receive, entry: Record, *names: str
-    ) -> AsyncIterator[Subscription]:
-        """The requests in the engine, as long as the client is there and nobody aborts them by the id of the request or
-        one of these names."""
-        subscription = self.service.dispatcher.open(requests)
-        subscription.names, subscription.tenant = (entry.id, *names), entry.tenant
-        watcher = asyncio.create_task(_watch(receive, subscription))
-        try:
-            yield subscription
-        finally:
-            watcher.cancel()
-            self.service.dispatcher.close(subscription)
 
 
 class Generate(Endpoint[Job]):
@@ -181,7 +55,7 @@ class Generate(Endpoint[Job]):
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         form = self.format(job)
-        async with self.submitted(_requests(job, entry), receive, entry, form.id) as subscription:
+        async with self.submitted(requests_of(job, entry), receive, entry, form.id) as subscription:
             answer = _Answer(self.service, job, form, subscription, entry)
             try:
                 await (answer.stream(send) if job.stream else answer.whole(send))
@@ -197,14 +71,19 @@ class _Answer:
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
         self._first = [entry.started] * len(self._choices)
+        self._prompts: dict[int, PromptLogprobs] = {}  # by prompt
         self._last = [entry.started] * len(self._choices)
 
     async def whole(self, send: Send) -> None:
-        results = [Whole() for _ in self._choices]
+        results, prompts = [Whole() for _ in self._choices], self._job.prompts
         while not self._done:
             for index, delta in self._take(await self._subscription.next()):
                 self._format.gather(results[index], delta)
-        data = self._format.whole(results, self._usage)
+        if self._job.params[0].prompt_logprobs is not None:
+            shown = [self._format.prompt(self._prompts.get(at), prompt) for at, prompt in enumerate(prompts)]
+            for index, result in enumerate(results):
+                result.prompt = shown[index // self._job.best_of]
+        data = self._format.whole([results[index] for index in self._chosen()], self._usage)
         await send_whole(send, data, self._subscription, self._entry, self._headers)
 
     async def stream(self, send: Send) -> None:
@@ -259,6 +138,14 @@ class _Answer:
                 self._service.recorder.recent_rest.append((last - first) / (choice.tokens - 1))
         report(self._service.recorder, self._entry, self._job.prompts, reasons)
 
+    def _chosen(self) -> list[int]:
+        """The sequences that are the choices: of each prompt's the n likeliest, the likeliest first."""
+        n, best_of = self._job.n, self._job.best_of
+        if n == best_of:
+            return list(range(len(self._choices)))
+        ranked = sorted(range(len(self._choices)), key=lambda at: (at // best_of, -self._choices[at].likelihood))
+        return [index for place, index in enumerate(ranked) if place % best_of < n]
+
     @property
     def _done(self) -> bool:
         return all(choice.finish_reason is not None for choice in self._choices)
@@ -272,7 +159,7 @@ class _Answer:
         return Usage(
             prompt_tokens=sum(map(len, self._job.prompts)),
             completion_tokens=sum(choice.tokens for choice in self._choices),
-            cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.n]),
+            cached_tokens=sum(choice.cached_tokens for choice in self._choices[:: self._job.best_of]),
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self._choices),
         )
 
@@ -289,6 +176,8 @@ class _Answer:
                 recorder.recent_first.append(now - self._last[index])
                 self._first[index] = now
             self._last[index] = now
+            if output.prompt is not None:
+                self._prompts[index // self._job.best_of] = output.prompt
             deltas.append((index, choice.push(output)))
             self._format.weights = choice.weights
             if choice.cut:
@@ -331,70 +220,22 @@ def report(recorder: Recorder, entry: Record, prompts: Sequence[Sequence[int]], 
     recorder.generated_tokens.observe(entry.generated_tokens)
 
 
-async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The body of a POST. Raises ApiError 413, 415, 408, or 499 when the client left."""
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise ApiError(415, "unsupported_media_type", "the body must be sent as content-type: application/json")
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise ApiError(415, "unsupported_encoding", "compressed bodies are not supported")
-    too_large = ApiError(413, "body_too_large", f"the body has more than {limits.max_body_bytes} bytes")
-    declared = headers.get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared) > limits.max_body_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(499, GONE, "the client left before its request was complete")
-                body += message.get("body", b"")
-                if len(body) > limits.max_body_bytes:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        text = f"the body did not arrive within {limits.body_seconds:g} s"
-        raise ApiError(408, "slow_upload", text, headers={"connection": "close"}) from None
-
-
-async def _watch(receive: Receive, subscription: Subscription) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    subscription.fail(ApiError(499, GONE, "the client left"))
-
-
-def _requests(job: Job, entry: Record) -> list[Request]:
-    name, group = uuid.uuid4().hex, Group()
+def requests_of(job: Job, entry: Record) -> list[Request]:
+    """Of each prompt as many as run for it."""
+    name = uuid.uuid4().hex
     salt = f"{entry.tenant}/{job.cache_salt}" if job.cache_salt else entry.tenant  # no tenant has a slash
+    known = {"arrival": entry.started, "cache_salt": salt, "group": Group()}
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, salt, group)
+        Request(f"{name}-{at * job.best_of + sample}", prompt, _of_sample(params, sample), sample, **known)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
-        for sample in range(job.n)
+        for sample in range(job.best_of)
     ]
+
+
+def _of_sample(params: SamplingParams, sample: int) -> SamplingParams:
+    """A prompt's logprobs are computed with its first sample."""
+    return replace(params, prompt_logprobs=None) if sample and params.prompt_logprobs is not None else params
 
 
 def _shows(delta: Delta) -> bool:
     return bool(delta.text or delta.logprobs or delta.finish_reason)
-
-
-def check_task(facts: ModelFacts, tasks: Sequence[str], path: str) -> None:
-    """Raises ApiError 400 for a route that is not for what the artifact computes."""
-    if facts.task in tasks:
-        return
-    does, instead = _TASKS[facts.task]
-    wanted = " or ".join(tasks)
-    raise ApiError(
-        400,
-        "wrong_task",
-        f"{facts.name} {does} (task {facts.task}), {path} needs an artifact of task {wanted}: try {instead}",
-        hint=Hint("an artifact computes one task", "xllm compile --task", f"serve one compiled with --task {wanted}"),
-    )
-
-
-def _check_model(name: str | None, facts: ModelFacts) -> None:
-    if name is not None and name != facts.name:
-        shown = name if name.isprintable() and len(name) <= 128 else "of this name"
-        raise ApiError(404, "model_not_found", f"the model {shown} is not served here; it serves {facts.name}", "model")

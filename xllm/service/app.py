@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 
 from xllm import __version__
 from xllm.service import profiling
-from xllm.service.answer import Limits, Service
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
 from xllm.service.control import routes as control_routes
 from xllm.service.control import sleeping
 from xllm.service.dispatch import Dispatcher, Engine
+from xllm.service.endpoint import Limits, Service
 from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
 from xllm.service.gate import PAGE, App, Gate, Keys, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.page import STATE, send_page, state
-from xllm.service.params import ModelFacts
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
 from xllm.service.responses import PATH as RESPONSES
 from xllm.service.responses import Responses, Store, StoredResponses
 from xllm.service.rows import Embeddings
+from xllm.service.sampling import ModelFacts
+from xllm.service.slots import Sample
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import Detokenize, Tokenize
 
@@ -150,6 +151,7 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Rerank(service)),
         **dict.fromkeys(("/v1/score", "/score"), Score(service)),
         **dict.fromkeys(("/v1/classify", "/classify"), Classify(service)),
+        "/v1/sample": Sample(service),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
         **control_routes(service),

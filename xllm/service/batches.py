@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from xllm.service.answer import Endpoint, Service, check_task
 from xllm.service.batch_lines import Fault, Journal, Line, Reader, Result, check
 from xllm.service.body import parse
+from xllm.service.endpoint import Endpoint, Service, check_task
 from xllm.service.errors import ApiError, busy, invalid
 from xllm.service.files import page_of, query
 from xllm.service.gate import App, Receive, Record, Scope, Send, api_error, record, send_json

@@ -59,11 +59,20 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
+    best_of: int | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    logprobs_mode: str | None = None
+    prompt_logprobs: int | None = None
+    beam_width: int | None = None
+    num_return_sequences: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
@@ -83,7 +92,6 @@ class CompletionBody(Sampling, forbid_unknown_fields=True, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    best_of: int | None = None
     logprobs: int | None = None
 
 
@@ -177,6 +185,22 @@ class ClassifyBody(RowsBody, forbid_unknown_fields=True, kw_only=True):
 
     input: str | list[str | int | list[int]]
     add_special_tokens: bool | None = None
+
+
+class Selector(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    value: str
+
+
+class SampleBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/sample. `selector` names the slots of the prompt; `logprobs` tokens are listed for each (5)."""
+
+    model: str | None = None
+    prompt: str
+    selector: Selector
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
 
 
 class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

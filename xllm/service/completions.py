@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xllm.service.answer import Generate
+from xllm.service.beams import Searched
 from xllm.service.body import ChatBody, CompletionBody
 from xllm.service.format import Format
 from xllm.service.gate import Record
@@ -10,7 +10,7 @@ from xllm.service.openai import ChatFormat, CompletionFormat
 from xllm.service.params import Job, chat_job, completion_job
 
 
-class Completions(Generate):
+class Completions(Searched):
     """POST /v1/completions."""
 
     body = CompletionBody
@@ -25,7 +25,7 @@ class Completions(Generate):
         return CompletionFormat(self.service.facts.name, self.service.codec, job.logprobs, job.include_usage, echo)
 
 
-class OfChat(Generate):
+class OfChat(Searched):
     """A route that asks for a chat, in one form or another."""
 
     def chat_job(self, body: ChatBody) -> Job:

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from xllm.runtime import RequestRefused, RuntimeFault
-from xllm.service.answer import Endpoint, Service, check_task, read_body
 from xllm.service.body import OfModel
+from xllm.service.endpoint import Endpoint, Service, check_task, read_body
 from xllm.service.errors import ApiError, Hint, draining, from_engine, invalid
 from xllm.service.gate import App, Receive, Record, Scope, Send, record, send_json
 

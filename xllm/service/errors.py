@@ -42,6 +42,7 @@ ENGINE_STATUS = {
     "context_length_exceeded": 400,
     "exceeds_capacity": 400,
     "grammar_failed": 400,
+    "nothing_allowed": 400,
     "queue_full": 429,
     "duplicate_request": 409,
     "engine_busy": 409,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
 
-from xllm.service.answer import PIECE_BYTES, STALL_SECONDS, Service
+from xllm.service.answer import PIECE_BYTES, STALL_SECONDS
+from xllm.service.endpoint import Service
 from xllm.service.errors import ApiError, Hint, invalid
 from xllm.service.gate import App, Receive, Scope, Send, record, send_json
 from xllm.service.shelf import MAX_FILE_BYTES, Files

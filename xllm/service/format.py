@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from xllm.runtime.request import PromptLogprobs
 from xllm.service.errors import ApiError
 from xllm.service.generation import Delta
 from xllm.service.parsers.parts import Part
@@ -29,6 +30,7 @@ class Whole:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     stop: str | None = None
+    prompt: Any = None  # what the format makes of the logprobs of its prompt, where asked for
 
 
 class Format:
@@ -47,6 +49,10 @@ class Format:
         """Adds to an answer that is sent whole."""
         choice.parts.extend(delta.parts)
         choice.finish_reason, choice.stop = delta.finish_reason, delta.stop
+
+    def prompt(self, found: PromptLogprobs | None, prompt: Sequence[int]) -> Any:
+        """The logprobs of a prompt."""
+        raise NotImplementedError
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         """The JSON of the answer."""

@@ -52,6 +52,7 @@ class Choice:
         self.reasoning_tokens = 0
         self.cached_tokens = 0
         self.weights = ""  # the version that it is computed with
+        self.likelihood = 0.0  # sum of the logprobs of its tokens, where they are asked for
         self.finish_reason: str | None = None
         self.cut = False  # the answer has ended, the engine still works on it
 
@@ -66,6 +67,7 @@ class Choice:
         piece = ""
         if output.token is not None:
             self.tokens += 1
+            self.likelihood += output.logprob or 0.0
             self.reasoning_tokens += self._reader.thinking
             if not stopper:
                 if output.logprob is not None:

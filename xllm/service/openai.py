@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from xllm.runtime.request import PromptLogprobs
 from xllm.service.errors import ApiError
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.generation import Delta, TokenLogprob
@@ -40,11 +41,29 @@ class OpenAIFormat(Format):
 
     def gather(self, choice: Whole, delta: Delta) -> None:
         super().gather(choice, delta)
-        choice.logprobs.extend(map(self._token, delta.logprobs))
+        if self._logprobs:
+            choice.logprobs.extend(map(self._token, delta.logprobs))
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
-        return msgspec.json.encode(self._envelope(self.object, bodies) | {"usage": _usage(usage)})
+        body = self._envelope(self.object, bodies) | {"usage": _usage(usage)} | self._of_all(choices)
+        return msgspec.json.encode(body)
+
+    def prompt(self, found: PromptLogprobs | None, prompt: Sequence[int]) -> msgspec.Raw:
+        """The logprobs of a prompt as vLLM shows them: by place, and by id there; there are none of its first token."""
+        shown: list[dict[str, Any] | None] = [None]
+        for item in found.tokens(prompt) if found else ():
+            place = {token: (logprob, rank) for rank, (token, logprob) in enumerate(item.best, 1)}
+            place.setdefault(item.token, (item.logprob, item.rank))
+            shown.append({
+                str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": self._codec.token_text(token)}
+                for token, (logprob, rank) in place.items()
+            })  # fmt: skip
+        return _encoded(shown)
+
+    def _of_all(self, choices: Sequence[Whole]) -> dict[str, Any]:
+        """What a whole answer has beside its choices."""
+        return {}
 
     def failed(self, error: ApiError, request_id: str) -> bytes:
         return frame(error.body(request_id)) + DONE
@@ -88,7 +107,8 @@ class CompletionFormat(OpenAIFormat):
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         text = self._echo[index] + _joined(choice.parts, Content)
-        return self._choice(index, text, choice.logprobs, choice.finish_reason)
+        body = self._choice(index, text, choice.logprobs, choice.finish_reason)
+        return body | ({"prompt_logprobs": choice.prompt} if choice.prompt is not None else {})
 
     def _choice(self, index: int, text: str, logprobs: Sequence[tuple[Any, ...]], reason: str | None) -> dict[str, Any]:
         body = {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
@@ -138,6 +158,9 @@ class ChatFormat(OpenAIFormat):
         if calls := [_call(part) for part in choice.parts if isinstance(part, Call)]:
             message["tool_calls"] = calls
         return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
+
+    def _of_all(self, choices: Sequence[Whole]) -> dict[str, Any]:
+        return {"prompt_logprobs": choices[0].prompt} if choices[0].prompt is not None else {}
 
     def _choice(
         self, index: int, content: dict[str, Any], logprobs: Sequence[msgspec.Raw], reason: str | None

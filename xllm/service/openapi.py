@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from xllm import __version__
-from xllm.service.answer import Endpoint
+from xllm.service.endpoint import Endpoint
 from xllm.service.errors import ANTHROPIC_TYPES, TYPES
 from xllm.service.gate import PUBLIC, App
 
@@ -75,6 +75,14 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
         content=many(closed(type={"enum": ["text", "thinking", "tool_use"]})),
         stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}, stop_sequence=maybe(TEXT),
         usage=closed(input_tokens=WHOLE, output_tokens=WHOLE),
+    ),
+    "sample": envelope(
+        choices=many(
+            closed(index=WHOLE, text=TEXT, logprobs=maybe(SOME), finish_reason={"enum": [
+                "selector_match", "empty_logprobs"
+            ]})
+        ),
+        usage=USAGE,
     ),
     "count": closed(input_tokens=WHOLE),
     "embedding": closed(object={"const": "list"}, data=many(closed(index=WHOLE, object=TEXT)), usage=COUNTS),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xllm.service.answer import Service
+from xllm.service.endpoint import Service
 from xllm.service.gate import Receive, Scope, Send, send_data
 
 STATE = "/ui/state"

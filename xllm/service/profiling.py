@@ -7,8 +7,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from xllm.service.answer import Service, read_body
 from xllm.service.body import parse_json
+from xllm.service.endpoint import Service, read_body
 from xllm.service.errors import ApiError, Hint, invalid
 from xllm.service.gate import App, Receive, Scope, Send, send_json
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from xllm.service.body import ClassifyBody, RerankBody, RowsBody, ScoreBody
 from xllm.service.errors import invalid
 from xllm.service.gate import Record
-from xllm.service.params import ModelFacts, listed, within
+from xllm.service.params import listed
 from xllm.service.rows import RowsEndpoint, RowsJob, Text, Tokens, check_count, length
+from xllm.service.sampling import ModelFacts, within
 
 if TYPE_CHECKING:
     import numpy as np

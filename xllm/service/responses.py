@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from xllm.service.answer import Service
 from xllm.service.completions import OfChat
+from xllm.service.endpoint import Service
 from xllm.service.errors import ApiError
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record, send_json

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from xllm.runtime import Request
-from xllm.service.answer import Endpoint, report, send_whole
+from xllm.service.answer import report, send_whole
 from xllm.service.body import EmbeddingBody, RowsBody
 from xllm.service.dispatch import Subscription
+from xllm.service.endpoint import Endpoint
 from xllm.service.errors import from_output, invalid
 from xllm.service.gate import Receive, Record, Send
-from xllm.service.params import ModelFacts, check_ids, check_text, listed, messages, within
+from xllm.service.params import check_ids, check_text, listed, messages
+from xllm.service.sampling import ModelFacts, within
 from xllm.service.tokenizer import TextCodec
 from xllm.service.tokens import MAX_CHARS
 

@@ -16,9 +16,9 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from xllm.service.answer import Service
 from xllm.service.app import build_app
 from xllm.service.control import go_on
+from xllm.service.endpoint import Service
 from xllm.service.errors import ApiError
 from xllm.service.gate import Keys
 from xllm.service.listener import url

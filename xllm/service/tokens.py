@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from xllm.service.answer import Endpoint, send_whole
+from xllm.service.answer import send_whole
 from xllm.service.body import DetokenizeBody, TokenizeBody
+from xllm.service.endpoint import Endpoint
 from xllm.service.errors import invalid
 from xllm.service.gate import Receive, Record, Send
 from xllm.service.params import check_range, messages

@@ -21,18 +21,20 @@ import numpy as np
 from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.kernels import cpu
 from xllm.kernels.cpu._library import library_file
-from xllm.kernels.cpu.sampling import Sampler, SamplingError
+from xllm.kernels.cpu.sampling import Sampler, SamplingError, Scores
 from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
-from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
+from xllm.runtime.executor import Batch, KVSpec, Limits, Row, StepResult
 from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request
 from xllm.targets.cpu.arena import allocate, give_back
 from xllm.targets.cpu.bounds import check_bounds
+from xllm.targets.cpu.prompts import Prompts
+from xllm.targets.cpu.steps import Step, flatten
 from xllm.targets.modules import ModuleCall, kernels_of
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 512  # beams look at more than anybody is shown
 Piece = Callable[["Step"], None]
 
 
@@ -67,6 +69,7 @@ class CpuExecutor:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
         self._masks = Masks(self.limits.vocab)
         self._eos = tuple(manifest["model"]["eos_ids"])
+        self._prompts = Prompts(min(plan.buckets[-1].S, plan.buckets[-1].T))
         self._key = os.urandom(16)
         self._arena, self.arena_address = allocate(plan.arena_bytes)
         self._last_bucket = plan.buckets[-1]
@@ -87,6 +90,7 @@ class CpuExecutor:
         try:
             if params.seed is None:
                 params = replace(params, seed=self._seed_for(request.id))
+            self._prompts.attach(slot, request, generated)
             mask = self._masks.attach(slot, params.grammar, generated)
             self._sampler.attach(
                 slot, params, request.prompt, generated, request.sample_index, (*stops, *params.stop_token_ids), mask
@@ -98,6 +102,7 @@ class CpuExecutor:
         if self._sampler is not None:
             self._sampler.detach(slot)
             self._masks.detach(slot)
+            self._prompts.detach(slot)
 
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
@@ -152,19 +157,36 @@ class CpuExecutor:
     def _run(self, batch: Batch) -> StepResult:
         slots = [row.slot for row in batch.rows if row.sample]
         masks = self._masks.begin(slots)
-        step = flatten(batch, self._previous, self.kv.fixed_bytes)
-        bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
-        bound = self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
-        self._last_bucket = bucket
         started = time.perf_counter()
+        batch, prompts = self._prompts.score(batch, self._score)
+        if not batch.rows:
+            result = self._result([], [], self._last_bucket)
+            return replace(result, seconds=time.perf_counter() - started, prompts=prompts)
+        step = flatten(batch, self._previous, self.kv.fixed_bytes)
+        bound = self._bound_for(step)
         times = self.times  # others may set it meanwhile
         calls = bound.run(step) if times is None else bound.timed(step)
         began = time.perf_counter()
-        result = self._result(slots, masks, bucket)
+        result = self._result(slots, masks, bound.bucket)
         if times is not None and calls is not None:
             ended = time.perf_counter()
             times.append(StepTimes(len(step.ids), calls, ended - began, ended, batch.step))
-        return replace(result, seconds=began - started)
+        return replace(result, seconds=began - started, prompts=prompts)
+
+    def _bound_for(self, step: Step) -> BoundPlan:
+        self._last_bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
+        return self._bound.get(self._last_bucket.T) or self._bound.setdefault(
+            self._last_bucket.T, self._bind(self._last_bucket)
+        )
+
+    def _score(self, piece: Row, targets: Sequence[int], width: int) -> Scores:
+        """Computes the piece with a row of logits for every token."""
+        assert self._sampler is not None
+        step = flatten(Batch(0, (piece,)), self._previous, self.kv.fixed_bytes, every=True)
+        bound = self._bound_for(step)
+        bound.run(step)
+        address = self.arena_address + bound.bucket.offsets[self._plan.result]
+        return self._sampler.score(address, np.array(targets, np.int32), width)
 
     def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
         if self._sampler is None or not slots:
@@ -227,16 +249,6 @@ class CpuExecutor:
     def _seed_for(self, request_id: str) -> int:
         """A seed the client did not choose: unpredictable, and the same again when a preempted request comes back."""
         return int.from_bytes(hashlib.blake2b(request_id.encode(), key=self._key, digest_size=8).digest(), "little")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A batch as flat arrays: ids, positions int32[T] (placeholders resolved), last int32[S], and the native form."""
-
-    ids: np.ndarray
-    positions: np.ndarray
-    last: np.ndarray
-    native: cpu.Batch
 
 
 @dataclass(frozen=True)
@@ -319,26 +331,6 @@ class Ticket:
     def fail(self, error: StepError) -> None:
         self._outcome = error
         self._done.set()
-
-
-def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int) -> Step:
-    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to.
-
-    Kernels are given where the groups of tokens start, behind the `fixed_bytes` of a span that do not grow.
-    """
-    counts = [len(row.tokens) for row in batch.rows]
-    starts = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=starts[1:])
-    ids = np.concatenate([np.asarray(row.tokens, np.int32) for row in batch.rows])
-    if len(ids) and int(ids.min()) < 0:
-        held = ids < 0
-        ids[held] = previous[-1 - ids[held]]
-    positions = np.concatenate(
-        [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
-    )
-    last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
-    bases = np.array([row.kv_base + fixed_bytes for row in batch.rows], np.uint64)
-    return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
 
 
 def rows_of(call: PlannedCall) -> tuple[int, int, int]:

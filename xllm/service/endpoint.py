@@ -1,0 +1,203 @@
+"""Decides how one POST route begins: a slot, a body of bounded size and time, a task the artifact has, a job; and that
+its sequences are out of the engine when it ends, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from xllm.runtime import Request
+from xllm.service.body import NOT_SUPPORTED, Body, parse
+from xllm.service.dispatch import Dispatcher, Engine, Subscription
+from xllm.service.errors import GONE, ApiError, Hint, busy, draining
+from xllm.service.gate import Receive, Record, Scope, Send, record
+from xllm.service.metrics import Recorder
+from xllm.service.parsers.reading import NO_DIALECT, Dialect
+from xllm.service.sampling import ModelFacts
+from xllm.service.tokenizer import TextCodec
+
+if TYPE_CHECKING:
+    from xllm.service.batches import Batches
+    from xllm.service.control import Controls
+    from xllm.service.grammar import Grammars
+    from xllm.service.profiling import Profiling
+    from xllm.service.template import ChatTemplate
+
+_TASKS = {  # what an artifact does, and the routes for it
+    "generate": ("generates text", "/v1/chat/completions or /v1/completions"),
+    "embed": ("computes embeddings", "/v1/embeddings, /v1/rerank or /v1/score"),
+    "classify": ("computes scores of labels", "/v1/rerank, /v1/score or /v1/classify"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes. Seconds and bytes."""
+
+    max_concurrent_requests: int = 200  # 0 = no limit
+    max_wait: float | None = None  # for what is ahead of a request
+    max_body_bytes: int = 8 << 20
+    body_seconds: float = 30.0
+    keep_alive_seconds: float = 15.0
+
+
+@dataclass
+class Service:
+    """All that requests share. Belongs to the event loop; `pool` runs what takes long (JSON, templates,
+    tokenisation)."""
+
+    facts: ModelFacts
+    codec: TextCodec
+    chat_template: Callable[[], ChatTemplate]
+    grammars: Callable[[], Grammars]
+    engine: Engine
+    dispatcher: Dispatcher
+    recorder: Recorder
+    limits: Limits = Limits()
+    dialect: Dialect = NO_DIALECT
+    batches: Batches | None = None  # None: nothing is kept on disk
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    controls: Controls | None = None
+    weights_folder: Path | None = None  # where other weights may lie
+    profiling: Profiling | None = None  # where it is enabled
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
+
+    def warm_up(self) -> None:
+        """Loads what the first chat would wait for. A template that is missing or broken is reported to who asks for a
+        chat."""
+        with suppress(ApiError):
+            self.chat_template()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """One of max_concurrent_requests. Raises ApiError 429 when all are taken, 503 while draining."""
+        if self.draining:
+            raise draining()
+        limit = self.limits.max_concurrent_requests
+        if limit and self.recorder.concurrent >= limit:
+            hint = Hint("all slots are taken", "xllm serve --max-concurrent-requests", "retry, or raise the limit")
+            raise busy(f"the server answers {limit} requests already", hint)
+        self.recorder.concurrent += 1
+        try:
+            yield
+        finally:
+            self.recorder.concurrent -= 1
+
+
+JobOf = TypeVar("JobOf")
+
+
+class Endpoint(Generic[JobOf]):
+    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is what it
+    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing."""
+
+    kind = ""
+    tasks: tuple[str, ...] = ("generate",)
+    body: type[Any]
+    refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        with service.slot():
+            entry = record(scope)
+            entry.kind = self.kind
+            check_task(service.facts, self.tasks, scope["path"])
+            data = await read_body(scope, receive, service.limits)
+            begin = time.monotonic()
+            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data, entry)
+            service.recorder.tokenization_seconds += time.monotonic() - begin
+            await self.run(job, entry, receive, send)
+
+    def plan(self, data: bytes, entry: Record) -> JobOf:
+        """The body as what is to be done; runs in the pool. Raises ApiError."""
+        raise NotImplementedError
+
+    async def run(self, job: JobOf, entry: Record, receive: Receive, send: Send) -> None:
+        """Does it and answers."""
+        raise NotImplementedError
+
+    def parse(self, data: bytes, kind: type[Body]) -> Body:
+        """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
+        body = parse(data, kind, self.refused)
+        _check_model(body.model, self.service.facts)
+        return body
+
+    @asynccontextmanager
+    async def submitted(
+        self, requests: Sequence[Request], receive: Receive, entry: Record, *names: str
+    ) -> AsyncIterator[Subscription]:
+        """The requests in the engine, as long as the client is there and nobody aborts them by the id of the request or
+        one of these names."""
+        subscription = self.service.dispatcher.open(requests)
+        subscription.names, subscription.tenant = (entry.id, *names), entry.tenant
+        watcher = asyncio.create_task(_watch(receive, subscription))
+        try:
+            yield subscription
+        finally:
+            watcher.cancel()
+            self.service.dispatcher.close(subscription)
+
+
+async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+    """The body of a POST. Raises ApiError 413, 415, 408, or 499 when the client left."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise ApiError(415, "unsupported_media_type", "the body must be sent as content-type: application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "unsupported_encoding", "compressed bodies are not supported")
+    too_large = ApiError(413, "body_too_large", f"the body has more than {limits.max_body_bytes} bytes")
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared) > limits.max_body_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(499, GONE, "the client left before its request was complete")
+                body += message.get("body", b"")
+                if len(body) > limits.max_body_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        text = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, "slow_upload", text, headers={"connection": "close"}) from None
+
+
+async def _watch(receive: Receive, subscription: Subscription) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    subscription.fail(ApiError(499, GONE, "the client left"))
+
+
+def check_task(facts: ModelFacts, tasks: Sequence[str], path: str) -> None:
+    """Raises ApiError 400 for a route that is not for what the artifact computes."""
+    if facts.task in tasks:
+        return
+    does, instead = _TASKS[facts.task]
+    wanted = " or ".join(tasks)
+    raise ApiError(
+        400,
+        "wrong_task",
+        f"{facts.name} {does} (task {facts.task}), {path} needs an artifact of task {wanted}: try {instead}",
+        hint=Hint("an artifact computes one task", "xllm compile --task", f"serve one compiled with --task {wanted}"),
+    )
+
+
+def _check_model(name: str | None, facts: ModelFacts) -> None:
+    if name is not None and name != facts.name:
+        shown = name if name.isprintable() and len(name) <= 128 else "of this name"
+        raise ApiError(404, "model_not_found", f"the model {shown} is not served here; it serves {facts.name}", "model")

@@ -1,0 +1,43 @@
+"""A batch as the arrays that a step takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xllm.kernels import cpu
+from xllm.runtime.executor import Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch as flat arrays: ids, positions int32[T] (placeholders resolved), last int32[S], and the native form."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    last: np.ndarray
+    native: cpu.Batch
+
+
+def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int, every: bool = False) -> Step:
+    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to. With
+    `every`, all tokens have a row of logits.
+
+    Kernels are given where the groups of tokens start, behind the `fixed_bytes` of a span that do not grow.
+    """
+    counts = [len(row.tokens) for row in batch.rows]
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    ids = np.concatenate([np.asarray(row.tokens, np.int32) for row in batch.rows])
+    if len(ids) and int(ids.min()) < 0:
+        held = ids < 0
+        ids[held] = previous[-1 - ids[held]]
+    positions = np.concatenate(
+        [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
+    )
+    last = np.array([stop - 1 for row, stop in zip(batch.rows, starts[1:], strict=True) if row.sample], np.int32)
+    if every:
+        last = np.arange(len(ids), dtype=np.int32)
+    bases = np.array([row.kv_base + fixed_bytes for row in batch.rows], np.uint64)
+    return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
