@@ -47,6 +47,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),
     "targets.cpu.prompts": ({"kernels", "runtime"}, set()),
+    "targets.cpu.steps": ({"kernels", "runtime"}, {"numpy"}),
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
     "targets.fitted": ({"artifact", "runtime.cost", "targets"}, {"msgspec"}),

@@ -426,5 +426,7 @@ def test_a_server_without_a_folder_says_so(tmp_path):
             error = httpx.request(method, base + path).json()["error"]
             assert error["code"] == "no_state_dir" and "--state-dir" in error["hint"]["knob"]
         assert not [
-            path for path in httpx.get(f"{base}/openapi.json").json()["paths"] if "batch" in path or "file" in path
+            path
+            for path in httpx.get(f"{base}/openapi.json").json()["paths"]
+            if "/v1/batch" in path or "/v1/file" in path
         ]
