@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from xllm.runtime import (
     TokenOutput,
 )
 from xllm.runtime.engine import Engine
+from xllm.runtime.urgency import PLAIN, Urgency
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 EOS = 0
@@ -243,6 +245,7 @@ class Rig:
     real_memory: bool = False
     premap: bool = False
     prefix_cache: bool = True
+    policy: dict[str, Any] = field(default_factory=dict)  # scheduler, order, cost, aged_seconds, trace
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
@@ -261,6 +264,7 @@ class Rig:
             premap=self.premap,
             prefix_cache=self.prefix_cache,
             check=True,
+            **self.policy,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
         self.flight = None
@@ -299,10 +303,12 @@ class Rig:
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 
-def request(name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, **params) -> Request:
+def request(
+    name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, urgency: Urgency = PLAIN, **params
+) -> Request:
     if isinstance(prompt, int):
         prompt = tuple(zlib.crc32(f"{name}/{i}".encode()) % 40 for i in range(prompt))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), urgency=urgency)
 
 
 def limit_of(rig: Rig, req: Request) -> int:

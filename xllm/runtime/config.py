@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from xllm.runtime.errors import RuntimeFault
+from xllm.runtime.policies import choose
+from xllm.runtime.policies.state import AGED_SECONDS, StepCost
+from xllm.runtime.policies.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class EngineConfig:
     a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
     for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
     cost grows with pages).
+    scheduler, order: names of policies, the order None for the preset's own. cost: what steps take; without, policies
+    that go by time use what tokens have taken. aged_seconds: a request that is the oldest and has been here so long goes
+    first; ten times so long where it is offline. trace: gets every decision.
     """
 
     kv_bytes: int
@@ -38,6 +45,11 @@ class EngineConfig:
     premap: bool = True
     prefix_cache: bool = True
     check: bool = False
+    scheduler: str = "chunked"
+    order: str | None = None
+    cost: StepCost | None = None
+    aged_seconds: float = AGED_SECONDS
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -52,6 +64,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")
+        choose(self.scheduler, self.order)
+        if not 0 < self.aged_seconds < math.inf:
+            raise RuntimeFault("invalid_config", f"aged_seconds is {self.aged_seconds}, must be above 0 and finite")
         if not 0 < self.admit_below <= 1:
             raise RuntimeFault("invalid_config", f"admit_below is {self.admit_below}, must be above 0 and at most 1")
 
@@ -66,7 +81,8 @@ class EngineStats:
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
     in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. refusal: "code: message"
-    once no request is taken any more (stopping, draining, failed).
+    once no request is taken any more (stopping, draining, failed). A_B_preempt_C: preemptions by who needed what the
+    victim had (class A in phase B) and the class of the victim; their sum is `preemptions`.
     """
 
     running: int = 0
@@ -94,4 +110,10 @@ class EngineStats:
     cached_tokens: int = 0
     cached_pages: int = 0
     evictions: int = 0
+    online_prefill_preempt_offline: int = 0
+    online_decode_preempt_offline: int = 0
+    online_prefill_preempt_online: int = 0
+    online_decode_preempt_online: int = 0
+    offline_prefill_preempt_offline: int = 0
+    offline_decode_preempt_offline: int = 0
     refusal: str | None = None

@@ -18,6 +18,9 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
+from xllm.runtime.policies import choose
+from xllm.runtime.policies.orders import rank
+from xllm.runtime.policies.state import CAUSES, DEFAULT_STEP_SECONDS
 from xllm.runtime.request import FinishReason, TokenOutput
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
@@ -31,10 +34,12 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class Flight:
-    """A launched step: its rows' sequences in row order, and whether each one is sampled."""
+    """A launched step: its rows' sequences in row order, and whether each one is sampled; seconds it should take, where
+    the policy goes by them."""
 
     handle: Handle
     rows: tuple[Grant, ...]
+    seconds: float = 0.0
 
 
 class Core:
@@ -50,8 +55,15 @@ class Core:
             max_chunk=config.max_chunk,
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,
+            step_seconds=config.step_seconds or DEFAULT_STEP_SECONDS,
+            aged_seconds=config.aged_seconds,
         )
         self._pace = Pace(config.step_seconds)
+        self._policy = choose(config.scheduler, config.order)
+        self._cost = config.cost
+        self._trace = config.trace
+        self._ranked = not self._policy.plain  # also once anybody is offline
+        self._planned = self._ahead = 0.0  # seconds the next step should take, and the launched ones still
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []
@@ -63,6 +75,7 @@ class Core:
         self._sharing = Sharing(pool, executor.kv, config)
         self._eos = frozenset(config.eos_ids)
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
+        self._causes = dict.fromkeys(CAUSES, 0)
         self._preemptions = self._wasted_rows = self._failed_steps = 0
         self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
@@ -72,6 +85,8 @@ class Core:
         return not (self.running or self.waiting or self.leaving)
 
     def add(self, sequence: Sequence) -> None:
+        sequence.arrived = sequence.arrived or self._clock()
+        self._ranked |= sequence.request.urgency.offline
         insort(self.waiting, sequence, key=_order)
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled", error: str | None = None) -> None:
@@ -82,14 +97,21 @@ class Core:
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
-        found, later = self._sharing.look_up(self.waiting, self.running, slots, self.budget)
-        put_off = {sequence.order for sequence in later}
-        waiting = [sequence for sequence in self.waiting if sequence.order not in put_off] if later else self.waiting
-        decision = decide(Queues(self.running, waiting, slots), self.budget, self.pool.free_pages, self._clock())
-        self.why, self._oldest_wait = decision.why, decision.oldest_wait
+        cost, now = self._cost or self._pace.cost, self._clock() + self._ahead
+        queues = Queues(self.running, self.waiting, slots)
+        if self._ranked:
+            queues = rank(self.running, self.waiting, slots, self._policy.order, self.budget, cost, now)
+        found, later = self._sharing.look_up(queues.waiting, self.running, slots, self.budget)
+        if later:
+            queues = queues.without(later)
+        decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
+        if self._trace is not None:
+            self._trace.add(queues, self.budget, self.pool.free_pages, now, decision)
+        self.why, self._oldest_wait, self._planned = decision.why, decision.oldest_wait, decision.seconds
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0
-        for victim in decision.preempted:
+        for victim, cause in zip(decision.preempted, decision.causes, strict=True):
+            self._causes[cause] += 1
             self._preempt(victim)
         self._admit(decision)
         grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
@@ -114,7 +136,9 @@ class Core:
                 sampled += 1
         self._steps += 1
         try:
-            return Flight(self.executor.launch(batch), grants)
+            flight = Flight(self.executor.launch(batch), grants, self._planned)
+            self._ahead += flight.seconds
+            return flight
         except StepError as error:
             self._fail(grants, error)
             return None
@@ -123,6 +147,7 @@ class Core:
         """Wait for a launched step, append its tokens, end what is complete and give up what nobody uses any more."""
         if flight is None:
             return
+        self._ahead -= flight.seconds
         try:
             result = flight.handle.result()
         except StepError as error:
@@ -164,6 +189,7 @@ class Core:
             cached_tokens=self._sharing.cached_tokens,
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
+            **self._causes,
         )
 
     def check(self) -> None:
@@ -255,6 +281,7 @@ class Core:
         self._generated_tokens += 1
         if index == 0:
             self._prompt_tokens += sequence.prompt_tokens
+            sequence.first_at = self._clock()
         self.outputs.append(
             TokenOutput(
                 sequence.id,

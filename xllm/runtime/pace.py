@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from xllm.runtime.scheduler import Budget
+from xllm.runtime.policies.state import DEFAULT_TOKEN_SECONDS, Budget, TokenCost
 
 FEWEST = 16  # prompt tokens that may always join; steps of fewer do not tell what one costs
 NEWEST = 0.25  # weight of the last step
@@ -18,6 +18,11 @@ class Pace:
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
         self._of_token = 0.0
+
+    @property
+    def cost(self) -> TokenCost:
+        """What steps take, as far as it is known."""
+        return TokenCost(self._of_token or DEFAULT_TOKEN_SECONDS)
 
     def follow(self, budget: Budget, tokens: Sequence[int], seconds: float) -> Budget:
         """The budget after a step of so many tokens of each sequence, and seconds (0: not known). Decodes alone say

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.urgency import PLAIN, Urgency
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -95,8 +96,9 @@ def _within(name: str, value: float, low: float, high: float, finite: bool = Fal
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
-    apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
-    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix."""
+    apart for the random numbers; `arrival` is the time of the engine's clock in seconds, 0 for when the engine
+    gets it (the order of arrival is that of `submit` all the same). Requests of different `cache_salt` (the tenant)
+    share no cached prefix. `urgency` decides how it is scheduled, and no token."""
 
     id: str
     prompt: tuple[int, ...]
@@ -104,6 +106,7 @@ class Request:
     sample_index: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
+    urgency: Urgency = PLAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,218 @@
+"""Who goes first: ten orders, each a key of a sequence under a view of all; and the ranking every policy shares.
+
+The oldest request that has waited too long is first of all, then all online ones by the key, then the offline ones by
+the key; equal keys go by arrival. So the order is total. Proof that everything ends, for any key: the oldest live
+request ages, and is from then on first until it ends; nobody is admitted before it, nobody takes its pages, and it
+takes those of others, so each step either computes for it or for those running before it got in, whose work is finite.
+Then the next one is the oldest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence as Ordered
+from dataclasses import dataclass
+
+from xllm.runtime.policies.state import OFFLINE_AGED, Budget, Queues, StepCost
+from xllm.runtime.sequence import Sequence, State
+
+Key = tuple[float, ...]
+PRIORITIES = {"HIGH": 0, "DEFAULT": 1, "NORMAL": 1, "LOW": 2}
+WEIGHTS = {"HIGH": 4.0, "DEFAULT": 2.0, "NORMAL": 2.0, "LOW": 1.0}
+NEGLIGIBLE = 1e-9  # seconds
+TIGHTEST_SHARE = 0.65  # of the least TPOT asked for: no step is cut shorter
+URGENT, RELAXED, LATE = 0.0, 1.0, 2.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a prompt alone, as constant + linear x tokens + square x tokens^2; what is added by tokens after
+    others is the difference."""
+
+    constant: float
+    linear: float
+    square: float
+
+    @staticmethod
+    def of(cost: StepCost, tokens: int) -> Curve:
+        """Through what the model says of nothing, of so many tokens and of twice as many."""
+        constant = cost.seconds(())
+        once, twice = (cost.seconds(((0, count),)) - constant for count in (tokens, 2 * tokens))
+        square = max(0.0, (twice - 2 * once) / (2 * tokens * tokens))
+        return Curve(constant, max(0.0, once / tokens - square * tokens), square)
+
+    def work(self, before: int, after: int) -> float:
+        """Seconds for the tokens from `before` to `after` of a prompt, without the constant."""
+        return (after - before) * (self.linear + self.square * (after + before))
+
+
+@dataclass(frozen=True)
+class View:
+    """What keys may look at besides the sequence: the time, and of the whole load what work is left (`total`), all in
+    seconds. `decode` is what one more decode adds to a step."""
+
+    now: float
+    curve: Curve = Curve(0.0, 0.0, 0.0)
+    decode: float = 0.0
+    total: float = 0.0
+    step_seconds: float = 0.0
+
+    @staticmethod
+    def of(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, cost: StepCost, now: float) -> View:
+        curve = Curve.of(cost, max(1, budget.tokens // 2))
+        decodes = [(sequence.computed, 1) for sequence in running if sequence.decoding]
+        decode = (cost.seconds(decodes) - curve.constant) / len(decodes) if decodes else 0.0
+        total = decode * len(decodes) + sum(
+            curve.work(sequence.computed, sequence.computed + sequence.remaining)
+            for sequence in (*running, *waiting)
+            if not sequence.decoding
+        )
+        return View(now, curve, decode, total, step_seconds(running, waiting, budget, now))
+
+    def work(self, sequence: Sequence) -> float:
+        """Seconds for what the model has not seen of a sequence."""
+        if sequence.decoding:
+            return max(self.decode, NEGLIGIBLE)
+        return max(self.curve.work(sequence.computed, sequence.computed + sequence.remaining), NEGLIGIBLE)
+
+    def class_of(self, sequence: Sequence) -> float:
+        """URGENT: due before all that is left could be done. LATE: no first token yet, and too late for it to be in
+        time even alone; such requests leave room for those that still can be."""
+        left, decoding = due(sequence) - self.now, sequence.decoding
+        if not decoding and sequence.first_at is None and left < self.work(sequence):
+            return LATE
+        constant, load = self.curve.constant, self.total
+        if not decoding:
+            load += constant
+        elif self.step_seconds > constant:
+            load *= self.step_seconds / (self.step_seconds - constant)
+        else:
+            load = math.inf
+        return URGENT if left < load else RELAXED
+
+
+def due(sequence: Sequence) -> float:
+    """When its next token should come; infinity when nothing is asked."""
+    urgency = sequence.request.urgency
+    first = sequence.arrived + urgency.ttft if sequence.first_at is None else sequence.first_at
+    return first + urgency.tpot * outputs if (outputs := sequence.outputs) else first
+
+
+def step_seconds(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, now: float) -> float:
+    """What a step may take: the least time left of those decodes that can still be served in time, but never less
+    than a share of the tightest TPOT asked for. While nobody decodes, the least time left until a first token, but
+    never less than `step_seconds`."""
+    decodes = [sequence for sequence in running if sequence.decoding]
+    if not decodes:
+        left = [due(sequence) - now for sequence in (*running, *waiting)]
+        return max(min((time for time in left if time > 0), default=math.inf), budget.step_seconds)
+    tightest = min(sequence.request.urgency.tpot for sequence in decodes)
+    if math.isinf(tightest):
+        return budget.step_seconds
+    least = TIGHTEST_SHARE * tightest
+    left = [due(sequence) - now for sequence in decodes]
+    return max(min((time for time in left if time >= least), default=least), least)
+
+
+def _fcfs(sequence: Sequence, view: View) -> Key:
+    return ()
+
+
+def _priority(sequence: Sequence, view: View) -> Key:
+    return (PRIORITIES[sequence.request.urgency.priority],)
+
+
+def _deadline(sequence: Sequence, view: View) -> Key:
+    return (due(sequence),)
+
+
+def _sjf(sequence: Sequence, view: View) -> Key:
+    return (view.work(sequence),)
+
+
+def _density(sequence: Sequence, view: View) -> Key:
+    return (-WEIGHTS[sequence.request.urgency.priority] / view.work(sequence),)
+
+
+def _decode_deadline(sequence: Sequence, view: View) -> Key:
+    return (not sequence.decoding, due(sequence))
+
+
+def _decode_density(sequence: Sequence, view: View) -> Key:
+    return (not sequence.decoding, *_density(sequence, view))
+
+
+def _urgency_density(sequence: Sequence, view: View) -> Key:
+    group = view.class_of(sequence)
+    return (group, due(sequence)) if group == RELAXED else (group, *_decode_density(sequence, view))
+
+
+def _urgency_priority(sequence: Sequence, view: View) -> Key:
+    return (view.class_of(sequence), *_priority(sequence, view))
+
+
+def _decode_urgency_density(sequence: Sequence, view: View) -> Key:
+    return (not sequence.decoding, *_urgency_density(sequence, view))
+
+
+@dataclass(frozen=True)
+class Order:
+    """A key, lowest first; `costed` ones look at what work takes. Without a key it is the order of arrival."""
+
+    key: Callable[[Sequence, View], Key] | None
+    costed: bool = False
+
+
+ORDERS = {
+    "fcfs": Order(None),
+    "priority": Order(_priority),
+    "deadline": Order(_deadline),
+    "sjf": Order(_sjf, costed=True),
+    "density": Order(_density, costed=True),
+    "decode_deadline": Order(_decode_deadline),
+    "decode_density": Order(_decode_density, costed=True),
+    "urgency_density": Order(_urgency_density, costed=True),
+    "urgency_priority": Order(_urgency_priority, costed=True),
+    "decode_urgency_density": Order(_decode_urgency_density, costed=True),
+}
+
+
+def rank(
+    running: Ordered[Sequence],
+    waiting: Ordered[Sequence],
+    slots: int,
+    order: Order,
+    budget: Budget,
+    cost: StepCost,
+    now: float,
+) -> Queues:
+    """The queues in rank order; both come in order of arrival. Pure."""
+    aged = _aged(running, waiting, budget.aged_seconds, now)
+    view = View.of(running, waiting, budget, cost, now) if order.costed else View(now)
+    key = order.key or _fcfs
+
+    def place(sequence: Sequence) -> tuple[bool, bool, Key, int]:
+        first = sequence is aged
+        return not first, sequence.request.urgency.offline and not first, key(sequence, view), sequence.order
+
+    line = sorted((*running, *waiting), key=place)
+    runs = [sequence for sequence in line if sequence.state is not State.WAITING]
+    waits = [sequence for sequence in line if sequence.state is State.WAITING]
+    online = [sum(not s.request.urgency.offline or s is aged for s in queue) for queue in (runs, waits)]
+    return Queues(runs, waits, slots, *online, line)
+
+
+def _aged(
+    running: Ordered[Sequence], waiting: Ordered[Sequence], seconds: float, now: float
+) -> Sequence | None:
+    """The oldest of those older than their bound: one alone, or a crowd of them would undo the order for all."""
+
+    def first(queue: Ordered[Sequence]) -> Sequence | None:
+        for sequence in queue:
+            bound = seconds * OFFLINE_AGED if sequence.request.urgency.offline else seconds
+            if now - sequence.arrived > bound:
+                return sequence
+        return None
+
+    found = [sequence for queue in (running, waiting) if (sequence := first(queue)) is not None]
+    return min(found, key=lambda sequence: sequence.order, default=None)
