@@ -194,6 +194,11 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=_port, default=8000, help="port (default 8000; 0 takes a free one)")
     _engine_flags(sub)
     sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together, at most")
+    presets = "chunked (default), continuous, prefill-only, mix, zero-evict, fixed-steps; +latency-aware, +zero-evict"
+    orders = "fcfs, priority, deadline, sjf, density, decode_deadline, decode_density, urgency_density,"
+    orders += " urgency_priority, decode_urgency_density (default: the preset's own)"
+    sub.add_argument("--scheduler", metavar="NAME", help=f"what a step is made of: {presets} (docs/scheduling.md)")
+    sub.add_argument("--order", metavar="NAME", help=f"who goes first: {orders}")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
     sub.add_argument(
         "--max-concurrent-requests",

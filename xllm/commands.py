@@ -105,8 +105,11 @@ def serve(arguments: argparse.Namespace) -> None:
         def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
             artifact = opened.result()
             if artifact.task == "generate":
-                return open_engine(artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **_engine(arguments))
-            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache"):
+                policy = {"scheduler": arguments.scheduler or "chunked", "order": arguments.order}
+                return open_engine(
+                    artifact, dispatcher.sink, max_seqs=arguments.max_seqs, **policy, **_engine(arguments)
+                )
+            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order"):
                 if getattr(arguments, flag):
                     name = flag.replace("_", "-")
                     raise UsageError(

@@ -24,8 +24,10 @@ from xllm.runtime.config import EngineConfig
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.policies import choose
 from xllm.runtime.request import Grammar, Request, SamplingParams, TokenOutput
 from xllm.runtime.rows import RowEngine
+from xllm.runtime.urgency import take_urgency
 from xllm.targets import host
 from xllm.targets.base import StepSizes
 from xllm.targets.predicted import target_of
@@ -62,21 +64,26 @@ def open_engine(
     max_seqs: int | None = None,
     prefix_cache: bool = True,
     kernel_modules: Sequence[str] = (),
+    scheduler: str = "chunked",
+    order: str | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
 
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
-    the model allows it. kernel_modules: files whose kernels the artifact may run.
-    Raises ArtifactError for an artifact this machine cannot run.
+    the model allows it. kernel_modules: files whose kernels the artifact may run. scheduler, order: names of
+    scheduling policies (docs/scheduling.md).
+    Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a policy that there is not.
     """
     from xllm.targets.cpu.executor import CpuExecutor
 
+    choose(scheduler, order)
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {_INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache)
     executor = CpuExecutor(artifact, host.threads(threads).count, kernel_modules=kernel_modules)
-    engine = Engine(executor, engine_config(artifact, ledger, chunk, async_scheduling), sink)
+    config = replace(engine_config(artifact, ledger, chunk, async_scheduling), scheduler=scheduler, order=order)
+    engine = Engine(executor, config, sink)
     engine.start()
     return engine, ledger
 
@@ -153,7 +160,8 @@ class Completion:
 class LLM:
     """An artifact in this process, a folder or a packed file. Use as a context manager, or call `close`. Threads take
     turns. require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier
-    ones have in common with them, where the model allows it; the answers are the same."""
+    ones have in common with them, where the model allows it; the answers are the same. scheduler, order: names of
+    scheduling policies (docs/scheduling.md)."""
 
     def __init__(
         self,
@@ -164,6 +172,8 @@ class LLM:
         prefix_cache: bool = True,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
+        scheduler: str = "chunked",
+        order: str | None = None,
     ) -> None:
         from xllm.service.tokenizer import TextCodec
 
@@ -181,6 +191,8 @@ class LLM:
                 threads=threads,
                 prefix_cache=prefix_cache,
                 kernel_modules=kernel_modules,
+                scheduler=scheduler,
+                order=order,
             )
         else:
             self._encoder, _ = open_encoder(self.artifact, memory_bytes, threads, kernel_modules)
@@ -236,7 +248,8 @@ class LLM:
         **options: Any,
     ) -> list[Completion]:
         """Completes each prompt (text, or token ids). `options` are fields of SamplingParams, beside the defaults of
-        the model; or give `params` whole. Order is kept. structured_outputs: the form each answer must have, one of
+        the model; or give `params` whole. With either go fields of Urgency: priority, offline, ttft_slo_ms,
+        tpot_slo_ms. Order is kept. structured_outputs: the form each answer must have, one of
         {"json": schema}, {"json_object": True}, {"regex": text}, {"choice": [text, ...]} and {"grammar": Lark's
         notation}.
 
@@ -244,6 +257,7 @@ class LLM:
         """
         if self._engine is None:
             raise self._wrong_task()
+        urgency = take_urgency(options)
         if params is not None and options:
             raise TypeError(f"generate takes params or {', '.join(options)}, not both")
         from xllm.service.params import default_sampling
@@ -253,8 +267,8 @@ class LLM:
             chosen = replace(chosen, grammar=self._grammar(structured_outputs))
         items: Iterable[Any] = [prompts] if isinstance(prompts, str) else prompts
         requests = [
-            Request(f"llm-{next(self._ids)}", tuple(self.codec.encode(p, True) if isinstance(p, str) else p), chosen)
-            for p in items
+            Request(f"llm-{next(self._ids)}", tuple(ids), chosen, urgency=urgency)
+            for ids in (self.codec.encode(p, True) if isinstance(p, str) else p for p in items)
         ]
         with self._turn:
             try:

@@ -337,7 +337,7 @@ async def _watch(receive: Receive, subscription: Subscription) -> None:
 def _requests(job: Job, entry: Record) -> list[Request]:
     name = uuid.uuid4().hex
     return [
-        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, cache_salt=entry.tenant)
+        Request(f"{name}-{at * job.n + sample}", prompt, params, sample, entry.started, entry.tenant, job.urgency)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))
         for sample in range(job.n)
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xllm.runtime import RequestRefused, SamplingParams
+from xllm.runtime.urgency import NAMES, PLAIN, Urgency, urgency_of
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
 from xllm.service.forms import Form, form_of
@@ -66,6 +67,7 @@ class Job:
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
     asked: Any = None  # what only the format of the answer knows
+    urgency: Urgency = PLAIN
 
     @property
     def logprobs(self) -> bool:
@@ -258,7 +260,15 @@ def _job(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
+        urgency=_urgency(body),
     )
+
+
+def _urgency(body: Sampling) -> Urgency:
+    try:
+        return urgency_of({name: getattr(body, name) for name in NAMES})
+    except RequestRefused as refusal:
+        raise invalid("invalid_request", refusal.message, refusal.message.partition(" ")[0]) from None
 
 
 def _check_held(logprobs: int) -> None:

@@ -60,35 +60,33 @@ class View:
     @staticmethod
     def of(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, cost: StepCost, now: float) -> View:
         curve = Curve.of(cost, max(1, budget.tokens // 2))
-        decodes = [(sequence.computed, 1) for sequence in running if sequence.decoding]
-        decode = (cost.seconds(decodes) - curve.constant) / len(decodes) if decodes else 0.0
-        total = decode * len(decodes) + sum(
-            curve.work(sequence.computed, sequence.computed + sequence.remaining)
-            for sequence in (*running, *waiting)
-            if not sequence.decoding
-        )
-        return View(now, curve, decode, total, step_seconds(running, waiting, budget, now))
+        decodes, work = [], 0.0
+        for sequence in (*running, *waiting):
+            if sequence.decoding:
+                decodes.append((sequence.computed, 1))
+            else:
+                work += curve.work(sequence.computed, sequence.computed + sequence.remaining)
+        added = cost.seconds(decodes) - curve.constant if decodes else 0.0
+        least = step_seconds(running, waiting, budget, now)
+        return View(now, curve, added / max(1, len(decodes)), work + added, least)
 
-    def work(self, sequence: Sequence) -> float:
+    def work(self, sequence: Sequence, decoding: bool) -> float:
         """Seconds for what the model has not seen of a sequence."""
-        if sequence.decoding:
+        if decoding:
             return max(self.decode, NEGLIGIBLE)
         return max(self.curve.work(sequence.computed, sequence.computed + sequence.remaining), NEGLIGIBLE)
 
-    def class_of(self, sequence: Sequence) -> float:
+    def class_of(self, sequence: Sequence, decoding: bool, due: float) -> float:
         """URGENT: due before all that is left could be done. LATE: no first token yet, and too late for it to be in
         time even alone; such requests leave room for those that still can be."""
-        left, decoding = due(sequence) - self.now, sequence.decoding
-        if not decoding and sequence.first_at is None and left < self.work(sequence):
-            return LATE
-        constant, load = self.curve.constant, self.total
+        left, constant = due - self.now, self.curve.constant
         if not decoding:
-            load += constant
-        elif self.step_seconds > constant:
-            load *= self.step_seconds / (self.step_seconds - constant)
-        else:
-            load = math.inf
-        return URGENT if left < load else RELAXED
+            if sequence.first_at is None and left < self.work(sequence, decoding):
+                return LATE
+            return URGENT if left < self.total + constant else RELAXED
+        if self.step_seconds <= constant:
+            return URGENT
+        return URGENT if left < self.total * self.step_seconds / (self.step_seconds - constant) else RELAXED
 
 
 def due(sequence: Sequence) -> float:
@@ -114,52 +112,53 @@ def step_seconds(running: Ordered[Sequence], waiting: Ordered[Sequence], budget:
     return max(min((time for time in left if time >= least), default=least), least)
 
 
-def _fcfs(sequence: Sequence, view: View) -> Key:
+def _fcfs(sequence: Sequence, view: View, decoding: bool) -> Key:
     return ()
 
 
-def _priority(sequence: Sequence, view: View) -> Key:
+def _priority(sequence: Sequence, view: View, decoding: bool) -> Key:
     return (PRIORITIES[sequence.request.urgency.priority],)
 
 
-def _deadline(sequence: Sequence, view: View) -> Key:
+def _deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
     return (due(sequence),)
 
 
-def _sjf(sequence: Sequence, view: View) -> Key:
-    return (view.work(sequence),)
+def _sjf(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (view.work(sequence, decoding),)
 
 
-def _density(sequence: Sequence, view: View) -> Key:
-    return (-WEIGHTS[sequence.request.urgency.priority] / view.work(sequence),)
+def _density(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (-WEIGHTS[sequence.request.urgency.priority] / view.work(sequence, decoding),)
 
 
-def _decode_deadline(sequence: Sequence, view: View) -> Key:
-    return (not sequence.decoding, due(sequence))
+def _decode_deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (not decoding, due(sequence))
 
 
-def _decode_density(sequence: Sequence, view: View) -> Key:
-    return (not sequence.decoding, *_density(sequence, view))
+def _decode_density(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (not decoding, *_density(sequence, view, decoding))
 
 
-def _urgency_density(sequence: Sequence, view: View) -> Key:
-    group = view.class_of(sequence)
-    return (group, due(sequence)) if group == RELAXED else (group, *_decode_density(sequence, view))
+def _urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
+    at = due(sequence)
+    group = view.class_of(sequence, decoding, at)
+    return (group, at) if group == RELAXED else (group, *_decode_density(sequence, view, decoding))
 
 
-def _urgency_priority(sequence: Sequence, view: View) -> Key:
-    return (view.class_of(sequence), *_priority(sequence, view))
+def _urgency_priority(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (view.class_of(sequence, decoding, due(sequence)), *_priority(sequence, view, decoding))
 
 
-def _decode_urgency_density(sequence: Sequence, view: View) -> Key:
-    return (not sequence.decoding, *_urgency_density(sequence, view))
+def _decode_urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
+    return (not decoding, *_urgency_density(sequence, view, decoding))
 
 
 @dataclass(frozen=True)
 class Order:
     """A key, lowest first; `costed` ones look at what work takes. Without a key it is the order of arrival."""
 
-    key: Callable[[Sequence, View], Key] | None
+    key: Callable[[Sequence, View, bool], Key] | None
     costed: bool = False
 
 
@@ -193,7 +192,8 @@ def rank(
 
     def place(sequence: Sequence) -> tuple[bool, bool, Key, int]:
         first = sequence is aged
-        return not first, sequence.request.urgency.offline and not first, key(sequence, view), sequence.order
+        offline = sequence.request.urgency.offline and not first
+        return not first, offline, key(sequence, view, sequence.decoding), sequence.order
 
     line = sorted((*running, *waiting), key=place)
     runs = [sequence for sequence in line if sequence.state is not State.WAITING]

@@ -37,6 +37,7 @@ class Step:
         self.free = free_pages
         self.coming = 0  # pages of victims that a launched step still uses
         self.slots = queues.free_slots
+        self.late = False  # somebody got less than asked for, as time was up
         self.online = min(queues.online_running, len(queues.running))
         self.online_waiting = min(queues.online_waiting, len(queues.waiting))
         self.grants: dict[int, Grant] = {}  # by order
@@ -53,7 +54,7 @@ class Step:
     def give_decodes(self, running: Ordered[Sequence]) -> list[Sequence]:
         """A token to each that decodes; the others, which are prompts, come back."""
         prefills: list[Sequence] = []
-        grants, preempted, seconds = self.grants, self.preempted, self.seconds
+        grants, preempted = self.grants, self.preempted
         # The one loop over all sequences: properties are spelled out and the common case is dealt with in place.
         for sequence in running:
             computed, known = sequence.computed, len(sequence.tokens) + sequence.pending
@@ -61,7 +62,7 @@ class Step:
                 continue
             if known - computed > 1 or computed < sequence.prompt_tokens:
                 prefills.append(sequence)
-            elif computed < sequence.capacity and self.tokens > 0 and not preempted and seconds == math.inf:
+            elif computed < sequence.capacity and self.tokens > 0 and not preempted:
                 grants[sequence.order] = Grant(sequence, 1, sequence.pages, True)
                 self.tokens -= 1
             else:
@@ -179,18 +180,33 @@ class Step:
         return tokens if self.seconds == math.inf or tokens < 1 else self.in_time(sequence, tokens)
 
     def in_time(self, sequence: Sequence, tokens: int) -> int:
-        """The longest piece that the step still has time for, by bisection; no short one, unless it is the last or
-        the step would be empty."""
+        """The longest piece that the step still has time for; no short one, unless it is the last or the step would be
+        empty. Nobody gets any once somebody got less than asked for."""
+        if self.late:
+            return 0
         rows = self.rows()
-        least = 0 if rows else min(tokens, LEAST_PIECE)
-        low, high = least, tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.cost.seconds([*rows, (sequence.computed, middle)]) <= self.seconds:
-                low = middle
+
+        def seconds(count: int) -> float:
+            return self.cost.seconds([*rows, (sequence.computed, count)] if count else rows)
+
+        low, high = 0 if rows else min(tokens, LEAST_PIECE), tokens
+        below, above = seconds(low), seconds(high)
+        if low == high or above <= self.seconds:
+            return tokens
+        self.late = True
+        if below > self.seconds:
+            return 0 if rows else low
+        turn = 0
+        while high - low > 1:
+            # Times are almost linear: where a line would be, and each third time the middle.
+            turn += 1
+            share = 0.5 if turn % 3 == 0 else (self.seconds - below) / (above - below)
+            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+            if (found := seconds(middle)) <= self.seconds:
+                low, below = middle, found
             else:
-                high = middle - 1
-        return low if low > LEAST_PIECE or low == sequence.remaining or not rows else 0
+                high, above = middle, found
+        return low if low > LEAST_PIECE or not rows else 0
 
     def rows(self) -> list[tuple[int, int]]:
         """What a timed step has in it, the decodes it keeps time for included."""
