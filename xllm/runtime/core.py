@@ -19,6 +19,7 @@ from xllm.runtime.masks import GRAMMAR_FAILED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.admission import Lengths
 from xllm.runtime.policies.orders import rank
 from xllm.runtime.policies.state import CAUSES, DEFAULT_STEP_SECONDS
 from xllm.runtime.request import FinishReason, TokenOutput
@@ -59,6 +60,7 @@ class Core:
             aged_seconds=config.aged_seconds,
         )
         self._pace = Pace(config.step_seconds)
+        self._lengths = Lengths()
         self._policy = choose(config.scheduler, config.order)
         self._cost = config.cost
         self._trace = config.trace
@@ -317,6 +319,8 @@ class Core:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish = reason
         self._ends[reason] += 1
+        if reason in ("stop", "length"):
+            self.budget = self._lengths.follow(self.budget, sequence.outputs)
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
             sequence.state = State.DONE

@@ -3,15 +3,20 @@ tokens are looked at for every policy (see step); these ask for more."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence as Ordered
+from dataclasses import replace
 
 import numpy as np
 
 from xllm.runtime.pages import PoolPlan
+from xllm.runtime.policies.state import Budget
 from xllm.runtime.policies.step import Step
 from xllm.runtime.sequence import Sequence
 
-ASSUMED_TOKENS = 256  # of an answer, where max_tokens does not say less; doubled for one that is longer already
+LONG = 0.95  # this share of the latest answers was not longer than what is assumed
+LATEST = 256
+ENOUGH = 16  # answers to go by, and how often they are looked at again
 CHECKPOINTS = 64  # ends of answers that a simulation looks at one by one
 
 
@@ -23,7 +28,7 @@ def any_time(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str 
 def zero_evict(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | None:
     """Only if the pool would hold all of them until each has ended: nobody is preempted as long as no answer is longer
     than assumed."""
-    peak = peak_pages((*running, *step.admitted, sequence), step.pool)
+    peak = peak_pages((*running, *step.admitted, sequence), step.pool, step.limits.answer_tokens)
     return f"would need {peak} of {step.pool.pages} pages later" if peak > step.pool.pages else None
 
 
@@ -36,21 +41,37 @@ def gang(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | No
     return f"the group would need {needed} pages" if needed > step.pool.pages else None
 
 
-def assumed_outputs(sequence: Sequence) -> int:
-    """Tokens the answer is taken to have in the end."""
-    assumed = ASSUMED_TOKENS
+class Lengths:
+    """Follows how long answers are."""
+
+    def __init__(self) -> None:
+        self._latest: deque[int] = deque(maxlen=LATEST)
+        self._ended = 0
+
+    def follow(self, budget: Budget, tokens: int) -> Budget:
+        """The budget after an answer of so many tokens."""
+        self._latest.append(tokens)
+        self._ended += 1
+        if self._ended % ENOUGH:
+            return budget
+        long = sorted(self._latest)[int(LONG * (len(self._latest) - 1))]
+        return replace(budget, answer_tokens=max(1, long))
+
+
+def assumed_outputs(sequence: Sequence, assumed: int) -> int:
+    """Tokens the answer is taken to have in the end: doubled for one that is longer already."""
     while assumed <= sequence.outputs:
         assumed *= 2
     return min(assumed, sequence.max_outputs)
 
 
-def peak_pages(sequences: Iterable[Sequence], pool: PoolPlan) -> int:
+def peak_pages(sequences: Iterable[Sequence], pool: PoolPlan, assumed: int) -> int:
     """Most pages in use at once while each generates a token a round until its assumed end, prompts being computed. It
     is looked up at ends of answers, before each of which it only grows; ends beyond CHECKPOINTS are taken together, as
     late as the last of them."""
     held = list(sequences)
     tokens = np.array([one.prompt_tokens + one.outputs for one in held])
-    left = np.array([max(0, assumed_outputs(one) - one.outputs) for one in held])
+    left = np.array([max(0, assumed_outputs(one, assumed) - one.outputs) for one in held])
     ends = np.unique(left)
     if len(ends) > CHECKPOINTS:
         ends = ends[np.linspace(0, len(ends) - 1, CHECKPOINTS).astype(int)]

@@ -15,6 +15,7 @@ DEFAULT_STEP_SECONDS = 0.25  # of a timed step, where no request asks for less
 DEFAULT_TOKEN_SECONDS = 1e-3  # of a token, until steps have been measured
 AGED_SECONDS = 30.0  # after so long the oldest request goes first
 OFFLINE_AGED = 10  # times as long for an offline one
+ASSUMED_TOKENS = 256  # of an answer, until some have ended
 
 
 class StepCost(Protocol):
@@ -40,7 +41,8 @@ class TokenCost:
 class Budget:
     """Limits of one step. `beside_decodes`: prompt tokens in a step that also decodes. `admit_pages`: pages that may
     be in use or promised after an admission, while anything runs. `step_seconds`: of a timed step in which no decode
-    asks for less. `aged_seconds`: see rank."""
+    asks for less. `aged_seconds`: see rank. `answer_tokens`: answers are taken to be no longer, where max_tokens does
+    not say less (see admission)."""
 
     tokens: int
     beside_decodes: int
@@ -49,6 +51,7 @@ class Budget:
     pool: PoolPlan
     step_seconds: float = DEFAULT_STEP_SECONDS
     aged_seconds: float = AGED_SECONDS
+    answer_tokens: int = ASSUMED_TOKENS
 
 
 @dataclass(frozen=True)
