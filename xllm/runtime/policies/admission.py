@@ -17,6 +17,7 @@ from xllm.runtime.sequence import Sequence
 LONG = 0.95  # this share of the latest answers was not longer than what is assumed
 LATEST = 256
 ENOUGH = 16  # answers to go by, and how often they are looked at again
+BACK = 2  # rounds until the pages of one that ended are free: a step launched meanwhile still has it
 CHECKPOINTS = 64  # ends of answers that a simulation looks at one by one
 
 
@@ -28,7 +29,11 @@ def any_time(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str 
 def zero_evict(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | None:
     """Only if the pool would hold all of them until each has ended: nobody is preempted as long as no answer is longer
     than assumed."""
-    peak = peak_pages((*running, *step.admitted, sequence), step.pool, step.limits.answer_tokens)
+    held = (*running, *step.admitted, sequence)
+    limits = step.limits
+    piece = max(1, min(limits.tokens, limits.beside_decodes, limits.max_chunk))
+    delay = sum(-(-one.remaining // piece) for one in held if not one.decoding)
+    peak = peak_pages(held, step.pool, limits.answer_tokens, delay)
     return f"would need {peak} of {step.pool.pages} pages later" if peak > step.pool.pages else None
 
 
@@ -65,20 +70,22 @@ def assumed_outputs(sequence: Sequence, assumed: int) -> int:
     return min(assumed, sequence.max_outputs)
 
 
-def peak_pages(sequences: Iterable[Sequence], pool: PoolPlan, assumed: int) -> int:
-    """Most pages in use at once while each generates a token a round until its assumed end, prompts being computed. It
-    is looked up at ends of answers, before each of which it only grows; ends beyond CHECKPOINTS are taken together, as
-    late as the last of them."""
+def peak_pages(sequences: Iterable[Sequence], pool: PoolPlan, assumed: int, delay: int) -> int:
+    """Most pages in use at once while each generates a token a round until its assumed end and then gives them back.
+    Those whose prompt is not computed yet grow from now on as well, but end `delay` rounds later: whenever they really
+    start, they hold no more. It is looked up at the ends, before each of which it only grows; ends beyond CHECKPOINTS
+    are taken together, as late as the last of them."""
     held = list(sequences)
     tokens = np.array([one.prompt_tokens + one.outputs for one in held])
     left = np.array([max(0, assumed_outputs(one, assumed) - one.outputs) for one in held])
-    ends = np.unique(left)
+    until = left + [BACK if one.decoding else BACK + delay for one in held]
+    ends = np.unique(until)
     if len(ends) > CHECKPOINTS:
         ends = ends[np.linspace(0, len(ends) - 1, CHECKPOINTS).astype(int)]
-        left = ends[np.searchsorted(ends, left)]
+        until = ends[np.searchsorted(ends, until)]
     # The last token is never fed back, so its KV needs no room.
     then = np.minimum(ends[:, None], left) + tokens - 1
     kv = pool.kv
     size = kv.fixed_bytes + -(-then // kv.group_tokens) * kv.group_bytes
-    pages = -(-size // pool.page_bytes) * (left >= ends[:, None])
+    pages = -(-size // pool.page_bytes) * (until >= ends[:, None])
     return int(pages.sum(axis=1).max())

@@ -37,7 +37,7 @@ class Step:
         self.free = free_pages
         self.coming = 0  # pages of victims that a launched step still uses
         self.slots = queues.free_slots
-        self.late = False  # somebody got less than asked for, as time was up
+        self.late: Sequence | None = None  # who got less than asked for, as time was up
         self.online = min(queues.online_running, len(queues.running))
         self.online_waiting = min(queues.online_waiting, len(queues.waiting))
         self.grants: dict[int, Grant] = {}  # by order
@@ -107,7 +107,7 @@ class Step:
         promised = reserved + sum(self.promise(sequence) for sequence in self.prefills if sequence.order in known)
         promised += sum(self.promise(sequence) for sequence in self.admitted)
         for sequence in waiting:
-            if self.tokens < 1 or self.chunk(sequence) < 1:
+            if (tokens := self.chunk(sequence)) < 1:
                 self.why.append(f"{sequence.id}: no tokens left in the step")
                 break
             yielding = self.queues.running[self.online : self.victims] if online else ()
@@ -127,7 +127,7 @@ class Step:
                 break
             while online and self.free + self.coming < promised + needed and self.victims > self.online:
                 self.preempt(self.queues.running[self.victims - 1], "online_prefill")
-            tokens = self.affordable(sequence, self.chunk(sequence))
+            tokens = self.affordable(sequence, tokens)
             if self.coming and (self.free < promised + needed or tokens < 1):
                 self.stall(sequence, needed)
                 break
@@ -182,7 +182,7 @@ class Step:
     def in_time(self, sequence: Sequence, tokens: int) -> int:
         """The longest piece that the step still has time for; no short one, unless it is the last or the step would be
         empty. Nobody gets any once somebody got less than asked for."""
-        if self.late:
+        if self.late is not None and self.late is not sequence:
             return 0
         rows = self.rows()
 
@@ -193,7 +193,7 @@ class Step:
         below, above = seconds(low), seconds(high)
         if low == high or above <= self.seconds:
             return tokens
-        self.late = True
+        self.late = sequence
         if below > self.seconds:
             return 0 if rows else low
         turn = 0

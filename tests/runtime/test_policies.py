@@ -1,0 +1,467 @@
+"""Policies, state by state: orders, who gives way to whom, what goes into a step, and that decisions can be taken again.
+Names carry the number of the behaviour they show."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request
+from tests.runtime.test_policies_end import Quadratic
+from tests.runtime.test_scheduler import budget, decoding, given_tokens, running, waiting
+from xllm.runtime import EngineConfig, KVSpec, RequestRefused, RuntimeFault
+from xllm.runtime.pages import PoolPlan
+from xllm.runtime.policies import MODIFIERS, PRESETS, choose
+from xllm.runtime.policies.admission import Lengths, peak_pages
+from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, Curve, View, due, rank
+from xllm.runtime.policies.state import CAUSES
+from xllm.runtime.policies.trace import Trace, recorded, summary
+from xllm.runtime.scheduler import Budget, Decision, TokenCost, chunk, decide
+from xllm.runtime.sequence import Sequence
+from xllm.runtime.urgency import Urgency
+
+OFFLINE = Urgency(offline=True)
+
+
+def pool(pages: int, tokens: int = 32) -> PoolPlan:
+    return PoolPlan(KVSpec(4096), 4096 * tokens // 16, pages, pages, 64)
+
+
+def small(pages: int, tokens: int = 10_000, max_chunk: int = 1024) -> Budget:
+    return Budget(tokens, tokens, max_chunk, pages, pool(pages))
+
+
+def urged(sequence: Sequence, urgency: Urgency, first_at: float | None = None, pages: int | None = None) -> Sequence:
+    object.__setattr__(sequence.request, "urgency", urgency)
+    sequence.first_at = first_at
+    if pages is not None:
+        sequence.pages, sequence.capacity = pages, pages * 32
+    return sequence
+
+
+def taken(
+    live: list[Sequence], queue: list[Sequence], limits: Budget, scheduler: str, order: str | None = None,
+    now: float = 0.0, cost=None, slots: int = 8,
+) -> Decision:  # fmt: skip
+    """The decision of a policy, ranked as the engine ranks."""
+    policy, cost = choose(scheduler, order), cost or TokenCost()
+    free = limits.pool.pages - sum(sequence.pages for sequence in live)
+    queues = rank(live, queue, slots, policy.order, limits, cost, now)
+    decision = decide(queues, limits, free, now, policy, cost)
+    assert decide(queues, limits, free, now, policy, cost) == decision
+    return decision
+
+
+def names(sequences) -> list[str]:
+    return [sequence.id for sequence in sequences]
+
+
+def test_behaviour_6_an_online_prompt_takes_the_pages_of_offline_decodes():
+    """8 pages of 32 tokens, held by two offline sequences of 100."""
+    live = [urged(decoding(order, 101), OFFLINE, 1.0, pages=4) for order in (0, 1)]
+    decision = taken(live, [waiting(2, 80)], small(8), "continuous")
+    assert given_tokens(decision) == {"w2": 80} and names(decision.admitted) == ["w2"]
+    assert names(decision.preempted) == ["r1"] and decision.causes == ("online_prefill_preempt_offline",)
+    mixed = taken(live, [waiting(2, 80)], small(8), "chunked")
+    assert given_tokens(mixed) == {"w2": 80, "r0": 1} and names(mixed.preempted) == ["r1"]
+
+
+def test_behaviour_6_only_if_what_all_of_them_hold_suffices():
+    live = [decoding(0, 129), urged(decoding(1, 101), OFFLINE, pages=4)]
+    live[0].pages, live[0].capacity = 5, 160
+    decision = taken(live, [waiting(2, 200)], small(9), "chunked")
+    assert not decision.preempted and given_tokens(decision) == {"r0": 1, "r1": 1}
+    assert decision.why[0] == "w2: needs 7 pages, 4 may be promised"
+
+
+def test_behaviour_6_a_victim_that_is_still_in_a_step_comes_a_step_later():
+    live = [urged(decoding(order, 101, in_flight=True), OFFLINE, pages=4) for order in (0, 1)]
+    decision = taken(live, [waiting(2, 80)], small(8), "chunked")
+    assert names(decision.preempted) == ["r1"] and not decision.admitted
+    assert "w2: waits for 3 pages" in decision.why
+
+
+def test_an_online_request_takes_an_offline_slot():
+    live = [urged(decoding(order), OFFLINE, pages=1) for order in (0, 1)]
+    decision = taken(live, [waiting(2, 5)], small(100), "chunked", slots=0)
+    assert names(decision.preempted) == ["r1"] and names(decision.admitted) == ["w2"]
+    assert not taken([decoding(0)], [waiting(2, 5)], small(100), "chunked", slots=0).preempted
+
+
+def test_behaviour_7_an_online_decode_takes_pages_of_offline_ones_first():
+    live = [decoding(0, 33), urged(decoding(1, 33), OFFLINE), decoding(2, 20)]
+    for sequence in live:
+        sequence.pages = 1
+        sequence.capacity = 32
+    decision = taken(live, [], small(3), "chunked")
+    assert names(decision.preempted) == ["r1"] and decision.causes == ("online_decode_preempt_offline",)
+    assert given_tokens(decision) == {"r0": 1, "r2": 1}, "though r2 came last"
+
+
+@pytest.mark.parametrize(
+    ("needs", "behind", "cause"),
+    [
+        ("online decode", ["online", "offline"], "online_decode_preempt_offline"),
+        ("online decode", ["online"], "online_decode_preempt_online"),
+        ("online decode", [], None),
+        ("online prompt", ["offline"], "online_prefill_preempt_offline"),
+        ("online prompt", ["online"], "online_prefill_preempt_online"),
+        ("offline decode", ["offline"], "offline_decode_preempt_offline"),
+        ("offline prompt", ["offline"], None),
+    ],
+)
+def test_the_matrix_of_who_gives_way(needs, behind, cause):
+    """The first needs a page, none is free; the others need none now."""
+    kind, phase = needs.split()
+    first = decoding(0, 33) if phase == "decode" else running(0, 64, 32)
+    live = [urged(first, OFFLINE if kind == "offline" else Urgency(), pages=1)]
+    live += [urged(decoding(n, 20), OFFLINE if k == "offline" else Urgency(), pages=1) for n, k in enumerate(behind, 1)]
+    decision = taken(live, [], small(len(live)), "chunked")
+    assert decision.causes == ((cause,) if cause else ())
+    assert names(decision.preempted) == ([f"r{len(behind)}"] if cause else [])
+    assert ("r0" in given_tokens(decision)) == bool(cause)
+    assert cause is None or cause in CAUSES
+
+
+def test_offline_prompts_that_wait_for_each_other_do_not_wait_for_ever():
+    live = [urged(running(order, 96, 32), OFFLINE, pages=1) for order in (0, 1)]
+    decision = taken(live, [], small(2), "chunked")
+    assert names(decision.preempted) == ["r1"] and decision.causes == ("offline_prefill_preempt_offline",)
+    assert given_tokens(decision) == {"r0": 32}
+
+
+def test_nobody_takes_from_one_before_it_whatever_its_class():
+    """An offline decode at the end of its pages waits for online ones."""
+    live = [decoding(0, 20), urged(decoding(1, 33), OFFLINE, pages=1)]
+    live[0].pages, live[0].capacity = 1, 32
+    decision = taken(live, [], small(2), "chunked")
+    assert not decision.preempted and given_tokens(decision) == {"r0": 1}
+
+
+def test_behaviour_8_three_priorities_in_11_pages():
+    """Pages of 32 tokens, prompts of 4: two of three fit, the higher ones."""
+    rig = Rig(
+        max_tokens_per_step=512, max_chunk=512, pages=11, group_bytes=2048, max_len=300, admit_below=1.0,
+        prefix_cache=False, policy={"scheduler": "continuous", "order": "priority"},
+    )  # fmt: skip
+
+    def held() -> set[str]:
+        return {sequence.id for sequence in rig.engine._core.running}
+
+    for name, priority, outputs in (("low", "LOW", 60), ("normal", "NORMAL", 60), ("high", "HIGH", 2)):
+        rig.engine.submit(request(name, 128, outputs, Urgency(priority), ignore_eos=True))
+    rig.turn()
+    assert held() == {"normal", "high"}
+    while "low" not in held():
+        rig.turn()
+    assert rig.end("high")
+    rig.engine.submit(request("late", 30, 30, Urgency("HIGH"), ignore_eos=True))
+    rig.turn()
+    last = rig.executor.batches[-1].rows
+    assert [len(row.tokens) for row in last] == [30] and held() == {"late", "normal", "low"}, "it prefills at once"
+    while not rig.engine.stats().preemptions:
+        rig.turn()
+    assert held() == {"late", "normal"}, "HIGH and NORMAL are left"
+    rig.finish()
+    assert len(rig.tokens("low")) == 60
+
+
+@pytest.mark.parametrize("cost", [Quadratic(), Quadratic(1e-3)])
+def test_behaviour_10_the_curve_reproduces_the_cost(cost):
+    curve = Curve.of(cost, 256)
+    for before, after in ((0, 1), (0, 100), (0, 4096), (64, 65), (500, 800)):
+        assert curve.work(before, after) == pytest.approx(cost.seconds(((before, after - before),)))
+
+
+def test_behaviour_10_a_request_over_the_budget_waits():
+    """A decode has 10 s left; 0.5 x^2 + 10 x milliseconds of a prompt: 60 tokens take 2.4 s, 900 take 414 s."""
+    decode = urged(decoding(0), Urgency(tpot_slo_ms=10_000), first_at=0.0)
+    prompt = urged(waiting(1, 900), Urgency(ttft_slo_ms=1e6))
+    cost = Quadratic(1e-3)
+    decision = taken([decode], [prompt], budget(1000), "mix", now=0.0, cost=cost)
+    tokens = given_tokens(decision)
+    assert tokens["r0"] == 1 and 50 < tokens["w1"] < 900
+    rows = [(decode.computed, 1), (0, tokens["w1"])]
+    assert decision.seconds == cost.seconds(rows) <= 10.0 < cost.seconds([rows[0], (0, tokens["w1"] + 1)])
+    later = taken([decode], [prompt], budget(1000), "mix", now=9.0, cost=cost)
+    assert later.seconds <= 6.5, "no step is cut below 0.65 of the time per token"
+    short = urged(decoding(0), Urgency(tpot_slo_ms=1000), first_at=0.0)
+    assert not taken([short], [prompt], budget(1000), "mix", now=0.5, cost=cost).admitted
+    last = taken([short], [urged(waiting(1, 20), Urgency())], budget(1000), "mix", now=0.5, cost=cost)
+    assert given_tokens(last)["w1"] == 20, "a short piece only when it is the last"
+
+
+def test_a_latency_that_cannot_be_kept_stops_nobody():
+    decode = urged(decoding(0), Urgency(tpot_slo_ms=0.001), first_at=0.0)
+    cost = TokenCost(1.0)
+    live = [decode, *(urged(decoding(n), Urgency(), 0.0) for n in range(1, 200))]
+    assert taken(live, [waiting(200, 90)], budget(1000), "mix", now=5.0, cost=cost).admitted
+
+
+@pytest.mark.parametrize("free", [900, 625])
+def test_behaviours_13_and_14_a_prompt_takes_what_is_left_while_memory_is_ample(free):
+    limits = budget(10_000, 1024)
+    live = [decoding(n) for n in range(5)]
+    queues = rank(live, [waiting(5, 10_000)], 8, ORDERS["fcfs"], limits, TokenCost(), 0.0)
+    decision = decide(queues, limits, free, 0.0)
+    assert given_tokens(decision)["w5"] == (9995 if free == 900 else 1024)
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "prefill-only", "fixed-steps", "continuous+latency-aware"])
+@BOTH_LOOPS
+def test_behaviour_15_no_step_mixes_prompts_and_decodes(scheduler, overlap):
+    rig = Rig(async_scheduling=overlap, max_chunk=8, policy={"scheduler": scheduler})
+    for n in range(6):
+        rig.engine.submit(request(f"r{n}", 30, 12, ignore_eos=True))
+        rig.turn()
+    rig.finish()
+    for batch in rig.executor.batches:
+        kinds = {row.start + len(row.tokens) <= 30 for row in batch.rows}
+        assert len(kinds) == 1, "positions below the prompt's end, and beyond"
+
+
+def test_behaviour_16_chunks():
+    assert [chunk(32, 96, 40, 64), chunk(80, 96, 40, 64), chunk(32, 96, 40, 0)] == [40, 16, 0]
+
+
+@pytest.mark.parametrize("scheduler", [*PRESETS, "chunked+latency-aware"])
+def test_behaviours_48_and_49_both_loops_and_every_policy_give_the_same_tokens(scheduler):
+    said = []
+    for overlap in (False, True):
+        policy = {"scheduler": scheduler, "order": "urgency_priority", "cost": Quadratic(1e-3)}
+        rig = Rig(async_scheduling=overlap, pages=12, admit_below=1.0, vocab=40, max_len=200, policy=policy)
+        requests = [
+            request("eos", 60, 90), request("stop", 60, 90, stop_token_ids=(7,)), request("long", 60, 90, OFFLINE),
+            request("slo", 50, 80, Urgency("HIGH", False, 5000, 900), ignore_eos=True),
+        ]  # fmt: skip
+        for req in requests:
+            rig.engine.submit(req)
+        rig.finish()
+        for req in requests:
+            assert_as_alone(rig, req)
+        said.append([rig.tokens(req.id) for req in requests])
+    assert said[0] == said[1]
+
+
+def ranked(order: str, live: list[Sequence], queue: list[Sequence], now: float = 10.0) -> list[str]:
+    queues = rank(live, queue, 8, ORDERS[order], budget(1000), TokenCost(0.01), now)
+    assert names(queues.running) + names(queues.waiting) != [] and len(queues.line) == len(live) + len(queue)
+    return names(queues.line)
+
+
+def crowd() -> tuple[list[Sequence], list[Sequence]]:
+    """Two that decode, one with little time left; four that wait: long and due first, short, middle and LOW, and one
+    too late for its first token."""
+    live = [
+        urged(decoding(0), Urgency("LOW", tpot_slo_ms=20_000), first_at=5.0),
+        urged(decoding(1), Urgency("NORMAL", tpot_slo_ms=6000), first_at=5.0),
+    ]
+    queue = [
+        urged(waiting(2, 800, arrival=9.0), Urgency("NORMAL", ttft_slo_ms=10_000)),
+        urged(waiting(3, 20, arrival=9.0), Urgency("NORMAL", ttft_slo_ms=30_000)),
+        urged(waiting(4, 100, arrival=9.0), Urgency("HIGH", ttft_slo_ms=40_000)),
+        urged(waiting(5, 10, arrival=8.0), Urgency("HIGH", ttft_slo_ms=1000)),
+    ]
+    return live, queue
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("fcfs", ["r0", "r1", "w2", "w3", "w4", "w5"]),
+        ("priority", ["w4", "w5", "r1", "w2", "w3", "r0"]),
+        ("deadline", ["w5", "r1", "w2", "r0", "w3", "w4"]),
+        ("sjf", ["r0", "r1", "w5", "w3", "w4", "w2"]),
+        ("density", ["r1", "r0", "w5", "w3", "w4", "w2"]),
+        ("decode_deadline", ["r1", "r0", "w5", "w2", "w3", "w4"]),
+        ("decode_density", ["r1", "r0", "w5", "w3", "w4", "w2"]),
+        ("urgency_density", ["r1", "w2", "r0", "w3", "w4", "w5"]),
+        ("urgency_priority", ["r1", "w2", "w4", "w3", "r0", "w5"]),
+        ("decode_urgency_density", ["r1", "r0", "w2", "w3", "w4", "w5"]),
+    ],
+)
+def test_ten_orders(order, expected):
+    """9.3 s of work are left, of 10 ms a token: due before that is urgent."""
+    live, queue = crowd()
+    assert ranked(order, live, queue) == expected
+    view = View.of(live, queue, budget(1000), TokenCost(0.01), 10.0)
+    classes = [view.class_of(sequence, sequence.decoding, due(sequence)) for sequence in live + queue]
+    assert classes == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
+
+
+def test_there_are_ten_orders_and_equal_keys_go_by_arrival():
+    assert len(ORDERS) == 10
+    for order in ORDERS:
+        queue = [waiting(n, 10, arrival=1.0) for n in range(5)]
+        assert ranked(order, [], queue, now=2.0) == [f"w{n}" for n in range(5)]
+
+
+def test_online_goes_before_offline_in_every_order():
+    for order in ORDERS:
+        queue = [urged(waiting(n, 5 + n, arrival=1.0), Urgency("HIGH", n % 2 == 0, 10)) for n in range(6)]
+        assert {name for name in ranked(order, [], queue, 2.0)[:3]} == {"w1", "w3", "w5"}
+
+
+def test_the_oldest_goes_first_when_it_has_waited_too_long():
+    queue = [urged(waiting(0, 50, arrival=1.0), Urgency("LOW")), urged(waiting(1, 50, arrival=2.0), Urgency("HIGH"))]
+    assert ranked("priority", [], queue, now=30.0) == ["w1", "w0"]
+    assert ranked("priority", [], queue, now=31.5) == ["w0", "w1"]
+    urged(queue[0], Urgency("LOW", offline=True))
+    assert ranked("priority", [], queue, now=40.0) == ["w1", "w0"], "an offline one is ten times as patient"
+    assert ranked("priority", [], queue, now=400.0) == ["w0", "w1"]
+
+
+@pytest.mark.parametrize("urgency", [Urgency("LOW"), OFFLINE])
+def test_nobody_starves_while_more_urgent_ones_keep_coming(urgency):
+    policy = {"scheduler": "chunked", "order": "priority", "aged_seconds": 20.0}
+    rig = Rig(max_seqs=2, pages=9, max_len=96, policy=policy)
+    rig.engine.submit(request("last", 40, 20, urgency, ignore_eos=True))
+    for n in range(600):
+        if rig.engine.stats().waiting < 4:
+            rig.engine.submit(request(f"high{n}", 20, 10, Urgency("HIGH"), ignore_eos=True))
+        rig.turn()
+        if len(rig.tokens("last")) == 20:
+            assert rig.now > 20
+            return
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("scheduler", ["zero-evict", "continuous+zero-evict", "mix+zero-evict"])
+@pytest.mark.parametrize("seed", range(4))
+def test_zero_evict_preempts_nobody_as_long_as_answers_are_no_longer_than_assumed(scheduler, seed):
+    preemptions = {}
+    for name in (scheduler.replace("zero-evict", "chunked").removesuffix("+chunked"), scheduler):
+        rig = Rig(pages=14, max_len=200, group_bytes=4096, admit_below=1.0, policy={"scheduler": name})
+        draw = random.Random(seed)
+        for n in range(12):
+            rig.engine.submit(request(f"r{n}", draw.randint(1, 60), draw.randint(1, 100), ignore_eos=True))
+        rig.finish()
+        preemptions[name] = rig.engine.stats().preemptions
+    assert preemptions.pop(scheduler) == 0 and all(preemptions.values())
+
+
+def test_the_peak_of_pages_is_that_of_every_round():
+    draw = random.Random(0)
+    for _ in range(200):
+        held = [decoding(n, draw.randint(2, 90)) for n in range(draw.randint(1, 100))]
+        for sequence in held:
+            sequence.max_outputs = draw.randint(1, 60)
+        plan = pool(100, tokens=16)
+        left = [max(0, min(40 if s.outputs < 40 else 80, s.max_outputs) - s.outputs) for s in held]
+        rounds = [
+            sum(plan.pages_for(len(s.tokens) + min(r, n) - 1) for s, n in zip(held, left, strict=True) if n + 2 >= r)
+            for r in range(max(left) + 3)
+        ]
+        found = peak_pages(held, plan, 40, delay=5)
+        assert found == max(rounds) if len(set(left)) <= 64 else found >= max(rounds)
+
+
+def test_answers_are_taken_to_be_as_long_as_the_long_ones_were():
+    lengths, limits = Lengths(), small(10)
+    for n in range(1, 101):
+        limits = lengths.follow(limits, n)
+    assert limits.answer_tokens in range(88, 97)
+
+
+def test_fixed_steps_run_a_group_to_its_end():
+    rig = Rig(pages=12, max_len=100, group_bytes=4096, admit_below=1.0, policy={"scheduler": "fixed-steps"})
+    for n in range(10):
+        rig.engine.submit(request(f"r{n}", 20 + n, 30, ignore_eos=True))
+    groups = []
+    while rig.busy:
+        rig.turn()
+        held = frozenset(s.id for s in rig.engine._core.running)
+        if held and not (groups and held <= groups[-1]):
+            assert not groups or not held & groups[-1], "somebody joined"
+            groups.append(held)
+    assert len(groups) > 1 and sum(map(len, groups)) == 10 and rig.engine.stats().preemptions == 0
+
+
+def test_offline_decodes_join_a_timed_step_as_far_as_there_is_time():
+    live = [urged(decoding(0), Urgency(tpot_slo_ms=10_000), first_at=0.0)]
+    live += [urged(decoding(n), OFFLINE, first_at=0.0) for n in range(1, 40)]
+    decision = taken(live, [], budget(1000), "mix", now=0.0, cost=TokenCost(1.0))
+    assert len(decision.grants) == 10 and decision.seconds == 10.0
+    assert "30 offline sequences: no time left in the step" in decision.why
+
+
+@BOTH_LOOPS
+@pytest.mark.parametrize("scheduler", list(PRESETS))
+def test_recorded_decisions_are_taken_again(scheduler, overlap, tmp_path):
+    trace, cost = Trace(steps=500), Quadratic(1e-4)
+    policy = {"scheduler": scheduler, "order": "urgency_density", "cost": cost, "trace": trace}
+    rig = Rig(async_scheduling=overlap, pages=10, max_len=150, max_seqs=4, admit_below=1.0, policy=policy)
+    draw = random.Random(3)
+    for n in range(12):
+        urgency = Urgency("HIGH" if n % 3 else "LOW", n % 4 == 0, *draw.choice([(None, None), (9000, 1500)]))
+        rig.engine.submit(request(f"r{n}", draw.randint(1, 60), draw.randint(1, 50), urgency, ignore_eos=True))
+        rig.turn()
+    rig.finish()
+    trace.write(tmp_path / "trace")
+    lines = (tmp_path / "trace").read_text().splitlines()
+    assert 50 < len(lines) <= 500
+    for queues, limits, free, now, decided in recorded(lines):
+        assert summary(decide(queues, limits, free, now, choose(scheduler), cost)) == decided
+        again = rank(sorted(queues.running, key=number), bare(queues.waiting), 0, ORDERS["urgency_density"], limits,
+                     cost, now)  # fmt: skip
+        assert names(again.running) == names(queues.running) and names(again.waiting) == names(queues.waiting)
+    with pytest.raises(ValueError, match="not a line"):
+        next(recorded([json.dumps({"now": 1})]))
+
+
+def number(sequence: Sequence) -> int:
+    return sequence.order
+
+
+def bare(queue) -> list[Sequence]:
+    """As they wait: what of them is cached was looked up after they were ranked."""
+    for sequence in queue:
+        sequence.computed = 0
+    return sorted(queue, key=number)
+
+
+def test_a_trace_keeps_the_latest_decisions():
+    trace = Trace(steps=5)
+    rig = Rig(policy={"trace": trace})
+    rig.engine.submit(request("a", 5, 20, ignore_eos=True))
+    rig.finish()
+    assert len(trace.lines) == 5 and json.loads(trace.lines[-1])["now"] > 15
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scheduler": "best"}, "scheduler is 'best', there are chunked, continuous"),
+        ({"scheduler": "mix+fast"}, "modifier of the scheduler is 'fast', there are latency-aware"),
+        ({"order": "lifo"}, "order is 'lifo', there are fcfs, priority"),
+        ({"aged_seconds": math.nan}, "aged_seconds is nan"),
+    ],
+)
+def test_names_that_are_none_are_refused(options, said):
+    with pytest.raises(RuntimeFault, match="invalid_config") as refusal:
+        EngineConfig(kv_bytes=1, **options)
+    assert said in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", "URGENT"), ("priority", 1), ("offline", 1), ("offline", "yes"), ("ttft_slo_ms", 0),
+        ("ttft_slo_ms", -1.0), ("ttft_slo_ms", math.nan), ("ttft_slo_ms", math.inf), ("tpot_slo_ms", True),
+        ("tpot_slo_ms", math.nan), ("tpot_slo_ms", "50"), ("tpot_slo_ms", 1e12),
+    ],
+)  # fmt: skip
+def test_an_urgency_that_means_nothing_is_refused_by_its_field(field, value):
+    with pytest.raises(RequestRefused) as refusal:
+        Urgency(**{field: value})
+    assert refusal.value.code == "invalid_parameter" and refusal.value.message.startswith(f"{field} is ")
+
+
+def test_modifiers_go_with_every_preset():
+    for preset in PRESETS:
+        for modifier in MODIFIERS:
+            policy = choose(f"{preset}+{modifier}", "deadline")
+            assert policy.batching is PRESETS[preset].batching and policy.order is ORDERS["deadline"]
