@@ -25,6 +25,7 @@ from rich.table import Table
 from bench import report
 from bench.report import RESULTS, ROOT, Spread, footer, percentile, save, table
 from xllm.runtime import EngineConfig, Limits
+from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS
 from xllm.runtime.simulation import Arrival, Machine, Served, simulate
 from xllm.runtime.urgency import Urgency
 
@@ -95,8 +96,8 @@ def engine_config(setting: Setting, scheduler: str, order: str | None = None) ->
     """As `serve` has it. Everybody knows the cost model, and the baseline's steps aim at the time per token too."""
     tokens = setting.machine.limits.max_tokens_per_step
     return EngineConfig(
-        kv_bytes=1, max_tokens_per_step=tokens, max_chunk=tokens, step_seconds=setting.urgency.tpot, premap=False,
-        prefix_cache=False, scheduler=scheduler, order=order, cost=setting.machine.cost,
+        kv_bytes=1, max_tokens_per_step=tokens, max_chunk=tokens, premap=False, prefix_cache=False,
+        step_seconds=min(setting.urgency.tpot, DEFAULT_STEP_SECONDS), scheduler=scheduler, order=order, cost=setting.machine.cost,
     )  # fmt: skip
 
 

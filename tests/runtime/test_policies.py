@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -383,7 +384,8 @@ def test_fixed_steps_run_a_group_to_its_end():
 def test_offline_decodes_join_a_timed_step_as_far_as_there_is_time():
     live = [urged(decoding(0), Urgency(tpot_slo_ms=10_000), first_at=0.0)]
     live += [urged(decoding(n), OFFLINE, first_at=0.0) for n in range(1, 40)]
-    decision = taken(live, [], budget(1000), "mix", now=0.0, cost=TokenCost(1.0))
+    limits = replace(budget(1000), step_seconds=60.0)
+    decision = taken(live, [], limits, "mix", now=0.0, cost=TokenCost(1.0))
     assert len(decision.grants) == 10 and decision.seconds == 10.0
     assert "30 offline sequences: no time left in the step" in decision.why
 

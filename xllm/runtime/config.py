@@ -65,8 +65,10 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")
         choose(self.scheduler, self.order)
-        if not 0 < self.aged_seconds < math.inf:
-            raise RuntimeFault("invalid_config", f"aged_seconds is {self.aged_seconds}, must be above 0 and finite")
+        for name in ("aged_seconds", "step_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RuntimeFault("invalid_config", f"{name} is {value}, must be above 0 and finite")
         if not 0 < self.admit_below <= 1:
             raise RuntimeFault("invalid_config", f"admit_below is {self.admit_below}, must be above 0 and at most 1")
 

@@ -12,8 +12,9 @@ from xllm.runtime.sequence import Sequence, State
 
 
 def mixed(step: Step) -> None:
-    """Decodes, then running prompts, then waiting ones; all of it online, then all of it offline. Beside online
-    decodes prompts get at most `beside_decodes` tokens: a long one does not hold up everybody's next token. Tokens then
+    """Decodes, then running prompts, then waiting ones; all of it online, then what there is room for of offline. Beside online
+    decodes prompts get at most `beside_decodes` tokens, offline ones always: a long one does not hold up everybody's
+    next token. Tokens then
     left go back to the prompts, first in rank first, as long as memory is ample: the pages taken leave one free page
     for every running sequence."""
     running, waiting, split = step.queues.running, step.queues.waiting, step.online_waiting
@@ -26,7 +27,11 @@ def mixed(step: Step) -> None:
     for sequence in step.prefills:
         step.give_chunk(sequence)
     step.admit(waiting[:split], online=True)
-    if step.online < len(running) or split < len(waiting):
+    offline = len(running) - step.online + len(waiting) - split
+    if offline and min(step.tokens, step.prompt_tokens) < 1:
+        step.why.append(f"{offline} offline sequences: online ones took the step")
+    elif offline:
+        step.keep_short()
         prefills = step.give_decodes(_in_time(step, running[step.online :]))
         step.prefills += prefills
         for sequence in prefills:
@@ -51,6 +56,7 @@ def prompts_first(step: Step) -> None:
     first = [sequence for sequence in decodes if sequence.order in online]
     step.admit(waiting[:split], online=True, reserved=step.next_pages(first))
     if not step.grants and not first:
+        step.keep_short()
         for sequence in step.prefills:
             if sequence.order not in online:
                 step.give_chunk(sequence)
@@ -75,6 +81,8 @@ def one_list(step: Step) -> None:
     full = False
     for (waits, online), group in groupby(line, key=lambda s: (s.state is State.WAITING, s.order in ahead)):
         sequences = list(group)
+        if not online:
+            step.keep_short()
         if waits:
             full = full or len(step.admit(sequences, online)) < len(sequences)
             continue

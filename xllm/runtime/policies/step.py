@@ -218,6 +218,13 @@ class Step:
         self.reserved = {sequence.order: (sequence.computed, 1) for sequence in decodes}
         self.seconds = max(self.seconds, PATIENCE * self.cost.seconds(list(self.reserved.values())))
 
+    def keep_short(self) -> None:
+        """Before offline work gets any: an online request that comes meanwhile waits for the whole step."""
+        if self.policy.timed:
+            self.seconds = min(self.seconds, self.limits.step_seconds)
+        else:
+            self.prompt_tokens = min(self.prompt_tokens, self.limits.beside_decodes)
+
     def timely(self, decodes: Ordered[Sequence]) -> int:
         """How many of these decodes, the first ones, the step has time for."""
         rows, low, high = self.rows(), 0, len(decodes)
