@@ -3,9 +3,9 @@
     python -m bench.goodput [--trace FILE.csv ...] [--requests N] [--seeds N] [--quick]
 
 The engine's own core runs in virtual time on a machine given by a cost model, whose constants are below; arrivals and
-lengths are those of a trace (windows of it, chosen by the seed, with time scaled to the rate), or made up where there is
-none. All policies of a table serve the same arrivals. The second table is about memory: a pool that is too small, and
-what it costs to admit only what will fit.
+lengths are those of a trace (windows of it, chosen by the seed, with time scaled to the rate), or made up where there
+is none. All policies of a table serve the same arrivals. The second table is about memory: a pool that is too small,
+and what it costs to admit only what will fit. The third is about a backlog of offline work beside online requests.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from xllm.runtime.urgency import Urgency
 
 TRACES = ROOT.parent / "shared" / "traces"
 ATTAINMENT = 0.9
+MARGIN = 0.9  # of the time per token: what steps aim at under policies that don't go by what is asked
 BASE = "chunked"
 # Scheduler and order by the names in the table.
 POLICIES = {
@@ -39,13 +40,15 @@ POLICIES = {
     "mix": ("mix", None),
 }
 STEPS_OF_SEARCH = 8
+BACKLOG, ONLINE_RATES = (3000, 1000, 200), {"code": 1.0, "conv": 12.0}  # the third table
+GRACE_SECONDS = 50.0  # after the last arrival, for answers of 1000 tokens
 TIGHT_BYTES, TIGHT_RATE, TIGHT_SCALES = 1 << 30, 12.0, (0.125, 2.0)  # memory's table: prompts shorter, answers longer
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step: what every step takes, the weights read or all tokens multiplied, whichever is longer, pairs of
-    a token and one it sees, and keys and values read."""
+    """Seconds of a step: what every step takes, the weights read or all tokens multiplied, whichever is longer, pairs
+    of a token and one it sees, and keys and values read."""
 
     host: float
     weights: float
@@ -97,7 +100,8 @@ def engine_config(setting: Setting, scheduler: str, order: str | None = None) ->
     tokens = setting.machine.limits.max_tokens_per_step
     return EngineConfig(
         kv_bytes=1, max_tokens_per_step=tokens, max_chunk=tokens, premap=False, prefix_cache=False,
-        step_seconds=min(setting.urgency.tpot, DEFAULT_STEP_SECONDS), scheduler=scheduler, order=order, cost=setting.machine.cost,
+        step_seconds=min(MARGIN * setting.urgency.tpot, DEFAULT_STEP_SECONDS), scheduler=scheduler, order=order,
+        cost=setting.machine.cost,
     )  # fmt: skip
 
 
@@ -202,10 +206,10 @@ def tight(lengths: Lengths, setting: Setting, scheduler: str, options: argparse.
 def main() -> None:
     options = _options()
     out = report.console()
-    results: dict[str, Any] = {"goodput": {}, "memory": {}}
+    results: dict[str, Any] = {"goodput": {}, "memory": {}, "offline": {}}
     made = table(
-        f"goodput: requests/s of which {ATTAINMENT:.0%} are in time, {options.requests} requests, {options.seeds} seeds",
-        "arrivals, machine", *(f"{name}: requests/s" for name in POLICIES),
+        f"goodput, requests/s with {ATTAINMENT:.0%} in time: {options.requests} requests, {options.seeds} seeds",
+        "arrivals, machine", *POLICIES,
         *(f"{name} / {BASE}" for name in POLICIES if name != BASE),
     )  # fmt: skip
     for name, lengths in _lengths(options).items():
@@ -221,10 +225,12 @@ def main() -> None:
             )
     out.print(made)
     out.print(_memory(options, results, out))
+    out.print(_offline(options, results, out))
     footer(out)
     settings = {"requests": options.requests, "seeds": options.seeds, "attainment": ATTAINMENT, "settings": SETTINGS}
-    memory = {"bytes": TIGHT_BYTES, "requests_per_second": TIGHT_RATE, "scales": TIGHT_SCALES}
-    save(options.out, "goodput", settings | {"memory": memory, "policies": POLICIES}, results)
+    settings |= {"memory": {"bytes": TIGHT_BYTES, "requests_per_second": TIGHT_RATE, "scales": TIGHT_SCALES}}
+    settings |= {"offline": {"requests_per_second": ONLINE_RATES, "backlog": BACKLOG}, "policies": POLICIES}
+    save(options.out, "goodput", settings, results)
 
 
 def _memory(options: argparse.Namespace, results: dict[str, Any], out: Console) -> Table:
@@ -254,6 +260,49 @@ def _memory(options: argparse.Namespace, results: dict[str, Any], out: Console) 
     return made
 
 
+def beside_offline(
+    lengths: Lengths, rate: float, scheduler: str, backlog: Sequence[Arrival], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Share of online requests in time, and offline tokens a second, beside work that was there before them."""
+    setting = next(iter(SETTINGS.values()))
+    found: dict[str, list[float]] = {"attainment": [], "tokens_per_second": []}
+    for seed in range(min(options.seeds, 3)):
+        online = window(lengths, min(options.requests, 150), seed, rate, setting)
+        end = online[-1].at + GRACE_SECONDS
+        served, _ = simulate([*backlog, *online], setting.machine, engine_config(setting, scheduler), until=end)
+        ours = {id(one) for one in online}
+        found["attainment"].append(sum(one.good for one in served if id(one.arrival) in ours) / len(online))
+        tokens = sum(one.arrival.prompt + one.arrival.output for one in served if id(one.arrival) not in ours)
+        found["tokens_per_second"].append(tokens / end)
+    return found
+
+
+def _offline(options: argparse.Namespace, results: dict[str, Any], out: Console) -> Table:
+    count, prompt, output = BACKLOG
+    made = table(
+        f"{next(iter(SETTINGS))}, {count} requests of {prompt} + {output} tokens there from the start",
+        "arrivals, policy, the backlog", "online in time %", "backlog, tokens/s",
+    )  # fmt: skip
+    backlogs = {
+        "none": [],
+        "as online": [Arrival(0.0, prompt, output)] * count,
+        "offline": [Arrival(0.0, prompt, output, Urgency(offline=True))] * count,
+    }
+    for name, lengths in _lengths(options).items():
+        rate = ONLINE_RATES.get(name, 4.0)
+        for scheduler in (BASE, "mix"):
+            for kind, backlog in backlogs.items():
+                with out.status(f"{name}, {scheduler}, backlog {kind}"):
+                    found = beside_offline(lengths, rate, scheduler, backlog, options)
+                results["offline"][f"{name}, {scheduler}, {kind}"] = found
+                made.add_row(
+                    f"{name} at {rate:g}/s, {scheduler}, {kind}",
+                    Spread.of(found["attainment"]).text(100, 0),
+                    Spread.of(found["tokens_per_second"]).text(1, 0),
+                )
+    return made
+
+
 def _ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
     """Seed by seed; those where the base has nothing are left out."""
     return [value / other for value, other in zip(values, base, strict=True) if other]
@@ -261,12 +310,14 @@ def _ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def _lengths(options: argparse.Namespace) -> dict[str, Lengths]:
     files = options.trace if options.trace is not None else sorted(TRACES.glob("azure-*.csv"))
-    return {file.stem: read_trace(file) for file in files} or {"made up": made_up()}
+    return {file.stem.removeprefix("azure-llm-2023-"): read_trace(file) for file in files} or {"made up": made_up()}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, nargs="*", metavar="CSV", help="default: those of ../shared/traces; none: made up")
+    parser.add_argument(
+        "--trace", type=Path, nargs="*", metavar="CSV", help="default: those of ../shared/traces; none: made up"
+    )
     parser.add_argument("--requests", type=int, default=400, help="of a window of the trace")
     parser.add_argument("--seeds", type=int, default=5, help="windows")
     parser.add_argument("--quick", action="store_true", help="one small window")

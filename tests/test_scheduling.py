@@ -1,4 +1,4 @@
-"""Schedulers and classes through the public surfaces: the same answers whoever goes first, and online before offline."""
+"""Schedulers and classes through the public surfaces: the same answers whoever goes first, online before offline."""
 
 from __future__ import annotations
 

@@ -48,4 +48,6 @@ def test_a_step_costs_reading_or_multiplying():
 
 def test_attainment_is_the_share_in_time():
     asked = Arrival(1.0, 5, 3, Urgency(ttft_slo_ms=1000, tpot_slo_ms=100))
-    assert attainment([Served(asked, 1.5, 1.6), Served(asked, 2.5, 2.6), Served(asked, 1.5, 1.8)]) == pytest.approx(1 / 3)
+    assert attainment([Served(asked, 1.5, 1.6), Served(asked, 2.5, 2.6), Served(asked, 1.5, 1.8)]) == pytest.approx(
+        1 / 3
+    )

@@ -24,7 +24,7 @@ from xllm.runtime import (
     TokenOutput,
 )
 from xllm.runtime.engine import Engine
-from xllm.runtime.urgency import PLAIN, Urgency
+from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 EOS = 0
@@ -304,7 +304,7 @@ class Rig:
 
 
 def request(
-    name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, urgency: Urgency = PLAIN, **params
+    name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, urgency: Urgency = ORDINARY, **params
 ) -> Request:
     if isinstance(prompt, int):
         prompt = tuple(zlib.crc32(f"{name}/{i}".encode()) % 40 for i in range(prompt))

@@ -1,5 +1,5 @@
-"""Policies, state by state: orders, who gives way to whom, what goes into a step, and that decisions can be taken again.
-Names carry the number of the behaviour they show."""
+"""Policies, state by state: orders, who gives way to whom, what goes into a step, decisions that are taken again. Names
+carry the number of the behaviour they show."""
 
 from __future__ import annotations
 
@@ -152,8 +152,9 @@ def test_behaviour_8_three_priorities_in_11_pages():
     def held() -> set[str]:
         return {sequence.id for sequence in rig.engine._core.running}
 
-    for name, priority, outputs in (("low", "LOW", 60), ("normal", "NORMAL", 60), ("high", "HIGH", 2)):
-        rig.engine.submit(request(name, 128, outputs, Urgency(priority), ignore_eos=True))
+    every = {"low": (Urgency("LOW"), 60), "normal": (Urgency("NORMAL"), 60), "high": (Urgency("HIGH"), 2)}
+    for name, (urgency, outputs) in every.items():
+        rig.engine.submit(request(name, 128, outputs, urgency, ignore_eos=True))
     rig.turn()
     assert held() == {"normal", "high"}
     while "low" not in held():

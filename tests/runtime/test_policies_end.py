@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request
+from tests.runtime.fakes import Rig, assert_as_alone, request
 from xllm.runtime.policies import MODIFIERS, PRESETS
 from xllm.runtime.policies.orders import ORDERS
 from xllm.runtime.urgency import Urgency

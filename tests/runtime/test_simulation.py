@@ -59,7 +59,7 @@ def test_offline_work_costs_online_requests_little(scheduler):
     """Sixty offline requests are there from the start and fill slots and memory."""
     online = burst(Urgency(ttft_slo_ms=2000, tpot_slo_ms=200), count=20)
     offline = [Arrival(0.0, 200, 60, Urgency(offline=True)) for _ in range(60)]
-    machine = replace(MACHINE, kv_bytes=120 * 4000)
+    machine = replace(MACHINE, kv_bytes=60 * 4000)
     alone = simulate(online, machine, config(scheduler))[0]
     both, stats = simulate([*offline, *online], machine, config(scheduler))
     served = [one for one in both if not one.arrival.urgency.offline]

@@ -7,16 +7,19 @@ import json
 import pytest
 
 from tests.service.fakes import fake
-from xllm.runtime.urgency import PLAIN, Urgency
+from xllm.runtime.urgency import ORDINARY, Urgency
 
-ROUTES = {"/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]}}
+ROUTES = {
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
 FIELDS = {"priority": "HIGH", "offline": True, "ttft_slo_ms": 1500, "tpot_slo_ms": 80.5}
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_engine_gets_what_the_body_says(served, http, route):
     engine = fake(served[1])
-    for given, expected in ((FIELDS, Urgency("HIGH", True, 1500, 80.5)), (dict.fromkeys(FIELDS), PLAIN)):
+    for given, expected in ((FIELDS, Urgency("HIGH", True, 1500, 80.5)), (dict.fromkeys(FIELDS), ORDINARY)):
         before = len(engine.seen)
         assert http.post(route, json=ROUTES[route] | given | {"n": 2}).status_code == 200
         assert [request.urgency for request in engine.seen[before:]] == [expected] * 2

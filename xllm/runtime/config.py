@@ -27,8 +27,8 @@ class EngineConfig:
     for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
     cost grows with pages).
     scheduler, order: names of policies, the order None for the preset's own. cost: what steps take; without, policies
-    that go by time use what tokens have taken. aged_seconds: a request that is the oldest and has been here so long goes
-    first; ten times so long where it is offline. trace: gets every decision.
+    that go by time use what tokens have taken. aged_seconds: a request that is the oldest and has been here so long
+    goes first; ten times so long where it is offline. trace: gets every decision.
     """
 
     kv_bytes: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
@@ -166,7 +166,7 @@ class Core:
 
     def stats(self) -> EngineStats:
         figures, plan = self.pool.figures(), self.pool.plan
-        return EngineStats(
+        stats = EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
             oldest_wait_s=self._oldest_wait,
@@ -191,8 +191,8 @@ class Core:
             cached_tokens=self._sharing.cached_tokens,
             cached_pages=figures.states[PageState.CACHED],
             evictions=figures.evictions,
-            **self._causes,
         )
+        return replace(stats, **self._causes)
 
     def check(self) -> None:
         """Assert what must hold between steps. Raises InvariantBroken."""

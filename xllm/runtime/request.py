@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from xllm.runtime.errors import RequestRefused
-from xllm.runtime.urgency import PLAIN, Urgency
+from xllm.runtime.urgency import ORDINARY, Urgency
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -106,7 +106,7 @@ class Request:
     sample_index: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
-    urgency: Urgency = PLAIN
+    urgency: Urgency = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ class State(Enum):
 
 class Sequence:
     """Mutable, owned by the engine thread. `order` is the place of its submission among all (lower is older);
-    `max_outputs` the most tokens it may generate, known at submission. `arrived` and `first_at` are when it came and when
-    its first token was known here, in seconds of the engine's clock."""
+    `max_outputs` the most tokens it may generate, known at submission. `arrived` and `first_at` are when it came and
+    when its first token was known here, in seconds of the engine's clock."""
 
     __slots__ = (
         "arrived",

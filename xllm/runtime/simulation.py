@@ -16,7 +16,7 @@ from xllm.runtime.pages import plan_pool
 from xllm.runtime.policies.state import StepCost
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.runtime.sequence import new_sequence
-from xllm.runtime.urgency import PLAIN, Urgency
+from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import PageTicket
 
 NONE = np.zeros((0, 0))
@@ -29,7 +29,7 @@ class Arrival:
     at: float
     prompt: int
     output: int
-    urgency: Urgency = PLAIN
+    urgency: Urgency = ORDINARY
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Urgency:
         return math.inf if self.tpot_slo_ms is None else self.tpot_slo_ms / 1000
 
 
-PLAIN = Urgency()
+ORDINARY = Urgency()
 NAMES = tuple(field.name for field in fields(Urgency))
 
 
@@ -64,4 +64,4 @@ def take_urgency(options: dict[str, Any]) -> Urgency:
 def urgency_of(given: Mapping[str, Any]) -> Urgency:
     """Of fields that may be None, which is not given. Raises RequestRefused naming the field."""
     held = {name: value for name, value in given.items() if value is not None}
-    return Urgency(**held) if held else PLAIN
+    return Urgency(**held) if held else ORDINARY

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xllm.runtime import RequestRefused, SamplingParams
-from xllm.runtime.urgency import NAMES, PLAIN, Urgency, urgency_of
+from xllm.runtime.urgency import NAMES, ORDINARY, Urgency, urgency_of
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import ApiError, Hint, invalid
 from xllm.service.forms import Form, form_of
@@ -67,7 +67,7 @@ class Job:
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
     asked: Any = None  # what only the format of the answer knows
-    urgency: Urgency = PLAIN
+    urgency: Urgency = ORDINARY
 
     @property
     def logprobs(self) -> bool:

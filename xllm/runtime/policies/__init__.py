@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from xllm.runtime.errors import RuntimeFault
@@ -41,6 +42,6 @@ def choose(scheduler: str = "chunked", order: str | None = None) -> Policy:
     return policy
 
 
-def _known(what: str, name: str, names: dict[str, object]) -> None:
+def _known(what: str, name: str, names: Mapping[str, object]) -> None:
     if name not in names:
         raise RuntimeFault("invalid_config", f"{what} is {name!r:.64}, there are {', '.join(names)}")

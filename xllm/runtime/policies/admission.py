@@ -1,10 +1,11 @@
-"""Who may start beside those that run: the plug-in `admission`. Memory for the whole text there is to compute, slots and
-tokens are looked at for every policy (see step); these ask for more."""
+"""Who may start beside those that run: the plug-in `admission`. Memory for the whole text there is to compute, slots
+and tokens are looked at for every policy (see step); these ask for more."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence as Ordered
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
 import numpy as np

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -12,11 +13,10 @@ from xllm.runtime.sequence import Sequence, State
 
 
 def mixed(step: Step) -> None:
-    """Decodes, then running prompts, then waiting ones; all of it online, then what there is room for of offline. Beside online
-    decodes prompts get at most `beside_decodes` tokens, offline ones always: a long one does not hold up everybody's
-    next token. Tokens then
-    left go back to the prompts, first in rank first, as long as memory is ample: the pages taken leave one free page
-    for every running sequence."""
+    """Decodes, then running prompts, then waiting ones. Beside decodes prompts get at most `beside_decodes` tokens: a
+    long one does not hold up everybody's next token. Tokens then left go back to the prompts, first in rank first, as
+    long as memory is ample: the pages taken leave one free page for every running sequence. All this for online
+    sequences; then the same for offline ones, as far as the step has tokens and `step_seconds` left."""
     running, waiting, split = step.queues.running, step.queues.waiting, step.online_waiting
     timed = step.policy.timed
     if timed:
@@ -27,6 +27,8 @@ def mixed(step: Step) -> None:
     for sequence in step.prefills:
         step.give_chunk(sequence)
     step.admit(waiting[:split], online=True)
+    if not timed:
+        step.give_leftover()
     offline = len(running) - step.online + len(waiting) - split
     if offline and min(step.tokens, step.prompt_tokens) < 1:
         step.why.append(f"{offline} offline sequences: online ones took the step")
@@ -38,8 +40,6 @@ def mixed(step: Step) -> None:
             step.give_chunk(sequence)
         if len(step.admitted) == split:
             step.admit(waiting[split:], online=False)
-    if not timed:
-        step.give_leftover()
 
 
 def prompts_first(step: Step) -> None:
@@ -64,7 +64,7 @@ def prompts_first(step: Step) -> None:
             step.admit(waiting, online=False, reserved=step.next_pages(decodes))
     if not step.grants:
         step.give_decodes(decodes)
-    elif not step.policy.timed:
+    elif step.seconds == math.inf:
         step.give_leftover()
 
 

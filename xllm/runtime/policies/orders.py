@@ -10,7 +10,8 @@ Then the next one is the oldest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 from xllm.runtime.policies.state import OFFLINE_AGED, Budget, Queues, StepCost
@@ -198,13 +199,14 @@ def rank(
     line = sorted((*running, *waiting), key=place)
     runs = [sequence for sequence in line if sequence.state is not State.WAITING]
     waits = [sequence for sequence in line if sequence.state is State.WAITING]
-    online = [sum(not s.request.urgency.offline or s is aged for s in queue) for queue in (runs, waits)]
-    return Queues(runs, waits, slots, *online, line)
+
+    def online(queue: list[Sequence]) -> int:
+        return sum(not sequence.request.urgency.offline or sequence is aged for sequence in queue)
+
+    return Queues(runs, waits, slots, online(runs), online(waits), line)
 
 
-def _aged(
-    running: Ordered[Sequence], waiting: Ordered[Sequence], seconds: float, now: float
-) -> Sequence | None:
+def _aged(running: Ordered[Sequence], waiting: Ordered[Sequence], seconds: float, now: float) -> Sequence | None:
     """The oldest of those older than their bound: one alone, or a crowd of them would undo the order for all."""
 
     def first(queue: Ordered[Sequence]) -> Sequence | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Ordered
 
-from xllm.runtime.policies.state import Budget, Grant, Queues, StepCost
 from xllm.runtime.policies.policy import Policy
+from xllm.runtime.policies.state import Budget, Grant, Queues, StepCost
 from xllm.runtime.sequence import Sequence
 
 LEAST_PIECE = 50  # tokens of a prompt that time is cut for, unless they are its last
@@ -219,11 +219,10 @@ class Step:
         self.seconds = max(self.seconds, PATIENCE * self.cost.seconds(list(self.reserved.values())))
 
     def keep_short(self) -> None:
-        """Before offline work gets any: an online request that comes meanwhile waits for the whole step."""
-        if self.policy.timed:
-            self.seconds = min(self.seconds, self.limits.step_seconds)
-        else:
-            self.prompt_tokens = min(self.prompt_tokens, self.limits.beside_decodes)
+        """Before offline work gets any, which goes by time under every policy: online sequences of this step wait for
+        it, and so does an online request that comes meanwhile."""
+        self.seconds = min(self.seconds, self.limits.step_seconds)
+        self.prompt_tokens = min(self.prompt_tokens, self.limits.beside_decodes)
 
     def timely(self, decodes: Ordered[Sequence]) -> int:
         """How many of these decodes, the first ones, the step has time for."""

@@ -70,7 +70,8 @@ def recorded(lines: Iterable[str]) -> Iterator[tuple[Queues, Budget, int, float,
             every = [_sequence(state) for state in held["sequences"]]
             runs = [sequence for sequence in every if sequence.state is State.RUNNING]
             waits = [sequence for sequence in every if sequence.state is State.WAITING]
-            queues = Queues(runs, waits, held["slots"], *held["online"], every if held["line"] else ())
+            running, waiting = held["online"]
+            queues = Queues(runs, waits, held["slots"], running, waiting, every if held["line"] else ())
             yield queues, Budget(**(sizes | {"pool": pool})), held["free_pages"], held["now"], held["decision"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a line of a schedule's trace: {error}") from None
