@@ -290,7 +290,7 @@ def test_ten_orders(order, expected):
     live, queue = crowd()
     assert ranked(order, live, queue) == expected
     view = View.of(live, queue, budget(1000), TokenCost(0.01), 10.0)
-    classes = [view.class_of(sequence, sequence.decoding, due(sequence)) for sequence in live + queue]
+    classes = [view.class_of(sequence, sequence.decoding, due(sequence, 10.0)) for sequence in live + queue]
     assert classes == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
 
 
@@ -389,6 +389,17 @@ def test_offline_decodes_join_a_timed_step_as_far_as_there_is_time():
     decision = taken(live, [], limits, "mix", now=0.0, cost=TokenCost(1.0))
     assert len(decision.grants) == 10 and decision.seconds == 10.0
     assert "30 offline sequences: no time left in the step" in decision.why
+
+
+def test_an_online_request_does_not_wait_for_the_same_prompt_of_an_offline_one():
+    rig = Rig(max_tokens_per_step=8, max_chunk=8)
+    rig.engine.submit(request("offline", tuple(range(40)), 5, OFFLINE, ignore_eos=True))
+    rig.turn()
+    rig.engine.submit(request("online", tuple(range(40)), 5, ignore_eos=True))
+    rig.turn()
+    assert {row.slot for row in rig.executor.batches[-1].rows} == {rig.engine._live["online"].slot}
+    rig.finish()
+    assert rig.tokens("online") == rig.tokens("offline")
 
 
 @BOTH_LOOPS

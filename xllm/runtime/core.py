@@ -103,7 +103,9 @@ class Core:
         queues = Queues(self.running, self.waiting, slots)
         if self._ranked:
             queues = rank(self.running, self.waiting, slots, self._policy.order, self.budget, cost, now)
-        found, later = self._sharing.look_up(queues.waiting, self.running, slots, self.budget)
+        # An online request does not wait for the prompt of an offline one, which may be out of tokens for long.
+        ahead = queues.running[: queues.online_running] if queues.online_waiting else queues.running
+        found, later = self._sharing.look_up(queues.waiting, ahead, slots, self.budget)
         if later:
             queues = queues.without(later)
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)

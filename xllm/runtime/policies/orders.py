@@ -90,11 +90,13 @@ class View:
         return URGENT if left < self.total * self.step_seconds / (self.step_seconds - constant) else RELAXED
 
 
-def due(sequence: Sequence) -> float:
-    """When its next token should come; infinity when nothing is asked."""
-    urgency = sequence.request.urgency
-    first = sequence.arrived + urgency.ttft if sequence.first_at is None else sequence.first_at
-    return first + urgency.tpot * outputs if (outputs := sequence.outputs) else first
+def due(sequence: Sequence, now: float) -> float:
+    """When its next token should come; infinity when nothing is asked. `now` is when the launched steps will have
+    ended, so that is when a first token in flight is there."""
+    urgency, outputs = sequence.request.urgency, sequence.outputs
+    if not outputs:
+        return sequence.arrived + urgency.ttft
+    return (now if sequence.first_at is None else sequence.first_at) + urgency.tpot * outputs
 
 
 def step_seconds(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, now: float) -> float:
@@ -103,13 +105,13 @@ def step_seconds(running: Ordered[Sequence], waiting: Ordered[Sequence], budget:
     never less than `step_seconds`."""
     decodes = [sequence for sequence in running if sequence.decoding]
     if not decodes:
-        left = [due(sequence) - now for sequence in (*running, *waiting)]
+        left = [due(sequence, now) - now for sequence in (*running, *waiting)]
         return max(min((time for time in left if time > 0), default=math.inf), budget.step_seconds)
     tightest = min(sequence.request.urgency.tpot for sequence in decodes)
     if math.isinf(tightest):
         return budget.step_seconds
     least = TIGHTEST_SHARE * tightest
-    left = [due(sequence) - now for sequence in decodes]
+    left = [due(sequence, now) - now for sequence in decodes]
     return max(min((time for time in left if time >= least), default=least), least)
 
 
@@ -122,7 +124,7 @@ def _priority(sequence: Sequence, view: View, decoding: bool) -> Key:
 
 
 def _deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (due(sequence),)
+    return (due(sequence, view.now),)
 
 
 def _sjf(sequence: Sequence, view: View, decoding: bool) -> Key:
@@ -134,7 +136,7 @@ def _density(sequence: Sequence, view: View, decoding: bool) -> Key:
 
 
 def _decode_deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (not decoding, due(sequence))
+    return (not decoding, due(sequence, view.now))
 
 
 def _decode_density(sequence: Sequence, view: View, decoding: bool) -> Key:
@@ -142,13 +144,13 @@ def _decode_density(sequence: Sequence, view: View, decoding: bool) -> Key:
 
 
 def _urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
-    at = due(sequence)
+    at = due(sequence, view.now)
     group = view.class_of(sequence, decoding, at)
     return (group, at) if group == RELAXED else (group, *_decode_density(sequence, view, decoding))
 
 
 def _urgency_priority(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (view.class_of(sequence, decoding, due(sequence)), *_priority(sequence, view, decoding))
+    return (view.class_of(sequence, decoding, due(sequence, view.now)), *_priority(sequence, view, decoding))
 
 
 def _decode_urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
