@@ -391,6 +391,18 @@ def test_offline_decodes_join_a_timed_step_as_far_as_there_is_time():
     assert "30 offline sequences: no time left in the step" in decision.why
 
 
+def test_a_backlog_of_offline_requests_leaves_room_in_the_queue():
+    rig = Rig(queue_limit=20)
+    with pytest.raises(RequestRefused, match="queue_full: 18 requests wait"):
+        for n in range(20):
+            rig.engine.submit(request(f"offline{n}", 5, 5, OFFLINE))
+    for n in range(2):
+        rig.engine.submit(request(f"online{n}", 5, 5))
+    with pytest.raises(RequestRefused, match="queue_full: 20 requests wait"):
+        rig.engine.submit(request("online2", 5, 5))
+    rig.finish()
+
+
 def test_an_online_request_does_not_wait_for_the_same_prompt_of_an_offline_one():
     rig = Rig(max_tokens_per_step=8, max_chunk=8)
     rig.engine.submit(request("offline", tuple(range(40)), 5, OFFLINE, ignore_eos=True))

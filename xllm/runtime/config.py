@@ -21,8 +21,8 @@ class EngineConfig:
     None is no bound of its own. step_seconds: how long such a step should take; the bound then follows what steps
     really take. None leaves it as it is. max_chunk: tokens of one prompt per step while others need the budget or
     memory is scarce (see scheduler).
-    queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
-    admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
+    queue_limit: accepted requests that may wait for admission, a tenth less for offline ones. admit_below: share of the
+    pool in use at which admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
     a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
     for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
     cost grows with pages).
