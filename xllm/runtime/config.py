@@ -22,10 +22,10 @@ class EngineConfig:
     really take. None leaves it as it is. max_chunk: tokens of one prompt per step while others need the budget or
     memory is scarce (see scheduler).
     queue_limit: accepted requests that may wait for admission, a tenth less for offline ones. admit_below: share of the
-    pool in use at which admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
-    a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
-    for models with state that does not grow with the text. check: assert all invariants after each step (for tests;
-    cost grows with pages).
+    pool in use at which admission stops while something runs. async_scheduling False is the plain loop. premap: map
+    pages ahead of need in a background thread. prefix_cache: start a sequence on pages that others computed of the same
+    text; without effect for models with state that does not grow with the text. check: assert all invariants after
+    each step (for tests; cost grows with pages).
     scheduler, order: names of policies, the order None for the preset's own. cost: what steps take; without, policies
     that go by time use what tokens have taken. aged_seconds: a request that is the oldest and has been here so long
     goes first; ten times so long where it is offline. trace: gets every decision.
