@@ -429,8 +429,8 @@ def test_recorded_decisions_are_taken_again(scheduler, overlap, tmp_path):
     trace.write(tmp_path / "trace")
     lines = (tmp_path / "trace").read_text().splitlines()
     assert 50 < len(lines) <= 500
-    for queues, limits, free, now, decided in recorded(lines):
-        assert summary(decide(queues, limits, free, now, choose(scheduler), cost)) == decided
+    for queues, limits, free, now, known, decided in recorded(lines, cost):
+        assert summary(decide(queues, limits, free, now, choose(scheduler), known)) == decided
         again = rank(sorted(queues.running, key=number), bare(queues.waiting), 0, ORDERS["urgency_density"], limits,
                      cost, now)  # fmt: skip
         assert names(again.running) == names(queues.running) and names(again.waiting) == names(queues.waiting)

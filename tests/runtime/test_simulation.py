@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 
 from xllm.runtime import EngineConfig, Limits
+from xllm.runtime.policies import choose
 from xllm.runtime.policies.state import TokenCost
+from xllm.runtime.policies.trace import Trace, recorded, summary
+from xllm.runtime.scheduler import decide
 from xllm.runtime.simulation import Arrival, Machine, Served, simulate
 from xllm.runtime.urgency import Urgency
 
@@ -52,6 +55,19 @@ def test_mix_serves_more_in_time_than_arrival_order_does(seed):
     arrivals = burst(Urgency(ttft_slo_ms=1000, tpot_slo_ms=120), seed)
     fcfs, mix = (simulate(arrivals, MACHINE, config(scheduler))[0] for scheduler in ("chunked", "mix"))
     assert good(mix) > good(fcfs) + 0.2
+
+
+def test_a_model_that_says_too_little_costs_little_and_its_decisions_can_be_taken_again():
+    arrivals = burst(Urgency(ttft_slo_ms=1000, tpot_slo_ms=120))
+    half, trace = TokenCost(0.0006), Trace()
+    right = simulate(arrivals, MACHINE, config("mix"))[0]
+    wrong = simulate(arrivals, MACHINE, replace(config("mix"), cost=half, trace=trace))[0]
+    assert good(wrong) >= good(right) - 0.1
+    costs = []
+    for queues, limits, free, now, cost, decided in recorded(trace.lines, half):
+        assert summary(decide(queues, limits, free, now, choose("mix"), cost)) == decided
+        costs.append(cost.seconds([(0, 1)]))
+    assert costs[0] == 0.0006 and costs[-1] == pytest.approx(0.001, rel=0.1)
 
 
 @pytest.mark.parametrize("scheduler", ["chunked", "mix"])

@@ -99,7 +99,7 @@ class Core:
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
-        cost, now = self._cost or self._pace.cost, self._clock() + self._ahead
+        cost, now = self._pace.cost(self._cost), self._clock() + self._ahead
         queues = Queues(self.running, self.waiting, slots)
         if self._ranked:
             queues = rank(self.running, self.waiting, slots, self._policy.order, self.budget, cost, now)
@@ -110,7 +110,7 @@ class Core:
             queues = queues.without(later)
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
         if self._trace is not None:
-            self._trace.add(queues, self.budget, self.pool.free_pages, now, decision)
+            self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
         self.why, self._oldest_wait, self._planned = decision.why, decision.oldest_wait, decision.seconds
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0
@@ -158,6 +158,7 @@ class Core:
             self._fail(flight.rows, error)
         else:
             self._accept(flight.rows, result)
+            self._pace.compare(flight.seconds, result.seconds)
             self.budget = self._pace.follow(self.budget, [grant.tokens for grant in flight.rows], result.seconds)
         if self._check:
             self.check()

@@ -38,6 +38,17 @@ class TokenCost:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A model that says too little, corrected."""
+
+    cost: StepCost
+    factor: float = 1.0
+
+    def seconds(self, rows: Ordered[tuple[int, int]], /) -> float:
+        return self.factor * self.cost.seconds(rows)
+
+
+@dataclass(frozen=True)
 class Budget:
     """Limits of one step. `beside_decodes`: prompt tokens in a step that also decodes. `admit_pages`: pages that may
     be in use or promised after an admission, while anything runs. `step_seconds`: of a timed step in which no decode

@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.pages import PoolPlan
-from xllm.runtime.policies.state import Budget, Decision, Queues
+from xllm.runtime.policies.state import Budget, Decision, Queues, Scaled, StepCost, TokenCost
 from xllm.runtime.request import Request
 from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.urgency import Urgency
@@ -27,7 +27,9 @@ class Trace:
     def __init__(self, steps: int = STEPS):
         self.lines: deque[str] = deque(maxlen=steps)
 
-    def add(self, queues: Queues, budget: Budget, free_pages: int, now: float, decision: Decision) -> None:
+    def add(
+        self, queues: Queues, budget: Budget, free_pages: int, now: float, cost: StepCost, decision: Decision
+    ) -> None:
         """Called by the engine, with what `decide` was called with."""
         waits = {sequence.order for sequence in queues.waiting}
         line = queues.line or (*queues.running, *queues.waiting)
@@ -36,6 +38,8 @@ class Trace:
             "free_pages": free_pages,
             "slots": queues.free_slots,
             "budget": asdict(budget),
+            "of_token": cost.of_token if isinstance(cost, TokenCost) else None,
+            "factor": cost.factor if isinstance(cost, Scaled) else 1.0,
             "line": bool(queues.line),
             "online": [min(queues.online_running, len(queues.running)), min(queues.online_waiting, len(waits))],
             "sequences": [_state(sequence, sequence.order in waits) for sequence in line],
@@ -60,8 +64,11 @@ def summary(decision: Decision) -> dict[str, Any]:
     }
 
 
-def recorded(lines: Iterable[str]) -> Iterator[tuple[Queues, Budget, int, float, dict[str, Any]]]:
-    """What `decide` takes, and the summary of what it said, line by line. Raises ValueError for other lines."""
+def recorded(
+    lines: Iterable[str], model: StepCost | None = None
+) -> Iterator[tuple[Queues, Budget, int, float, StepCost, dict[str, Any]]]:
+    """What `decide` takes but the policy, and the summary of what it said, line by line. `model` is the engine's, where
+    it had one. Raises ValueError for other lines."""
     for line in lines:
         try:
             held = json.loads(line)
@@ -72,7 +79,8 @@ def recorded(lines: Iterable[str]) -> Iterator[tuple[Queues, Budget, int, float,
             waits = [sequence for sequence in every if sequence.state is State.WAITING]
             running, waiting = held["online"]
             queues = Queues(runs, waits, held["slots"], running, waiting, every if held["line"] else ())
-            yield queues, Budget(**(sizes | {"pool": pool})), held["free_pages"], held["now"], held["decision"]
+            cost = Scaled(model, held["factor"]) if model is not None else TokenCost(held["of_token"])
+            yield queues, Budget(**(sizes | {"pool": pool})), held["free_pages"], held["now"], cost, held["decision"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a line of a schedule's trace: {error}") from None
 
