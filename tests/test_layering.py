@@ -90,8 +90,9 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "inspection.onnx_graph": ({"artifact", "inspection", "ir", "plan", "targets.base"}, {"onnx", "torch"}),
     "inspection.commands": ({"artifact", "commands", "diagnose", "inspection", "measure.record"}, set()),
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
+    "flags": ({"", "config", "service.parsers", "storage"}, set()),
     "cli": (
-        {"", "artifact", "commands", "compiler", "config", "doctor", "inspection", "measure", "pipeline", "storage"}
+        {"", "artifact", "commands", "compiler", "config", "doctor", "flags", "inspection", "measure", "pipeline"}
         | {"service.parsers", "traffic"},
         {"rich"},
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xllm import config
-from xllm.storage import FLOATS, GROUPS, INTS
+from xllm.flags import compile_flags, count, dim, generate_flags, positive, serve_flags
 
 EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -84,7 +84,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
         sub.set_defaults(run=run)
         return sub
 
-    _compile_flags(
+    compile_flags(
         command(
             "compile",
             _compile,
@@ -96,7 +96,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
-    _serve_flags(
+    serve_flags(
         command(
             "serve",
             _serve,
@@ -106,7 +106,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm serve qwen.xllm --host 0.0.0.0 --api-key-file keys.txt",
         )
     )
-    _generate_flags(
+    generate_flags(
         command(
             "generate",
             _generate,
@@ -119,8 +119,8 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     from xllm.inspection import commands as inspection
     from xllm.measure import commands as measure
 
-    inspection.add(command, _dim)
-    measure.add(command, _positive, _count)
+    inspection.add(command, dim)
+    measure.add(command, positive, count)
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -141,109 +141,6 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     sign.add_argument("--new-key", type=Path, metavar="FILE", help="write a new private key, and FILE.pub")
     command("doctor", _doctor, "check this machine and this installation", "xllm doctor")
     return parser
-
-
-def _compile_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with safetensors, or an .onnx file")
-    sub.add_argument("-o", "--out", type=Path, metavar="ARTIFACT", help="folder to write")
-    sub.add_argument("--target", default="cpu", choices=("cpu",))
-    stored = (*FLOATS, *INTS)
-    sub.add_argument(
-        "--weights",
-        choices=stored,
-        help="storage of weights (default: as in the checkpoint; bfloat16 where that is quantised)",
-    )
-    sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
-    sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
-    sub.add_argument(
-        "--kv", choices=FLOATS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
-    )
-    sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together")
-    sub.add_argument("--max-len", type=_positive, metavar="N", help="tokens of prompt and answer together")
-    sub.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens of one step")
-    tasks = ("generate", "embed", "classify")
-    sub.add_argument("--task", choices=tasks, help="what a step gives (default: what the checkpoint says)")
-    sub.add_argument("--disable-pass", action="append", default=[], metavar="NAME", help="leave a pass out; repeatable")
-    sub.add_argument("--traffic", type=Path, metavar="FILE", help="JSON histogram of step sizes to choose buckets for")
-    sub.add_argument("--tuning", metavar="FILE", help="predict from this table of `xllm tune`, or `cached`: this CPU's")
-    sub.add_argument("--reuse", type=Path, metavar="ARTIFACT", help="take equal weights from it (default: from -o)")
-    sub.add_argument("--share-weights", type=Path, metavar="FOLDER", help="keep one copy of equal weights there")
-    sub.add_argument("--bisect-passes", action="store_true", help="write nothing; find the first pass that goes wrong")
-    sub.add_argument("--check", choices=("numerics",), default="numerics", help="what --bisect-passes looks at")
-    sub.add_argument("--pass-module", action="append", default=[], metavar="NAME", help="a file of passes; repeatable")
-    sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="and one of kernels")
-    sub.add_argument("--dim", action="append", default=[], type=_dim, metavar="NAME=MAX", help="limit of an ONNX dim")
-    sub.add_argument("--quiet", action="store_true", help="no progress, no report")
-
-
-def _engine_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--require-signature", type=Path, metavar="FILE", help="public key of who must have signed it")
-    sub.add_argument("--memory", type=_size, metavar="SIZE", help="all the memory to use, like 4GiB")
-    sub.add_argument("--threads", type=_positive, metavar="N", help="compute threads (default: the cores it may use)")
-    sub.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens of one sequence per step")
-    sub.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels; repeatable")
-    sub.add_argument("--no-async-scheduling", action="store_true", help="prepare a step only after the one before")
-    sub.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its first token")
-
-
-def _serve_flags(sub: argparse.ArgumentParser) -> None:
-    from xllm.service.parsers import REASONING_PARSERS, TOOL_PARSERS
-
-    sub.add_argument("model", type=Path, metavar="ARTIFACT_OR_CHECKPOINT")
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    sub.add_argument("--port", type=_port, default=8000, help="port (default 8000; 0 takes a free one)")
-    _engine_flags(sub)
-    sub.add_argument("--max-seqs", type=_positive, metavar="N", help="sequences decoded together, at most")
-    kept = "for keys and values that the KV pages have no room for"
-    sub.add_argument("--host-cache", type=_size, metavar="SIZE", help=f"memory beside --memory, {kept} (default none)")
-    sub.add_argument("--disk-cache", type=Path, metavar="DIR", help=f"files {kept}; the next start finds them again")
-    sub.add_argument("--disk-cache-size", type=_size, metavar="SIZE", help="of these files in all (default 8GiB)")
-    sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
-    sub.add_argument("--admin-key-file", type=Path, metavar="FILE", help="keys that may control it, one a line")
-    sub.add_argument("--weights-dir", type=Path, metavar="FOLDER", help="artifacts /update_weights may load")
-    sub.add_argument(
-        "--max-concurrent-requests", type=_count, default=200, metavar="N",
-        help="more get 429 (default 200, 0 = no limit)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--max-wait",
-        type=_count,
-        default=300,
-        metavar="SECONDS",
-        help="what waits already may take so long, then newcomers get 429 (default 300, 0 = no limit)",
-    )
-    sub.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
-    sub.add_argument("--state-dir", type=Path, metavar="DIR", help="keep files and batches there (default: keep none)")
-    sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
-    for what, flag, names in (
-        ("tool calls are", "--tool-call-parser", TOOL_PARSERS),
-        ("reasoning is", "--reasoning-parser", REASONING_PARSERS),
-    ):
-        told = f"how {what} written (default: what the chat template shows): {', '.join(names)}"
-        sub.add_argument(flag, choices=names, metavar="NAME", help=told)
-    sub.add_argument(
-        "--record-traffic", type=Path, metavar="FILE",
-        help="write which sizes of steps it runs, every minute and at the end, for `xllm compile --traffic FILE`",
-    )  # fmt: skip
-    sub.add_argument(
-        "--profile-dir", type=Path, metavar="FOLDER",
-        help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
-    )  # fmt: skip
-    sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-
-
-def _generate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    sub.add_argument("-p", "--prompt", required=True, metavar="TEXT")
-    sub.add_argument("--chat", action="store_true", help="send the prompt as a user message through the chat template")
-    sub.add_argument("--max-tokens", type=int, metavar="N", help="at most so many tokens (default: the context)")
-    for name in ("temperature", "top-p", "min-p", "presence-penalty", "frequency-penalty", "repetition-penalty"):
-        sub.add_argument(f"--{name}", type=float, metavar="X")
-    for name in ("top-k", "min-tokens", "seed"):
-        sub.add_argument(f"--{name}", type=int, metavar="N")
-    sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
-    sub.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-    _engine_flags(sub)
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -361,38 +258,6 @@ def _version() -> str:
     from xllm import __version__
 
     return f"xllm {__version__}"
-
-
-def _number(text: str, low: int, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _number(text, 1, 1 << 31)
-
-
-def _count(text: str) -> int:
-    return _number(text, 0, 1 << 31)
-
-
-def _dim(text: str) -> tuple[str, int]:
-    name, _, size = text.rpartition("=")
-    if not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MAX")
-    return name, _number(size, 1, 1 << 24)
-
-
-def _port(text: str) -> int:
-    return _number(text, 0, 65535)
-
-
-def _size(text: str) -> int:
-    try:
-        return config.size_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -120,8 +120,10 @@ def serve(arguments: argparse.Namespace) -> None:
             if artifact.task == "generate":
                 options = _engine(arguments) | _tiers(arguments)
                 options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch}
+                options |= {"scheduler": arguments.scheduler or "chunked", "order": arguments.order}
                 return open_engine(artifact, dispatcher.sink, **options)
-            for flag in ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", *TIERS):
+            of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order", *TIERS)
+            for flag in of_engine:
                 if getattr(arguments, flag) not in (None, False):
                     name = flag.replace("_", "-")
                     raise UsageError(

@@ -18,6 +18,7 @@ from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
+from xllm.runtime.policies import choose
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
@@ -64,6 +65,8 @@ def open_engine(
     disk_cache_size: int = DISK_CACHE_BYTES,
     kernel_modules: Sequence[str] = (),
     watch: Watch | None = None,
+    scheduler: str = "chunked",
+    order: str | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
@@ -71,17 +74,21 @@ def open_engine(
     chunk: prompt tokens of one sequence per step. prefix_cache: start on what others computed of the same text, where
     the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
     disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
-    kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps.
-    Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used.
+    kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps. scheduler, order: names of
+    scheduling policies (docs/scheduling.md).
+    Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used and
+    for a policy that there is not.
     """
     from xllm.targets.cpu.executor import CpuExecutor, state_identity
 
+    choose(scheduler, order)
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {INSTEAD[artifact.task]}, or serve it")
     ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
     count = host.threads(threads).count
     cost, _ = cost_of(artifact, count)
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
+    config = replace(config, scheduler=scheduler, order=order)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
         tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))

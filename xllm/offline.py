@@ -27,6 +27,7 @@ from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.runtime.urgency import ORDINARY, Urgency, take_urgency
 
 if TYPE_CHECKING:
     from xllm.service.generation import Choice
@@ -42,7 +43,8 @@ class LLM(Controlled):
     """An artifact, a folder or a packed file. Use as a context manager, or call `close`; any thread may call.
     require_signature: public key file of who must have signed it. prefix_cache: prompts start on what earlier ones have
     in common with them, where the model allows it; the answers are the same. host_cache, disk_cache and
-    disk_cache_size: as of `open_engine`, off unless given.
+    disk_cache_size: as of `open_engine`, off unless given. scheduler, order: names of scheduling policies
+    (docs/scheduling.md).
 
     All calls raise RequestRefused for what can never run, and for an artifact of another task.
     """
@@ -59,6 +61,8 @@ class LLM(Controlled):
         disk_cache_size: int = DISK_CACHE_BYTES,
         require_signature: str | Path | None = None,
         kernel_modules: Sequence[str] = (),
+        scheduler: str = "chunked",
+        order: str | None = None,
     ) -> None:
         from xllm.service.tokenizer import TextCodec
 
@@ -80,6 +84,8 @@ class LLM(Controlled):
                 disk_cache=disk_cache,
                 disk_cache_size=disk_cache_size,
                 kernel_modules=kernel_modules,
+                scheduler=scheduler,
+                order=order,
             )
             self._control = EngineControl(self._engine, self.artifact, require_signature)
         else:
@@ -96,15 +102,17 @@ class LLM(Controlled):
         **options: Any,
     ) -> list[Completion]:
         """Completes each prompt; order is kept. `options` are fields of SamplingParams, beside the defaults of the
-        model (`bad_words` as texts); or give `params` whole. stop: texts before which an answer ends.
+        model (`bad_words` as texts); or give `params` whole. With either go fields of Urgency: priority, offline,
+        ttft_slo_ms, tpot_slo_ms. stop: texts before which an answer ends.
         structured_outputs: the form each answer must have, one of {"json": schema}, {"json_object": True}, {"regex":
         text}, {"choice": [text, ...]} and {"grammar": Lark's notation}. progress: show a bar on stderr; None does where
         that is a terminal.
 
         Raises RuntimeError when a request fails; the other prompts then end.
         """
+        urgency = take_urgency(options)
         chosen = self._params(params, structured_outputs, options)
-        requests = [self._request(prompt, chosen) for prompt in _listed(prompts)]
+        requests = [self._request(prompt, chosen, urgency) for prompt in _listed(prompts)]
         answers = {request.id: Answer(self._choice(stop)) for request in requests}
         with bar(len(requests), progress) as advance, closing(self._outputs(requests)) as outputs:
             for output in outputs:
@@ -142,9 +150,10 @@ class LLM(Controlled):
         (see runtime.beams); as many as num_return_sequences, or as there are beams. `options` as in `generate`;
         temperature and what follows it have no effect. The steps of all prompts go together."""
         beams = BeamParams(beam_width, num_return_sequences, length_penalty, early_stopping)
+        urgency = take_urgency(options)
         params = self._params(None, structured_outputs, options | {"max_tokens": max_tokens})
         eos_ids = self.artifact.manifest["model"]["eos_ids"]
-        searches = [BeamSearch(self._request(prompt, params), beams, eos_ids) for prompt in _listed(prompts)]
+        searches = [BeamSearch(self._request(prompt, params, urgency), beams, eos_ids) for prompt in _listed(prompts)]
         while live := [search for search in searches if search.live]:
             asked = [search.requests() for search in live]
             ends = {}
@@ -167,7 +176,8 @@ class LLM(Controlled):
     ) -> AsyncGenerator[Completion, None]:
         """`async for piece in llm.stream(prompt)`: what each step adds, as in `generate`. Leaving the loop ends the
         request."""
-        request = self._request(prompt, self._params(params, structured_outputs, options))
+        urgency = take_urgency(options)
+        request = self._request(prompt, self._params(params, structured_outputs, options), urgency)
         answer, loop = Answer(self._choice(stop)), asyncio.get_running_loop()
         inbox: asyncio.Queue[TokenOutput] = asyncio.Queue()
 
@@ -227,8 +237,9 @@ class LLM(Controlled):
             chosen = given or SamplingParams(**default_sampling(self.artifact.generation) | options)
             return chosen if outputs is None else replace(chosen, grammar=self._grammars.of(outputs))
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        return Request(f"llm-{next(self._ids)}", self._prompt(prompt), params, arrival=time.monotonic())
+    def _request(self, prompt: Prompt, params: SamplingParams, urgency: Urgency = ORDINARY) -> Request:
+        name, now = f"llm-{next(self._ids)}", time.monotonic()
+        return Request(name, self._prompt(prompt), params, arrival=now, urgency=urgency)
 
     def _prompt(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, Mapping):

@@ -8,6 +8,7 @@ import ctypes
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from xllm.runtime import (
 )
 from xllm.runtime.config import TierConfig
 from xllm.runtime.engine import Engine
+from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 EOS = 0
@@ -265,6 +267,7 @@ class Rig:
     premap: bool = False
     prefix_cache: bool = True
     tiers: TierConfig | None = None
+    policy: dict[str, Any] = field(default_factory=dict)  # scheduler, order, cost, aged_seconds, trace
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
@@ -284,6 +287,7 @@ class Rig:
             prefix_cache=self.prefix_cache,
             tiers=self.tiers,
             check=True,
+            **self.policy,
         )
         self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
         self.flight = None
@@ -325,10 +329,12 @@ class Rig:
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 
-def request(name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, **params) -> Request:
+def request(
+    name: str, prompt: int | tuple[int, ...], max_tokens: int | None = None, urgency: Urgency = ORDINARY, **params
+) -> Request:
     if isinstance(prompt, int):
         prompt = tuple(zlib.crc32(f"{name}/{i}".encode()) % 40 for i in range(prompt))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), urgency=urgency)
 
 
 def limit_of(rig: Rig, req: Request) -> int:

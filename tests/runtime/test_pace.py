@@ -6,6 +6,7 @@ import pytest
 
 from tests.runtime.test_scheduler import budget as budget_of
 from xllm.runtime.pace import FEWEST, Pace
+from xllm.runtime.scheduler import TokenCost
 
 
 @pytest.mark.parametrize("token_seconds", [1e-4, 1e-3, 1e-2, 1.0])
@@ -15,6 +16,22 @@ def test_a_bound_that_was_guessed_becomes_what_fits_the_time(token_seconds):
         budget = pace.follow(budget, [budget.beside_decodes], budget.beside_decodes * token_seconds)
     fits = min(max(FEWEST, 0.25 / token_seconds), 512)
     assert abs(budget.beside_decodes - fits) <= fits / 7
+
+
+def test_a_model_that_says_too_little_is_corrected_and_one_that_says_too_much_is_believed():
+    pace, model = Pace(0.25), TokenCost(0.01)
+    assert pace.cost(None) == TokenCost() and pace.cost(model) is model
+    for _ in range(50):
+        pace.compare(pace.cost(model).seconds([(0, 10)]), 0.15)
+    assert pace.cost(model).seconds([(0, 10)]) == pytest.approx(0.15)
+    pace.compare(0.0, 9.0)
+    pace.compare(9.0, 0.0)
+    for _ in range(50):
+        pace.compare(pace.cost(model).seconds([(0, 10)]), 0.05)
+    assert pace.cost(model) is model
+    for _ in range(50):
+        pace.compare(pace.cost(model).seconds([(0, 10)]), 1e9)
+    assert pace.cost(model).seconds([(0, 10)]) == 0.2, "at most twice as long"
 
 
 def test_one_slow_step_does_not_throw_it_over():

@@ -31,7 +31,7 @@ def budget(
 
 def waiting(order: int, prompt: int, max_tokens: int = 1000, arrival: float = 0.0) -> Sequence:
     sequence = Sequence(request(f"w{order}", prompt), max_tokens, order)
-    object.__setattr__(sequence.request, "arrival", arrival)
+    sequence.arrived = arrival
     return sequence
 
 
@@ -95,7 +95,7 @@ def test_the_last_chunk_samples():
 
 
 def test_admission_is_first_come_first_served_and_says_what_it_waits_for():
-    state = Queues([decoding(0)], [waiting(1, 2000, arrival=2.0), waiting(2, 5)], 8)
+    state = Queues([decoding(0)], [waiting(1, 2000, arrival=2.0), waiting(2, 5, arrival=3.0)], 8)
     decision = decide(state, budget(512), 100, now=5.0)
     assert decision.admitted == () and decision.oldest_wait == 3.0
     assert decision.why == ("w1: needs 125 pages, 100 may be promised",)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
-from xllm.runtime.cost import StepCost
 from xllm.runtime.errors import RuntimeFault
+from xllm.runtime.policies import choose
+from xllm.runtime.policies.state import AGED_SECONDS, StepCost
+from xllm.runtime.policies.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,15 @@ class EngineConfig:
     None is no bound of its own. step_seconds: how long such a step should take; the bound then follows what steps
     really take. None leaves it as it is. max_chunk: tokens of one prompt per step while others need the budget or
     memory is scarce (see scheduler).
-    queue_limit: accepted requests that may wait for admission. admit_below: share of the pool in use at which
-    admission stops while something runs. async_scheduling False is the plain loop. premap: map pages ahead of need in
-    a background thread. prefix_cache: start a sequence on pages that others computed of the same text; without effect
-    for models with state that does not grow with the text. weights: their version, which outputs name. cost: what steps
-    take on this machine, where that was measured. tiers: where cached pages go when the pool has no room; needs the
-    prefix cache, and is without effect where that is. check: assert all invariants after each step (for tests; cost
-    grows with pages).
+    queue_limit: accepted requests that may wait for admission, a tenth less for offline ones. admit_below: share of the
+    pool in use at which admission stops while something runs. async_scheduling False is the plain loop. premap: map
+    pages ahead of need in a background thread. prefix_cache: start a sequence on pages that others computed of the same
+    text; without effect for models with state that does not grow with the text. weights: their version, which outputs
+    name. cost: what steps take on this machine, where that was measured; without, policies that go by time use what
+    tokens have taken. tiers: where cached pages go when the pool has no room; needs the prefix cache, and is without
+    effect where that is. scheduler, order: names of policies, the order None for the preset's own. aged_seconds: a
+    request that is the oldest and has been here so long goes first; ten times so long where it is offline. trace: gets
+    every decision. check: assert all invariants after each step (for tests; cost grows with pages).
     """
 
     kv_bytes: int
@@ -98,6 +103,10 @@ class EngineConfig:
     cost: StepCost | None = None
     tiers: TierConfig | None = None
     check: bool = False
+    scheduler: str = "chunked"
+    order: str | None = None
+    aged_seconds: float = AGED_SECONDS
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -112,6 +121,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RuntimeFault("invalid_config", f"{name} is {value}, must be at least 1")
+        choose(self.scheduler, self.order)
+        for name in ("aged_seconds", "step_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RuntimeFault("invalid_config", f"{name} is {value}, must be above 0 and finite")
         if not 0 < self.admit_below <= 1:
             raise RuntimeFault("invalid_config", f"admit_below is {self.admit_below}, must be above 0 and at most 1")
         if self.tiers is not None and not self.prefix_cache:
@@ -128,10 +142,12 @@ class EngineStats:
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
-    in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. tiers: those that there
-    are; loads: times that a sequence waited for one; not_stored: groups of tokens that were gone before they were
-    copied. refusal: "code: message" once no request is taken any more (stopping, draining, failed). paused: no step is
-    computed, asleep: the level, see Engine.pause and Engine.sleep. weights: the version that steps compute with.
+    in the prefix cache. cached_pages: pages it holds for nobody; evictions: pages it gave up. A_B_preempt_C:
+    preemptions by who needed what the victim had (class A in phase B) and the class of the victim; their sum is
+    `preemptions`. tiers: those that there are; loads: times that a sequence waited for one; not_stored: groups of
+    tokens that were gone before they were copied. refusal: "code: message" once no request is taken any more (stopping,
+    draining, failed). paused: no step is computed, asleep: the level, see Engine.pause and Engine.sleep. weights: the
+    version that steps compute with.
     """
 
     running: int = 0
@@ -166,6 +182,12 @@ class EngineStats:
     tiers: tuple[TierFigures, ...] = ()
     loads: int = 0
     not_stored: int = 0
+    online_prefill_preempt_offline: int = 0
+    online_decode_preempt_offline: int = 0
+    online_prefill_preempt_online: int = 0
+    online_decode_preempt_online: int = 0
+    offline_prefill_preempt_offline: int = 0
+    offline_decode_preempt_offline: int = 0
     refusal: str | None = None
     paused: bool = False
     asleep: str = ""

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from xllm.runtime.config import EngineConfig, EngineStats
-from xllm.runtime.errors import InvariantBroken, MemoryFault, StepError
+from xllm.runtime.errors import MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
 from xllm.runtime.groups import whole_groups
+from xllm.runtime.invariants import check
 from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
 from xllm.runtime.pages import PageState
+from xllm.runtime.policies import choose
+from xllm.runtime.policies.admission import Lengths
+from xllm.runtime.policies.orders import rank
+from xllm.runtime.policies.state import CAUSES, DEFAULT_STEP_SECONDS
 from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
@@ -36,10 +41,12 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class Flight:
-    """A launched step: its rows' sequences in row order, and whether each one is sampled."""
+    """A launched step: its rows' sequences in row order, and whether each one is sampled; seconds it should take, where
+    the policy goes by them."""
 
     handle: Handle
     rows: tuple[Grant, ...]
+    seconds: float = 0.0
 
 
 class Core:
@@ -62,8 +69,16 @@ class Core:
             max_chunk=config.max_chunk,
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,
+            step_seconds=config.step_seconds or DEFAULT_STEP_SECONDS,
+            aged_seconds=config.aged_seconds,
         )
         self._pace = Pace(config.step_seconds)
+        self._lengths = Lengths()
+        self._policy = choose(config.scheduler, config.order)
+        self._cost = config.cost
+        self._trace = config.trace
+        self._ranked = not self._policy.plain  # also once anybody is offline
+        self._planned = self._ahead = 0.0  # seconds the next step should take, and the launched ones still
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []
@@ -78,6 +93,7 @@ class Core:
         self._eos = frozenset(config.eos_ids)
         self._rows = self._tokens = 0
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
+        self._causes = dict.fromkeys(CAUSES, 0)
         self._preemptions = self._wasted_rows = self._failed_steps = 0
         self._ends: dict[FinishReason, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
@@ -97,6 +113,8 @@ class Core:
         return self.loading and self._sharing.parked
 
     def add(self, sequence: Sequence) -> None:
+        sequence.arrived = sequence.arrived or self._clock()
+        self._ranked |= sequence.request.urgency.offline
         insort(self.waiting, sequence, key=_order)
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled", error: str | None = None) -> None:
@@ -119,15 +137,24 @@ class Core:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
         slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
         waiting = [sequence for sequence in self.waiting if sequence.begun] if self.only_begun else self.waiting
-        found, later = self._sharing.look_up(waiting, self.running, slots, self.budget)
-        put_off = {sequence.order for sequence in later}
-        waiting = [sequence for sequence in waiting if sequence.order not in put_off] if later else waiting
+        cost, now = self._pace.cost(self._cost), self._clock() + self._ahead
         queues = Queues(self.running, waiting, slots)
-        decision = whole_groups(decide(queues, self.budget, self.pool.free_pages, self._clock()), queues, self.budget)
-        self.why, self._oldest_wait = decision.why, decision.oldest_wait
+        if self._ranked:
+            queues = rank(self.running, waiting, slots, self._policy.order, self.budget, cost, now)
+        # An online request does not wait for the prompt of an offline one, which may be out of tokens for long.
+        ahead = queues.running[: queues.online_running] if queues.online_waiting else queues.running
+        found, later = self._sharing.look_up(queues.waiting, ahead, slots, self.budget)
+        if later:
+            queues = queues.without(later)
+        decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
+        if self._trace is not None:
+            self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
+        decision = whole_groups(decision, queues, self.budget)
+        self.why, self._oldest_wait, self._planned = decision.why, decision.oldest_wait, decision.seconds
         for sequence in found[len(decision.admitted) :]:
             sequence.computed = 0
-        for victim in decision.preempted:
+        for victim, cause in zip(decision.preempted, decision.causes, strict=True):
+            self._causes[cause] += 1
             self._preempt(victim)
         self._admit(decision)
         self._sharing.settle()
@@ -155,7 +182,9 @@ class Core:
         self._steps += 1
         self._rows += len(grants)
         try:
-            return Flight(self.executor.launch(batch), grants)
+            flight = Flight(self.executor.launch(batch), grants, self._planned)
+            self._ahead += flight.seconds
+            return flight
         except StepError as error:
             self._fail(grants, error)
             return None
@@ -164,12 +193,14 @@ class Core:
         """Wait for a launched step, append its tokens, end what is complete and give up what nobody uses any more."""
         if flight is None:
             return
+        self._ahead -= flight.seconds
         try:
             result = flight.handle.result()
         except StepError as error:
             self._fail(flight.rows, error)
         else:
             self._accept(flight.rows, result)
+            self._pace.compare(flight.seconds, result.seconds)
             self.budget = self._pace.follow(self.budget, [grant.tokens for grant in flight.rows], result.seconds)
         if self._check:
             self.check()
@@ -180,7 +211,7 @@ class Core:
 
     def stats(self) -> EngineStats:
         figures, plan = self.pool.figures(), self.pool.plan
-        return EngineStats(
+        stats = EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
             oldest_wait_s=self._oldest_wait,
@@ -212,32 +243,11 @@ class Core:
             weights=self.weights,
             **self._sharing.tier_figures(),
         )
+        return replace(stats, **self._causes)
 
     def check(self) -> None:
         """Assert what must hold between steps. Raises InvariantBroken."""
-        self.pool.check()
-        holders = self.running + self.leaving
-        slots = [sequence.slot for sequence in holders]
-        problems = {
-            "a slot has two sequences": len(set(slots)) < len(slots),
-            "a running sequence has no slot": any(slot < 0 for slot in slots),
-            "pages are miscounted": sum(sequence.pages for sequence in holders)
-            != self.pool.plan.pages - self.pool.free_pages,
-            "tokens lie beyond the pages": any(sequence.computed > sequence.capacity for sequence in holders),
-            "running is out of order": self.running != sorted(self.running, key=_order),
-            "waiting is out of order": self.waiting != sorted(self.waiting, key=_order),
-            "a waiting sequence holds something": any(
-                sequence.slot >= 0 or sequence.pages or sequence.flights or sequence.pending
-                for sequence in self.waiting
-            ),
-            "a leaving sequence is not in flight": any(not sequence.flights for sequence in self.leaving),
-            "states are wrong": any(sequence.state != State.RUNNING for sequence in self.running)
-            or any(sequence.state != State.WAITING for sequence in self.waiting)
-            or any(sequence.state != State.LEAVING for sequence in self.leaving),
-        }
-        for problem, found in problems.items():
-            if found:
-                raise InvariantBroken(f"engine: {problem}")
+        check(self.pool, self.running, self.waiting, self.leaving)
 
     def _admit(self, decision: Decision) -> None:
         for sequence in decision.admitted:
@@ -294,7 +304,8 @@ class Core:
             elif sample and tokens[sampled] < 0:
                 self._end(sequence, "error", _FAULTS[tokens[sampled]])
             elif sample:
-                self._append(sequence, tokens[sampled], logprobs[sampled], _best(sequence, result, sampled))
+                best = result.best(sampled, sequence.request.params.logprobs)
+                self._append(sequence, tokens[sampled], logprobs[sampled], best)
             if sequence.state is State.LEAVING and not sequence.flights:
                 self._give_up(sequence)
 
@@ -308,6 +319,7 @@ class Core:
             self._prompt_tokens += sequence.prompt_tokens
             if sequence.request.group is not None:
                 sequence.request.group.begun = True
+            sequence.first_at = self._clock()
         self.outputs.append(
             TokenOutput(
                 sequence.id,
@@ -346,6 +358,8 @@ class Core:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish = reason
         self._ends[reason] += 1
+        if reason in ("stop", "length"):
+            self.budget = self._lengths.follow(self.budget, sequence.outputs)
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
             sequence.state = State.DONE
@@ -380,13 +394,3 @@ class Core:
 
 def _order(sequence: Sequence) -> int:
     return sequence.order
-
-
-def _best(sequence: Sequence, result: StepResult, row: int) -> tuple[tuple[int, float], ...]:
-    count = sequence.request.params.logprobs
-    if not count:
-        return ()
-    ids, logprobs = result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist()
-    if ids and ids[-1] < 0:  # the distribution has fewer
-        ids = ids[: ids.index(-1)]
-    return tuple(zip(ids, logprobs, strict=False))

@@ -93,7 +93,10 @@ class Engine(Ordered):
             if request.id in self._live:
                 raise RequestRefused("duplicate_request", f"request {request.id} is still running")
             waiting = len(self._submitted) + len(self._core.waiting)
-            if waiting >= self._config.queue_limit:
+            limit = self._config.queue_limit
+            if request.urgency.offline:
+                limit -= limit // 10  # a backlog of them leaves room for online ones
+            if waiting >= limit:
                 raise RequestRefused("queue_full", f"{waiting} requests wait already; try again later")
             sequence.order = self._accepted
             self._accepted += 1

@@ -88,6 +88,15 @@ class StepResult:
     seconds: float = 0.0
     prompts: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
+    def best(self, row: int, count: int | None) -> tuple[tuple[int, float], ...]:
+        """The `count` likeliest tokens of a sampled row, with their logprobs."""
+        if not count:
+            return ()
+        ids, logprobs = self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist()
+        if ids and ids[-1] < 0:  # the distribution has fewer
+            ids = ids[: ids.index(-1)]
+        return tuple(zip(ids, logprobs, strict=False))
+
 
 class Handle(Protocol):
     """A launched step."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from xllm.runtime.scheduler import Budget
+from xllm.runtime.policies.state import DEFAULT_TOKEN_SECONDS, Budget, Scaled, StepCost, TokenCost
 
 FEWEST = 16  # prompt tokens that may always join; steps of fewer do not tell what one costs
 NEWEST = 0.25  # weight of the last step
+MOST = 2.0  # times as long as a cost model says, at most
 
 
 class Pace:
@@ -18,6 +19,19 @@ class Pace:
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
         self._of_token = 0.0
+        self._factor = 1.0
+
+    def cost(self, model: StepCost | None) -> StepCost:
+        """What steps take: as the model says, or longer where they did; without a model, as far as it is known."""
+        if model is None:
+            return TokenCost(self._of_token or DEFAULT_TOKEN_SECONDS)
+        return model if self._factor == 1.0 else Scaled(model, self._factor)
+
+    def compare(self, expected: float, seconds: float) -> None:
+        """A step was to take so long by `cost`, and took `seconds`; 0 of either: not known. A model that says too much
+        wastes little, so it is believed; one that says too little would make every step late."""
+        if expected > 0 and seconds > 0:
+            self._factor = min(max(1.0, self._factor * (seconds / expected) ** NEWEST), MOST)
 
     def follow(self, budget: Budget, tokens: Sequence[int], seconds: float) -> Budget:
         """The budget after a step of so many tokens of each sequence, and seconds (0: not known). Decodes alone say

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from xllm.runtime.errors import RequestRefused
+from xllm.runtime.urgency import ORDINARY, Urgency
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -120,10 +121,11 @@ class Group:
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
-    apart for the random numbers; `arrival` is the time of the caller's clock in seconds (reported, never used for
-    order: order is that of `submit`). Requests of different `cache_salt` (the tenant) share no cached prefix.
-    `generated` tokens exist already: it goes on behind them as if it had made them itself. Requests that say
-    the same for `together` are submitted one after the other and start in one step, if it can hold them."""
+    apart for the random numbers; `arrival` is the time of the engine's clock in seconds, 0 for when the engine
+    gets it (the order of arrival is that of `submit` all the same). Requests of different `cache_salt` (the tenant)
+    share no cached prefix. `urgency` decides how it is scheduled, and no token. `generated` tokens exist already: it
+    goes on behind them as if it had made them itself. Requests that say the same for `together` are submitted one after
+    the other and start in one step, if it can hold them."""
 
     id: str
     prompt: tuple[int, ...]
@@ -134,6 +136,7 @@ class Request:
     group: Group | None = field(default=None, compare=False)
     generated: tuple[int, ...] = ()
     together: str = ""
+    urgency: Urgency = ORDINARY
 
 
 class PromptToken(NamedTuple):

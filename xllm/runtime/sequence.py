@@ -33,15 +33,18 @@ class State(Enum):
 
 class Sequence:
     """Mutable, owned by the engine thread. `order` is the place of its submission among all (lower is older);
-    `max_outputs` the most tokens it may generate, known at submission."""
+    `max_outputs` the most tokens it may generate, known at submission. `arrived` and `first_at` are when it came and
+    when its first token was known here, in seconds of the engine's clock."""
 
     __slots__ = (
+        "arrived",
         "behind",
         "cached",
         "capacity",
         "chain",
         "computed",
         "finish",
+        "first_at",
         "flights",
         "kept",
         "load",
@@ -69,6 +72,8 @@ class Sequence:
         self.tokens = [*request.prompt, *request.generated]  # prompt and generated, as far as known
         self.state = State.WAITING
         self.finish: FinishReason | None = None
+        self.arrived = request.arrival
+        self.first_at: float | None = None
         self.slot = -1
         self.pages = 0
         self.capacity = 0  # tokens that `pages` pages hold

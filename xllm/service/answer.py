@@ -224,7 +224,8 @@ def requests_of(job: Job, entry: Record) -> list[Request]:
     """Of each prompt as many as run for it."""
     name = uuid.uuid4().hex
     salt = f"{entry.tenant}/{job.cache_salt}" if job.cache_salt else entry.tenant  # no tenant has a slash
-    known = {"arrival": entry.started, "cache_salt": salt, "group": Group()}
+    urgency = replace(job.urgency, offline=True) if entry.offline else job.urgency
+    known = {"arrival": entry.started, "cache_salt": salt, "group": Group(), "urgency": urgency}
     return [
         Request(f"{name}-{at * job.best_of + sample}", prompt, _of_sample(params, sample), sample, **known)
         for at, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True))

@@ -35,7 +35,10 @@ class Backlog:
         return self.tokens * self._busy / self._started if self._busy >= EVIDENCE and self._started else 0.0
 
     def add(self, requests: Sequence[Request]) -> None:
-        """These were asked for. Raises ApiError 429 when what is ahead of them takes too long."""
+        """These were asked for. Raises ApiError 429 when what is ahead of them takes too long. Offline ones are ahead
+        of nobody, and wait as long as they have to."""
+        if all(request.urgency.offline for request in requests):
+            return
         wait = self.seconds
         if self._max_wait is not None and wait > self._max_wait:
             over = min(math.ceil(wait - self._max_wait), LONGEST_HINT)

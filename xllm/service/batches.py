@@ -278,8 +278,8 @@ class Batches:
             return await self._ask(batch, *found) if found is not None else None
 
     async def _ask(self, batch: Batch, at: int, line: Line) -> Result:
-        """Asks again as long as the server has no room for it. The engine could put such requests behind all others
-        and take their memory back; here they wait until nobody else does."""
+        """Asks again as long as the server has no room for it. The engine puts such requests behind all others and
+        takes their memory back; what it has not begun waits here until nobody else does."""
         service, pause = self._service, PAUSE_SECONDS
         while True:
             if not service.draining and not (service.recorder.concurrent and service.engine.stats().waiting):
@@ -293,7 +293,7 @@ class Batches:
         """Asks what a client of the same key would ask the route, without taking the place of one: the status, the
         request's id, the body."""
         endpoint, pool = self._endpoints[line.url], self._service.pool
-        entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=tenant)
+        entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=tenant, offline=True)
         status, data = 0, bytearray()
 
         async def receive() -> dict[str, Any]:

@@ -85,6 +85,10 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     user: str | None = None
+    priority: str | None = None  # these four are an Urgency
+    offline: bool | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
 
 
 class CompletionBody(Sampling, forbid_unknown_fields=True, kw_only=True):

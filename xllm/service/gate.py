@@ -46,6 +46,7 @@ class Record:
     finish_reasons: str = ""
     tenant: str = ""  # digest of the API key
     admin: bool = False
+    offline: bool = False  # of a batch: gives way to everybody who waits for an answer
 
 
 def record(scope: Scope) -> Record:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xllm.runtime import EngineStats
+from xllm.runtime.policies.state import CAUSES
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -114,6 +115,9 @@ class Recorder:
         yield _gauge("num_concurrent_requests", "requests being answered", self.concurrent)
         yield _gauge("num_running_requests", "sequences in the batch", engine.running)
         yield _gauge("num_waiting_requests", "sequences waiting for admission", engine.waiting)
+        for cause in CAUSES:
+            told = "preemptions, by who needed what the victim had"
+            yield _plain(f"num_{cause}_requests", told, getattr(engine, cause))
         yield _gauge("num_free_blocks", "free KV pages", engine.free_pages)
         yield _gauge("num_used_blocks", "used KV pages", used)
         yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xllm.runtime import SamplingParams
+from xllm.runtime import RequestRefused, SamplingParams
 from xllm.runtime.beams import BeamParams
+from xllm.runtime.urgency import NAMES, ORDINARY, Urgency, urgency_of
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
 from xllm.service.errors import invalid
 from xllm.service.forms import Form, form_of
@@ -49,6 +50,7 @@ class Job:
     form: Form | None = None  # that each answer must have
     cache_salt: str = ""  # requests of another one share no cached prefix
     asked: Any = None  # what only the format of the answer knows
+    urgency: Urgency = ORDINARY
 
 
 def completion_job(
@@ -232,7 +234,15 @@ def _job(
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         echo=echo,
         cache_salt=body.cache_salt or "",
+        urgency=_urgency(body),
     )
+
+
+def _urgency(body: Sampling) -> Urgency:
+    try:
+        return urgency_of({name: getattr(body, name) for name in NAMES})
+    except RequestRefused as refusal:
+        raise invalid("invalid_request", refusal.message, refusal.message.partition(" ")[0]) from None
 
 
 def _samples(body: Sampling, prompts: int, beams: BeamParams | None) -> tuple[int, int]:
