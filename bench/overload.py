@@ -34,7 +34,7 @@ GROWTH_BYTES = 32 << 20  # of heaps that hold more at a time than before
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=(__doc__ or "").splitlines()[0])
     add_flags(parser)
     parser.add_argument("--times", type=float, default=10.0, metavar="X", help="what is sustained (default 10)")
     parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="of overload (default 5)")

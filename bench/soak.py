@@ -67,7 +67,7 @@ class Slope:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=100_000, metavar="N")
     parser.add_argument("--clients", type=int, default=32, metavar="N", help="at a time (default 32)")
     parser.add_argument("--samples", type=int, default=25, metavar="N", help="looks at the server (default 25)")

@@ -15,7 +15,7 @@ from tests.models import FAMILIES, build
 from tests.servers import Server, serving
 from xllm import cli
 from xllm.compiler import CompileOptions
-from xllm.llm import LLM
+from xllm.offline import LLM
 from xllm.runtime import RequestRefused, RuntimeFault
 from xllm.runtime.policies import MODIFIERS, PRESETS
 from xllm.runtime.policies.orders import ORDERS

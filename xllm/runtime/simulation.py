@@ -3,7 +3,7 @@ policies on arrivals that would take hours, and for tests of what only shows und
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -171,9 +171,17 @@ class _NoMemory:
 
     def copy(self, page: int, address: int, size: int) -> None: ...
 
+    def copy_out(self, page: int, offset: int, into: memoryview) -> None: ...
+
+    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None: ...
+
     def populate(self, address: int) -> None: ...
 
     def unmap(self, address: int, pages: int = 1) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def reclaim(self) -> None: ...
 
     def export_page(self, page: int) -> PageTicket:
         raise NotImplementedError

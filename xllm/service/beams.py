@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from xllm.runtime.beams import BeamSearch
 from xllm.service.answer import Generate, report, requests_of, send_whole
-from xllm.service.errors import from_output
+from xllm.service.errors import ApiError, from_output
+from xllm.service.format import Usage, Whole
 from xllm.service.gate import Receive, Record, Send
 from xllm.service.generation import Choice
-from xllm.service.openai import Usage, Whole
 from xllm.service.params import Job
 
 
@@ -21,9 +21,13 @@ class Searched(Generate):
             return await super().run(job, entry, receive, send)
         first = requests_of(replace(job, best_of=1), entry)
         searches = [BeamSearch(request, job.beams, self.service.facts.eos_ids) for request in first]
-        while live := [search for search in searches if search.live]:
-            await self._step(live, receive)
         form, results, choices = self.format(job), [], []
+        while live := [search for search in searches if search.live]:
+            weights = await self._step(live, receive, entry, form.id)
+            if form.weights not in ("", weights):
+                text = "the weights were updated in the middle of the search; ask again"
+                raise ApiError(503, "weights_updated", text, headers={"retry-after": "1"})
+            form.weights = weights
         for found in (found for search in searches for found in search.results()):
             choice, whole = Choice(self.service.codec, (), job.skip_special_tokens, job.reading), Whole()
             for output in found.outputs(job.params[0].logprobs):
@@ -41,12 +45,12 @@ class Searched(Generate):
         report(self.service.recorder, entry, job.prompts, [choice.finish_reason or "abort" for choice in choices])
         await send_whole(send, form.whole(results, usage), None, entry)
 
-    async def _step(self, searches: list[BeamSearch], receive: Receive) -> None:
-        """One token more for every beam of these."""
+    async def _step(self, searches: list[BeamSearch], receive: Receive, entry: Record, name: str) -> str:
+        """One token more for every beam of these. Returns the version of the weights that gave them."""
         asked = [search.requests() for search in searches]
         requests = [request for of_search in asked for request in of_search]
         ends = {}
-        async with self.submitted(requests, receive) as subscription:
+        async with self.submitted(requests, receive, entry, name) as subscription:
             while len(ends) < len(requests):
                 for _, output in await subscription.next():
                     if output.finish_reason in ("error", "cancelled"):
@@ -54,3 +58,4 @@ class Searched(Generate):
                     ends[output.request_id] = output
         for search, of_search in zip(searches, asked, strict=True):
             search.advance([ends[request.id] for request in of_search])
+        return next(iter(ends.values())).weights

@@ -46,7 +46,7 @@ class OpenAIFormat(Format):
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         bodies = [self._whole(index, choice) for index, choice in enumerate(choices)]
-        body = self._envelope(self.object, bodies) | {"usage": _usage(usage)} | self._of_all(choices)
+        body = self._envelope(self.object, bodies) | {"usage": usage_body(usage)} | self._of_all(choices)
         return msgspec.json.encode(body)
 
     def prompt(self, found: PromptLogprobs | None, prompt: Sequence[int]) -> msgspec.Raw:
@@ -71,7 +71,7 @@ class OpenAIFormat(Format):
     def last(self, usage: Usage) -> bytes:
         if not self._include_usage:
             return DONE
-        return frame(self._envelope(self.chunk_object, []) | {"usage": _usage(usage)}) + DONE
+        return frame(self._envelope(self.chunk_object, []) | {"usage": usage_body(usage)}) + DONE
 
     def _whole(self, index: int, choice: Whole) -> dict[str, Any]:
         raise NotImplementedError
@@ -179,7 +179,7 @@ class ChatFormat(OpenAIFormat):
         return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -16,8 +16,9 @@ from xllm.service.answer import report, send_whole
 from xllm.service.body import SampleBody
 from xllm.service.endpoint import Endpoint
 from xllm.service.errors import from_output, invalid
+from xllm.service.format import Usage
 from xllm.service.gate import Receive, Record, Send
-from xllm.service.openai import Usage
+from xllm.service.openai import usage_body
 from xllm.service.params import check_ids, check_text
 from xllm.service.sampling import within
 
@@ -64,7 +65,7 @@ class Sample(Endpoint[SlotsJob]):
             prompt = job.prompt[: job.places[-1] + 1]
             params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=job.logprobs)
             request = Request(uuid.uuid4().hex, prompt, params, arrival=entry.started, cache_salt=entry.tenant)
-            async with self.submitted([request], receive) as subscription:
+            async with self.submitted([request], receive, entry) as subscription:
                 while subscription.live:
                     for _, output in await subscription.next():
                         if output.finish_reason in ("error", "cancelled"):
@@ -78,7 +79,7 @@ class Sample(Endpoint[SlotsJob]):
             "created": int(time.time()),
             "model": self.service.facts.name,
             "choices": choices,
-            "usage": Usage(len(job.prompt), len(at), 0, 0).body(),
+            "usage": usage_body(Usage(len(job.prompt), len(at), 0, 0)),
         }
         entry.generated_tokens = len(at)
         report(self.service.recorder, entry, [job.prompt], [choice["finish_reason"] for choice in choices])
