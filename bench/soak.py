@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from rich.progress import Progress
 from bench.mix import Mix, perform
 from bench.report import RESULTS, console, footer, save, table
 from bench.server import Server, serving
+from bench.subject import story
 from xllm.artifact import Artifact
 
 WARM = 0.2  # the share of samples in which caches and heaps fill
@@ -79,7 +77,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     out = console()
-    with _artifact(options.artifact) as artifact:
+    with story(options.artifact) as artifact:
         max_len = Artifact.open(artifact).manifest["limits"]["max_len"]
         with serving(artifact, *(options.flags or FLAGS)) as server:
             begin = time.perf_counter()
@@ -165,20 +163,6 @@ def _metrics(url: str) -> dict[str, float]:
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if "{" not in name}
-
-
-@contextmanager
-def _artifact(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="xllm-soak-") as scratch:
-        import xllm.embedded
-
-        made = Path(scratch) / "xllm-story.xllm"
-        story = Path(xllm.embedded.__file__).parent / "xllm-story"
-        subprocess.run([sys.executable, "-m", "xllm.cli", "compile", story, "-o", made, "--quiet"], check=True)
-        yield made
 
 
 if __name__ == "__main__":

@@ -53,3 +53,18 @@ def subject(options: argparse.Namespace, console: Console) -> Iterator[Subject]:
                     [sys.executable, "-m", "xllm.cli", "compile", folder, "-o", artifact, "--quiet"], check=True
                 )
         yield Subject(folder, artifact)
+
+
+@contextmanager
+def story(given: Path | None) -> Iterator[Path]:
+    """The artifact that is given, or the model that comes with the project, compiled for the time of the block."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="xllm-bench-") as scratch:
+        import xllm.embedded
+
+        made = Path(scratch) / "xllm-story.xllm"
+        folder = Path(xllm.embedded.__file__).parent / "xllm-story"
+        subprocess.run([sys.executable, "-m", "xllm.cli", "compile", folder, "-o", made, "--quiet"], check=True)
+        yield made
