@@ -23,12 +23,14 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.compile
 	$(BIN)/python -m bench.serving
 
-# Seconds for each target; a finding ends the run and is written to a file here.
+# Seconds for each target, and calls of each route and kind; a finding ends the run and is written to a file here.
 FUZZ_SECONDS ?= 600
+FUZZ_EXAMPLES ?= 2000
 fuzz: $(VENV)/installed-dev
 	for target in safetensors artifact tokenizer config quantisation_config template onnx_model; do \
 		$(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+	XLLM_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/service/test_openapi.py tests/service/test_fuzzed.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

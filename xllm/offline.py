@@ -154,12 +154,16 @@ class LLM(Controlled):
         params = self._params(None, structured_outputs, options | {"max_tokens": max_tokens})
         eos_ids = self.artifact.manifest["model"]["eos_ids"]
         searches = [BeamSearch(self._request(prompt, params, urgency), beams, eos_ids) for prompt in _listed(prompts)]
+        weights = ""
         while live := [search for search in searches if search.live]:
             asked = [search.requests() for search in live]
             ends = {}
             with closing(self._outputs([request for of_search in asked for request in of_search])) as outputs:
                 for output in outputs:
                     raise_failure(output)
+                    if weights not in ("", output.weights):
+                        raise RuntimeError("weights_updated: in the middle of the search; ask again")
+                    weights = output.weights
                     ends[output.request_id] = output
             for search, of_search in zip(live, asked, strict=True):
                 search.advance([ends[request.id] for request in of_search])

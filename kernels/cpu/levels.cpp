@@ -15,7 +15,9 @@
 namespace xk_v2 { const xk::Level &level(); }
 namespace xk_v3 { const xk::Level &level(); }
 namespace xk_v4 { const xk::Level &level(); }
+#if defined(XK_KNOWS_TILES)
 namespace xk_v4_amx { const xk::Level &level(); }
+#endif
 #else
 namespace xk_arm64 { const xk::Level &level(); }
 #endif
@@ -55,7 +57,11 @@ std::vector<const Level *> detect() {
   if (v2) found.push_back(&xk_v2::level());
   if (v3) found.push_back(&xk_v3::level());
   if (v4) found.push_back(&xk_v4::level());
+#if defined(XK_KNOWS_TILES)
   if (amx && may_use_tiles()) found.push_back(&xk_v4_amx::level());
+#else
+  (void)amx, (void)may_use_tiles;
+#endif
   return found;
 #else
   return {&xk_arm64::level()};

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request
 from xllm.runtime import Request, RequestRefused, SamplingParams, TokenOutput
 from xllm.runtime.beams import BeamParams, BeamSearch, likeliest
+from xllm.runtime.policies import PRESETS
+from xllm.runtime.policies.orders import ORDERS
+from xllm.runtime.urgency import Urgency
 
 STEPS = [-0.25 * step for step in range(12)]  # sums of these are exact: ties are ties
 
@@ -158,3 +161,29 @@ def test_a_group_that_no_step_can_hold_starts_in_parts():
     rig.finish()
     for member in members:
         assert_as_alone(rig, member)
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(ORDERS)), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_groups_beside_others_end_with_their_text_under_any_policy(source, preset, order, overlap):
+    """Some are aged, some urgent, some offline; beginnings are common, slots and tokens are few."""
+    policy = {"scheduler": preset, "order": order, "aged_seconds": source.choice((5.0, 30.0))}
+    limits = {"max_seqs": source.choice((2, 4, 8)), "max_tokens_per_step": source.choice((8, 16, 64)), "max_chunk": 8}
+    rig = Rig(async_scheduling=overlap, pages=source.choice((20, 64)), policy=policy, **limits)
+    asked = []
+    for at in range(30):
+        rig.turn()
+        if source.random() < 0.5:
+            urgency = Urgency(source.choice(("HIGH", "LOW")), offline=source.random() < 0.3)
+            prompt = (*range(1, source.choice((5, 17, 33))), source.randrange(40))
+            together = f"{at}" if source.random() < 0.5 else ""
+            arrival = max(1.0, rig.now - source.choice((0, 20, 400)))
+            for member in range(source.randint(2, 5) if together else 1):
+                params = SamplingParams(max_tokens=source.randint(1, 8), ignore_eos=True, seed=member)
+                more = {"together": together, "urgency": urgency, "arrival": arrival}
+                asked.append(Request(f"{at}-{member}", (*prompt, member), params, **more))
+                rig.engine.submit(asked[-1])
+    rig.finish(5000)
+    for one in asked:
+        assert_as_alone(rig, one)
+    rig.assert_baseline()

@@ -151,8 +151,10 @@ class Core:
             self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
         decision = whole_groups(decision, queues, self.budget)
         self.why, self._oldest_wait, self._planned = decision.why, decision.oldest_wait, decision.seconds
-        for sequence in found[len(decision.admitted) :]:
-            sequence.computed = 0
+        admitted = {sequence.order for sequence in decision.admitted}
+        for sequence in found:
+            if sequence.order not in admitted:
+                sequence.computed = 0
         for victim, cause in zip(decision.preempted, decision.causes, strict=True):
             self._causes[cause] += 1
             self._preempt(victim)
@@ -319,6 +321,7 @@ class Core:
             self._prompt_tokens += sequence.prompt_tokens
             if sequence.request.group is not None:
                 sequence.request.group.begun = True
+        if sequence.first_at is None:
             sequence.first_at = self._clock()
         self.outputs.append(
             TokenOutput(
@@ -358,7 +361,7 @@ class Core:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish = reason
         self._ends[reason] += 1
-        if reason in ("stop", "length"):
+        if reason in ("stop", "length") and not sequence.request.together:  # a step of a search says no length
             self.budget = self._lengths.follow(self.budget, sequence.outputs)
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)

@@ -96,7 +96,7 @@ class Engine(Ordered):
             limit = self._config.queue_limit
             if request.urgency.offline:
                 limit -= limit // 10  # a backlog of them leaves room for online ones
-            if waiting >= limit:
+            if waiting >= limit and not request.generated:  # what was begun here may go on
                 raise RequestRefused("queue_full", f"{waiting} requests wait already; try again later")
             sequence.order = self._accepted
             self._accepted += 1

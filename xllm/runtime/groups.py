@@ -12,15 +12,18 @@ from xllm.runtime.sequence import Sequence
 
 def whole_groups(decision: Decision, queues: Queues, budget: Budget) -> Decision:
     """The decision without the part of a group that was admitted while the rest was not. It stays where nothing else
-    runs, or a whole step would not do. One that was preempted comes back alone."""
+    would be left of the step, or a whole step would not do; where others were admitted behind it, who would then
+    overtake it; and where room was made for it. One that was preempted comes back alone."""
     if not decision.admitted or not (last := decision.admitted[-1].request.together):
         return decision
     admitted, members = _fresh(decision.admitted, last), _fresh(queues.waiting, last)
-    others = queues.running or len(decision.admitted) > len(admitted)
-    tokens = sum(sequence.remaining for sequence in members)
-    if len(admitted) == len(members) or not others or tokens > budget.tokens or len(members) > budget.pool.spans:
-        return decision
     orders = {sequence.order for sequence in admitted}
+    others = any(grant.sequence.order not in orders for grant in decision.grants)
+    last_ones = list(decision.admitted[len(decision.admitted) - len(admitted) :]) == admitted
+    tokens = sum(sequence.remaining for sequence in members)
+    whole = tokens <= budget.tokens and len(members) <= budget.pool.spans
+    if len(admitted) == len(members) or not (others and last_ones and whole) or decision.preempted:
+        return decision
     return replace(
         decision,
         grants=tuple([grant for grant in decision.grants if grant.sequence.order not in orders]),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from xllm.runtime import Request
+from xllm.runtime.urgency import Urgency
 from xllm.service.answer import report, send_whole
 from xllm.service.body import EmbeddingBody, RowsBody
 from xllm.service.dispatch import Subscription
@@ -47,7 +48,8 @@ class RowsEndpoint(Endpoint[RowsJob]):
 
     async def run(self, job: RowsJob, entry: Record, receive: Receive, send: Send) -> None:
         name = uuid.uuid4().hex
-        requests = [Request(f"{name}-{at}", ids, arrival=entry.started) for at, ids in enumerate(job.prompts)]
+        known = {"arrival": entry.started, "urgency": Urgency(offline=entry.offline)}
+        requests = [Request(f"{name}-{at}", ids, **known) for at, ids in enumerate(job.prompts)]
         reasons = ["abort"] * len(requests)
         async with self.submitted(requests, receive, entry) as subscription:
             try:

@@ -1,6 +1,6 @@
 // experts: rows through the experts chosen for them. Stages: (moe: logits, choice,) rows sorted by expert, gate and up, down. Each
-// active expert's weights are read once for all its rows, which are gathered by index. The products are those of linear; a row
-// adds its experts in their order. So the bits of a row depend on that row alone.
+// active expert's weights are read once for all its rows, which are gathered by index. The products are those of linear (but for bf16
+// on a matrix unit, where these stay in vectors); a row adds its experts in their order. So the bits of a row depend on that row alone.
 #include "activation.h"
 #include "quantised.h"
 #include "route.h"

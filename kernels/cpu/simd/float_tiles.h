@@ -2,6 +2,8 @@
 // bf16 parts, exactly, so that nothing of it is lost: for every 32 inputs the products of the smallest parts are added first. The unit
 // sums products with even and with odd inputs apart, each from zero, then both, then adds that; few rows, which wait for the weights,
 // do the same in vectors. So for any rows and panels together the bits are the same, but not those of the other levels.
+// Where float32 ends, so do the parts: from 3.396e38 on they are no numbers any more, below 2^-110 the smallest are zero. What kind of
+// NaN a NaN is, nobody promises.
 #pragma once
 #include "tiles.h"
 
@@ -17,6 +19,8 @@ constexpr int64_t kSplitStride = 3 * kSplitDepth * 2 + 64;     // bytes between 
 constexpr int64_t kLaidPanel = kSplitDepth * 32;
 
 constexpr int64_t kFewSplit = 3;  // rows for which vectors are faster
+
+constexpr unsigned kFlush = 0x8040;  // numbers too small for a normal exponent are zero, as in the matrix unit
 
 struct FloatTileMemory {
   float sums[kPanelsOfTiles * kRowBlock * 16];
@@ -103,6 +107,8 @@ static void float_tile(const uint8_t *x, const uint8_t *w, int64_t inputs, bool 
 static inline int64_t float_rows(int64_t rows) { return rows < kTileHeight ? rows : (rows + kTileHeight - 1) / kTileHeight * kTileHeight; }
 static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   const int64_t all = float_rows(rows), c_panel = all * 16;
+  const unsigned control = _mm_getcsr();
+  _mm_setcsr(control | kFlush);
   set_tiles(min(rows, kTileHeight), 2 * kStep);
   for (int64_t begin = 0; begin < k; begin += kSplitDepth) {
     const int64_t inputs = min(kSplitDepth, k - begin);
@@ -128,6 +134,7 @@ static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint
     }
   }
   release_tiles();
+  _mm_setcsr(control);
 }
 
 // --- few rows ---
@@ -183,7 +190,7 @@ template <int R>
 static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   constexpr int wide = R == 1 ? 2 : 1;
   const unsigned control = _mm_getcsr();
-  _mm_setcsr(control | 0x8040);  // numbers too small for a normal exponent are zero, as in the matrix unit
+  _mm_setcsr(control | kFlush);
   for (int64_t begin = 0; begin < k; begin += kSplitDepth) {
     const int64_t inputs = min(kSplitDepth, k - begin);
     for (int r = 0; r < R; r++) split_row<true>(x + r * stride + begin, inputs, memory.few + r * 3 * kSplitDepth);
