@@ -163,7 +163,9 @@ def test_a_group_that_no_step_can_hold_starts_in_parts():
         assert_as_alone(rig, member)
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(ORDERS)), st.booleans())
+@given(
+    st.randoms(use_true_random=False), st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(ORDERS)), st.booleans()
+)
 @settings(max_examples=80, deadline=None)
 def test_groups_beside_others_end_with_their_text_under_any_policy(source, preset, order, overlap):
     """Some are aged, some urgent, some offline; beginnings are common, slots and tokens are few."""
