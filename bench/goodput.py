@@ -25,7 +25,7 @@ from rich.table import Table
 from bench import report
 from bench.report import RESULTS, ROOT, Spread, footer, percentile, save, table
 from xllm.runtime import EngineConfig, Limits
-from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS
+from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS, Rows
 from xllm.runtime.simulation import Arrival, Machine, Served, simulate
 from xllm.runtime.urgency import Urgency
 
@@ -56,13 +56,20 @@ class Roofline:
     pair: float
     context: float
 
-    def seconds(self, rows: Sequence[tuple[int, int]], /) -> float:
+    def sizes(self, rows: Rows, /) -> tuple[int, int, int]:
         tokens = pairs = context = 0
         for before, new in rows:
             tokens += new
             pairs += new * (2 * before + new) // 2
             context += before + new
+        return tokens, pairs, context
+
+    def of(self, sizes: Sequence[float], /) -> float:
+        tokens, pairs, context = sizes
         return self.host + max(self.weights, self.token * tokens) + self.pair * pairs + self.context * context
+
+    def seconds(self, rows: Rows, /) -> float:
+        return self.of(self.sizes(rows))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def small(pages: int, tokens: int = 10_000, max_chunk: int = 1024) -> Budget:
 
 def urged(sequence: Sequence, urgency: Urgency, first_at: float | None = None, pages: int | None = None) -> Sequence:
     object.__setattr__(sequence.request, "urgency", urgency)
+    sequence.facts = b""
     sequence.first_at = first_at
     if pages is not None:
         sequence.pages, sequence.capacity = pages, pages * 32

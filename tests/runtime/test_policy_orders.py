@@ -14,7 +14,7 @@ from tests.runtime.test_policies_end import Quadratic
 from tests.runtime.test_scheduler import budget, decoding, waiting
 from xllm.runtime import EngineConfig, RequestRefused, RuntimeFault
 from xllm.runtime.policies import MODIFIERS, PRESETS, choose
-from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, View, due, rank
+from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, View, rank
 from xllm.runtime.policies.trace import Trace, recorded, summary
 from xllm.runtime.scheduler import TokenCost, decide
 from xllm.runtime.sequence import Sequence
@@ -62,9 +62,8 @@ def test_ten_orders(order, expected):
     """9.3 s of work are left, of 10 ms a token: due before that is urgent."""
     live, queue = crowd()
     assert ranked(order, live, queue) == expected
-    view = View.of(live, queue, budget(1000), TokenCost(0.01), 10.0)
-    classes = [view.class_of(sequence, sequence.decoding, due(sequence, 10.0)) for sequence in live + queue]
-    assert classes == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
+    view = View(live, queue, budget(1000), TokenCost(0.01), 10.0)
+    assert view.classes.tolist() == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
 
 
 def test_there_are_ten_orders_and_equal_keys_go_by_arrival():
@@ -181,3 +180,45 @@ def test_modifiers_go_with_every_preset():
         for modifier in MODIFIERS:
             policy = choose(f"{preset}+{modifier}", "deadline")
             assert policy.batching is PRESETS[preset].batching and policy.order is ORDERS["deadline"]
+
+
+def test_a_decision_asks_about_a_row_a_few_times_however_many_there_are():
+    """One prompt is cut to the time there is: pieces are tried beside 300 decodes, which are counted once."""
+
+    class Counting(Quadratic):
+        rows = 0
+
+        def sizes(self, rows):
+            self.rows += len(rows)
+            return super().sizes(rows)
+
+    live = [urged(decoding(n), Urgency(tpot_slo_ms=1000), first_at=9.0) for n in range(300)]
+    queue = [urged(waiting(300 + n, 500), Urgency(ttft_slo_ms=60_000)) for n in range(300)]
+    cost = Counting(1e-6)
+    queues = rank(live, queue, 400, ORDERS["urgency_density"], budget(1000), cost, 9.0)
+    decision = decide(queues, budget(1000), 900, 9.0, choose("mix"), cost)
+    assert len(decision.grants) > 300 and decision.seconds == cost.seconds(
+        [(grant.sequence.computed, grant.tokens) for grant in decision.grants]
+    )
+    assert cost.rows < 4 * 300
+
+
+@BOTH_LOOPS
+def test_queues_are_ranked_only_while_somebody_is_offline(overlap):
+    trace = Trace()
+    rig = Rig(async_scheduling=overlap, policy={"trace": trace})
+    rig.engine.submit(request("online", 5, 30, ignore_eos=True))
+    for name, ends in (("one", "length"), ("other", "cancelled")):
+        rig.engine.submit(request(name, 5, 8, OFFLINE, ignore_eos=True))
+        for _ in range(5):
+            rig.turn()
+        if ends == "cancelled":
+            rig.engine.cancel(name)
+        while rig.engine.stats().running > 1 or rig.engine.stats().waiting:
+            rig.turn()
+        before = len(trace.lines)
+        rig.turn()
+        rig.turn()
+        ranked = [json.loads(line)["line"] for line in trace.lines]
+        assert any(ranked) and len(ranked) > before and not any(ranked[before:])
+    rig.finish()
