@@ -19,6 +19,7 @@ from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.trace import Trace
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.targets import host
@@ -67,6 +68,7 @@ def open_engine(
     watch: Watch | None = None,
     scheduler: str = "chunked",
     order: str | None = None,
+    trace: Trace | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
@@ -75,7 +77,7 @@ def open_engine(
     the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
     disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
     kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps. scheduler, order: names of
-    scheduling policies (docs/scheduling.md).
+    scheduling policies (docs/scheduling.md). trace: gets every decision.
     Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used and
     for a policy that there is not.
     """
@@ -88,7 +90,7 @@ def open_engine(
     count = host.threads(threads).count
     cost, _ = cost_of(artifact, count)
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
-    config = replace(config, scheduler=scheduler, order=order)
+    config = replace(config, scheduler=scheduler, order=order, trace=trace)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
         tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))

@@ -13,9 +13,10 @@ from tests.runtime.test_policies import OFFLINE, names, urged
 from tests.runtime.test_policies_end import Quadratic
 from tests.runtime.test_scheduler import budget, decoding, waiting
 from xllm.runtime import EngineConfig, RequestRefused, RuntimeFault
+from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.policies import MODIFIERS, PRESETS, choose
 from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, View, rank
-from xllm.runtime.policies.trace import Trace, recorded, summary
+from xllm.runtime.policies.trace import Replayed, Trace, recorded, replay, summary
 from xllm.runtime.scheduler import TokenCost, decide
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.urgency import Urgency
@@ -117,8 +118,11 @@ def test_recorded_decisions_are_taken_again(scheduler, overlap, tmp_path):
     rig.finish()
     trace.write(tmp_path / "trace")
     lines = (tmp_path / "trace").read_text().splitlines()
-    assert 50 < len(lines) <= 500
-    for queues, limits, free, now, known, decided in recorded(lines, cost):
+    assert 50 < len(lines) <= 501
+    assert replay(lines, cost) == Replayed(scheduler, len(lines) - 1, 0)
+    with pytest.raises(ValueError, match="a cost model that is not in the trace"):
+        replay(lines)
+    for queues, limits, free, now, known, decided in recorded(lines[1:], cost):
         assert summary(decide(queues, limits, free, now, choose(scheduler), known)) == decided
         again = rank(sorted(queues.running, key=number), bare(queues.waiting), 0, ORDERS["urgency_density"], limits,
                      cost, now)  # fmt: skip
@@ -144,6 +148,27 @@ def test_a_trace_keeps_the_latest_decisions():
     rig.engine.submit(request("a", 5, 20, ignore_eos=True))
     rig.finish()
     assert len(trace.lines) == 5 and json.loads(trace.lines[-1])["now"] > 15
+    short = Trace(size=3 * len(trace.lines[-1]))
+    rig = Rig(policy={"trace": short})
+    assert short.text() is None
+    rig.engine.submit(request("a", 5, 20, ignore_eos=True))
+    rig.finish()
+    assert list(short.lines) == list(trace.lines)[-len(short.lines) :] and 2 <= len(short.lines) <= 3
+
+
+def test_replay_says_where_it_would_decide_otherwise():
+    trace, model = Trace(), StepCost(Basis((1, 8), (1,), (0,)), (1e-3, 0.0, 1e-4, 2e-4, 0.0, 1e-6, 0.0))
+    rig = Rig(policy={"trace": trace, "scheduler": "mix", "cost": model})
+    rig.engine.submit(request("a", 50, 20, Urgency(ttft_slo_ms=2000, tpot_slo_ms=20), ignore_eos=True))
+    rig.finish()
+    lines = (trace.text() or b"").decode().splitlines()
+    assert replay(lines) == Replayed("mix", len(lines) - 1, 0), "the model is in the trace"
+    lines[2] = lines[2].replace('"grants":[[0,1,', '"grants":[[0,2,')
+    other = replay(lines)
+    assert other.differing == 1 and other.first.startswith("decision 1 at ")
+    for head in ("", "{}", lines[1], lines[0].replace("mix", "best")):
+        with pytest.raises(ValueError, match="not a schedule's trace"):
+            replay([head, *lines[1:]])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ class Core:
         self._policy = choose(config.scheduler, config.order)
         self._cost = config.cost
         self._trace = config.trace
+        if self._trace is not None:
+            self._trace.begin(config.scheduler, config.cost)
         self._offline: set[int] = set()  # orders of those that have not ended: while there are any, queues are ranked
         self._planned = self._ahead = 0.0  # seconds the next step should take, and the launched ones still
         self.running: list[Sequence] = []
