@@ -258,12 +258,14 @@ class Bench:
         return found
 
     def _run(self, arrivals: Sequence[Arrival], setting: Setting, config: EngineConfig, seed: int) -> Run:
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
             try:
                 return serve(self.artifact, arrivals, setting, config, seed)
-            except Still as error:
-                self.again, stopped = self.again + 1, error
-        raise stopped
+            except Still:
+                self.again += 1
+                if not left:
+                    raise
+        raise AssertionError
 
 
 def main(options: argparse.Namespace, traces: Mapping[str, Lengths], out: Console) -> None:

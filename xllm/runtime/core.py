@@ -144,9 +144,7 @@ class Core:
         queues = Queues(self.running, waiting, slots)
         if self._offline or not self._policy.plain:
             queues = rank(self.running, waiting, slots, self._policy.order, self.budget, cost, now)
-        # An online request does not wait for the prompt of an offline one, which may be out of tokens for long.
-        ahead = queues.running[: queues.online_running] if queues.online_waiting else queues.running
-        found, later = self._sharing.look_up(queues.waiting, ahead, slots, self.budget)
+        found, later = self._sharing.look_up(queues, self.budget)
         if later:
             queues = queues.without(later)
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
