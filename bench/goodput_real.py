@@ -2,7 +2,7 @@
 
 An artifact of random weights is computed with. What its steps take is fitted first, and again before each pair of runs
 it is found out how many times as long they take at present, because others use the machine too: latencies that are
-asked for, rates and the simulation have that scale. Policies take turns (A B A B) on the same arrivals. A run in which
+asked for, rates and the simulation have that scale. Policies take turns (A B A B) on the same arrivals. A pair in which
 this process stood still is made again.
 """
 
@@ -45,11 +45,11 @@ SHAPE, LIMITS = "qwen3-60m", ("--max-len", "1024", "--max-seqs", "64", "--max-ba
 TPOT_STEPS, TTFT_TPOTS = 4, 20  # asked for: so many lone decodes a token, and a first one after so many times that
 SCALE = 1 / 16  # of the traces' lengths; all this as the simulation of two cores has it
 LOADS = (0.8, 1.2)  # times the rate that `mix` just holds in the simulation
-RUN_SECONDS, FEWEST = 12.0, 40  # of arrivals, and how many there are at least
+RUN_SECONDS, FEWEST = 6.0, 30  # of arrivals, and how many there are at least
 FIT_SECONDS = 15.0
 TIGHT_LOAD, TIGHT_ANSWERS = 0.5, 8  # a pool for the longest request alone; rate, and how much longer answers are
 KV_BYTES, PAGE_BYTES = 512 << 20, 64 << 10
-STILL_SECONDS, TICK_SECONDS, TRIES = 0.5, 0.02, 3
+STILL_SECONDS, TICK_SECONDS = 0.5, 0.005
 PAIRS = {"load": (BASE, "mix"), "little memory": (BASE, "zero-evict")}
 WARM = [Arrival(0.0, 64, 24)] * 8  # a burst that says how fast steps are at present
 
@@ -169,7 +169,7 @@ def _exchange(
             engine.submit(requests[submitted])
             submitted += 1
         try:
-            now, found = outputs.get(timeout=TICK_SECONDS / 4)
+            now, found = outputs.get(timeout=TICK_SECONDS)
         except queue.Empty:
             found, now = [], last
         for output in found:
@@ -180,7 +180,7 @@ def _exchange(
                 served.append(Served(arrivals[int(output.request_id)], first, now - begin))
         before, last = last, time.monotonic()
         if last - before > STILL_SECONDS:
-            raise Still(f"this process was stopped for {last - before:.1f} s, as it was before: try again later")
+            raise Still
     return served
 
 
@@ -223,7 +223,7 @@ class Bench:
 
     def __init__(self, artifact: Artifact, cost: StepCost, traces: Mapping[str, Lengths]) -> None:
         self.artifact, self.cost, self.traces = artifact, cost, traces
-        self.again = 0  # runs that were made again
+        self.again = 0  # pairs of runs that were made again
         self.scales: list[float] = []
         self.rates = {}
         for name, lengths in traces.items():
@@ -242,9 +242,9 @@ class Bench:
         return [*loads, (longest, "little memory", TIGHT_LOAD)]
 
     def pair(self, name: str, what: str, load: float, seed: int) -> Pair:
-        """Both policies on one window."""
+        """Both policies on one window. Raises Still."""
         lengths, setting = self.traces[name], derive(self.artifact, self.cost, self.traces[name])
-        scale = self._run(WARM, setting, engine_config(setting, BASE), seed).factor
+        scale = serve(self.artifact, WARM, setting, engine_config(setting, BASE), seed).factor
         self.scales.append(scale)
         setting, rate = derive(self.artifact, Scaled(self.cost, scale), lengths), load * self.rates[name] / scale
         if what == "little memory":
@@ -254,22 +254,12 @@ class Bench:
         for policy in PAIRS[what]:
             config = engine_config(setting, policy)
             served, stats = simulate(arrivals, setting.machine, config)
-            found[policy] = self._run(arrivals, setting, config, seed), Run(served, stats.preemptions)
+            found[policy] = serve(self.artifact, arrivals, setting, config, seed), Run(served, stats.preemptions)
         return found
-
-    def _run(self, arrivals: Sequence[Arrival], setting: Setting, config: EngineConfig, seed: int) -> Run:
-        for left in reversed(range(TRIES)):
-            try:
-                return serve(self.artifact, arrivals, setting, config, seed)
-            except Still:
-                self.again += 1
-                if not left:
-                    raise
-        raise AssertionError
 
 
 def main(options: argparse.Namespace, traces: Mapping[str, Lengths], out: Console) -> None:
-    """Measures for `options.minutes`, or one round where that takes longer, and prints and keeps what was found."""
+    """Measures for `options.minutes`, and prints and keeps what was found until then."""
     end = time.monotonic() + 60 * options.minutes
     with _subject(options, out) as path:
         artifact = Artifact.open(path)
@@ -279,9 +269,16 @@ def main(options: argparse.Namespace, traces: Mapping[str, Lengths], out: Consol
         found: dict[tuple[str, str, float], list[Pair]] = {plan: [] for plan in bench.plans}
         for seed in range(options.seeds):
             for plan, pairs in found.items():
-                if not seed or time.monotonic() < end:
-                    with out.status(f"round {seed + 1}: {', '.join(map(str, plan))}"):
-                        pairs.append(bench.pair(*plan, seed))
+                while len(pairs) <= seed and time.monotonic() < end:
+                    try:
+                        with out.status(f"round {seed + 1}: {', '.join(map(str, plan))}"):
+                            pairs.append(bench.pair(*plan, seed))
+                        out.print(_line(seed, plan, pairs[-1]), highlight=False)
+                    except Still:
+                        bench.again += 1
+    found = {plan: pairs for plan, pairs in found.items() if pairs}
+    if not found:
+        raise SystemExit(f"nothing was measured in {options.minutes:g} minutes: this machine is too busy")
     out.print(_good(artifact.name, {plan: pairs for plan, pairs in found.items() if plan[1] == "load"}))
     out.print(_tight({plan: pairs for plan, pairs in found.items() if plan[1] != "load"}))
     real = [run for pairs in found.values() for pair in pairs for run, _ in pair.values()]
@@ -294,7 +291,7 @@ def main(options: argparse.Namespace, traces: Mapping[str, Lengths], out: Consol
         + ", ".join(f"{rate:.3g} requests/s of {name}" for name, rate in bench.rates.items())
         + f" by that\nsteps took {spread['factor'].text()} times what was then predicted; no step ran for"
         f" {spread['gap'].text(100, 0)} % of the time with requests; others had {spread['kept'].text(100, 0)} % of the"
-        f" cores' time; a decision took {spread['plan'].text(1e3)} ms; {bench.again} runs were made again",
+        f" cores' time; a decision took {spread['plan'].text(1e3)} ms; {bench.again} pairs were made again",
         highlight=False,
     )
     footer(out)
@@ -310,6 +307,14 @@ def main(options: argparse.Namespace, traces: Mapping[str, Lengths], out: Consol
         for (name, what, load), pairs in found.items()
     }
     save(options.out, "goodput-real", settings, {"machine": spread, "runs": runs})
+
+
+def _line(seed: int, plan: tuple[str, str, float], pair: Pair) -> str:
+    told = "; ".join(
+        f"{policy} {run.attainment:.0%} in time, simulated {other.attainment:.0%}, TPOT {run.tpot * 1e3:.1f} ms"
+        for policy, (run, other) in pair.items()
+    )
+    return f"round {seed + 1}, {', '.join(map(str, plan))}: {told}"
 
 
 def _figures(run: Run) -> dict[str, Any]:

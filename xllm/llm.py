@@ -4,6 +4,7 @@ and `LLM` (offline) share it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from xllm.runtime.policies import choose
 from xllm.runtime.policies.trace import Trace
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
+from xllm.runtime.tier_speed import disk_seconds, host_seconds
 from xllm.targets import host
 from xllm.targets.base import USUAL_CONTEXT, StepSizes
 from xllm.targets.fitted import cost_of
@@ -33,11 +35,9 @@ INSTEAD = {
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
     "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
+log = logging.getLogger("xllm.llm")
 DISK_CACHE_BYTES = 8 << 30
-# What loading keys and values takes (bench/tiers.py), to compare with the artifact's own costs of computing them.
-HOST_BYTES_PER_SECOND = 2.0e9
-DISK_BYTES_PER_SECOND = 0.5e9
-LOAD_WAIT_SECONDS = 5e-3
+LOAD_WAIT_SECONDS = 5e-3  # before a load begins
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
 Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
@@ -93,7 +93,9 @@ def open_engine(
     config = replace(config, scheduler=scheduler, order=order, trace=trace)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
-        tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))
+        tiers = TierConfig(
+            ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact, disk, cost)
+        )
         config = replace(config, tiers=tiers)
     executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
     try:
@@ -143,15 +145,23 @@ def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> i
     return tokens
 
 
-def load_cost(artifact: Artifact) -> LoadCost:
-    """When keys and values are better loaded than computed, for this artifact: seconds a token."""
-    tokens, size = artifact.plan.buckets[-1].T, artifact.plan.kv.token_bytes
-    return LoadCost(
-        compute=_step_seconds(artifact, tokens) / tokens,
-        host=size / HOST_BYTES_PER_SECOND,
-        disk=size / DISK_BYTES_PER_SECOND,
+def load_cost(artifact: Artifact, disk: str | None, cost: StepCost | None = None) -> LoadCost:
+    """When keys and values are better loaded than computed, for this artifact: seconds a token. What loading takes is
+    measured, from `disk` where that is a folder; what computing takes says the model that was fitted on this machine,
+    or else the costs of the artifact's calls."""
+    kv, tokens = artifact.plan.kv, artifact.plan.buckets[-1].T
+    whole = _step_seconds(artifact, tokens) if cost is None else cost.seconds([(0, tokens)], 1)
+    found = LoadCost(
+        compute=whole / tokens,
+        host=kv.token_bytes * host_seconds(kv.group_bytes),
+        disk=kv.token_bytes * disk_seconds(disk, kv.group_bytes) if disk is not None else 0.0,
         wait=LOAD_WAIT_SECONDS,
     )
+    log.info(
+        "a token is computed in %.3f ms, loaded from memory in %.3f ms, from the disk cache in %.3f ms",
+        *(1e3 * each for each in (found.compute, found.host, found.disk)),
+    )
+    return found
 
 
 def _step_seconds(artifact: Artifact, tokens: int) -> float:
