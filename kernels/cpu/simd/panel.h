@@ -1,7 +1,7 @@
 // The inner loop of every product: R rows of x times P panels, each output one chain of FMA along k. Linear and attention scores
 // share it, for any R and P the bits of an output are the same.
 #pragma once
-#include "simd.h"
+#include "common.h"
 
 namespace XK_LEVEL {
 
@@ -98,37 +98,21 @@ static void product(Product t, int64_t rows, int64_t panels) {
 }
 
 constexpr int64_t kWide = tile_panels(kTileRows);  // panels of the widest tile
-constexpr int64_t kExpandedBytes = kWide * kDepthBlock * 64;
 
-// Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows. `expanded` is memory of the
-// thread, kExpandedBytes.
+// Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows.
 template <class Panel, bool Gather = false>
-static void multiply(Product t, int64_t rows, int64_t panels, uint8_t *expanded) {
+static void multiply(Product t, int64_t rows, int64_t panels) {
   if (rows <= kTileRows) return product<Panel, Gather>(t, rows, panels);
-  const bool expand = Panel::bytes != 64 && rows > 2 * kTileRows;
-  const int64_t k = t.k;
-  for (int64_t begin = 0; begin < k; begin += kDepthBlock) {
-    Product block = t;
-    block.k = k - begin < kDepthBlock ? k - begin : kDepthBlock;
-    block.x = t.x + begin;
-    block.resume = begin > 0;
+  for (int64_t begin = 0; begin < t.k; begin += kDepthBlock)
     for (int64_t p = 0; p < panels; p += kWide) {
-      const int64_t wide = panels - p < kWide ? panels - p : kWide;
+      Product block = t;
+      block.x = t.x + begin;
       block.w = t.w + p * t.w_stride + begin * Panel::bytes;
-      block.w_stride = t.w_stride;
+      block.k = min(kDepthBlock, t.k - begin);
       block.c = t.c + p * t.c_stride;
-      if (!expand) {
-        product<Panel, Gather>(block, rows, wide);
-        continue;
-      }
-      for (int64_t j = 0; j < wide; j++)
-        for (int64_t i = 0; i < block.k; i++)
-          store(expanded + (j * kDepthBlock + i) * 64, Panel::load(block.w + j * t.w_stride + i * Panel::bytes));
-      block.w = expanded;
-      block.w_stride = kDepthBlock * 64;
-      product<PanelF32, Gather>(block, rows, wide);
+      block.resume = begin > 0;
+      product<Panel, Gather>(block, rows, min(kWide, panels - p));
     }
-  }
 }
 
 }  // namespace XK_LEVEL

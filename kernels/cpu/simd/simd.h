@@ -33,7 +33,7 @@ constexpr int kLanes = XK_VECTOR_BYTES / 4, kParts = 16 / kLanes;
 
 // Tile sizes, all in one place: accumulators of f32x16 that fit the register file beside the operands, rows of the widest tile.
 #if XK_VECTOR_BYTES == 64
-constexpr int kAccumulators = 24, kTileRows = 12;
+constexpr int kAccumulators = 24, kTileRows = 6;
 #elif XK_VECTOR_BYTES == 32 || defined(__aarch64__)
 constexpr int kAccumulators = 6, kTileRows = 6;
 #else
