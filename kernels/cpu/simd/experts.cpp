@@ -70,7 +70,7 @@ struct Floats {
   static int64_t panel_bytes(const Call &, int64_t k) { return k * Panel::bytes; }
   static void product(const Call &c, const Step &s, int x, int, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
                       int64_t panels, float *sums) {
-    const Product t = {c.arg<const float>(x, s) + first * k, k, w, k * Panel::bytes, k, sums, 16, rows * 16, false, kFetchAhead, pick};
+    const Product t = {c.arg<const float>(x, s) + first * k, k, w, k * Panel::bytes, k, sums, 16, rows * 16, false, pick};
     if (pick) multiply<Panel, true>(t, rows, panels);
     else multiply<Panel>(t, rows, panels);
   }
@@ -104,7 +104,7 @@ void run_logits(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t first = unit % groups * kPanelGroup, panels = min(kPanelGroup, panels_of(n) - first), bytes = k * PanelF32::bytes;
   Scratch *scratch = (Scratch *)memory;
   multiply<PanelF32>({c.arg<const float>(kX, s) + row * k, k, c.arg<const uint8_t>(kRouter, s) + first * bytes, bytes, k,
-                      scratch->gate, 16, rows * 16, false, kFetchAhead},
+                      scratch->gate, 16, rows * 16, false},
                      rows, panels);
   const float *bias = c.arg<const float>(kRouterBias, s), *sums = scratch->gate;
   for (int64_t p = 0, column = first * 16; p < panels; p++, column += 16) {

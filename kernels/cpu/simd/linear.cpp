@@ -25,7 +25,7 @@ int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 // Many rows: kPanelGroup panels and a block of rows that stays in L2.
 int64_t panels_of_unit(const Call &c, int64_t rows, bool tiles = false) {
   if (tiles && rows > kFewSplit) return max(kPanelGroup, min(kPanelsOfTiles, panels_of(c) * row_blocks(rows) / kUnitsOfTiles));
-  return rows > kTileRows ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
+  return rows > kTileRows || XK_VECTOR_BYTES == 64 ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
 struct Cut {
   int64_t row, rows, first, panels, head;
@@ -65,7 +65,7 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const float *x = c.arg<const float>(kX, s) + (row * heads + head) * k;
   const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + (head * panels_of(c) + first) * panel_bytes;
   float *sums = ((Sums *)memory)->sums;
-  multiply<Panel>({x, heads * k, weight, panel_bytes, k, sums, 16, rows * 16, false, kFetchAhead}, rows, panels);
+  multiply<Panel>({x, heads * k, weight, panel_bytes, k, sums, 16, rows * 16, false}, rows, panels);
   put_sums(sums, rows, panels, first * 16, n, heads * n, Heads ? nullptr : c.arg<const float>(kBias, s),
            c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }

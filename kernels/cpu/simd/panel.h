@@ -24,8 +24,8 @@ struct Product {
   int64_t c_row;      // floats between its rows
   int64_t c_stride;   // floats between panels
   bool resume;        // continue the chains from c instead of zero
-  int64_t ahead;      // bytes from a panel's line to the line worth fetching meanwhile; 0 for none
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
+  bool first = true;  // the tile of rows that waits for memory; the others find the panels in a cache
 };
 
 template <class Panel, int R, int P, bool Gather>
@@ -37,7 +37,8 @@ static void product_tile(const Product &t) {
     for (int p = 0; p < P; p++) acc[r][p] = t.resume ? load(t.c + r * t.c_row + p * t.c_stride) : zero();
   const float *x = t.x;
   const uint8_t *w = t.w;
-  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = t.ahead;
+  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = fetch_ahead(P * w_stride);
+  const bool first = t.first;
   const float *row[R];
   if constexpr (Gather)
     for (int r = 0; r < R; r++) row[r] = x + t.pick[r] * x_stride;
@@ -46,7 +47,7 @@ static void product_tile(const Product &t) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       column[p] = Panel::load(w + p * w_stride + i * Panel::bytes);
-      if constexpr (R <= kFewRows) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
+      if (first) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -93,6 +94,7 @@ static void product(Product t, int64_t rows, int64_t panels) {
     if constexpr (Gather) t.pick += height;
     else t.x += height * t.x_stride;
     t.c += height * t.c_row;
+    t.first = false;
     left -= height;
   }
 }

@@ -94,7 +94,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
+        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -163,7 +163,7 @@ struct Int4 {
             const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
             line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
           }
-          if (first && !j) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
+          if (first && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
