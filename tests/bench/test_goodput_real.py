@@ -1,4 +1,4 @@
-"""What `bench.goodput --real` does on a tiny artifact: the same arrivals served and simulated, by what steps take here."""
+"""`bench.goodput --real` on a tiny artifact: the same arrivals served and simulated, by what steps take here."""
 
 import pytest
 

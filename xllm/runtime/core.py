@@ -144,9 +144,7 @@ class Core:
         queues = Queues(self.running, waiting, slots)
         if self._offline or not self._policy.plain:
             queues = rank(self.running, waiting, slots, self._policy.order, self.budget, cost, now)
-        found, later = self._sharing.look_up(queues, self.budget)
-        if later:
-            queues = queues.without(later)
+        found, queues = self._sharing.look_up(queues, self.budget)
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
         if self._trace is not None:
             self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)

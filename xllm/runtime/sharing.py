@@ -39,10 +39,10 @@ class Sharing:
         """Has none of those loads ended since, nor got stuck?"""
         return self._tiers is not None and self._loads_ended == self._tiers.ended and not self._tiers.stuck
 
-    def look_up(self, queues: Queues, budget: Budget) -> tuple[list[Sequence], list[Sequence]]:
+    def look_up(self, queues: Queues, budget: Budget) -> tuple[list[Sequence], Queues]:
         """Find the cached part of those that this step could admit; at least one token is always left to compute. The
-        second list are those that had better wait: a prompt before them in rank is about to compute what they would
-        need next, or a tier gives it. One behind them may be out of tokens for long."""
+        queues come back without those that had better wait: a prompt before them in rank is about to compute what they
+        would need next (one behind them may be out of tokens for long), or a tier gives it."""
         ended, self._loads_ended = self._tiers.ended if self._tiers else 0, None
         found: list[Sequence] = []
         later: list[Sequence] = []
@@ -51,7 +51,7 @@ class Sharing:
             slots += len(running[queues.online_running :])
             running = running[: queues.online_running]
         if not (self._on and waiting):
-            return found, later
+            return found, queues
         ahead = {sequence.order: sequence for sequence in running if sequence.written < sequence.prompt_tokens}
         tokens, pages = budget.tokens, self._pool.free_pages
         coming, room = 0, pages - self._promised(running, budget) if self._tiers else 0  # pages, of those that load
@@ -85,7 +85,7 @@ class Sharing:
             pages, room = pages - needed, room - needed
             found.append(sequence)
             ahead[sequence.order] = sequence
-        return found, later
+        return found, queues.without(later) if later else queues
 
     def start(self, sequence: Sequence) -> None:
         """Give an admitted sequence its span, the cached part of its text in it."""
