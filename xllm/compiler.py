@@ -33,9 +33,9 @@ class CompileOptions:
     same of embeddings and the head, by default as weights. kv: storage of keys and values, one of KVS, by default as
     weights in floating point, bfloat16 beside integers. max_seqs: sequences decoded together; max_len: tokens of one
     sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
-    others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a machine's
-    figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by default what
-    the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
+    others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
+    machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by
+    default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"

@@ -25,7 +25,7 @@ def test_rope(run, rng, heads, dim, rotary, interleaved):
 
 
 def read_span(span, group_bytes, offset, kv_heads, dim, suffix, tokens):
-    """[tokens, kv_heads, dim] raw elements of K and V as the layout is documented, behind each its scale if it has one."""
+    """[tokens, kv_heads, dim] raw elements of K and V as the layout is documented; of int8, the scale behind them."""
     dtype = {"f32": np.uint32, "bf16": np.uint16, "i8": np.int8}[suffix]
     size, scales = kv_bytes(kv_heads, 2 * dim, suffix), 128 if suffix == "i8" else 0
     keys, values = [], []

@@ -18,7 +18,6 @@ import numpy as np
 
 from xllm.kernels import cpu
 from xllm.measure.machine import WRITTEN, cache_bytes, state_memory
-from xllm.storage import KVS
 from xllm.targets import host
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget
@@ -35,6 +34,7 @@ Sequences = tuple[tuple[int, int], ...]
 ONE: Sequences = ((1, 0),)
 
 STORAGES = ("float32", "bfloat16", "int8.32", "int4.32")
+KVS = ("float32", "bfloat16", "int8")
 
 
 def prompt(tokens: int, past: int = 0) -> Sequences:

@@ -41,6 +41,10 @@ struct Kept {  // a block where it lies, for few rows
   // are fetched, and with the values of a block, line by line, the keys of the next. Beyond the last block there may be no memory,
   // and a fetch that finds none costs a walk of the page tables each time.
   int64_t after_key() const { return key_bytes(); }
+  void fetch_scales() const {
+    for (int64_t g = kBlockGroups; g < kBlockGroups + min(kBlockGroups, groups_after); g++)
+      for (int64_t at = 0; at < Kv::kScaleBytes; at += 64) __builtin_prefetch(base + g * group_bytes - Kv::kScaleBytes + at, 0, 2);
+  }
   const uint8_t *after_value(int64_t sixteen_lines) const {
     const int64_t each = max(1, key_bytes() / 1024), group = sixteen_lines / each;
     return group < min(kBlockGroups, groups_after) ? base + (kBlockGroups + group) * group_bytes + sixteen_lines % each * 1024 : nullptr;
@@ -63,6 +67,7 @@ struct Spread {  // a block brought into float32: keys [groups][key_dim][16], va
   int64_t value_step() const { return 16; }
   int64_t value_panel() const { return 16 * kKeyBlock; }
   int64_t after_key() const { return 0; }
+  void fetch_scales() const {}
   const uint8_t *after_value(int64_t) const { return nullptr; }
 };
 
@@ -294,6 +299,7 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   };
   if (Block::kFetch) {
     seen(begin, (int)(end - begin));
+    block.fetch_scales();
     value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
   } else {
     for (int64_t d = 0; d < value_end; d += 16)

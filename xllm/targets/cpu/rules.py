@@ -51,7 +51,7 @@ def kv_place(op: Operation, kv: KVLayout) -> dict[str, int]:
 
 
 def kv_bytes(heads: int, width: int, element: int) -> int:
-    """Bytes that a layer keeps of a group of tokens: per KV head `width` elements a token, and before int8 its scales."""
+    """Bytes that a layer keeps of a group of tokens: per KV head `width` elements of each, and the scales of int8."""
     return heads * (width * GROUP_TOKENS * element + (KV_SCALES_BYTES if element == ELEMENT_BYTES["int8"] else 0))
 
 
