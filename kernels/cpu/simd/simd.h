@@ -207,6 +207,7 @@ XK_INLINE f32x16 load_bf16(const uint16_t *p) {
   return r;
 }
 
+// Sixteen int8 as float32.
 XK_INLINE f32x16 load_int8(const int8_t *p) {
   f32x16 r;
 #if XK_VECTOR_BYTES == 64
@@ -218,7 +219,11 @@ XK_INLINE f32x16 load_int8(const int8_t *p) {
   const int16x8_t half[2] = {vmovl_s8(vget_low_s8(all)), vmovl_high_s8(all)};
   XK_PARTS r.v[i] = (vf)vcvtq_f32_s32(i % 2 ? vmovl_high_s16(half[i / 2]) : vmovl_s16(vget_low_s16(half[i / 2])));
 #else
-  XK_PARTS r.v[i] = (vf)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_loadu_si32(p + i * 4)));
+  XK_PARTS {
+    int four;
+    memcpy(&four, p + i * 4, 4);
+    r.v[i] = (vf)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
+  }
 #endif
   return r;
 }
