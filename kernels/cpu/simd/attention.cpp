@@ -93,7 +93,7 @@ void finish(float *out, const float *all, float sum, int64_t value_dim) {
   for (int64_t d = 0; d < value_dim; d += 16) store_some(out + d, load(all + d) / set1(sum), value_dim - d);
 }
 
-// Whole steps of int8 are multiplied by their scales where they are summed; those of latents, always spread, when they are.
+// Steps of int8 meet their scales when they have been summed; those of latents, which are always spread, when they are spread.
 template <class Kv, bool Latent>
 using SpreadOf = Spread<(Kv::kScaleBytes > 0 && !Latent)>;
 
