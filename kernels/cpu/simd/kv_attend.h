@@ -18,11 +18,6 @@ struct Row {
   float all_maximum, all_sum;
 };
 
-// What a step of the key or the value of each token of a group is worth, where `scales` are those of the block's first group.
-XK_INLINE f32x16 scale_of(const uint8_t *scales, int64_t group, int64_t group_bytes, bool value) {
-  return load(scales + group * group_bytes + (value ? xk::kGroup * sizeof(float) : 0));
-}
-
 template <class Kv>
 struct Kept {  // a block where it lies, for few rows
   using Decode = Kv;
@@ -33,7 +28,8 @@ struct Kept {  // a block where it lies, for few rows
 
   int64_t key_bytes() const { return key_dim * 16 * (int64_t)sizeof(Element); }
   const Element *key(int64_t group) const { return (const Element *)(base + group * group_bytes); }
-  f32x16 scale(int64_t group, bool value) const { return scale_of(base - Kv::kScaleBytes, group, group_bytes, value); }
+  // What a step of each key of a group is worth, or of each value.
+  f32x16 scale(int64_t group, bool value) const { return load(base + group * group_bytes - Kv::kScaleBytes + value * 64); }
   const Element *value(int64_t token, int64_t d) const { return key(token / 16) + 16 * key_dim + token % 16 * value_dim + d; }
   int64_t value_step() const { return value_dim; }
   int64_t value_panel() const { return 16; }
@@ -62,12 +58,11 @@ struct Spread {  // a block brought into float32: keys [groups][key_dim][16], va
   int64_t group_bytes;
 
   const float *key(int64_t group) const { return keys + group * 16 * key_dim; }
-  f32x16 scale(int64_t group, bool value) const { return scale_of(scales, group, group_bytes, value); }
+  f32x16 scale(int64_t group, bool value) const { return load(scales + group * group_bytes + value * 64); }
   const float *value(int64_t token, int64_t d) const { return values + d * kKeyBlock + token * 16; }
   int64_t value_step() const { return 16; }
   int64_t value_panel() const { return 16 * kKeyBlock; }
   int64_t after_key() const { return 0; }
-  void fetch_scales() const {}
   const uint8_t *after_value(int64_t) const { return nullptr; }
 };
 
@@ -298,7 +293,7 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   };
   if (Block::kFetch) {
     seen(begin, (int)(end - begin));
-    block.fetch_scales();
+    if constexpr (Block::kScaled && Block::kFetch) block.fetch_scales();
     value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
   } else {
     constexpr int64_t dims = 16 * tile_panels(kTileRows);
