@@ -73,8 +73,9 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "completion": ({"runtime", "service"}, {"rich"}),
     "offline": ({"artifact", "completion", "control", "llm", "memory", "runtime", "service"}, {"msgspec", "numpy"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
+    "doors": ({"", "commands", "config", "service.listener", "service.sites", "service.gate"}, set()),
     "commands": (
-        {"", "artifact", "config", "control", "functions", "kernels", "llm", "runtime", "service", "storage"}
+        {"", "artifact", "config", "control", "doors", "functions", "kernels", "llm", "runtime", "service", "storage"}
         | {"targets", "watch"},
         SERVING,
     ),

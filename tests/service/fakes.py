@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ from xllm.runtime.rows import RowEngine
 from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
 from xllm.service.endpoint import Limits, Service
-from xllm.service.gate import Keys
+from xllm.service.gate import Access, Keys
 from xllm.service.listener import bind, url
 from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
+from xllm.service.sites import origins_of
 from xllm.service.tokenizer import TextCodec
 
 CHAT_TEMPLATE = (
@@ -249,13 +251,22 @@ def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096
 
 
 @contextmanager
-def running(service: Service, keys: Keys | None = None, admin: Keys | None = None):
-    """A real server on loopback in a thread; yields (base URL, server)."""
+def running(
+    service: Service,
+    keys: Keys | None = None,
+    admin: Keys | None = None,
+    origins: Sequence[str] = (),
+    control: socket.socket | None = None,
+):
+    """A real server on loopback in a thread; yields (base URL, server). control: listens for control routes."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = Server(service, keys, admin=admin)
+    access = Access(keys, admin, origins_of(origins), control and control.getsockname()[1])
+    server = Server(service, access)
     server.on_listening = listening.set
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listener, *([control] if control else [])]}, daemon=True
+    )
     thread.start()
     listening.wait(20)
     try:

@@ -151,8 +151,10 @@ class Endpoint(Generic[JobOf]):
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     """The body of a POST. Raises ApiError 413, 415, 408, or 499 when the client left."""
     headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json":
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    empty = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+    # Other types, and none, are what a page of any site may send without asking first.
+    if kind != b"application/json" and (kind or not empty):
         raise ApiError(415, "unsupported_media_type", "the body must be sent as content-type: application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError(415, "unsupported_encoding", "compressed bodies are not supported")
