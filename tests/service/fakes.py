@@ -179,7 +179,7 @@ def fake_service(tmp_path, limits: Limits | None = None, template: str | None = 
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
     dispatcher = Dispatcher()
-    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={})
+    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={}, eos_ids=(EOS,))
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
     return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
@@ -237,7 +237,9 @@ class FakeRows:
         self.closed = True
 
 
-def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096) -> tuple[Service, FakeRows]:
+def rows_service(
+    tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096, template: str = CHAT_TEMPLATE
+) -> tuple[Service, FakeRows]:
     """A service over FakeRows; with `labels`, of a classifier."""
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
@@ -247,7 +249,7 @@ def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096
     task = "classify" if labels else "embed"
     facts = ModelFacts("fake", VOCAB, 64, {}, task, executor.limits.width, labels)
     codec = TextCodec.from_file(path)
-    return load_service(facts, codec, CHAT_TEMPLATE, {}, engine, dispatcher, Limits()), executor
+    return load_service(facts, codec, template, {}, engine, dispatcher, Limits()), executor
 
 
 @contextmanager
