@@ -1,10 +1,11 @@
-"""What each field of a request changes: in what the engine is asked for, or in the answer. A field that is read and then
+"""What each field of a request changes: in what the engine is asked for, or in the answer. A field that is read and
 forgotten changes nothing, which the test of this table finds out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import httpx
@@ -20,7 +21,8 @@ CALLS = '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
-    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}{{ note or '' }}{# </think> <tool_call> #}"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}{{ note or '' }}"
+    "{# </think> <tool_call> #}"
 )
 
 
@@ -91,13 +93,13 @@ def endpoint_arguments(service: Service, endpoint: Any) -> tuple[Any, ...]:
 
 
 class Effect(NamedTuple):
-    """value: of the field. look: what it changes. then: what that is with the field, or whether it is right. beside: other
-    fields, that are there without it too."""
+    """value: of the field. look: what it changes. then: what that is with the field, or whether it is right. beside:
+    other fields, that are there without it too."""
 
     value: Any
     look: Callable[[Seen], Any]
     then: Any
-    beside: dict[str, Any] = {}  # never written to
+    beside: Mapping[str, Any] = MappingProxyType({})
 
 
 def param(value: Any, name: str, then: Any = None, **beside: Any) -> Effect:
@@ -112,7 +114,7 @@ def said(seen: Seen) -> str:
 
 def marks(seen: Seen) -> int:
     """Special tokens that the prompt begins with."""
-    return (len(seen.prompt) - len(seen.prompt.lstrip("<|start>"))) // len("<|start|>")
+    return next(at for at, token in enumerate(seen.requests[0].prompt) if token != START)
 
 
 def of_request(value: Any, name: str) -> Effect:

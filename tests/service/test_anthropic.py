@@ -144,6 +144,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "container": ({"container": "x"}, "container"),
     "no turns": ({"messages": []}, "messages"),
     "temperature": ({"extra_body": {"temperature": 3.0}}, "temperature"),
+    "stops": ({"stop_sequences": ["a"] * 5}, "stop_sequences has 5"),
+    "an empty stop": ({"stop_sequences": [""]}, "stop_sequences has a string"),
+    "name of a tool": ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name has"),
     "unknown": ({"extra_body": {"top_q": 1}}, "top_q"),
 }
 

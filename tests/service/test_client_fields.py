@@ -7,6 +7,7 @@ python -m tests.service.test_client_fields > docs/api.md
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -79,9 +80,9 @@ def ask(servers: Any, path: str, body: dict[str, Any]) -> Seen:
     return Seen(base, service, ROUTES[path].endpoint, path, body)
 
 
-def least(path: str, beside: dict[str, Any]) -> dict[str, Any]:
+def least(path: str, beside: Mapping[str, Any]) -> dict[str, Any]:
     """A body that is taken, with these fields; of an input and messages there is one."""
-    body = ROUTES[path].least | beside
+    body = {**ROUTES[path].least, **beside}
     return {name: value for name, value in body.items() if name != "input" or "messages" not in beside}
 
 
@@ -90,7 +91,7 @@ def test_a_field_has_its_effect(servers, path, name):
     effect = EFFECTS[path][name]
     value = effect.value(servers[False][0]) if callable(effect.value) else effect.value
     without = effect.look(ask(servers, path, least(path, effect.beside)))
-    given = ask(servers, path, least(path, effect.beside | {name: value}))
+    given = ask(servers, path, least(path, {**effect.beside, name: value}))
     assert name == "model" or given.status == 200, given.raw.text
     found = effect.look(given)
     assert found != without, "it changes nothing"

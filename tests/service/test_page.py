@@ -184,9 +184,9 @@ def test_a_page_of_another_site_reaches_no_engine_unless_it_is_allowed(tmp_path,
         wait_for(lambda: closed.recorder.requests_in == 2)
         assert not fake(closed).seen
         assert page.evaluate(ASK, [f"{site}/v1/completions", "cors", "application/json"]) == "hi", "its own server"
-        with running(fake_service(tmp_path), Keys(["k"]), origins=[site]) as (base, _):
-            with pytest.raises(PlaywrightError, match="undefined"):  # a 401 that it may read
-                page.evaluate(ASK, [f"{base}/v1/completions", "cors", "application/json"])
+        guarded = running(fake_service(tmp_path), Keys(["k"]), origins=[site])
+        with guarded as (base, _), pytest.raises(PlaywrightError, match="undefined"):  # a 401 that it may read
+            page.evaluate(ASK, [f"{base}/v1/completions", "cors", "application/json"])
         with running(fake_service(tmp_path), origins=[site]) as (base, _):
             assert page.evaluate(ASK, [f"{base}/v1/completions", "cors", "application/json"]) == "hi"
     page.close()

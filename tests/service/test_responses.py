@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import httpx
@@ -184,8 +185,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "conversation": ({"conversation": "x"}, "conversation"),
     "effort": ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     "truncation": ({"truncation": "auto"}, "truncation"),
-    "nothing": ({"input": []}, "messages"),
-    "form": ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
+    "nothing": ({"input": []}, "input"),
+    "form": ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    "schema": (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}, "tools": []},
+        "text.format.schema",
+    ),
+    "length": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "name of a tool": ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    "arguments": (
+        {"input": [{"type": "function_call", "call_id": "c", "name": "clock", "arguments": "["}]},
+        "input[0].arguments",
+    ),
     "unknown": ({"extra_body": {"top_q": 1}}, "top_q"),
 }
 
@@ -196,3 +207,5 @@ def test_what_can_not_be_kept_is_refused_by_name(client, case):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **fields)
     assert refused.value.param == param, refused.value.message
+    assert param.partition("[")[0] in refused.value.message
+    assert not re.search(r"\b(max_tokens|response_format|messages\[|\.function\b)", str(refused.value.body))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from xllm.service.anthropic_body import NOT_SUPPORTED, MessagesBody, chat_body
+from xllm.service.anthropic_body import NAMES, NOT_SUPPORTED, MessagesBody, chat_body
 from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError, invalid
 from xllm.service.format import Format, Usage, Whole
@@ -81,7 +82,7 @@ class MessageFormat(Format):
 class Messages(OfChat):
     """POST /v1/messages."""
 
-    body, refused = MessagesBody, NOT_SUPPORTED
+    body, refused, names = MessagesBody, NOT_SUPPORTED, NAMES
     kind = "message"
 
     def job(self, data: bytes, entry: Record) -> Job:
@@ -97,14 +98,12 @@ class Messages(OfChat):
 class CountTokens(OfChat):
     """POST /v1/messages/count_tokens."""
 
-    body, refused = MessagesBody, NOT_SUPPORTED
+    body, refused, names = MessagesBody, NOT_SUPPORTED, NAMES
     kind = "count"
 
     def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(chat_body(self.parse(data, MessagesBody)))
-
-    def plan(self, data: bytes, entry: Record) -> Job:
-        return self.job(data, entry)  # nothing is generated: no form needs a grammar
+        job = self.chat_job(chat_body(self.parse(data, MessagesBody)))
+        return replace(job, form=None)  # nothing is generated: no form needs a grammar
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"input_tokens": len(job.prompts[0])})

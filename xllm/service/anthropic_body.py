@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "standard_only"),
     "speed": (None, "standard"),
 }
+# What a chat calls otherwise, in its errors.
+NAMES = ((re.compile(r"^stop$"), "stop_sequences"), (re.compile(r"^(tools\[\d+\])\.function"), r"\1"))
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 

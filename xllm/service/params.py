@@ -200,7 +200,9 @@ def _job(
     if len(stops) > MAX_STOPS:
         raise invalid("invalid_request", f"stop has {len(stops)} strings, at most {MAX_STOPS} are allowed", "stop")
     if any(not stop or len(stop) > MAX_STOP_CHARS for stop in stops):
-        raise invalid("invalid_request", f"each stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+        raise invalid(
+            "invalid_request", f"stop has a string that is empty or longer than {MAX_STOP_CHARS} characters", "stop"
+        )
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
         raise invalid("invalid_request", f"cache_salt has 1 to {MAX_SALT_CHARS} characters", "cache_salt")
     beams = beams_of(body, bool(stops))

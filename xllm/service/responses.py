@@ -20,7 +20,7 @@ from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
 from xllm.service.params import Job
 from xllm.service.parsers.parts import Call, Content, Part
-from xllm.service.responses_body import NOT_SUPPORTED, ResponsesBody, chat_body, items_of
+from xllm.service.responses_body import NAMES, NOT_SUPPORTED, ResponsesBody, chat_body, items_of
 
 PATH = "/v1/responses"
 MAX_STORED = 1024
@@ -213,7 +213,7 @@ class ResponsesFormat(Format):
 class Responses(OfChat):
     """POST /v1/responses."""
 
-    body, refused = ResponsesBody, NOT_SUPPORTED
+    body, refused, names = ResponsesBody, NOT_SUPPORTED, NAMES
     kind = "response"
 
     def __init__(self, service: Service, store: Store) -> None:

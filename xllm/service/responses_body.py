@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,17 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
 }
+# What a chat calls otherwise, in its errors.
+NAMES = tuple(
+    (re.compile(name), own)
+    for name, own in (
+        (r"\bmax_tokens\b", "max_output_tokens"),
+        (r"^messages$", "input"),
+        (r"^response_format\.json_schema\b", "text.format"),
+        (r"^response_format\b", "text.format"),
+        (r"^(tools\[\d+\])\.function", r"\1"),
+    )
+)
 ROLES = ("user", "assistant", "system", "developer")
 TEXTS = ("input_text", "output_text", "text")
 OF_ITEMS = ("id", "status", "phase")  # that answers have and that say nothing of the text
@@ -131,7 +144,7 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
             thoughts = "\n".join(text for text in texts if isinstance(text, str)) or None
         elif kind == "function_call":
             others = ("name", "arguments", *OF_ITEMS)
-            call = CalledFunction(_field(item, "name", path, ("call_id", *others)), _field(item, "arguments", path))
+            call = CalledFunction(_field(item, "name", path, ("call_id", *others)), _arguments(item, path))
             made = ToolCall(call, _field(item, "call_id", path))
             if not found or found[-1].role != "assistant":
                 found.append(Message("assistant", "", reasoning_content=thoughts))
@@ -168,6 +181,17 @@ def _field(item: dict[str, Any], name: str, path: str, others: Sequence[str] | N
     if not isinstance(found := item.get(name), str):
         raise invalid("invalid_type", f"{path}.{name} must be a text", f"{path}.{name}")
     return found
+
+
+def _arguments(item: dict[str, Any], path: str) -> str:
+    text = _field(item, "arguments", path)
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise invalid("invalid_request", f"{path}.arguments is not a JSON object as text", f"{path}.arguments")
+    return text
 
 
 def _tool(tool: FunctionTool, path: str) -> Tool:
