@@ -177,6 +177,11 @@ def shows(text: str) -> Callable[[str], bool]:
     return lambda prompt: text in prompt
 
 
+def thought(seen: Seen) -> int:
+    """Tokens of reasoning, with those that close it: of this tokenizer, characters."""
+    return seen.answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+
+
 def calls(seen: Seen) -> int:
     return len(seen.answer["choices"][0]["message"].get("tool_calls") or ())
 
@@ -194,6 +199,10 @@ def repeated(value: Any, name: str) -> Effect:
     return Effect(value, lambda seen: seen.answer[name], value)
 
 
+def logprobs(seen: Seen) -> list[Any]:
+    return seen.answer["output"][-1]["content"][0]["logprobs"]
+
+
 def before(base: str) -> str:
     return httpx.post(f"{base}/v1/responses", json={"input": "earlier"}).json()["id"]
 
@@ -201,13 +210,21 @@ def before(base: str) -> str:
 EFFECTS: dict[str, dict[str, Effect]] = {
     "/v1/chat/completions": SAMPLED
     | {
+        "add_generation_prompt": Effect(False, lambda seen: seen.prompt.endswith("<|end|>"), True),
         "add_special_tokens": Effect(True, marks, 2),
         "chat_template_kwargs": Effect({"enable_thinking": False}, lambda seen: seen.prompt[-7:] == "<think>", False),
+        "continue_final_message": Effect(
+            True,
+            lambda seen: seen.prompt.endswith("part"),
+            True,
+            {"messages": [*SAY, {"role": "assistant", "content": "part"}]},
+        ),
         "logprobs": Effect(True, lambda seen: bool(seen.answer["choices"][0]["logprobs"]), True),
         "messages": prompted(ASK, "user\nwhy"),
         "parallel_tool_calls": Effect(False, calls, 1, {"tools": [FUNCTION]}),
         "response_format": SAMPLED["response_format"]._replace(beside=PLAIN),
         "structured_outputs": SAMPLED["structured_outputs"]._replace(beside=PLAIN),
+        "thinking_token_budget": Effect(1, thought, 1 + len("</think>")),
         "tool_choice": Effect("none", calls, 0, {"tools": [FUNCTION]}),
         "tools": Effect([FUNCTION], lambda seen: (calls(seen), '"f"' in seen.prompt), (2, True)),
         "top_logprobs": param(2, "logprobs", logprobs=True),
@@ -221,6 +238,7 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     },
     "/v1/responses": {
         "ignore_eos": param(True, "ignore_eos", max_output_tokens=3),
+        "include": Effect(["message.output_text.logprobs"], lambda seen: bool(logprobs(seen)), True),
         "input": prompted("why", "user\nwhy"),
         "instructions": prompted("be brief", "\nbe brief"),
         "max_output_tokens": param(3, "max_tokens"),
@@ -234,7 +252,14 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "seed": param(7, "seed"),
         "store": Effect(False, lambda seen: seen.stored, 404),
         "stream": STREAM,
+        "stream_options": Effect(
+            {"include_obfuscation": True},
+            lambda seen: all("obfuscation" in event for event in seen.events if event["type"].endswith(".delta")),
+            True,
+            {"stream": True},
+        ),
         "temperature": param(0.5, "temperature"),
+        "top_logprobs": Effect(2, lambda seen: [len(token["top_logprobs"]) for token in logprobs(seen)], [2, 2, 2]),
         "text": Effect(
             {"format": {"type": "json_object"}}, lambda seen: seen.first, JSON_FIRST, {"reasoning": {"effort": "none"}}
         ),

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, StepError, StepResult, TokenOutput
 from xllm.runtime import Limits as ExecutorLimits
 from xllm.runtime.encoding import Encoder
+from xllm.runtime.request import Matcher
 from xllm.runtime.rows import RowEngine
 from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
@@ -63,7 +64,8 @@ def shout(request: Request) -> list[int]:
 
 
 class FakeEngine:
-    """One thread, one token per request and step. `reply` says which tokens; `tick` seconds lie between steps."""
+    """One thread, one token per request and step. `reply` says which tokens, and where a grammar forbids one the least
+    that it allows is taken; `tick` seconds lie between steps."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class FakeEngine:
     ) -> None:
         self._sink, self._reply, self._tick, self._queue_limit = sink, reply, tick, queue_limit
         self._live: dict[str, tuple[Request, Sequence[int], int]] = {}
+        self._matchers: dict[str, Matcher] = {}
         self._changed = threading.Condition()
         self._stopped = False
         self.seen: list[Request] = []
@@ -138,7 +141,7 @@ class FakeEngine:
                 outputs.append(TokenOutput(request.id, None, at, finish_reason="error", error=self.broken))
                 del self._live[request.id]
                 continue
-            token = reply[at % len(reply)]
+            token = self._allowed(request, reply[at % len(reply)], at)
             reason = None
             stops = token == EOS or token in request.params.stop_token_ids
             if stops and not request.params.ignore_eos:
@@ -163,6 +166,18 @@ class FakeEngine:
             else:
                 del self._live[request.id]
         return outputs
+
+    def _allowed(self, request: Request, token: int, at: int) -> int:
+        if request.params.grammar is None:
+            return token
+        if at == 0:
+            self._matchers[request.id] = request.params.grammar.start()
+        matcher, mask = self._matchers[request.id], np.zeros(VOCAB // 32, np.uint32)
+        matcher.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        token = token if token in allowed else int(allowed[0])
+        matcher.take([token])
+        return token
 
 
 class Script:

@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
         "messages[0].content[0]",
     ),
-    "prefill": ({"messages": [*SAY, {"role": "assistant", "content": "The"}]}, "messages[1]|begin with a given"),
     "role": ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
     "call of a user": (
         {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}]},

@@ -102,6 +102,33 @@ def test_events_are_numbered_and_say_where_they_belong(client, script):
             getattr(event, "output_index", None)))  # fmt: skip
 
 
+def test_logprobs_are_those_of_the_text(client, script):
+    script.text = f"why</think>  So it is.{CALL}"
+    fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    [part] = next(item for item in ask(client, **fields).output if item.type == "message").content
+    tokens = "".join(logprob.token for logprob in part.logprobs)
+    assert tokens.strip() == part.text == "So it is."
+    assert {len(logprob.top_logprobs) for logprob in part.logprobs} == {2}
+    events = list(ask(client, stream=True, **fields))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(one.token for event in deltas for one in event.logprobs) == tokens
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert [one.token for one in done.logprobs] == [one.token for one in part.logprobs]
+    only = ask(client, top_logprobs=1).output
+    assert next(item for item in only if item.type == "message").content[0].logprobs
+    assert not next(item for item in ask(client).output if item.type == "message").content[0].logprobs
+
+
+def test_events_are_padded_where_that_is_asked_for(client, script):
+    script.text = "why</think>So it is."
+    for options in ({"include_obfuscation": True}, {"include_obfuscation": False}, {}):
+        events = [event.to_dict() for event in ask(client, stream=True, stream_options=options)]
+        deltas = [event for event in events if event["type"].endswith(".delta")]
+        padded = [len(event["delta"]) + len(event.get("obfuscation", "")) for event in deltas]
+        assert bool(options.get("include_obfuscation")) == all(size % 64 == 0 for size in padded)
+        assert not [event for event in events if "obfuscation" in event and event not in deltas]
+
+
 def test_an_answer_that_is_cut_is_incomplete(client, script):
     script.text = "x</think>one two three"
     cut = ask(client, max_output_tokens=len("x</think>one"))
@@ -197,6 +224,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"input": [{"type": "function_call", "call_id": "c", "name": "clock", "arguments": "["}]},
         "input[0].arguments",
     ),
+    "included": ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    "options": ({"extra_body": {"stream_options": {}}}, "stream_options"),
+    "logprobs": ({"top_logprobs": 21}, "top_logprobs"),
     "unknown": ({"extra_body": {"top_q": 1}}, "top_q"),
 }
 

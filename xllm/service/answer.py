@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xllm.runtime import Group, Request, SamplingParams, TokenOutput
 from xllm.runtime.request import PromptLogprobs
+from xllm.service.budget import Bounded
 from xllm.service.dispatch import Subscription
 from xllm.service.endpoint import Endpoint, Service
 from xllm.service.errors import GONE, ApiError
@@ -48,9 +49,11 @@ class Generate(Endpoint[Job]):
 
     def plan(self, data: bytes, entry: Record) -> Job:
         job = self.job(data, entry)
-        if job.form is None:
+        grammar = self.service.grammars().compile(job.form) if job.form is not None else None
+        if job.budget is not None:
+            grammar = Bounded(grammar, job.reading, job.budget, self.service.codec, self.service.facts.vocab)
+        if grammar is None:
             return job
-        grammar = self.service.grammars().compile(job.form)
         return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:

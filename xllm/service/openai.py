@@ -171,12 +171,18 @@ class ChatFormat(OpenAIFormat):
         return body
 
     def _token(self, item: TokenLogprob) -> msgspec.Raw:
-        best = [self._entry(token, logprob) for token, logprob in item.top]
-        return _encoded(self._entry(item.token, item.logprob) | {"top_logprobs": best})
+        return token_logprob(self._codec, item)
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._codec.token_bytes(token)
-        return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+def token_logprob(codec: TextCodec, item: TokenLogprob) -> msgspec.Raw:
+    """A token with its alternatives, as JSON."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = codec.token_bytes(token)
+        return {"token": codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+    best = [entry(token, logprob) for token, logprob in item.top]
+    return _encoded(entry(item.token, item.logprob) | {"top_logprobs": best})
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

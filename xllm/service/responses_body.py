@@ -16,14 +16,11 @@ from xllm.service.errors import invalid
 NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "background": (None, False),
     "conversation": (None,),
-    "include": (None, []),
     "max_tool_calls": (None,),
     "moderation": (None,),
     "prompt": (None,),
     "prompt_cache_retention": (None, "in_memory"),
     "service_tier": (None, "auto", "default"),
-    "stream_options": (None,),
-    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
 }
 # What a chat calls otherwise, in its errors.
@@ -32,12 +29,14 @@ NAMES = tuple(
     for name, own in (
         (r"\bmax_tokens\b", "max_output_tokens"),
         (r"^messages$", "input"),
+        (r"^logprobs$", "top_logprobs"),
         (r"^response_format\.json_schema\b", "text.format"),
         (r"^response_format\b", "text.format"),
         (r"^(tools\[\d+\])\.function", r"\1"),
     )
 )
 ROLES = ("user", "assistant", "system", "developer")
+LOGPROBS = "message.output_text.logprobs"
 TEXTS = ("input_text", "output_text", "text")
 OF_ITEMS = ("id", "status", "phase")  # that answers have and that say nothing of the text
 
@@ -68,6 +67,12 @@ class Reasoning(msgspec.Struct, forbid_unknown_fields=True):
     effort: str | None = None
 
 
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """include_obfuscation: events of text are padded, so that their sizes tell less of what they say."""
+
+    include_obfuscation: bool | None = None
+
+
 class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/responses. `input`: a text, or items: messages, calls, their results and reasoning."""
 
@@ -85,7 +90,10 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     metadata: dict[str, str] | None = None
@@ -105,6 +113,13 @@ def chat_body(body: ResponsesBody, items: Sequence[dict[str, Any]]) -> ChatBody:
     """The chat that is asked for; `items` are those before this turn and of it. Raises ApiError 400."""
     messages = [Message("developer", body.instructions)] if body.instructions else []
     messages += _messages(items)
+    for at, name in enumerate(body.include or []):
+        if name != LOGPROBS:
+            text = f"include[{at}] is {name[:64]!r}: only {LOGPROBS} can be included"
+            raise invalid("unsupported_parameter", text, f"include[{at}]")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("invalid_request", "stream_options needs stream: true", "stream_options")
+    logprobs = bool(body.include or body.top_logprobs)
     choice = body.tool_choice
     if isinstance(choice, dict) and choice.keys() == {"type", "name"}:
         choice = {"type": choice["type"], "function": {"name": choice["name"]}}
@@ -117,6 +132,8 @@ def chat_body(body: ResponsesBody, items: Sequence[dict[str, Any]]) -> ChatBody:
         top_k=body.top_k,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        top_logprobs=body.top_logprobs if logprobs else None,
         stream=body.stream,
         response_format=_format(body.text.format) if body.text and body.text.format else None,
         chat_template_kwargs=_reasoning(body.reasoning),

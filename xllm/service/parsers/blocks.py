@@ -70,13 +70,13 @@ class Blocks:
 
     thinking = False
 
-    def __init__(self, shape: Shape, tools: Tools, one: bool) -> None:
+    def __init__(self, shape: Shape, tools: Tools, one: bool, begun: bool = False) -> None:
         self._shape, self._tools = shape, tools
         self._markers = Markers(shape.markers)
         self._calls = Calls(one)
         self._text = ""  # not decided on; inside of a block all of its body
         self._shown = Trimmed()
-        self._begun = not shape.bare  # whether it is known if the answer begins with a call
+        self._begun = begun or not shape.bare  # whether it is known if the answer begins with a call
         self._inside = False
         self._scanned = 0  # characters of the body without a marker
         self._in_string = False

@@ -12,6 +12,8 @@ from xllm.service.parsers.parts import Content, Markers, Part, Reasoning, Tools
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 MARKERS = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+CLOSE_ANALYSIS = f"<|end|>{START}assistant{CHANNEL}final{MESSAGE}"
+OPEN_CALLS = f"{CHANNEL}commentary{MESSAGE}"
 HEADER_CHARS = 512  # more is no header, whatever it is
 TOOL = re.compile(r"to=(?:functions\.)?([\w.-]+)", re.ASCII)
 ANALYSIS = re.compile(r"<\|channel\|>\s*analysis")
@@ -22,13 +24,15 @@ HEADER = re.compile(rf"(?:{re.escape(START)}\w*)?(?:\s*to=\S*)?(?:{re.escape(CHA
 class Harmony:
     """All three kinds of parts at once."""
 
-    def __init__(self, tools: Tools, one: bool) -> None:
+    def __init__(self, tools: Tools, one: bool, begun: bool = False) -> None:
         self._tools, self._calls = tools, Calls(one)
         self._marks, self._body_ends = Markers(MARKERS), Markers((*ENDS, START, CHANNEL))
         self._text = ""  # not decided on; of a call all of its body
         self._scanned = 0  # characters of a call without a marker
         self._tool: str | None = None
-        self._state = "header"  # or what the body of this message is: "content", "reasoning", "call"
+        self._state = (
+            "content" if begun else "header"
+        )  # or what the body of this message is: "content", "reasoning", "call"
 
     @property
     def thinking(self) -> bool:
