@@ -15,7 +15,8 @@ from tests.service.fakes import byte_tokenizer
 from xllm.runtime import TokenOutput
 from xllm.service.generation import Choice
 from xllm.service.parsers import ALIASES, REASONING_PARSERS, SHAPES, TOOL_PARSERS
-from xllm.service.parsers.parts import Call, Content, Markers, Part
+from xllm.service.parsers.growing import Arguments
+from xllm.service.parsers.parts import Call, Content, Markers, More, Part, joined
 from xllm.service.parsers.reading import Dialect, Reading, choose
 from xllm.service.parsers.shapes import shape
 from xllm.service.parsers.values import typed
@@ -120,7 +121,11 @@ def read(reading: Reading, pieces: list[str]) -> list[Part]:
     reader = reading.reader()
     merged: list[Part] = []
     for part in [*(part for piece in pieces for part in reader.push(piece)), *reader.finish()]:
-        if isinstance(part, Call):
+        if isinstance(part, More):
+            call = merged[-1]
+            assert isinstance(call, Call) and call.index == part.index and part.arguments
+            merged[-1] = call._replace(arguments=call.arguments + part.arguments)
+        elif isinstance(part, Call):
             assert part.id
             merged.append(part._replace(id=""))
         elif merged and type(merged[-1]) is type(part):
@@ -200,11 +205,74 @@ def test_any_cut_of_any_text_gives_the_same(name, data):
     parts = read(reading, [text])
     assert read(reading, cut(text, data.draw(CUTS))) == parts
     assert read(reading, [*text]) == parts
-    if name != "harmony" and reasoning == "none" and not calls_of(parts):
+    if name != "harmony" and reasoning == "none" and not any(isinstance(part, Call) for part in parts):
         left = Markers(shape(name).markers).remove(text)
         assert without_space("".join(part.text for part in parts)) == without_space(left)  # pyright: ignore
     for call in parts:
         assert not isinstance(call, Call) or (call.name in TOOLS and call.arguments.startswith("{"))
+
+
+DEEP = '{"a": ' * 64
+BROKEN = [  # arguments, how far they are arguments, what is content
+    ("{", "{", ""),
+    ('{"x": NaN}', '{"x": ', "NaN}"),
+    ('{"x": ' + "9" * 5000 + "}", '{"x": ', "9" * 5000 + "}"),
+    ('{"x": "a\\q"}', '{"x": "a', '\\q"}'),
+    ('{"x" 1}', '{"x" ', "1}"),
+    ('{"x": 1,}', '{"x": 1,', "}"),
+    ('{"x": [1}', '{"x": [1', "}"),
+    (DEEP + '{"a": 1}', DEEP, '{"a": 1}'),
+]
+
+
+@pytest.mark.parametrize("name", ["qwen25", "kimi_k2", "harmony"])
+@pytest.mark.parametrize(("arguments", "sent", "rest"), BROKEN)
+def test_a_call_whose_arguments_break_off_is_cut_there(name, arguments, sent, rest):
+    before, after = {
+        "qwen25": ('<tool_call>{"name": "f", "arguments": ', "</tool_call>"),
+        "kimi_k2": ("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        "harmony": ("<|channel|>commentary to=functions.f<|message|>", "<|call|>"),
+    }[name]
+    text = before + arguments + after
+    for pieces in ([text], [*text]):
+        parts = read(Dialect(name).reading("", TOOLS), pieces)
+        assert [part.arguments for part in parts if isinstance(part, Call)] == [sent]
+        assert "".join(part.text for part in parts if isinstance(part, Content)) == rest
+
+
+@given(st.dictionaries(TEXT, st.recursive(st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False), TEXT),
+                                          lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))), CUTS,
+       st.sampled_from([None, 1]), st.booleans())  # fmt: skip
+def test_arguments_leave_as_they_are_written(value, places, indent, escaped):
+    text = json.dumps(value, indent=indent, ensure_ascii=escaped).replace("Infinity", "1e99") + " tail"
+    growing, seen = Arguments(0), 0
+    for piece in cut(text, places):
+        seen += len(piece)
+        growing.push(text[:seen])
+        assert growing.at <= seen
+        held = text[growing.at : min(seen, len(text) - len(" tail"))]
+        assert growing.done or not held or re.fullmatch(r"[-+\w.]+|\\(u\w{0,3})?", held), "only what is undecided stays"
+    growing.push(text, final=True)
+    assert growing.done and not growing.broken and growing.at == len(text) - len(" tail")
+
+
+@given(st.text('{}[]:,"\\a1-. \n\tefu0', max_size=30), CUTS)
+def test_what_leaves_is_json_or_its_beginning(text, places):
+    text = "{" + text
+    whole, cuts, seen = Arguments(0), Arguments(0), 0
+    whole.push(text, final=True)
+    for piece in cut(text, places):
+        seen += len(piece)
+        cuts.push(text[:seen])
+    cuts.push(text, final=True)
+    assert (whole.at, whole.done, whole.broken) == (cuts.at, cuts.done, cuts.broken)
+    if whole.done:
+        assert isinstance(json.loads(text[: whole.at]), dict)
+    try:
+        found = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return
+    assert whole.done and whole.at == found[1]
 
 
 @given(WORDS, TEXT, CUTS)
@@ -249,11 +317,10 @@ def test_harmony_tells_channels_apart():
     ("name", "text"),
     [
         ("qwen25", 'a <tool_call>{"name": "other", "arguments": {}}</tool_call> b'),  # no such tool
-        ("qwen25", 'a <tool_call>{"name": "f", "arguments": {</tool_call> b'),
-        ("qwen25", 'a <tool_call>{"name": "f", "arguments": {}, "name": "f"}</tool_call> b'),
+        ("qwen25", 'a <tool_call>{"name": "f", "arguments"</tool_call> b'),
         ("qwen25", 'a <tool_call>{"name": "f", "arguments": [1]}</tool_call> b'),
-        ("qwen25", 'a <tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call> b'),
-        ("qwen25", 'a <tool_call>{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}</tool_call> b"),
+        ("qwen25", 'a <tool_call>{"arguments": {"x": NaN}, "name": "f"}</tool_call> b'),
+        ("qwen25", 'a <tool_call>{"arguments": {"x": ' + "9" * 5000 + '}, "name": "f"}</tool_call> b'),
         ("qwen25", "a <tool_call>" + '{"a":' * 5000 + "</tool_call> b"),
         ("qwen3_coder", "a <tool_call><function=f><parameter=text>x</function></tool_call> b"),
         ("glm45", "a <tool_call>f<arg_key>text</arg_key></tool_call> b"),
@@ -350,5 +417,5 @@ def test_special_tokens_that_are_markers_are_seen_and_others_are_not():
     outputs = [TokenOutput("a", token, at) for at, token in enumerate(tokens)]
     parts = [part for output in outputs for part in choice.push(output).parts]
     last = choice.push(TokenOutput("a", 257, len(tokens), finish_reason="stop"))
-    assert calls_of([*parts, *last.parts]) == [("f", {"on": True})]
+    assert calls_of([*joined([*parts, *last.parts])]) == [("f", {"on": True})]
     assert last.finish_reason == "tool_calls"

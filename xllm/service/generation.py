@@ -98,7 +98,8 @@ class Choice:
         elif finish_reason is not None:
             parts += self._reader.finish()
         self._called |= any(isinstance(part, Call) for part in parts)
-        self.finish_reason = "tool_calls" if self._called and finish_reason == "stop" else finish_reason
+        calls = self._called and not self._reader.cut  # one that broke off is nothing to carry out
+        self.finish_reason = "tool_calls" if calls and finish_reason == "stop" else finish_reason
         return Delta(text, tuple(parts), released, self.finish_reason, result.stopped)
 
     def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:

@@ -21,7 +21,7 @@ from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
 from xllm.service.openai import token_logprob
 from xllm.service.params import Job
-from xllm.service.parsers.parts import Call, Content, Part
+from xllm.service.parsers.parts import Call, Content, More, Part
 from xllm.service.responses_body import NAMES, NOT_SUPPORTED, ResponsesBody, chat_body, items_of
 from xllm.service.tokenizer import TextCodec
 
@@ -167,6 +167,8 @@ class ResponsesFormat(Format):
 
     def _part(self, part: Part) -> bytes:
         logprobs, self._logprobs = self._logprobs, []
+        if isinstance(part, More):
+            return self._more(part.arguments)
         if isinstance(part, Call):
             return self._end() + self._call(part)
         events = b""
@@ -193,14 +195,20 @@ class ResponsesFormat(Format):
         item |= {"call_id": call.id, "name": call.name}
         begun = self._event("response.output_item.added", item=dict(item), output_index=len(self._items))
         self._items.append(item)
-        place = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        item |= {"arguments": call.arguments, "status": "completed"}
-        return (
-            begun
-            + self._event("response.function_call_arguments.delta", delta=call.arguments, **place)
-            + self._event("response.function_call_arguments.done", arguments=call.arguments, name=call.name, **place)
-            + self._event("response.output_item.done", item=item, output_index=place["output_index"])
-        )
+        self._open = Call
+        return begun + (self._more(call.arguments) if call.arguments else b"")
+
+    def _more(self, arguments: str) -> bytes:
+        item, place = self._items[-1], len(self._items) - 1
+        item["arguments"] += arguments
+        kind = "response.function_call_arguments.delta"
+        return self._event(kind, delta=arguments, item_id=item["id"], output_index=place)
+
+    def _end_call(self) -> bytes:
+        item, place = self._items[-1], len(self._items) - 1
+        told = {"item_id": item["id"], "arguments": item["arguments"], "name": item["name"]}
+        done = self._event("response.function_call_arguments.done", output_index=place, **told)
+        return done + self._event("response.output_item.done", item=item, output_index=place)
 
     def _end(self, reason: str | None = None) -> bytes:
         """Closes the last item; with a reason, the answer."""
@@ -209,6 +217,9 @@ class ResponsesFormat(Format):
             return b""
         item, kind = self._items[-1], "output_text" if self._open is Content else "reasoning_text"
         item["status"] = self._status
+        if self._open is Call:
+            self._open = None
+            return self._end_call()
         extra = {"logprobs": item["content"][0]["logprobs"]} if self._open is Content else {}
         self._open = None
         return (

@@ -45,6 +45,10 @@ class Thinking:
     def ended(self) -> bool:
         return self._rest.ended
 
+    @property
+    def cut(self) -> bool:
+        return self._rest.cut
+
     def push(self, text: str) -> list[Part]:
         if self._state == "rest":
             return self._rest.push(text)
