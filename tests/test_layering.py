@@ -64,6 +64,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "service": ({"", "config", "runtime"}, HTTP),
     "service.files": ({"service"}, {"python_multipart"}),
     "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),
+    "service.budget": ({"runtime", "service"}, {"numpy"}),
     "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "watch": ({"artifact", "files", "runtime", "traffic"}, {"msgspec", "numpy"}),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from xllm.runtime import Group, Request, SamplingParams, TokenOutput
 from xllm.runtime.request import PromptLogprobs
-from xllm.service.budget import Bounded
 from xllm.service.dispatch import Subscription
 from xllm.service.endpoint import Endpoint, Service
 from xllm.service.errors import GONE, ApiError
@@ -51,6 +50,8 @@ class Generate(Endpoint[Job]):
         job = self.job(data, entry)
         grammar = self.service.grammars().compile(job.form) if job.form is not None else None
         if job.budget is not None:
+            from xllm.service.budget import Bounded
+
             grammar = Bounded(grammar, job.reading, job.budget, self.service.codec, self.service.facts.vocab)
         if grammar is None:
             return job

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from xllm.service.parsers import values
+from xllm.service.parsers import pythonic, values
 from xllm.service.parsers.blocks import Body, Found, Shape
 from xllm.service.parsers.parts import Tools
 
@@ -201,6 +201,7 @@ _MAKE: dict[str, Callable[[], Shape]] = {
     ),
     "llama3_json": lambda: Shape("<|python_tag|>", "", _several, bare="{", heads=_heads(OBJECT)),
     "mistral": lambda: Shape("[TOOL_CALLS]", "", _mistral, inner=("[CALL_ID]", "[ARGS]"), heads=(MISTRAL,)),
+    "pythonic": lambda: Shape("<|python_start|>", "<|python_end|>", pythonic.calls, bare="[", quoted=False),
     # A list of objects, which needs no marker.
     "json": lambda: Shape("[TOOL_CALLS]", "", _mistral, bare="[", heads=_heads(rf"\s*\[{OBJECT}")),
 }
