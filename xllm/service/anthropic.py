@@ -100,6 +100,7 @@ class CountTokens(OfChat):
 
     body, refused, names = MessagesBody, NOT_SUPPORTED, NAMES
     kind = "count"
+    queues = False
 
     def job(self, data: bytes, entry: Record) -> Job:
         job = self.chat_job(chat_body(self.parse(data, MessagesBody)))
