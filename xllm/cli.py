@@ -91,6 +91,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "compile a Hugging Face checkpoint folder, or an ONNX file, into an artifact",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --weights bfloat16 --kv float32 --max-len 8192",
+            "xllm compile ./Qwen3-0.6B -o qwen8.xllm --kv int8          longer texts in the same memory",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
             "xllm compile ./Qwen3-0.6B -o qwen4.xllm --weights int4 --group 64 --head-weights int8",
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from xllm import config
-from xllm.storage import FLOATS, GROUPS, INTS
+from xllm.storage import FLOATS, GROUPS, INTS, KVS
 
 
 def compile_flags(sub: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
     sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
     sub.add_argument(
-        "--kv", choices=FLOATS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
+        "--kv", choices=KVS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
     )
     sub.add_argument("--max-seqs", type=positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=positive, metavar="N", help="tokens of prompt and answer together")
