@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+SPACE = " \t\r\n"  # of JSON, which has less of it than Python
 OUTSIDE = re.compile(r'[ \t\r\n]+|[{}\[\]:,"]|[^ \t\r\n{}\[\]:,"]+')
 INSIDE = re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+')
 ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")  # one that is not whole yet
@@ -38,7 +39,7 @@ class Arguments:
         found = OUTSIDE.match(text, self.at)
         assert found is not None
         token = found[0]
-        if token.isspace():
+        if token[0] in SPACE:
             pass
         elif token == '"' and self._wanted in ("key?", "key", "value?", "value"):
             self._in_string = True
