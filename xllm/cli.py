@@ -123,6 +123,14 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
 
     inspection.add(command, dim)
     measure.add(command, positive, count)
+    replay = command(
+        "replay",
+        _replay,
+        "take the decisions of a scheduler again, and say where this version decides otherwise",
+        "xllm serve qwen.xllm --scheduler mix --trace-decisions decisions.jsonl",
+        "xllm replay decisions.jsonl",
+    )
+    replay.add_argument("trace", type=Path, metavar="FILE")
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -213,6 +221,12 @@ def _passes(arguments: argparse.Namespace) -> None:
     from xllm.pipeline import describe_passes
 
     print(describe_passes())
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from xllm.commands import replay
+
+    return replay(arguments)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

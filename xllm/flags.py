@@ -109,6 +109,10 @@ def serve_flags(sub: argparse.ArgumentParser) -> None:
         "--profile-dir", type=Path, metavar="FOLDER",
         help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
     )  # fmt: skip
+    sub.add_argument(
+        "--trace-decisions", type=Path, metavar="FILE",
+        help="write the scheduler's latest decisions, every minute and at the end, for `xllm replay FILE`: no texts",
+    )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
