@@ -102,6 +102,7 @@ class FakeEngine:
             return EngineStats(
                 running=live,
                 free_pages=100 - live,
+                used_pages=live,
                 total_pages=100,
                 mapped_pages=7,
                 cached_pages=20,
@@ -253,7 +254,7 @@ def running(service: Service, keys: Keys | None = None, admin: Keys | None = Non
     """A real server on loopback in a thread; yields (base URL, server)."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = Server(service, keys, admin=admin)
+    server = Server([service], keys, admin=admin)
     server.on_listening = listening.set
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -261,7 +262,7 @@ def running(service: Service, keys: Keys | None = None, admin: Keys | None = Non
     try:
         yield url(listener), server
     finally:
-        service.draining = server.should_exit = True
+        service.front.draining = server.should_exit = True
         thread.join(20)
         listener.close()
         service.engine.stop()  # type: ignore[attr-defined]

@@ -63,8 +63,8 @@ def test_a_stream_is_aborted_by_the_id_of_its_answer(tmp_path, route):
             assert client.post("/abort", json={"request_id": id_of(first)}).json() == {"aborted": 1}
             assert "the request was aborted" in "".join(lines)
         assert client.post("/abort", json={"request_id": id_of(first)}).status_code == 404
-        wait_for(lambda: service.engine.stats().running == 0 and service.recorder.concurrent == 0)
-        assert service.recorder.statuses["cancelled"] == 1
+        wait_for(lambda: service.engine.stats().running == 0 and service.front.concurrent == 0)
+        assert service.front.statuses["cancelled"] == 1
 
 
 def test_rows_are_aborted_by_the_id_of_their_request(tmp_path):

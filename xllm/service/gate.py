@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from xllm.service.errors import GONE, ApiError, Hint
-from xllm.service.metrics import Recorder
+from xllm.service.metrics import Front
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -69,8 +69,8 @@ class Gate:
     """The outermost application. `keys` None: no key is needed. admin: keys that open the control routes, and all
     others; None: nobody controls."""
 
-    def __init__(self, app: App, keys: Keys | None, recorder: Recorder, admin: Keys | None = None) -> None:
-        self._app, self._keys, self._recorder, self._admin = app, keys, recorder, admin
+    def __init__(self, app: App, keys: Keys | None, front: Front, admin: Keys | None = None) -> None:
+        self._app, self._keys, self._front, self._admin = app, keys, front, admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,7 +87,7 @@ class Gate:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        self._recorder.requests_in += 1
+        self._front.requests_in += 1
         try:
             self._authorize(scope, headers, entry)
             await self._app(scope, receive, send_with_id)
@@ -99,7 +99,7 @@ class Gate:
                 await send_json(send_with_id, failure.status, body, failure.headers)
             entry.status = failure.status
         finally:
-            self._recorder.status(entry.status)
+            self._front.status(entry.status)
             _write_log(scope, entry)
 
     def _authorize(self, scope: Scope, headers: dict[bytes, str], entry: Record) -> None:
