@@ -20,6 +20,7 @@ from xllm.service.dispatch import Dispatcher
 from xllm.service.endpoint import Limits, Service
 from xllm.service.gate import Keys
 from xllm.service.listener import bind, url
+from xllm.service.metrics import Front
 from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
 from xllm.service.tokenizer import TextCodec
@@ -173,15 +174,23 @@ class Script:
         return [*ids(self.text), EOS]
 
 
-def fake_service(tmp_path, limits: Limits | None = None, template: str | None = CHAT_TEMPLATE, **engine) -> Service:
+def fake_service(
+    tmp_path,
+    limits: Limits | None = None,
+    template: str | None = CHAT_TEMPLATE,
+    name: str = "fake",
+    front: Front | None = None,
+    **engine,
+) -> Service:
     """A service over a fake engine. It must be bound to a loop before the first request."""
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
     dispatcher = Dispatcher()
-    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={})
+    facts = ModelFacts(name=name, vocab=VOCAB, max_len=MAX_LEN, defaults={})
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
-    return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
+    codec = TextCodec.from_file(path)
+    return load_service(facts, codec, template, special, engine_, dispatcher, limits or Limits(), front=front)
 
 
 def fake(service: Service) -> FakeEngine:
@@ -236,7 +245,9 @@ class FakeRows:
         self.closed = True
 
 
-def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096) -> tuple[Service, FakeRows]:
+def rows_service(
+    tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096, name: str = "fake", front: Front | None = None
+) -> tuple[Service, FakeRows]:
     """A service over FakeRows; with `labels`, of a classifier."""
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
@@ -244,17 +255,17 @@ def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096
     engine = RowEngine(Encoder(executor), dispatcher.sink, queue_limit)
     engine.start()
     task = "classify" if labels else "embed"
-    facts = ModelFacts("fake", VOCAB, 64, {}, task, executor.limits.width, labels)
+    facts = ModelFacts(name, VOCAB, 64, {}, task, executor.limits.width, labels)
     codec = TextCodec.from_file(path)
-    return load_service(facts, codec, CHAT_TEMPLATE, {}, engine, dispatcher, Limits()), executor
+    return load_service(facts, codec, CHAT_TEMPLATE, {}, engine, dispatcher, Limits(), front=front), executor
 
 
 @contextmanager
-def running(service: Service, keys: Keys | None = None, admin: Keys | None = None):
-    """A real server on loopback in a thread; yields (base URL, server)."""
+def running(service: Service, keys: Keys | None = None, admin: Keys | None = None, others: Sequence[Service] = ()):
+    """A real server on loopback in a thread, of a model or several; yields (base URL, server)."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = Server([service], keys, admin=admin)
+    server = Server([service, *others], keys, admin=admin)
     server.on_listening = listening.set
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
