@@ -17,7 +17,7 @@ from xllm.targets import host
 
 # Python, libraries, tokenizer tables and the buffers of requests, measured with Qwen3-0.6B's vocabulary.
 PROCESS_BYTES = 160 << 20
-MODEL_BYTES = 64 << 20  # tokenizer tables and buffers of each further model
+MODEL_BYTES = 88 << 20  # of each further model: what of these is not there for a model with few words too
 DEFAULT_KV_TOKENS = 32768
 PAGE_BYTES = 2 << 20
 
