@@ -97,6 +97,17 @@ def generate(arguments: argparse.Namespace) -> None:
     )
 
 
+def replay(arguments: argparse.Namespace) -> int:
+    """`xllm replay`: 1 where a decision is another."""
+    from xllm.runtime.policies.trace import replay
+
+    with arguments.trace.open() as lines:
+        found = replay(lines)
+    same = f"{found.differing:,} differ, the first: {found.first}" if found.differing else "all are the same again"
+    print(f"{found.decisions:,} decisions of {found.scheduler}: {same}")
+    return 1 if found.differing else 0
+
+
 def sign(arguments: argparse.Namespace) -> None:
     """`xllm sign`: a new key, a signature, or both."""
     from xllm.artifact import Artifact, is_packed, new_key

@@ -152,7 +152,7 @@ def _open(
         ending.callback(observers.close)  # after the engine
         common: dict[str, Any] = {"watch": observers.watch, "turns": turns}
         if isinstance(ledger, Ledger):
-            own = options | tiers | common | {"ledger": ledger, "pages": pages}
+            own = options | tiers | common | {"ledger": ledger, "pages": pages, "trace": observers.trace}
             engine, _ = open_engine(artifact, dispatcher.sink, **own)
         else:
             own = process_options(arguments) | common | {"ledger": ledger}
@@ -163,7 +163,8 @@ def _open(
 
 
 def _check_rows_flags(arguments: argparse.Namespace, artifact: Artifact) -> None:
-    of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order", *TIERS)
+    of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order")
+    of_engine += ("trace_decisions", *TIERS)
     for flag in of_engine:
         if getattr(arguments, flag) not in (None, False):
             name = flag.replace("_", "-")
@@ -176,14 +177,16 @@ def _observers(arguments: argparse.Namespace, name: str | None) -> Observers:
 
     traffic: Path | None = arguments.record_traffic
     profiles: Path | None = arguments.profile_dir
+    trace: Path | None = arguments.trace_decisions
     try:
         if name is not None:
             part = name.replace("/", "_")
+            trace = trace and trace.with_name(f"{trace.stem}-{part}{trace.suffix}")
             traffic = traffic and traffic.with_name(f"{traffic.stem}-{part}{traffic.suffix}")
             if profiles is not None and profiles.is_dir():
                 profiles = profiles / part
                 profiles.mkdir(exist_ok=True)
-        return Observers(traffic, profiles)
+        return Observers(traffic, profiles, trace)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
 
