@@ -16,7 +16,7 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    "xllm/targets": 3460,  # whose turn it is; logits of prompts; costs fitted on the machine; weights that leave and come back
+    "xllm/targets": 3460,  # logits of prompts; fitted costs; weights that leave and come back; turns of steps
     # policies (1,500, with traces that are replayed), tiers (1,000), orders, beams, simulation, pages of several models
     "xllm/runtime": 6220,
     "xllm/service": 8160,  # three APIs of generation, parsers, batches, control, the page; several models
