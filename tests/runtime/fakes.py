@@ -26,6 +26,7 @@ from xllm.runtime import (
 )
 from xllm.runtime.config import TierConfig
 from xllm.runtime.engine import Engine
+from xllm.runtime.store import PageStore
 from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
@@ -268,11 +269,14 @@ class Rig:
     prefix_cache: bool = True
     tiers: TierConfig | None = None
     policy: dict[str, Any] = field(default_factory=dict)  # scheduler, order, cost, aged_seconds, trace
+    store: PageStore | None = None  # shared with other rigs, on fake memory
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
     def __post_init__(self) -> None:
-        self.memory = RealMemory(self.page_bytes) if self.real_memory else FakeMemory(self.page_bytes)
+        self.memory: Any = RealMemory(self.page_bytes) if self.real_memory else FakeMemory(self.page_bytes)
+        if self.store is not None:
+            self.memory = self.store.memory
         limits = Limits(self.max_tokens_per_step, self.max_seqs, self.max_len, self.vocab)
         self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes))
         config = EngineConfig(
@@ -289,13 +293,15 @@ class Rig:
             check=True,
             **self.policy,
         )
-        self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
+        pages = self.store or self.memory
+        self.engine = Engine(self.executor, config, self.outputs.extend, pages, lambda: float(self.now))
         self.flight = None
 
     @property
     def busy(self) -> bool:
         engine = self.engine
-        return bool(self.flight or engine._told or engine._core.parked or not engine._orders.resting)
+        rests = engine._orders.resting or engine._starved
+        return bool(self.flight or engine._told or engine._core.parked or not rests)
 
     def turn(self) -> None:
         """One turn of the engine's loop, if it would not sleep."""
@@ -325,7 +331,7 @@ class Rig:
 
     def assert_baseline(self) -> None:
         """Nothing is held any more."""
-        assert self.engine.pool.free_pages == self.engine.pool.plan.pages
+        assert self.engine.pool.committed == 0
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 

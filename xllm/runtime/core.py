@@ -158,7 +158,6 @@ class Core:
             self._causes[cause] += 1
             self._preempt(victim)
         self._admit(decision)
-        self._sharing.settle()
         grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
         if not grants:
             return None
@@ -216,7 +215,8 @@ class Core:
             running=len(self.running),
             waiting=len(self.waiting),
             oldest_wait_s=self._oldest_wait,
-            free_pages=self.pool.free_pages,
+            free_pages=max(0, self.pool.free_pages),
+            used_pages=self.pool.committed,
             total_pages=plan.pages,
             page_bytes=plan.page_bytes,
             steps=self._steps,

@@ -23,6 +23,7 @@ from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence, new_sequence
+from xllm.runtime.store import PageStore
 from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers, open_tiers
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
@@ -36,8 +37,8 @@ class Engine(Ordered):
     `sink` is called from the engine thread, at most once per step, with the outputs of that step in no particular order
     of requests; a slow sink slows generation, one that raises ends the engine. Every accepted request gets exactly one
     output with a finish_reason, also on stop and on failure. `memory` is where KV pages come from (Linux by default),
-    `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault when the KV pool cannot be made,
-    RuntimeFault when a tier cannot.
+    or a store of them that engines share; `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault
+    when the KV pool cannot be made, RuntimeFault when a tier cannot.
     """
 
     def __init__(
@@ -45,20 +46,22 @@ class Engine(Ordered):
         executor: Executor,
         config: EngineConfig,
         sink: Callable[[list[TokenOutput]], None],
-        memory: PageMemory | None = None,
+        memory: PageMemory | PageStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         limits = executor.limits
         max_seqs = min(config.max_seqs or limits.max_seqs, limits.max_seqs)
         plan = plan_pool(executor.kv, limits.max_len, max_seqs, config.kv_bytes, config.page_bytes)
-        pages = memory or LinuxMemory(plan.page_bytes)
+        memory = memory or LinuxMemory(plan.page_bytes)
+        store = memory if isinstance(memory, PageStore) else PageStore(memory, plan.pages)
         self._tiers: Tiers | None = None
         if config.tiers is None or executor.kv.fixed_bytes:
-            pool = KvPool(plan, pages)
+            pool = KvPool(plan, store)
         else:
-            pool = TieredPool(plan, pages)
+            pool = TieredPool(plan, store)
             self._tiers = open_tiers(config.tiers, pool, self._wake)
         super().__init__(Core(executor, config, pool, clock, self._tiers))
+        pool.on_room = self._wake
         self._limits = limits
         self._config = config
         self._sink = sink
@@ -185,7 +188,7 @@ class Engine(Ordered):
     def _take_requests(self, flight: Flight | None) -> bool:
         """Move what other threads left into the core, waiting for it when there is nothing else. False: stop."""
         with self._lock:
-            while self._orders.resting and flight is None and not self._told:
+            while (self._orders.resting or self._starved) and flight is None and not self._told:
                 self._quiet = self._core.idle
                 self._changed.notify_all()
                 self._changed.wait(None if self._quiet else 1.0)  # a load that is stuck does not say so
@@ -211,7 +214,7 @@ class Engine(Ordered):
         if outputs:
             self._forget(outputs)
             self._sink(outputs)
-        elif not (progress or self._core.idle or self._core.loading or self._orders.active):
+        elif not (progress or self._core.idle or self._core.loading or self._starved or self._orders.active):
             raise InvariantBroken(f"engine: nothing can run: {'; '.join(self._core.why)}")
         self._orders.carry_out()
 

@@ -19,7 +19,7 @@ def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leavin
     problems = {
         "a slot has two sequences": len(set(slots)) < len(slots),
         "a running sequence has no slot": any(slot < 0 for slot in slots),
-        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.plan.pages - pool.free_pages,
+        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.committed,
         "tokens lie beyond the pages": any(sequence.computed > sequence.capacity for sequence in holders),
         "running is out of order": running != sorted(running, key=by_order),
         "waiting is out of order": waiting != sorted(waiting, key=by_order),

@@ -108,11 +108,6 @@ class Sharing:
         for sequence in waiting:
             sequence.chain, sequence.behind, sequence.load, sequence.kept = [], None, None, 0
 
-    def settle(self) -> None:
-        """Whoever the step admits has started."""
-        if self._tiers:
-            self._tiers.settle()
-
     def publish(self, sequence: Sequence) -> None:
         """Offer the pages that are complete to others."""
         chain = self._chain(sequence, sequence.written // self._group_tokens)

@@ -16,6 +16,7 @@ from xllm.runtime.pages import plan_pool
 from xllm.runtime.policies.state import StepCost
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.runtime.sequence import new_sequence
+from xllm.runtime.store import PageStore
 from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import PageTicket
 
@@ -76,7 +77,7 @@ def simulate(
     device = _Device(machine)
     kv, limits = device.kv, machine.limits
     plan = plan_pool(kv, limits.max_len, limits.max_seqs, config.kv_bytes, config.page_bytes)
-    core = Core(device, config, KvPool(plan, _NoMemory(plan.page_bytes)), lambda: device.now)
+    core = Core(device, config, KvPool(plan, PageStore(_NoMemory(plan.page_bytes), plan.pages)), lambda: device.now)
     firsts: dict[str, float] = {}
     served: list[Served] = []
     flight, due = None, 0
