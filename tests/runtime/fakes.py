@@ -62,7 +62,7 @@ class FakeMemory:
             self.writable[page] = address
 
     def copy(self, page: int, address: int, size: int) -> None:
-        assert 0 < size < self.page_bytes and self.writable[self.mapped[address]] == address
+        assert 0 < size <= self.page_bytes and self.writable[self.mapped[address]] == address
         for (source, offset), value in list(self.content.items()):
             if source == page and offset < size:
                 self.content[self.mapped[address], offset] = value

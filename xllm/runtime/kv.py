@@ -12,11 +12,11 @@ read-only. When their writer ends its span is emptied, and they wait, mapped now
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.errors import MemoryFault
+from xllm.runtime.invariants import check_pool
 from xllm.runtime.pages import PageState, PoolFigures, PoolPlan
 from xllm.runtime.prefix import NO_MATCH, Match, PrefixIndex
 from xllm.runtime.xtensor import PageMemory
@@ -29,7 +29,8 @@ class _Span:
     base: int
     pages: list[int]  # ids, front to back
     live: bool = False
-    committed: int = 0
+    committed: int = 0  # the first ones, which nobody else may have
+    promised: int = 0  # what it counts for in the pool: as many, but for forks (see forks)
     goal: int = 0  # pages worth having mapped, known from the prompt
     match: Match = NO_MATCH  # what the sequence starts on
     held: list[int] = field(default_factory=list)  # cached pages it uses: those of the match, then its own
@@ -54,7 +55,8 @@ class KvPool:
         self._state = {page: PageState.FREE for page in self._free}
         self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is, if it is not cached
         self._cache = PrefixIndex(plan.kv, plan.page_bytes)
-        self._committed = 0
+        self._forked: dict[int, int] = {}  # pages of several spans that are not cached, and of how many
+        self._promised = 0
         self._live = 0
         self._reusable = 0
         # Idle slots by how many pages they have: a start looks at a handful of lengths, not at every slot.
@@ -69,7 +71,7 @@ class KvPool:
     @property
     def free_pages(self) -> int:
         """Pages no sequence was promised (whether or not something is mapped)."""
-        return self.plan.pages - self._committed
+        return self.plan.pages - self._promised
 
     def match(self, chain: Sequence[bytes]) -> int:
         """How many groups of a text are cached. They stay until the next `grow` at least."""
@@ -85,7 +87,7 @@ class KvPool:
             cost = self._cost_of if not match.groups else lambda length, _: (length,)
             slot = self._take_idle(min(self._idle, key=lambda length: cost(length, wanted)))
             span = self._spans[slot]
-            span.live, span.goal, span.committed, span.offered = True, wanted, 0, len(match.shared)
+            span.live, span.goal, span.offered = True, wanted, len(match.shared)
             span.match, span.held = match, [*match.shared, *([match.tail] if match.size else [])]
             self._live += 1
             self._reusable -= len(span.pages)
@@ -103,16 +105,18 @@ class KvPool:
         """Address of the slot's span; the same for the life of the pool."""
         return self._spans[slot].base
 
-    def grow(self, slot: int, tokens: int) -> None:
-        """Back the first `tokens` tokens of a live slot. Raises MemoryFault when the commitments exceed the pool or a
-        mapping fails (what was mapped until then stays)."""
+    def grow(self, slot: int, tokens: int, promise: int | None = None) -> None:
+        """Back the first `tokens` tokens of a live slot, which counts for as many pages as that takes, or for `promise`
+        where it is one of several that share some. Raises MemoryFault when the promises exceed the pool or a mapping
+        fails (what was mapped until then stays)."""
         span = self._spans[slot]
         needed = self.plan.pages_for(tokens)
-        if needed <= span.committed:
+        more = max(0, (needed if promise is None else promise) - span.promised)
+        if needed <= span.committed and not more:
             return
         with self._lock:
-            if self._committed + needed - span.committed > self.plan.pages:
-                raise MemoryFault("memory_unavailable", f"slot {slot} needs {needed} pages, {self.free_pages} are free")
+            if self._promised + more > self.plan.pages:
+                raise MemoryFault("memory_unavailable", f"slot {slot} needs {more} pages, {self.free_pages} are free")
             fresh = span.match.groups > 0 and not span.committed
             if fresh:
                 self._adopt(slot)
@@ -123,8 +127,9 @@ class KvPool:
                     at = span.base + (len(span.pages) - 1) * self.plan.page_bytes
                     self._memory.copy(span.match.tail, at, span.match.size)
                     self._drop(span.held.pop())
-            self._committed += needed - span.committed
-            span.committed = needed
+            self._promised += more
+            span.promised += more
+            span.committed = max(needed, span.committed)
             self._feed(slot)
 
     def tokens_complete(self, slot: int) -> int:
@@ -142,10 +147,10 @@ class KvPool:
         with self._lock:
             span = self._spans[slot]
             self._offer(slot, chain)
-            self._committed -= span.committed
+            self._promised -= span.promised
             self._live -= 1
             self._reusable += sum(page in self._owner for page in span.pages)
-            span.live, span.committed, span.goal, span.match = False, 0, 0, NO_MATCH
+            span.live, span.committed, span.promised, span.goal, span.match = False, 0, 0, 0, NO_MATCH
             for page in span.pages:
                 if page in self._owner:
                     self._state[page] = PageState.REUSABLE
@@ -205,8 +210,9 @@ class KvPool:
     def figures(self) -> PoolFigures:
         with self._lock:
             cached = self._cache.unused
-            mapped = len(self._owner) - self._reusable + len(self._cache) - cached
-            allocated = self.plan.pages - len(self._free) - len(self._owner) - len(self._cache)
+            held = len(self._owner) + len(self._cache) + len(self._forked)
+            mapped = held - self._reusable - cached
+            allocated = self.plan.pages - len(self._free) - held
             states = (len(self._free), allocated, mapped, self._reusable, cached)
             by_state = dict(zip(PageState, states, strict=True))
             return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps, self._evictions)
@@ -215,33 +221,7 @@ class KvPool:
         """Assert the invariants: every page has one state and one owner, and all counters agree. Raises
         InvariantBroken."""
         with self._lock:
-            counts = Counter(self._state.values())
-            placed = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
-            held = [(slot, page) for slot, page in placed if page not in self._cache]
-            uses = Counter(page for span in self._spans for page in span.held)
-            live = [span for span in self._spans if span.live]
-            _require(len(self._state) == self.plan.pages == sum(counts.values()), "states do not sum up to the pool")
-            _require({page: slot for slot, page in held} == self._owner, "a page is in a span that does not own it")
-            _require(len(held) == len(self._owner), "a page is in two places")
-            _require(len(set(self._free)) == len(self._free) == counts[PageState.FREE], "the free list is wrong")
-            _require(not self._owner.keys() & set(self._free), "a free page has an owner")
-            _require(self._cache.uses == {page: uses[page] for page in self._cache.uses}, "uses are miscounted")
-            _require(uses.keys() <= self._cache.uses.keys(), "a page in use is not cached any more")
-            _require(not self._cache.uses.keys() & {*self._free, *self._owner}, "a cached page is somebody's")
-            _require(counts[PageState.CACHED] == self._cache.unused, "cached pages are in the wrong state")
-            _require(all(page in self._spans[slot].held for slot, page in placed if page in self._cache), "unheld page")
-            for slot, page in held:
-                state = PageState.MAPPED if self._spans[slot].live else PageState.REUSABLE
-                _require(self._state[page] == state, f"page {page} is {self._state[page].name}, not {state.name}")
-            _require(counts[PageState.REUSABLE] == self._reusable, "reusable pages are miscounted")
-            _require(self._committed == sum(span.committed for span in live), "commitments are miscounted")
-            _require(self._committed <= self.plan.pages, "more is promised than there is")
-            _require(self._live == len(live), "live spans are miscounted")
-            idle = {(length, slot) for length, slots in self._idle.items() for slot in slots}
-            lengths = {(len(span.pages), slot) for slot, span in enumerate(self._spans) if not span.live}
-            _require(idle == lengths and all(self._idle.values()), "idle spans are misfiled")
-            for span in live:
-                _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
+            check_pool(self)
 
     def _cost_of(self, length: int, wanted: int) -> tuple[int, int, int]:
         """Order of idle spans for a demand: no unmapping first, then the fewest maps, then the least to spare.
@@ -341,6 +321,8 @@ class KvPool:
 
     def _cache_page(self, slot: int, index: int, chain: Sequence[bytes]) -> None:
         span = self._spans[slot]
+        if span.pages[index] in self._forked:  # others have that text already, or nothing is cached
+            return
         added, gone = self._cache.add(span.pages[index], index, chain)
         if added:
             del self._owner[span.pages[index]]
@@ -350,7 +332,12 @@ class KvPool:
             self._release(page)
 
     def _drop(self, page: int) -> None:
-        if not self._cache.drop(page):
+        if page in self._forked:
+            self._forked[page] -= 1
+            if not self._forked[page]:
+                del self._forked[page]
+                self._release(page)
+        elif not self._cache.drop(page):
             self._release(page)
         elif not self._cache.uses[page]:
             self._state[page] = PageState.CACHED
@@ -393,8 +380,3 @@ class KvPool:
             except MemoryFault:
                 # The step that needs the page will meet the same fault and report it; trying again would spin.
                 return
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvariantBroken(f"KV pool: {message}")

@@ -91,11 +91,11 @@ def one_list(step: Step) -> None:
 
 
 def _decodes(running: Iterable[Sequence]) -> list[Sequence]:
-    return [sequence for sequence in running if sequence.decoding and sequence.outputs < sequence.max_outputs]
+    return [sequence for sequence in running if sequence.decoding and sequence.open]
 
 
 def _prompts(running: Iterable[Sequence]) -> list[Sequence]:
-    return [sequence for sequence in running if not sequence.decoding and sequence.outputs < sequence.max_outputs]
+    return [sequence for sequence in running if not sequence.decoding and sequence.open]
 
 
 def _in_time(step: Step, sequences: Iterable[Sequence]) -> list[Sequence]:

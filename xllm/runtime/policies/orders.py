@@ -64,9 +64,9 @@ class View:
         decodes, work = [], 0.0
         for sequence in (*running, *waiting):
             if sequence.decoding:
-                decodes.append((sequence.computed, 1))
+                decodes += sequence.pieces(1)
             else:
-                work += curve.work(sequence.computed, sequence.computed + sequence.remaining)
+                work += sequence.rows * curve.work(sequence.computed, sequence.computed + sequence.remaining)
         added = cost.seconds(decodes) - curve.constant if decodes else 0.0
         least = step_seconds(running, waiting, budget, now)
         return View(now, curve, added / max(1, len(decodes)), work + added, least)
@@ -74,8 +74,9 @@ class View:
     def work(self, sequence: Sequence, decoding: bool) -> float:
         """Seconds for what the model has not seen of a sequence."""
         if decoding:
-            return max(self.decode, NEGLIGIBLE)
-        return max(self.curve.work(sequence.computed, sequence.computed + sequence.remaining), NEGLIGIBLE)
+            return max(sequence.rows * self.decode, NEGLIGIBLE)
+        work = self.curve.work(sequence.computed, sequence.computed + sequence.remaining)
+        return max(sequence.rows * work, NEGLIGIBLE)
 
     def class_of(self, sequence: Sequence, decoding: bool, due: float) -> float:
         """URGENT: due before all that is left could be done. LATE: no first token yet, and too late for it to be in

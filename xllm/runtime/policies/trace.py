@@ -18,7 +18,10 @@ from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.urgency import Urgency
 
 STEPS = 10_000
-_COUNTS = ("order", "prompt_tokens", "computed", "pending", "flights", "pages", "capacity", "max_outputs")
+_COUNTS = (
+    *("order", "prompt_tokens", "computed", "pending", "flights", "pages", "capacity", "max_outputs"),
+    *("rows", "width", "stem"),
+)
 
 
 class Trace:
