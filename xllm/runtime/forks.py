@@ -34,6 +34,7 @@ def fork(pool: KvPool, source: int, target: int, tokens: int) -> None:
             if index not in complete:
                 if index >= stays:
                     pool._map_next(target, pool._take_page(target))
+                    pool._critical_maps += 1
                 memory.copy(page, address, min(plan.page_bytes, size - index * plan.page_bytes))
             elif index >= stays:
                 _share(pool, source, page)
