@@ -17,8 +17,10 @@ from xllm.runtime import Request, RequestRefused, SamplingParams
 from xllm.runtime.beams import BeamParams, BeamSearch, Found, likeliest
 from xllm.runtime.config import TierConfig
 from xllm.runtime.groups import BeamGroup
-from xllm.runtime.policies import PRESETS
+from xllm.runtime.policies import PRESETS, choose
 from xllm.runtime.policies.orders import ORDERS
+from xllm.runtime.policies.trace import Trace, recorded, summary
+from xllm.runtime.scheduler import decide
 from xllm.runtime.urgency import Urgency
 
 STEPS = [-0.25 * step for step in range(12)]  # sums of these are exact: ties are ties
@@ -243,7 +245,8 @@ def test_one_that_comes_back_computes_what_its_beams_have_in_common_once(overlap
 @settings(max_examples=80, deadline=None)
 def test_groups_beside_others_end_with_their_text_under_any_policy(source, preset, order, overlap):
     """Some are aged, some urgent, some offline, some cancelled; beginnings are common, slots and tokens are few."""
-    policy = {"scheduler": preset, "order": order, "aged_seconds": source.choice((5.0, 30.0))}
+    trace = Trace()
+    policy = {"scheduler": preset, "order": order, "aged_seconds": source.choice((5.0, 30.0)), "trace": trace}
     limits = {"max_seqs": source.choice((2, 4, 8)), "max_tokens_per_step": source.choice((8, 16, 64)), "max_chunk": 8}
     sizes = {"pages": source.choice((20, 64)), "group_bytes": source.choice((1000, 4096, 5000))}
     rig = Rig(async_scheduling=overlap, policy=policy, prefix_cache=source.random() < 0.7, **sizes, **limits)
@@ -274,6 +277,9 @@ def test_groups_beside_others_end_with_their_text_under_any_policy(source, prese
         if one.id not in lost or rig.end(one.id).finish_reason != "cancelled":
             assert_as_alone(rig, one)
     rig.assert_baseline()
+    chosen = choose(preset, order)
+    for queues, budget, free, now, cost, decided in recorded(trace.lines):
+        assert summary(decide(queues, budget, free, now, chosen, cost)) == decided
 
 
 @pytest.mark.parametrize("fixed_bytes", [0, 5000])

@@ -91,8 +91,7 @@ class Core:
         self._check = config.check
         self._sharing = Sharing(pool, executor.kv, config, tiers)
         self._eos = frozenset(config.eos_ids)
-        self._taken = 0  # slots
-        self._rows = self._tokens = 0
+        self._rows = self._tokens = self._taken = 0  # of all steps; slots in use
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._causes = dict.fromkeys(CAUSES, 0)
         self._preemptions = self._wasted_rows = self._failed_steps = 0

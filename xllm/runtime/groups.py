@@ -131,6 +131,7 @@ class BeamGroup(Sequence):
         """Nothing of it is computed any more."""
         self.tokens = [*self.request.prompt, *self.search.common]
         self._gathering, self.rows = len(self.search.live) > 1, 1
+        self.recompute += max(0, self.recompute - len(self.tokens)) * (len(self.search.live) - 1)
         self._forget()
 
     def _forget(self) -> None:

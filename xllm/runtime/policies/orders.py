@@ -74,9 +74,9 @@ class View:
     def work(self, sequence: Sequence, decoding: bool) -> float:
         """Seconds for what the model has not seen of a sequence."""
         if decoding:
-            return max(sequence.rows * self.decode, NEGLIGIBLE)
+            return max(max(1, sequence.rows) * self.decode, NEGLIGIBLE)
         work = self.curve.work(sequence.computed, sequence.computed + sequence.remaining)
-        return max(sequence.rows * work, NEGLIGIBLE)
+        return max(max(1, sequence.rows) * work, NEGLIGIBLE)
 
     def class_of(self, sequence: Sequence, decoding: bool, due: float) -> float:
         """URGENT: due before all that is left could be done. LATE: no first token yet, and too late for it to be in
