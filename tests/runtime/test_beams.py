@@ -312,6 +312,7 @@ def test_searches_come_back_from_a_tier(overlap):
         if turn % 9 == 8:
             rig.engine._core.preempt_all()
         rig.turn()
+        assert rig.engine._tiers is not None
         while rig.engine._tiers.work():
             pass
     rig.finish()
