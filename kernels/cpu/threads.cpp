@@ -25,7 +25,7 @@ struct OneStage {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : stretches_(new Stretch[static_cast<size_t>(threads)]) {
   try {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
   } catch (...) {
@@ -84,11 +84,21 @@ bool Pool::work_once(int thread) {
     if (!ticket_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
     any = true;
     const int64_t units = stage_units_;
-    work_(context_, stage_, units - static_cast<int64_t>(seen & kRemaining), thread);
+    work_(context_, stage_, claimed(thread), thread);
     if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == units) advance(thread);
     seen = ticket_.load(std::memory_order_acquire);
   }
   return any;
+}
+
+// The unit of a claim. There are as many claims as units, so somebody's stretch has one left for it.
+int64_t Pool::claimed(int thread) {
+  for (int i = thread;; i = i + 1 < size() ? i + 1 : 0) {
+    Stretch &from = stretches_[static_cast<size_t>(i)];
+    if (from.next.load(std::memory_order_relaxed) >= from.end) continue;
+    const int64_t unit = from.next.fetch_add(1, std::memory_order_relaxed);
+    if (unit < from.end) return unit;
+  }
 }
 
 // Only the thread that completed a stage comes here. Stages of a single unit are run on the spot: no other thread is told.
@@ -99,6 +109,10 @@ void Pool::advance(int thread) {
       for (int64_t unit = 0; unit < units; unit++) work_(context_, stage_, unit, thread);
     } else if (units > 1) {
       stage_units_ = units;
+      for (int i = 0; i < size(); i++) {
+        stretches_[static_cast<size_t>(i)].next.store(units * i / size(), std::memory_order_relaxed);
+        stretches_[static_cast<size_t>(i)].end = units * (i + 1) / size();
+      }
       done_.store(0, std::memory_order_relaxed);
       publish(static_cast<uint64_t>(units));
       return;

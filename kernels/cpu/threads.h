@@ -1,10 +1,12 @@
 // The thread pool: runs a sequence of stages, each a number of independent units. Threads claim units one by one; whoever
-// finishes the last unit of a stage opens the next, so a thread that the system has put aside delays nobody.
+// finishes the last unit of a stage opens the next, so a thread that the system has put aside delays nobody. Each takes the
+// units of a stretch of its own first, so that what it reads is consecutive, and then what others have left.
 #pragma once
 #include <stdint.h>
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -34,6 +36,7 @@ class Pool {
   void join();
   void worker(int thread);
   bool work_once(int thread);
+  int64_t claimed(int thread);
   void advance(int thread);
   void publish(uint64_t remaining);
   void wait_change(uint64_t seen);
@@ -50,6 +53,12 @@ class Pool {
   Units units_ = nullptr;
   Work work_ = nullptr;
   void *context_ = nullptr;
+
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::unique_ptr<Stretch[]> stretches_;  // of each thread
 
   std::mutex run_mutex_, sleep_mutex_;
   std::condition_variable wake_;

@@ -52,7 +52,6 @@ int64_t one(const Call &, const Step &) { return 1; }
 
 struct Scratch {  // of a thread
   float gate[kPanelGroup * kRowBlock * 16], up[kPanelGroup * kRowBlock * 16];
-  uint8_t expanded[kExpandedBytes];
 };
 int64_t scratch(const Call &) { return sizeof(Scratch); }
 
@@ -70,10 +69,10 @@ struct Floats {
   static constexpr bool kQuantised = false;
   static int64_t panel_bytes(const Call &, int64_t k) { return k * Panel::bytes; }
   static void product(const Call &c, const Step &s, int x, int, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
-                      int64_t panels, float *sums, uint8_t *expanded) {
-    const Product t = {c.arg<const float>(x, s) + first * k, k, w, k * Panel::bytes, k, sums, 16, rows * 16, false, kFetchAhead, pick};
-    if (pick) multiply<Panel, true>(t, rows, panels, expanded);
-    else multiply<Panel>(t, rows, panels, expanded);
+                      int64_t panels, float *sums) {
+    const Product t = {c.arg<const float>(x, s) + first * k, k, w, k * Panel::bytes, k, sums, 16, rows * 16, false, pick};
+    if (pick) multiply<Panel, true>(t, rows, panels);
+    else multiply<Panel>(t, rows, panels);
   }
 };
 
@@ -85,7 +84,7 @@ struct Ints {
     return int_panel_bytes<Type>(padded_inputs(k, group), group);
   }
   static void product(const Call &c, const Step &s, int, int x, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
-                      int64_t panels, float *sums, uint8_t *) {
+                      int64_t panels, float *sums) {
     const int64_t group = group_of(c, Moe), padded = padded_inputs(k, group);
     int_product<Type>({{c.arg<const uint8_t>(x, s), Type::row_bytes(padded), padded}, first, w, panel_bytes(c, k), group, sums, 16, rows * 16, pick},
                       rows, panels);
@@ -105,8 +104,8 @@ void run_logits(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t first = unit % groups * kPanelGroup, panels = min(kPanelGroup, panels_of(n) - first), bytes = k * PanelF32::bytes;
   Scratch *scratch = (Scratch *)memory;
   multiply<PanelF32>({c.arg<const float>(kX, s) + row * k, k, c.arg<const uint8_t>(kRouter, s) + first * bytes, bytes, k,
-                      scratch->gate, 16, rows * 16, false, kFetchAhead},
-                     rows, panels, scratch->expanded);
+                      scratch->gate, 16, rows * 16, false},
+                     rows, panels);
   const float *bias = c.arg<const float>(kRouterBias, s), *sums = scratch->gate;
   for (int64_t p = 0, column = first * 16; p < panels; p++, column += 16) {
     const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
@@ -195,8 +194,8 @@ void run_up(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   Scratch *scratch = (Scratch *)memory;
   for (int64_t q = from.first[active]; q < end; q += kRowBlock) {
     const int64_t rows = min(kRowBlock, end - q);
-    Weights::product(c, s, kX, kRows, from.row + q, 0, rows, up + skip, width, panels, scratch->up, scratch->expanded);
-    if (gate) Weights::product(c, s, kX, kRows, from.row + q, 0, rows, gate + skip, width, panels, scratch->gate, scratch->expanded);
+    Weights::product(c, s, kX, kRows, from.row + q, 0, rows, up + skip, width, panels, scratch->up);
+    if (gate) Weights::product(c, s, kX, kRows, from.row + q, 0, rows, gate + skip, width, panels, scratch->gate);
     for (int64_t p = 0, column = first * 16; p < panels; p++, column += 16) {
       const int64_t n = inner - column, sums = p * rows * 16;
       const f32x16 g = gate_bias ? load_some(gate_bias + expert * inner + column, n) : zero();
@@ -234,7 +233,7 @@ void run_down(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
     for (int64_t q = from.first[active]; q < end; q += kRowBlock) {
       const int64_t rows = min(kRowBlock, end - q);
       Weights::product(c, s, kHidden, kHiddenRows, nullptr, q, rows, c.arg<const uint8_t>(kDown, s) + (expert * panels_of(width) + first) * bytes,
-                       inner, panels, scratch->up, scratch->expanded);
+                       inner, panels, scratch->up);
       const float *sums = scratch->up;
       for (int64_t p = 0, column = from_column; p < panels; p++, column += 16) {
         const int64_t n = width - column;

@@ -235,7 +235,7 @@ template <class Block>
 void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t value_end) {
   const Row *row = t.row;
   const int64_t first_group = max(0, (row[begin].first - at) / 16), groups = min(kBlockGroups, (row[end - 1].position - at) / 16 + 1);
-  // Of many rows, a group is scored for those that see some of it.
+  // Of many rows, each tile is scored against what its rows see.
   const auto tiles = [&](int64_t from, int64_t to, const auto &each) {
     const int64_t rows = to - from, count = (rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0; i < count; i++) each(from + rows * i / count, (int)(rows * (i + 1) / count - rows * i / count));
@@ -243,11 +243,10 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   if (Block::kFetch) {
     score_few(t, block, begin, (int)(end - begin), first_group, groups);
   } else {
-    for (int64_t g = first_group, b = begin, e = begin; g < groups; g++) {
-      while (b < end && row[b].position < at + g * 16) b++;
-      while (e < end && row[e].first < at + g * 16 + 16) e++;
-      tiles(b, e, [&](int64_t from, int rows) { score_few(t, block, from, rows, g, g + 1); });
-    }
+    tiles(begin, end, [&](int64_t from, int rows) {
+      const int64_t low = max(0, (row[from].first - at) / 16), high = min(kBlockGroups, (row[from + rows - 1].position - at) / 16 + 1);
+      score_few(t, block, from, rows, low, high);
+    });
   }
   for (int64_t r = begin; r < end; r += 16) {
     float maximum[16] = {0}, sum[16], factor[16] = {0};
@@ -274,10 +273,11 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
     seen(begin, (int)(end - begin));
     value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
   } else {
-    for (int64_t d = 0; d < value_end; d += 16)
+    constexpr int64_t dims = 16 * tile_panels(kTileRows);
+    for (int64_t d = 0; d < value_end; d += dims)
       tiles(begin, end, [&](int64_t first, int rows) {
         seen(first, rows);
-        value_few(t, block, first, rows, d, d + 16, from, to);
+        value_few(t, block, first, rows, d, min(d + dims, value_end), from, to);
       });
   }
 }

@@ -25,7 +25,7 @@ int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 // Many rows: kPanelGroup panels and a block of rows that stays in L2.
 int64_t panels_of_unit(const Call &c, int64_t rows, bool tiles = false) {
   if (tiles && rows > kFewSplit) return max(kPanelGroup, min(kPanelsOfTiles, panels_of(c) * row_blocks(rows) / kUnitsOfTiles));
-  return rows > kTileRows ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
+  return rows > kTileRows || XK_VECTOR_BYTES == 64 ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
 struct Cut {
   int64_t row, rows, first, panels, head;
@@ -49,9 +49,6 @@ void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, i
 struct Sums {  // of a thread
   float sums[kPanelGroup * kRowBlock * 16];  // [panel][row][16]: the chains, between blocks of k
 };
-struct Scratch : Sums {
-  uint8_t expanded[kExpandedBytes];  // bf16 panels widened once for all rows
-};
 template <class Memory>
 int64_t scratch(const Call &) { return sizeof(Memory); }
 
@@ -67,10 +64,9 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const auto [row, rows, first, panels, head] = cut_of(c, s, unit);
   const float *x = c.arg<const float>(kX, s) + (row * heads + head) * k;
   const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + (head * panels_of(c) + first) * panel_bytes;
-  Scratch *scratch = (Scratch *)memory;
-  multiply<Panel>({x, heads * k, weight, panel_bytes, k, scratch->sums, 16, rows * 16, false, kFetchAhead}, rows, panels,
-                  scratch->expanded);
-  put_sums(scratch->sums, rows, panels, first * 16, n, heads * n, Heads ? nullptr : c.arg<const float>(kBias, s),
+  float *sums = ((Sums *)memory)->sums;
+  multiply<Panel>({x, heads * k, weight, panel_bytes, k, sums, 16, rows * 16, false}, rows, panels);
+  put_sums(sums, rows, panels, first * 16, n, heads * n, Heads ? nullptr : c.arg<const float>(kBias, s),
            c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }
 
@@ -128,13 +124,13 @@ constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = 
 }  // namespace
 
 const Kernel linear_kernels[] = {
-    {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Scratch>, units<false>, run<PanelF32, false>},
-    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, kFloatTiles ? scratch<FloatTileMemory> : scratch<Scratch>,
+    {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelF32, false>},
+    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, kFloatTiles ? scratch<FloatTileMemory> : scratch<Sums>,
      units<false, kFloatTiles>, kFloatTiles ? run_tiles : run<PanelBf16, false>},
     {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
     {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
-    {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Scratch>, units<true>, run<PanelF32, true>},
-    {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Scratch>, units<true>, run<PanelBf16, true>},
+    {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelF32, true>},
+    {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelBf16, true>},
     {},
 };
 

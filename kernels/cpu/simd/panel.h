@@ -1,7 +1,7 @@
 // The inner loop of every product: R rows of x times P panels, each output one chain of FMA along k. Linear and attention scores
 // share it, for any R and P the bits of an output are the same.
 #pragma once
-#include "simd.h"
+#include "common.h"
 
 namespace XK_LEVEL {
 
@@ -24,8 +24,8 @@ struct Product {
   int64_t c_row;      // floats between its rows
   int64_t c_stride;   // floats between panels
   bool resume;        // continue the chains from c instead of zero
-  int64_t ahead;      // bytes from a panel's line to the line worth fetching meanwhile; 0 for none
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
+  bool first = true;  // the tile of rows that waits for memory; the others find the panels in a cache
 };
 
 template <class Panel, int R, int P, bool Gather>
@@ -37,7 +37,8 @@ static void product_tile(const Product &t) {
     for (int p = 0; p < P; p++) acc[r][p] = t.resume ? load(t.c + r * t.c_row + p * t.c_stride) : zero();
   const float *x = t.x;
   const uint8_t *w = t.w;
-  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = t.ahead;
+  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = fetch_ahead(P * w_stride);
+  const bool first = t.first;
   const float *row[R];
   if constexpr (Gather)
     for (int r = 0; r < R; r++) row[r] = x + t.pick[r] * x_stride;
@@ -46,7 +47,7 @@ static void product_tile(const Product &t) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       column[p] = Panel::load(w + p * w_stride + i * Panel::bytes);
-      if constexpr (R <= kFewRows) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
+      if (first) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -93,42 +94,27 @@ static void product(Product t, int64_t rows, int64_t panels) {
     if constexpr (Gather) t.pick += height;
     else t.x += height * t.x_stride;
     t.c += height * t.c_row;
+    t.first = false;
     left -= height;
   }
 }
 
 constexpr int64_t kWide = tile_panels(kTileRows);  // panels of the widest tile
-constexpr int64_t kExpandedBytes = kWide * kDepthBlock * 64;
 
-// Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows. `expanded` is memory of the
-// thread, kExpandedBytes.
+// Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows.
 template <class Panel, bool Gather = false>
-static void multiply(Product t, int64_t rows, int64_t panels, uint8_t *expanded) {
+static void multiply(Product t, int64_t rows, int64_t panels) {
   if (rows <= kTileRows) return product<Panel, Gather>(t, rows, panels);
-  const bool expand = Panel::bytes != 64 && rows > 2 * kTileRows;
-  const int64_t k = t.k;
-  for (int64_t begin = 0; begin < k; begin += kDepthBlock) {
-    Product block = t;
-    block.k = k - begin < kDepthBlock ? k - begin : kDepthBlock;
-    block.x = t.x + begin;
-    block.resume = begin > 0;
+  for (int64_t begin = 0; begin < t.k; begin += kDepthBlock)
     for (int64_t p = 0; p < panels; p += kWide) {
-      const int64_t wide = panels - p < kWide ? panels - p : kWide;
+      Product block = t;
+      block.x = t.x + begin;
       block.w = t.w + p * t.w_stride + begin * Panel::bytes;
-      block.w_stride = t.w_stride;
+      block.k = min(kDepthBlock, t.k - begin);
       block.c = t.c + p * t.c_stride;
-      if (!expand) {
-        product<Panel, Gather>(block, rows, wide);
-        continue;
-      }
-      for (int64_t j = 0; j < wide; j++)
-        for (int64_t i = 0; i < block.k; i++)
-          store(expanded + (j * kDepthBlock + i) * 64, Panel::load(block.w + j * t.w_stride + i * Panel::bytes));
-      block.w = expanded;
-      block.w_stride = kDepthBlock * 64;
-      product<PanelF32, Gather>(block, rows, wide);
+      block.resume = begin > 0;
+      product<Panel, Gather>(block, rows, min(kWide, panels - p));
     }
-  }
 }
 
 }  // namespace XK_LEVEL

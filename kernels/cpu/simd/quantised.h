@@ -94,7 +94,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
+        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -153,24 +153,25 @@ struct Int4 {
     }
 #pragma GCC unroll 1  // unrolled, the compiler loads all of a stretch first and keeps it on the stack
     for (int64_t k = 0; k < kStretch4; k += 8, w += 64) {
-      vb line[P][2][kParts];
-#pragma GCC unroll 4
-      for (int p = 0; p < P; p++) {
-        XK_PARTS {
-          const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
-          line[p][0][i] = both & 15;
-          line[p][1][i] = (vb)((vs)both >> 4) & 15;
-        }
-        if (first) __builtin_prefetch(w + p * s.w_stride + kFetchAhead, 0, kFetchInto);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
+      for (int j = 0; j < 2; j++) {  // low nibbles, then high ones
+        if (P > 2) asm volatile("" ::: "memory");  // read again, rather than keep sums on the stack
+        vb line[P][kParts];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+          XK_PARTS {
+            const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
+            line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
+          }
+          if (first && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
           const vb four = (vb)broadcast32(x[r] + k + 4 * j);
 #pragma GCC unroll 4
-          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][j][i], four);
+          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][i], four);
         }
+      }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
@@ -216,14 +217,17 @@ static void int_rows(const IntProduct &t, Stretch s, int64_t row, int64_t end) {
   }
 }
 
-// One tile of rows: two panels together where few accumulators are in use.
+// Panels that a tile of rows takes together: as many as the registers hold beside their weights.
+constexpr int int_panels(int rows) { return kAccumulators >= 24 ? tile_panels(rows) : rows == 1 && kAccumulators >= 4 ? 2 : 1; }
+
 template <class Type, int R = kTileRows>
 static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int64_t end, int64_t panels) {
   if (rows == R) {
-    constexpr int wide = R == 1 && kAccumulators >= 4 ? 2 : 1;
+    constexpr int wide = int_panels(R);
     const auto step = [&](int count) { s.w += count * t.w_stride, s.scales += count * t.w_stride, s.c += count * t.c_stride, panels -= count; };
     for (; panels >= wide; step(wide)) int_rows<Type, R, wide>(t, s, row, end);
-    if (wide > 1 && panels) int_rows<Type, R, 1>(t, s, row, end);
+    if (wide > 2 && panels >= 2) int_rows<Type, R, (wide > 2 ? 2 : 1)>(t, s, row, end), step(2);
+    for (; panels > 0; step(1)) int_rows<Type, R, 1>(t, s, row, end);
   } else if constexpr (R > 1) {
     int_tile<Type, R - 1>(t, s, row, rows, end, panels);
   }
@@ -235,8 +239,8 @@ template <class Type>
 static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
   const int64_t group = t.group ? t.group : t.x.k, group_bytes = kScaleBytes + weight_bytes<Type>(group);
   const bool once = rows <= kTileRows;
-  const int64_t depth = once ? t.x.k : kDepthBlock, wide = once ? panels : 1;
-  for (int64_t p = 0; p < panels; p += wide)
+  const int64_t depth = once ? t.x.k : kDepthBlock, block = once ? panels : int_panels(kTileRows);
+  for (int64_t p = 0; p < panels; p += block)
     for (int64_t begin = 0; begin < t.x.k; begin += depth) {
       const int64_t end = min(begin + depth, t.x.k), inside = begin % group;
       const uint8_t *scales = t.w + p * t.w_stride + begin / group * group_bytes;
@@ -244,7 +248,7 @@ static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
                          t.c + p * t.c_stride, t.c_row, t.c_stride};
       for (int64_t row = 0; row < rows;) {
         const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-        int_tile<Type>(t, s, row, (int)height, end, wide);
+        int_tile<Type>(t, s, row, (int)height, end, min(block, panels - p));
         row += height;
       }
     }

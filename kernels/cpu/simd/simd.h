@@ -33,14 +33,14 @@ constexpr int kLanes = XK_VECTOR_BYTES / 4, kParts = 16 / kLanes;
 
 // Tile sizes, all in one place: accumulators of f32x16 that fit the register file beside the operands, rows of the widest tile.
 #if XK_VECTOR_BYTES == 64
-constexpr int kAccumulators = 24, kTileRows = 12;
+constexpr int kAccumulators = 24, kTileRows = 6;
 #elif XK_VECTOR_BYTES == 32 || defined(__aarch64__)
 constexpr int kAccumulators = 6, kTileRows = 6;
 #else
 constexpr int kAccumulators = 2, kTileRows = 2;
 #endif
-constexpr int kFewRows = 8;           // tiles this low wait for memory, so they fetch ahead by hand
-// Bytes between weights in use and those fetched by hand, and the cache that takes them. Cores with wide vectors are far from memory.
+// How far ahead of the weights in use others are fetched by hand, and into which cache. Cores with wide vectors are far from memory:
+// there it is what lies behind the panels of a tile, so that each line is asked for once, a tile before its use.
 #if XK_VECTOR_BYTES == 64
 constexpr int64_t kFetchAhead = 8192;
 constexpr int kFetchInto = 2;  // L2
@@ -48,10 +48,11 @@ constexpr int kFetchInto = 2;  // L2
 constexpr int64_t kFetchAhead = 2048;
 constexpr int kFetchInto = 3;  // L1
 #endif
+constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64 ? tile_bytes : kFetchAhead; }
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
 constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
-constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows
+constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows; wide vectors need kPanelGroup panels
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
 constexpr int64_t kKeyChunk = 512;   // tokens whose blocks are merged first; so too
 constexpr int64_t kQueryRows = 96;   // query rows (token x head) that share one pass over keys and values
