@@ -32,9 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     out, source, rows = console(), random.Random(0), dict[str, Any]()
     threads = host.threads(options.threads).count
-    made = table(
-        f"{options.tokens} tokens behind {options.prompt}", "beams", "search ms", "samples ms", "times as long"
-    )
+    title = f"{options.tokens} tokens behind {options.prompt}"
+    made = table(title, "beams", "search ms", "samples ms", "times as long", "times the work")
     with story(options.artifact) as path, LLM(path, threads=threads) as llm:
         name, vocab = llm.artifact.name, llm.artifact.manifest["model"]["vocab"]
         common = {"max_tokens": options.tokens, "ignore_eos": True}

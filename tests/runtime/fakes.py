@@ -182,6 +182,7 @@ class FakeExecutor:
         assert len(made) == len(sequence.generated), "a draw at another place"
         assert made == sequence.generated or not sequence.request.params.looks_back, "a draw after another text"
         if (sequence.request.id, len(known) - len(sequence.request.prompt)) in self.numeric_errors:
+            sequence.generated.append(0)  # as a step launched meanwhile reads it
             return -1
         if sequence.request.beams is not None:
             assert sequence.request.params.logprobs is not None
