@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xllm.artifact import PLANNED, UNFOLDED, ArtifactWriter, check_apart, previous_weights, share, writing
 from xllm.errors import CompileError
 from xllm.pipeline import Pipeline, fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
-from xllm.storage import FLOATS, INTS, STORAGES, full_word
+from xllm.storage import FLOATS, INTS, KVS, STORAGES, full_word
 from xllm.targets.predicted import TUNING
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
     weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the
-    same of embeddings and the head, by default as weights. kv: storage of keys and values, by default as weights in
-    floating point, bfloat16 beside integers. max_seqs: sequences decoded together; max_len: tokens of one sequence;
-    max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of others
-    (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a machine's
-    figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by default what
-    the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
+    same of embeddings and the head, by default as weights. kv: storage of keys and values, one of KVS, by default as
+    weights in floating point, bfloat16 beside integers. max_seqs: sequences decoded together; max_len: tokens of one
+    sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
+    others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
+    machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by
+    default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -55,7 +55,7 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         stored = (*INTS, *STORAGES)
-        allowed_values = {"weights": stored, "head": stored, "kv": FLOATS, "target": ("cpu",), "task": TASKS}
+        allowed_values = {"weights": stored, "head": stored, "kv": KVS, "target": ("cpu",), "task": TASKS}
         for name, allowed in allowed_values.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
