@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
 
+from xllm.runtime.arrival import new_sequence
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
@@ -22,7 +23,7 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
-from xllm.runtime.sequence import Sequence, new_sequence
+from xllm.runtime.sequence import Sequence
 from xllm.runtime.store import PageStore
 from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers, open_tiers
@@ -87,7 +88,8 @@ class Engine(Ordered):
 
     def submit(self, request: Request) -> None:
         """Accept a request, from any thread. Raises RequestRefused (the codes are listed there)."""
-        sequence = new_sequence(request, self.pool.plan, self._limits.max_len, self._limits.vocab)
+        rows = min(self.pool.plan.spans, self._core.budget.tokens)
+        sequence = new_sequence(request, self.pool.plan, self._limits, rows, self._config.eos_ids)
         with self._lock:
             if self._refusal is not None:
                 raise RequestRefused(self._refusal.code, self._refusal.message)
@@ -99,7 +101,7 @@ class Engine(Ordered):
             limit = self._config.queue_limit
             if request.urgency.offline:
                 limit -= limit // 10  # a backlog of them leaves room for online ones
-            if waiting >= limit and not request.generated:  # what was begun here may go on
+            if waiting >= limit:
                 raise RequestRefused("queue_full", f"{waiting} requests wait already; try again later")
             sequence.order = self._accepted
             self._accepted += 1

@@ -12,11 +12,11 @@ read-only. When their writer ends its span is emptied, and they wait, mapped now
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.errors import MemoryFault
+from xllm.runtime.invariants import check_pool
 from xllm.runtime.pages import PageState, PoolFigures, PoolPlan
 from xllm.runtime.prefix import NO_MATCH, Match, PrefixIndex
 from xllm.runtime.store import PageStore
@@ -29,7 +29,8 @@ class _Span:
     base: int
     pages: list[int]  # ids, front to back
     live: bool = False
-    committed: int = 0
+    committed: int = 0  # the first ones, which nobody else may have
+    promised: int = 0  # what it counts for in the pool: as many, but for forks (see forks)
     goal: int = 0  # pages worth having mapped, known from the prompt
     match: Match = NO_MATCH  # what the sequence starts on
     held: list[int] = field(default_factory=list)  # cached pages it uses: those of the match, then its own
@@ -56,6 +57,7 @@ class KvPool:
         self._spans = [_Span(base + slot * span_bytes, []) for slot in range(plan.spans)]
         self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is, if it is not cached
         self._cache = PrefixIndex(plan.kv, plan.page_bytes, store.clock)
+        self._forked: dict[int, int] = {}  # pages of several spans that are not cached, and of how many
         self._live = 0
         self.idle_pages = 0  # in spans of no sequence
         # Idle slots by how many pages they have: a start looks at a handful of lengths, not at every slot.
@@ -85,7 +87,7 @@ class KvPool:
             cost = self._cost_of if not match.groups else lambda length, _: (length,)
             slot = self._take_idle(min(self._idle, key=lambda length: cost(length, wanted)))
             span = self._spans[slot]
-            span.live, span.goal, span.committed, span.offered = True, wanted, 0, len(match.shared)
+            span.live, span.goal, span.offered = True, wanted, len(match.shared)
             span.match, span.held = match, [*match.shared, *([match.tail] if match.size else [])]
             self._live += 1
             self.idle_pages -= len(span.pages)
@@ -100,16 +102,18 @@ class KvPool:
         """Address of the slot's span; the same for the life of the pool."""
         return self._spans[slot].base
 
-    def grow(self, slot: int, tokens: int) -> None:
-        """Back the first `tokens` tokens of a live slot. Raises MemoryFault when the commitments exceed the pool or a
-        mapping fails (what was mapped until then stays)."""
+    def grow(self, slot: int, tokens: int, promise: int | None = None) -> None:
+        """Back the first `tokens` tokens of a live slot, which counts for as many pages as that takes, or for `promise`
+        where it is one of several that share some. Raises MemoryFault when the promises exceed the pool or a mapping
+        fails (what was mapped until then stays)."""
         span = self._spans[slot]
         needed = self.plan.pages_for(tokens)
-        if needed <= span.committed:
+        more = max(0, (needed if promise is None else promise) - span.promised)
+        if needed <= span.committed and not more:
             return
         with self._lock:
-            if needed - span.committed > self.free_pages:
-                raise MemoryFault("memory_unavailable", f"slot {slot} needs {needed} pages, {self.free_pages} are free")
+            if more > self.free_pages:
+                raise MemoryFault("memory_unavailable", f"slot {slot} needs {more} pages, {self.free_pages} are free")
             fresh = span.match.groups > 0 and not span.committed
             if fresh:
                 self._adopt(slot)
@@ -120,8 +124,9 @@ class KvPool:
                     at = span.base + (len(span.pages) - 1) * self.plan.page_bytes
                     self._memory.copy(span.match.tail, at, span.match.size)
                     self._drop(span.held.pop())
-            self.committed += needed - span.committed
-            span.committed = needed
+            self.committed += more
+            span.promised += more
+            span.committed = max(needed, span.committed)
             self._feed(slot)
 
     def tokens_complete(self, slot: int) -> int:
@@ -139,10 +144,10 @@ class KvPool:
         with self._lock:
             span = self._spans[slot]
             self._offer(slot, chain)
-            self.committed -= span.committed
+            self.committed -= span.promised
             self._live -= 1
             self.idle_pages += sum(page in self._owner for page in span.pages)
-            span.live, span.committed, span.goal, span.match = False, 0, 0, NO_MATCH
+            span.live, span.committed, span.promised, span.goal, span.match = False, 0, 0, 0, NO_MATCH
             if span.held:
                 # The last page first: what comes later in a text is useless without what comes before it.
                 self._empty(slot)
@@ -199,7 +204,7 @@ class KvPool:
             if self.store.leave(self):
                 for slot in range(self.plan.spans):
                     self._empty(slot)
-                self.store.free += self._cache.uses
+                self.store.free += [*self._cache.uses, *self._forked]
         self.store.tell(self)
 
     @property
@@ -212,12 +217,13 @@ class KvPool:
 
     @property
     def held_pages(self) -> set[int]:
-        return self._owner.keys() | self._cache.uses.keys()
+        return self._owner.keys() | self._cache.uses.keys() | self._forked.keys()
 
     def figures(self) -> PoolFigures:
         with self._lock:
             cached = self._cache.unused
-            mapped = len(self._owner) - self.idle_pages + len(self._cache) - cached
+            held = len(self._owner) + len(self._cache) + len(self._forked)
+            mapped = held - self.idle_pages - cached
             states = (len(self.store.free), self.store.filling, mapped, self.idle_pages, cached)
             by_state = dict(zip(PageState, states, strict=True))
             return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps, self._evictions)
@@ -227,27 +233,7 @@ class KvPool:
         InvariantBroken."""
         with self._lock:
             self.store.check()
-            placed = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
-            held = [(slot, page) for slot, page in placed if page not in self._cache]
-            uses = Counter(page for span in self._spans for page in span.held)
-            live = [span for span in self._spans if span.live]
-            _require({page: slot for slot, page in held} == self._owner, "a page is in a span that does not own it")
-            _require(len(held) == len(self._owner), "a page is in two places")
-            _require(self._cache.uses == {page: uses[page] for page in self._cache.uses}, "uses are miscounted")
-            _require(uses.keys() <= self._cache.uses.keys(), "a page in use is not cached any more")
-            _require(not self._cache.uses.keys() & self._owner.keys(), "a cached page is somebody's")
-            unused = sum(not count for count in self._cache.uses.values())
-            _require(unused == self._cache.unused, "unused cached pages are miscounted")
-            _require(all(page in self._spans[slot].held for slot, page in placed if page in self._cache), "unheld page")
-            idle = sum(not self._spans[slot].live for slot, _ in held)
-            _require(idle == self.idle_pages, "pages of idle spans are miscounted")
-            _require(self.committed == sum(span.committed for span in live), "commitments are miscounted")
-            _require(self._live == len(live), "live spans are miscounted")
-            filed = {(length, slot) for length, slots in self._idle.items() for slot in slots}
-            lengths = {(len(span.pages), slot) for slot, span in enumerate(self._spans) if not span.live}
-            _require(filed == lengths and all(self._idle.values()), "idle spans are misfiled")
-            for span in live:
-                _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
+            check_pool(self)
 
     def _cost_of(self, length: int, wanted: int) -> tuple[int, int, int]:
         """Order of idle spans for a demand: no unmapping first, then the fewest maps, then the least to spare.
@@ -344,6 +330,8 @@ class KvPool:
 
     def _cache_page(self, slot: int, index: int, chain: Sequence[bytes]) -> None:
         span = self._spans[slot]
+        if span.pages[index] in self._forked:  # others have that text already, or nothing is cached
+            return
         added, gone = self._cache.add(span.pages[index], index, chain)
         if added:
             del self._owner[span.pages[index]]
@@ -353,7 +341,12 @@ class KvPool:
             self._release(page)
 
     def _drop(self, page: int) -> None:
-        if not self._cache.drop(page):
+        if page in self._forked:
+            self._forked[page] -= 1
+            if not self._forked[page]:
+                del self._forked[page]
+                self._release(page)
+        elif not self._cache.drop(page):
             self._release(page)
 
     def _release(self, page: int) -> None:
@@ -393,8 +386,3 @@ class KvPool:
             except MemoryFault:
                 # The step that needs the page will meet the same fault and report it; trying again would spin.
                 return
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvariantBroken(f"KV pool: {message}")

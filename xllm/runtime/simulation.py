@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from xllm.runtime.arrival import new_sequence
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
@@ -15,7 +16,6 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.policies.state import StepCost
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.runtime.sequence import new_sequence
 from xllm.runtime.store import PageStore
 from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import PageTicket
@@ -108,7 +108,7 @@ def _note(
 def _sequence(number: int, arrival: Arrival, machine: Machine, plan):
     params = SamplingParams(max_tokens=arrival.output, ignore_eos=True)
     request = Request(str(number), (0,) * arrival.prompt, params, arrival=arrival.at, urgency=arrival.urgency)
-    sequence = new_sequence(request, plan, machine.limits.max_len, machine.limits.vocab)
+    sequence = new_sequence(request, plan, machine.limits)
     sequence.order = number
     return sequence
 

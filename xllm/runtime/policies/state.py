@@ -112,8 +112,8 @@ class Queues:
 
 
 class Grant(NamedTuple):
-    """`tokens` next tokens of a sequence, for which it will hold `pages` pages in all; `sample` if they are its
-    last."""
+    """`tokens` next tokens of a sequence, in each of its rows, for which it will hold `pages` pages in all; `sample` if
+    they are its last."""
 
     sequence: Sequence
     tokens: int
