@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, StepError, StepResult, TokenOutput
 from xllm.runtime import Limits as ExecutorLimits
+from xllm.runtime.beams import Beam, Found
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.request import Matcher
 from xllm.runtime.rows import RowEngine
@@ -143,6 +144,10 @@ class FakeEngine:
                 outputs.append(TokenOutput(request.id, None, at, finish_reason="error", error=self.broken))
                 del self._live[request.id]
                 continue
+            if request.beams is not None:
+                outputs.append(_searched(request, reply))
+                del self._live[request.id]
+                continue
             token = self._allowed(request, reply[at % len(reply)], at)
             reason = None
             stops = token == EOS or token in request.params.stop_token_ids
@@ -180,6 +185,19 @@ class FakeEngine:
         token = token if token in allowed else int(allowed[0])
         matcher.take([token])
         return token
+
+
+def _searched(request: Request, reply: Sequence[int]) -> TokenOutput:
+    """What a search gives at its end: the reply, as every beam's."""
+    assert request.beams is not None
+    tokens = tuple(reply[: request.params.max_tokens])
+    wanted = request.params.logprobs or 0
+    best = tuple((index, -1.0 - index) for index in range(wanted))
+    beam = Beam(-0.5 * len(tokens), tokens, (-0.5,) * len(tokens), (best,) * len(tokens))
+    found = tuple(Found(-0.5, -serial, beam, "length") for serial in range(request.beams.count))
+    return TokenOutput(
+        request.id, None, len(tokens), finish_reason="length", prompt_tokens=len(request.prompt), found=found
+    )
 
 
 class Script:
