@@ -20,6 +20,7 @@ from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.state import STEP_SECONDS
 from xllm.runtime.policies.trace import Trace
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
@@ -40,8 +41,6 @@ INSTEAD = {
 log = logging.getLogger("xllm.llm")
 DISK_CACHE_BYTES = 8 << 30
 LOAD_WAIT_SECONDS = 5e-3  # before a load begins
-# How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
-STEP_SECONDS = 0.25
 Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
 
 

@@ -25,7 +25,7 @@ from xllm.runtime.pace import Pace
 from xllm.runtime.policies import choose
 from xllm.runtime.policies.admission import Lengths
 from xllm.runtime.policies.orders import rank
-from xllm.runtime.policies.state import CAUSES, DEFAULT_STEP_SECONDS
+from xllm.runtime.policies.state import CAUSES, STEP_SECONDS
 from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
@@ -69,7 +69,7 @@ class Core:
             max_chunk=config.max_chunk,
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,
-            step_seconds=config.step_seconds or DEFAULT_STEP_SECONDS,
+            step_seconds=config.step_seconds or STEP_SECONDS,
             aged_seconds=config.aged_seconds,
         )
         self._pace = Pace(config.step_seconds)
