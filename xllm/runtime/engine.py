@@ -19,6 +19,7 @@ from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
 from xllm.runtime.executor import Executor
+from xllm.runtime.groups import BeamGroup
 from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
@@ -89,7 +90,8 @@ class Engine(Ordered):
     def submit(self, request: Request) -> None:
         """Accept a request, from any thread. Raises RequestRefused (the codes are listed there)."""
         rows = min(self.pool.plan.spans, self._core.budget.tokens)
-        sequence = new_sequence(request, self.pool.plan, self._limits, rows, self._config.eos_ids)
+        plan = replace(self.pool.plan, pages=min(self.pool.plan.pages, self.pool.store.most(self.pool)))
+        sequence = new_sequence(request, plan, self._limits, rows, self._config.eos_ids)
         with self._lock:
             if self._refusal is not None:
                 raise RequestRefused(self._refusal.code, self._refusal.message)
@@ -216,7 +218,9 @@ class Engine(Ordered):
         if outputs:
             self._forget(outputs)
             self._sink(outputs)
-        elif not (progress or self._core.idle or self._core.loading or self._starved or self._orders.active):
+        elif not (
+            progress or self._core.idle or self._core.loading or self._starved or self._outdated or self._orders.active
+        ):
             raise InvariantBroken(f"engine: nothing can run: {'; '.join(self._core.why)}")
         self._orders.carry_out()
 
@@ -227,9 +231,9 @@ class Engine(Ordered):
     def _forget(self, outputs: list[TokenOutput]) -> None:
         """Ended ids may be used again as soon as the sink has seen the end."""
         with self._lock:
-            for output in outputs:
-                if output.finish_reason is not None:
-                    del self._live[output.request_id]
+            ended = [self._live.pop(output.request_id) for output in outputs if output.finish_reason is not None]
+        if any(isinstance(sequence, BeamGroup) for sequence in ended):
+            self.pool.store.unclaim(self.pool)
 
     def _end_all(self, error: str) -> None:
         with self._lock:
@@ -250,6 +254,7 @@ class Engine(Ordered):
             left, self._live = list(self._live.values()), {}
             self._quiet = True
             self._changed.notify_all()
+        self.pool.store.unclaim(self.pool)
         self._refuse_orders()
         outputs = self._core.take_outputs() + [
             TokenOutput(

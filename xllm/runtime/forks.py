@@ -25,10 +25,9 @@ def fork(pool: KvPool, source: int, target: int, tokens: int) -> None:
     with pool._lock:
         parent, child = pool._spans[source], pool._spans[target]
         stays = 0
-        while stays < min(count, len(child.pages)) and _fits(pool, source, target, stays, stays in complete):
+        while stays < len(child.pages) and _fits(pool, source, target, stays, stays in complete):
             stays += 1
-        if stays < count:
-            _cut(pool, target, stays)
+        _cut(pool, target, stays)
         for index in range(count):
             page, address = parent.pages[index], child.base + index * plan.page_bytes
             if index not in complete:
@@ -43,6 +42,13 @@ def fork(pool: KvPool, source: int, target: int, tokens: int) -> None:
                 child.pages.append(page)
         child.committed, child.offered = count, complete.stop if complete else 0
         pool._feed(target)
+
+
+def hand_on(pool: KvPool, source: int, target: int) -> None:
+    """What is promised to live slot `source` is promised to live slot `target` from now on."""
+    with pool._lock:
+        giver, taker = pool._spans[source], pool._spans[target]
+        giver.promised, taker.promised = 0, taker.promised + giver.promised
 
 
 def _fits(pool: KvPool, source: int, target: int, index: int, complete: bool) -> bool:

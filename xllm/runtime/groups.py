@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from xllm.runtime.beams import BeamParams, BeamSearch, asked
 from xllm.runtime.executor import Executor, Row
-from xllm.runtime.forks import fork
+from xllm.runtime.forks import fork, hand_on
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.request import Request
@@ -121,6 +121,8 @@ class BeamGroup(Sequence):
         """Give all up but `slot`, which is the caller's to finish."""
         for slot in self._attached:
             executor.detach(slot)
+        if self._root != self.slot:  # or others might be promised pages that are not given up yet
+            hand_on(pool, self._root, self.slot)
         for slot in self.slots:
             if slot != self.slot:
                 pool.finish(slot)

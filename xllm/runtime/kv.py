@@ -209,7 +209,11 @@ class KvPool:
 
     @property
     def least(self) -> int:
-        return 0 if self.resting else min(self.plan.span_pages, self.plan.pages)
+        return 0 if self.resting else self.longest
+
+    @property
+    def longest(self) -> int:
+        return min(self.plan.span_pages, self.plan.pages)
 
     @property
     def oldest_use(self) -> int | None:

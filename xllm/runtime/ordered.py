@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from xllm.runtime.core import Core
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import Batch
+from xllm.runtime.groups import BeamGroup
 from xllm.runtime.orders import Mode, Order, Orders, Recall, busy
 from xllm.runtime.rest import forget, give_back, take_back
 from xllm.runtime.scheduler import Grant
@@ -28,7 +29,8 @@ class Ordered:
         self._falling = 0  # orders to sleep that are not carried out yet
         self._live: dict[str, Sequence] = {}
         self._refusal: RequestRefused | None = None
-        self._stuck = False  # the latest plan was none
+        self._stuck = False  # the latest plan was none, with nothing launched that may change that
+        self._seen = 0  # of the store's changes, by that plan
 
     def pause(self, mode: Mode = "keep") -> Future[bool]:
         """Compute nothing from now on, until `resume`; requests that come meanwhile wait. "keep": those that run give
@@ -129,12 +131,25 @@ class Ordered:
         self._orders.refuse(refusal)
 
     def _next_step(self) -> tuple[Batch, tuple[Grant, ...]] | None:
-        with self.pool.store.planning:
-            step = None if self._orders.holding else self._core.plan()
-        self._stuck = step is None
+        store, core = self.pool.store, self._core
+        with store.planning:
+            self._seen = store.changes
+            step = None if self._orders.holding else core.plan()
+            self._stuck = step is None and not (core.leaving or any(sequence.flights for sequence in core.running))
+            waits = self._stuck and not (self._orders.holding or core.loading or store.owed(self.pool))
+            searches = waits and any(isinstance(one, BeamGroup) for one in (*core.running, *core.waiting))
+            if searches and not store.claim(self.pool):
+                core.preempt_all()  # a search of another model has claimed what this one needs
         return step
 
     @property
     def _starved(self) -> bool:
-        """Nothing could run, as another model still has pages that are kept for this one."""
-        return self._stuck and self.pool.store.owed(self.pool)
+        """Nothing could run, as another model still has pages that are kept for this one, or has claimed the rest; and
+        none has given anything up since."""
+        store = self.pool.store
+        return self._stuck and not self._outdated and (store.owed(self.pool) or store.claimed(self.pool))
+
+    @property
+    def _outdated(self) -> bool:
+        """Somebody gave something up, or claimed it, since the latest step was planned."""
+        return self.pool.store.changes != self._seen

@@ -75,6 +75,7 @@ class Orders:
             return
         if order.mode == "keep":
             self._core.preempt_all()
+            self._core.pool.store.unclaim(self._core.pool)
         elif order.mode == "abort":
             for sequence in self._concerned(order):
                 self._core.cancel(sequence, "cancelled", ABORTED)

@@ -4,7 +4,9 @@ What a pool promised its sequences is its for as long as it wants; nobody is pre
 go to whoever needs a page, in this order: free pages, those in spans of no sequence, cached ones that no sequence uses
 (the oldest use first, whoever's), those mapped ahead. Each pool is kept room for the longest request of its model,
 which no other may be promised: so whoever is first in line in its own model can always go on, and no model starves.
-The rest is first come, first served. A pool that rests is kept no room.
+The rest is first come, first served. A pool that rests is kept no room. A search may need more than a longest request:
+when it can't go on for that, its pool claims all that the others are not kept, until it has ended. One does at a time;
+another one's search gives its pages up then.
 
 Bytes stay in a page that goes from one pool to another. Nobody reads them: kernels read what its present owner wrote,
 and what a pool knew about the text of a page is dropped when the page leaves.
@@ -31,6 +33,11 @@ class Holder(Protocol):
     @property
     def least(self) -> int:
         """Pages of one longest request; 0 while the pool rests."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """The same, also while it rests."""
         ...
 
     @property
@@ -73,6 +80,8 @@ class PageStore:
         self.clock = itertools.count()
         self._pools: tuple[Holder, ...] = ()
         self._discarded = False
+        self._claimant: Holder | None = None
+        self.changes = 0  # that may let somebody go on who could not
 
     def join(self, pool: Holder) -> None:
         """Raises MemoryFault (pool_too_small) when there is no room for the longest requests of all."""
@@ -93,6 +102,8 @@ class PageStore:
         if pool not in self._pools:
             return False
         self._pools = tuple([other for other in self._pools if other is not pool])
+        if self._claimant is pool:
+            self._claimant = None
         if not self._pools:
             self.memory.release()
         return bool(self._pools)
@@ -100,13 +111,35 @@ class PageStore:
     def room_of(self, pool: Holder) -> int:
         """Pages that may be promised to a pool's sequences, beside those that are. Below zero after another one woke
         up, for which there is no room yet."""
-        others = sum(max(other.committed, other.least) for other in self._pools if other is not pool)
+        others = sum(max(other.committed, self._kept(other)) for other in self._pools if other is not pool)
         return self.pages - others - pool.committed
 
+    def most(self, pool: Holder) -> int:
+        """Pages that a pool has for sure in the end, whoever else is awake."""
+        return self.pages - sum(other.longest for other in self._pools if other is not pool)
+
+    def claim(self, pool: Holder) -> bool:
+        """Keep a pool all that it may have, for a sequence that waits for that. False: another one has claimed it.
+        `planning` is held."""
+        if self._claimant is None:
+            self._claimant = pool
+            self.tell(pool)
+        return self._claimant is pool
+
+    def unclaim(self, pool: Holder) -> None:
+        """That sequence has ended, or may wait. No lock is held."""
+        if self._claimant is pool:
+            self._claimant = None
+            self.tell(pool)
+
     def owed(self, pool: Holder) -> bool:
-        """Others still have what is kept for it: after it, or another one, woke up, until their sequences end or give
-        way to each other."""
-        return self.room_of(pool) < pool.least - pool.committed
+        """Others still have what is kept for it: after it claimed that, or it or another one woke up, until their
+        sequences end or give way to each other."""
+        return self.room_of(pool) < self._kept(pool) - pool.committed
+
+    def claimed(self, pool: Holder) -> bool:
+        """Does another one claim all that is not kept for this one?"""
+        return self._claimant not in (None, pool)
 
     def take(self, pool: Holder, slot: int) -> int | None:
         """A page for a step that waits, of the pool's slot; None when all are in use. The lock is held."""
@@ -145,7 +178,9 @@ class PageStore:
         return self.has_untouched() or any(pool.oldest_use is not None for pool in self._pools)
 
     def tell(self, pool: Holder) -> None:
-        """The pool needs less than it did: say so to those who may wait for it. No lock is held."""
+        """The pool needs less than it did, or claims all: say so to those who may wait for it. No lock of a pool or an
+        engine is held."""
+        self.changes += 1
         for other in self._pools:
             if other is not pool and other.on_room is not None:
                 other.on_room()
@@ -162,6 +197,12 @@ class PageStore:
         if self._discarded:
             self.memory.reclaim()
             self._discarded = False
+
+    def _kept(self, pool: Holder) -> int:
+        """Pages that no other pool may be promised."""
+        if self._claimant is not pool:
+            return pool.least
+        return self.pages - sum(other.least for other in self._pools if other is not pool)
 
     def check(self) -> None:
         """Assert that every page is in one place and that promises can be kept. The lock is held. Raises

@@ -77,7 +77,7 @@ def one_list(step: Step) -> None:
     decodes, prompts = _phases(running[: step.online])
     step.prefills = prompts + _phases(running[step.online :])[1]
     step.keep_time_for(decodes)
-    step.prompt_tokens = max(0, step.tokens - len(decodes))
+    step.prompt_tokens = max(0, step.tokens - sum(sequence.rows for sequence in decodes))
     full = False
     for online, part in ((True, line[: len(ahead)]), (False, line[len(ahead) :])):
         for state, group in groupby(part, key=attrgetter("state")):
