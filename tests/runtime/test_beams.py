@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request, search
+from tests.runtime.test_scheduler import budget, decoding, given_tokens, waiting
 from xllm.runtime import Request, RequestRefused, SamplingParams
 from xllm.runtime.beams import BeamParams, BeamSearch, Found, likeliest
 from xllm.runtime.config import TierConfig
 from xllm.runtime.groups import BeamGroup
 from xllm.runtime.policies import PRESETS, choose
-from xllm.runtime.policies.orders import ORDERS
+from xllm.runtime.policies.orders import ORDERS, rank
 from xllm.runtime.policies.trace import Trace, recorded, summary
-from xllm.runtime.scheduler import decide
+from xllm.runtime.scheduler import TokenCost, decide
 from xllm.runtime.urgency import Urgency
 
 STEPS = [-0.25 * step for step in range(12)]  # sums of these are exact: ties are ties
@@ -170,6 +171,17 @@ def test_others_do_not_wait_for_a_merge():
     rig.finish()
     sizes = [len(batch.rows) for batch in rig.executor.batches]
     assert len(sizes) == 30 and sizes[2:20:2] == [5] * 9 and set(sizes[1:20:2]) == {1}
+
+
+def test_a_prompt_before_a_group_leaves_tokens_for_each_of_its_rows():
+    """In one list the prompt comes first, and time and tokens are kept for those that decode."""
+    group, prompt = decoding(0), waiting(1, 80)
+    group.rows = group.width = 4
+    object.__setattr__(prompt.request, "urgency", Urgency(ttft_slo_ms=1))
+    limits, policy = budget(40), choose("mix")
+    queues = rank([group], [prompt], 8, policy.order, limits, TokenCost(1e-9), 0.0)
+    assert [one.id for one in queues.line] == ["w1", "r0"]
+    assert given_tokens(decide(queues, limits, 1000, 0.0, policy, TokenCost(1e-9))) == {"w1": 36, "r0": 1}
 
 
 @BOTH_LOOPS

@@ -39,7 +39,8 @@ class ForkMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = FakeMemory(PAGE)
-        self.pool = KvPool(PoolPlan(self.kv, PAGE, PAGES, 8, SPANS), PageStore(self.memory, PAGES))
+        self.store = PageStore(self.memory, PAGES)
+        self.pool = KvPool(PoolPlan(self.kv, PAGE, PAGES, 8, SPANS), self.store)
         self.families: list[Family] = []
 
     @precondition(lambda self: sum(family.width for family in self.families) < SPANS)
@@ -101,9 +102,9 @@ class ForkMachine(RuleBasedStateMachine):
     @invariant()
     def holds(self):
         self.pool.check()
-        assert sum(self.pool.figures().states.values()) == PAGES
+        assert sum(self.pool.figures().states.values()) == PAGES - self.elsewhere()[0]
         assert self.pool.figures().states[PageState.ALLOCATED] == 0
-        assert self.pool.free_pages == PAGES - sum(family.promised for family in self.families)
+        assert self.pool.free_pages == self.free()
         for family in self.families:
             for slot, text in family.texts.items():
                 assert [self.memory.read(self.address(slot, at)) for at in range(len(text))] == text
@@ -115,8 +116,16 @@ class ForkMachine(RuleBasedStateMachine):
         for family in self.families:
             for slot in family.texts:
                 self.pool.finish(slot)
+        self.families.clear()
         self.pool.check()
-        assert self.pool.free_pages == PAGES and not self.pool._forked
+        assert self.pool.free_pages == self.free() and not self.pool._forked
+
+    def free(self) -> int:
+        return PAGES - self.elsewhere()[1] - sum(family.promised for family in self.families)
+
+    def elsewhere(self) -> tuple[int, int]:
+        """Pages that another pool has, and those that are promised to it or kept for it."""
+        return 0, 0
 
     def append(self, family: Family, slot: int, more: list[int]) -> None:
         text = family.texts[slot]
@@ -161,9 +170,69 @@ class WideForkMachine(ForkMachine):
     kv = KVSpec(5000)
 
 
+class SharedForkMachine(ForkMachine):
+    """Beside a pool of another model, which takes what is not promised here, and gives what is not used there."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = KvPool(PoolPlan(KVSpec(PAGE), PAGE, PAGES, 3, 6), self.store)
+        self.written: dict[int, int] = {}  # slot -> pages
+
+    @precondition(lambda self: len(self.written) < 6)
+    @rule(pages=st.integers(1, 3), ahead=st.booleans())
+    def other_starts(self, pages, ahead):
+        if pages > self.other.free_pages:
+            return
+        slot = self.other.start(16 * 3 if ahead else 0)
+        self.other.grow(slot, 16 * pages)
+        self.written[slot] = pages
+        for page in range(pages):
+            self.memory.write(self.other.base(slot) + page * PAGE, 100 + slot)
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data(), text=st.sampled_from([b"", b"one", b"two"]))
+    def other_ends(self, data, text):
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        del self.written[slot]
+        self.other.finish(slot, [text] if text else [])
+
+    @rule()
+    def other_premaps(self):
+        self.other.premap()
+
+    @invariant()
+    def other_holds(self):
+        self.other.check()
+        for slot, pages in self.written.items():
+            assert {self.memory.read(self.other.base(slot) + page * PAGE) for page in range(pages)} == {100 + slot}
+
+    def elsewhere(self) -> tuple[int, int]:
+        return len(self.other.held_pages), max(self.other.committed, self.other.least)
+
+    def teardown(self):
+        super().teardown()
+        self.pool.close()
+        self.other.check()
+        assert len(self.other.held_pages) + len(self.store.free) == PAGES
+
+
 SETTINGS = settings(max_examples=60, stateful_step_count=60, deadline=None, derandomize=True)
-for machine in (ForkMachine, FixedForkMachine, WideForkMachine):
+for machine in (ForkMachine, FixedForkMachine, WideForkMachine, SharedForkMachine):
     machine.TestCase.settings = SETTINGS
 TestForks = ForkMachine.TestCase
 TestFixedForks = FixedForkMachine.TestCase
 TestWideForks = WideForkMachine.TestCase
+TestSharedForks = SharedForkMachine.TestCase
+
+
+def test_a_fork_drops_shared_pages_behind_the_text_it_takes_over():
+    memory = FakeMemory(PAGE)
+    pool = KvPool(PoolPlan(KVSpec(PAGE), PAGE, PAGES, 8, SPANS), PageStore(memory, PAGES))
+    first, longer, short = pool.start(48), pool.start(0), pool.start(0)
+    pool.grow(first, 48, 9)
+    fork(pool, first, longer, 48)
+    fork(pool, first, short, 16)
+    fork(pool, short, longer, 16)
+    pool.grow(longer, 32, 0)
+    memory.write(pool.base(longer) + PAGE, 1)
+    pool.check()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.runtime.fakes import BOTH_LOOPS, Rig, assert_as_alone, request, search
 from tests.runtime.test_prefix import text_of
-from tests.runtime.test_store import together, two_rigs
+from tests.runtime.test_store import make_pools, together, two_rigs
 from xllm.runtime import Request, RequestRefused
 
 
@@ -97,3 +97,26 @@ def test_a_group_is_promised_its_pages_until_it_has_given_all_of_them_up():
     rig.engine.submit(search("wide", 60, 40, 4, ignore_eos=True))
     rig.finish()
     assert seen == [True] * 3 + [False]
+
+
+def test_nothing_is_mapped_ahead_while_a_step_waits_for_the_last_page():
+    """A tier that fills it gives it back; the background would map it for the waiting slot, and the step find none."""
+    store, (pool,) = make_pools(4, one=4)
+    first, waits = pool.start(32), pool.start(16)
+    pool.grow(first, 32)
+    kept = pool.start(16)
+    pool.grow(kept, 16)
+    pool._hungry = {waits: None}
+    filled, store.filling = store.free.pop(), 1
+
+    def wait_for(found) -> None:
+        assert not found()
+        store.free.append(filled)
+        store.filling = 0
+        store.lock.release()
+        assert not pool.premap()
+        store.lock.acquire()
+
+    store.filled.wait_for = wait_for
+    pool.grow(waits, 16)
+    pool.check()

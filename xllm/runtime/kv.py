@@ -370,7 +370,7 @@ class KvPool:
             self._hungry.pop(slot, None)
 
     def _neediest(self) -> int | None:
-        if self.resting:
+        if self.resting or self.store.awaited:
             return None
         if self._hungry and self.store.has_untouched():
             return next(iter(self._hungry))

@@ -77,6 +77,7 @@ class PageStore:
         self.free = list(reversed(memory.create_pages(pages)))
         self.filling = 0  # pages that a tier is writing to, which are in no pool
         self.filled = threading.Condition(self.lock)
+        self.awaited = False  # a step waits for one of these, which nobody is to map ahead
         self.clock = itertools.count()
         self._pools: tuple[Holder, ...] = ()
         self._discarded = False
@@ -143,7 +144,9 @@ class PageStore:
 
     def take(self, pool: Holder, slot: int) -> int | None:
         """A page for a step that waits, of the pool's slot; None when all are in use. The lock is held."""
+        self.awaited = True
         self.filled.wait_for(lambda: not self.filling or self.has_spare())
+        self.awaited = False
         page = self.spare(pool)
         if page is None:
             page = pool.give_ahead(but=slot)
