@@ -36,6 +36,11 @@ from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor
 
 STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32", "int4.64", "int4.128")
+# Storage of weights, and what activations are rounded to beside it; the first is what others are held against.
+KINDS = (
+    ("bfloat16", ""), ("bfloat16", "bfloat16"), *((storage, "") for storage in STORAGES[1:]),
+    *((storage, "int8") for storage in STORAGES if storage.startswith("int8")),
+)  # fmt: skip
 SHAPE = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096,
@@ -115,11 +120,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", SHAPE)
         reference = np.zeros(0)
-        for storage in track(STORAGES, "measuring", console=console(), transient=True):
-            found = results[storage] = {}
-            chosen = CompileOptions(weights=storage, kv="bfloat16", max_len=512)
+        for storage, activations in track(KINDS, "measuring", console=console(), transient=True):
+            kind = f"{storage}, activations {activations}" if activations else storage
+            found = results[kind] = {}
+            chosen = CompileOptions(weights=storage, activations=activations or None, kv="bfloat16", max_len=512)
             for name, source in (("logits", folder), ("loss", story)):
-                artifact = Path(scratch) / f"{name}-{storage}.xllm"
+                artifact = Path(scratch) / f"{name}-{kind}.xllm"
                 compile_checkpoint(source, artifact, chosen)
                 model = Compiled(artifact)
                 if name == "loss":
@@ -127,10 +133,10 @@ def main() -> None:
                 else:
                     vocab = Artifact.open(artifact).manifest["model"]["vocab"]
                     got = model.logits(np.random.default_rng(1).integers(0, vocab, 64).tolist())
-                    reference = got if storage == STORAGES[0] else reference
+                    reference = got if kind == STORAGES[0] else reference
                     found["logits"] = relative(got, reference)
                 model.close()
-            if storage != STORAGES[0]:
+            if storage != STORAGES[0] and not activations:
                 found["weights"], found["plain"] = rounding(storage, weight)
     out, view = console(), table("accuracy", "storage", "weights", "by the greatest", "logits", "held-out loss", "more")
     first = results[STORAGES[0]]["loss"]

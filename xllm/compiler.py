@@ -42,11 +42,11 @@ class CompileOptions:
     weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the
     same of embeddings and the head, by default as weights. kv: storage of keys and values, by default as weights in
     floating point, bfloat16 beside integers. activations: what rows are rounded to in products with weights of that
-    type, bfloat16 or int8; by default they are not. max_seqs: sequences decoded together; max_len: tokens of one sequence;
-    max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of others
-    (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a machine's
-    figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by default what
-    the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
+    type, bfloat16 or int8; by default they are not. max_seqs: sequences decoded together; max_len: tokens of one
+    sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
+    others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
+    machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by
+    default what the checkpoint says. debug: the XLLM_DEBUG ladder, 0 to 5.
     """
 
     target: str = "cpu"
@@ -68,7 +68,8 @@ class CompileOptions:
     def __post_init__(self) -> None:
         stored = (*INTS, *STORAGES)
         allowed_values = {
-            "weights": stored, "head": stored, "kv": FLOATS, "activations": ACTIVATIONS, "target": ("cpu",), "task": TASKS,
+            "weights": stored, "head": stored, "kv": FLOATS, "activations": ACTIVATIONS, "target": ("cpu",),
+            "task": TASKS,
         }  # fmt: skip
         for name, allowed in allowed_values.items():
             value = getattr(self, name)

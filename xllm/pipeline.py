@@ -53,15 +53,16 @@ def pipeline_of(
 def check_activations(activations: str, *storages: str) -> None:
     """Raises CompileError where rows rounded to `activations` would meet no weights of that type in these storages."""
     kinds = dict.fromkeys(storage.partition(".")[0] for storage in storages)
-    if activations in ("", *kinds):
+    fitting = [kind for kind in kinds if kind in ACTIVATIONS]
+    if activations in ("", *fitting):
         return
-    allowed = [f"--activations {kind}" for kind in kinds if kind in ACTIVATIONS]
-    why = f"activations are rounded to {activations} beside weights of that type only, and weights are {' and '.join(kinds)}"
+    why = f"activations are rounded to {activations} for weights of that type only, weights are {' and '.join(kinds)}"
     if activations == "int8" and "int4" in kinds:
-        why += " (whose products round them to int8 anyway)"
-    raise CompileError(
-        why, code="bad-option", try_=" or ".join((f"--weights {activations}", *allowed, "no --activations"))
-    )
+        why += " (int4 weights take int8 activations anyway)"
+    advice = [f"--activations {kind}" for kind in fitting]
+    if activations in ACTIVATIONS:
+        advice.append(f"--weights {activations}")
+    raise CompileError(why, code="bad-option", try_=" or ".join((*advice, "no --activations")))
 
 
 def describe_passes() -> str:

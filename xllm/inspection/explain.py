@@ -149,7 +149,7 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{model['name']} ({model['architecture']}) compiled for {target['name']} {target['level']} by {tools}",
         "limits: " + ", ".join(f"{name} {value:,}" for name, value in sorted(limits.items())),
-        *([f"activations: rows are rounded to {rounded} in products with {rounded} weights"] if rounded else ()),
+        *([f"activations: {rounded} in products with {rounded} weights (experts aside)"] if rounded else ()),
     ]
     for kind in ("passes", "kernels"):
         for module in facts["extensions"].get(kind, ()):

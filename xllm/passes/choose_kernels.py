@@ -8,7 +8,6 @@ there a missing kernel is a CompileError.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 from xllm.errors import CompileError
@@ -95,10 +94,12 @@ class ChooseKernels(Pass):
         counted as the bytes in and out."""
         refused: list[tuple[str, str]] = []
         weights = (_is_head(operation) and context.head_dtype) or context.weights_dtype
-        answers = [partial(provider.lower, operation, kv, weights) for provider in context.providers]
-        target = partial(context.target.lower, operation, kv, weights, context.activations)
-        for provider, ask in zip((*context.providers, context.target), (*answers, target), strict=True):
-            answer = ask()
+        target = context.target
+        for provider in (*context.providers, target):
+            if provider is target:
+                answer = target.lower(operation, kv, weights, context.activations)
+            else:
+                answer = provider.lower(operation, kv, weights)
             if isinstance(answer, Lowering) and not function and (answer.extents or not _linear(answer.rows)):
                 answer = Refusal("its sizes or strides depend on more than one dim, as they may in functions only")
             if isinstance(answer, Lowering):

@@ -5,6 +5,17 @@
 
 namespace XK_LEVEL {
 
+#if defined(__AVX512VNNI__)
+
+// Four inputs of an int8 panel, as units that multiply bytes take them: [16 outputs][4].
+XK_INLINE __m512i lay_out_four(const uint8_t *w) {
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(w));
+}
+
+#endif
+
 struct Int8Bytes {
   static constexpr int64_t bits = 8;
   static constexpr bool kRowScale = false;
@@ -40,9 +51,7 @@ struct Int8Bytes {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) x[r] = t.x_row(row + r) + s.at * (int64_t)sizeof(Value);
 #if defined(__AVX512VNNI__)
-    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i pairs = _mm512_load_si512(order), sign = _mm512_set1_epi8((char)0x80);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -55,7 +64,7 @@ struct Int8Bytes {
       vb line[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
-        line[p] = (vb)_mm512_xor_si512(_mm512_permutexvar_epi16(pairs, _mm512_loadu_si512(w + p * s.w_stride)), sign);
+        line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
         if (first) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
       }
 #pragma GCC unroll 16

@@ -9,6 +9,20 @@
 
 namespace XK_LEVEL {
 
+#if defined(__AVX512BF16__)
+
+// Two inputs of a bf16 panel, of which the second may be missing, as units that multiply bf16 take them: [16 outputs][2].
+XK_INLINE __m512i lay_out_pair(const uint8_t *w, int64_t inputs) {
+  alignas(64) static const uint16_t order[32] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30,
+                                                 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+  __m512i pair = _mm512_setzero_si512();
+  if (inputs > 1) pair = _mm512_loadu_si512(w);
+  else if (inputs == 1) pair = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)w));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), pair);
+}
+
+#endif
+
 #if defined(__AMX_BF16__)
 
 constexpr bool kFloatTiles = true;
@@ -53,15 +67,7 @@ static void split_row(const float *x, int64_t n, void *to) {
   }
 }
 
-// Two inputs of a bf16 panel, of which the second may be missing, as tiles have them: [16 outputs][2].
-XK_INLINE __m512i lay_out_pair(const uint8_t *w, int64_t inputs) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30,
-                                                 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-  __m512i pair = _mm512_setzero_si512();
-  if (inputs > 1) pair = _mm512_loadu_si512(w);
-  else if (inputs == 1) pair = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)w));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), pair);
-}
+// The same of many inputs, padded with zeros to whole steps.
 static inline void lay_out_bf16(const uint8_t *w, int64_t inputs, uint8_t *to) {
   int64_t i = 0;
   for (; i + 2 <= inputs; i += 2) _mm512_store_si512(to + i * 32, lay_out_pair(w + i * 32, 2));

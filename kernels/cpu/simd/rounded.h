@@ -7,8 +7,6 @@
 
 namespace XK_LEVEL {
 
-constexpr int64_t kPanelsRounded = 16;  // most of one unit: rows are rounded once for all of them
-
 #if defined(__AMX_BF16__)
 
 constexpr int64_t kPanelsOfRounded = kPanelsOfTiles;
@@ -19,7 +17,7 @@ static void rounded_product(const float *x, int64_t stride, int64_t rows, const 
 
 #else
 
-constexpr int64_t kPanelsOfRounded = kPanelsRounded;
+constexpr int64_t kPanelsOfRounded = 16;  // most of one unit: rows are rounded once for all of them
 
 #if defined(__AVX512BF16__)
 
@@ -28,10 +26,8 @@ constexpr int64_t kInputs = 2;  // of one element
 struct PanelRounded {
   static constexpr int64_t bytes = 64;
   XK_INLINE f32x16 load(const uint8_t *p) {
-    alignas(64) static const uint16_t order[32] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30,
-                                                   1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
     f32x16 r;
-    r.v[0] = (vf)_mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(p));
+    r.v[0] = (vf)lay_out_pair(p, 2);
     return r;
   }
   XK_INLINE f32x16 spread(const float *x) {
@@ -67,28 +63,31 @@ XK_INLINE void round16(const float *x, int64_t n, float *to) {
 
 #endif
 
-constexpr int64_t kRoundedStride = kDepthBlock / kInputs + 16;  // elements between rows: off the powers of two that share cache sets
+constexpr int64_t kRoundedDepth = 256;                  // elements of many rows that are rounded at once
+constexpr int64_t kRoundedStride = kRoundedDepth + 16;  // between rows: off the powers of two that share cache sets
 
 struct RoundedMemory {
-  float sums[kPanelsRounded * kRowBlock * 16];
+  float sums[kPanelsOfRounded * kRowBlock * 16];
   float rows[kRowBlock * kRoundedStride];
-  uint8_t last[kPanelsRounded * PanelRounded::bytes];  // of an odd number of inputs, for each panel
+  uint8_t last[kPanelsOfRounded * PanelRounded::bytes];  // of an odd number of inputs, for each panel
 };
 
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16].
 static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
-  const int64_t w_stride = k * PanelBf16::bytes, group = rows <= kTileRows ? panels : kWide;
-  for (int64_t begin = 0; begin < k; begin += kDepthBlock) {
-    const int64_t inputs = min(kDepthBlock, k - begin), whole = inputs / kInputs;
+  const bool few = rows <= kTileRows;  // these read the weights once, at best from end to end
+  const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide, apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride;
+  const int64_t depth = (apart - 16) * kInputs;
+  for (int64_t begin = 0; begin < k; begin += depth) {
+    const int64_t inputs = min(depth, k - begin), whole = inputs / kInputs;
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * kRoundedStride + i / kInputs);
-    Product t = {memory.rows, kRoundedStride, w + begin * PanelBf16::bytes, w_stride, whole, memory.sums, 16, rows * 16, begin > 0};
+      for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * apart + i / kInputs);
+    Product t = {memory.rows, apart, w + begin * PanelBf16::bytes, w_stride, whole, memory.sums, 16, rows * 16, begin > 0};
     for (int64_t p = 0; p < panels; p += group, t.w += group * w_stride, t.c += group * t.c_stride)
       product<PanelRounded>(t, rows, min(group, panels - p));
     if (inputs % kInputs) {
       memset(memory.last, 0, sizeof memory.last);
       for (int64_t p = 0; p < panels; p++) memcpy(memory.last + p * PanelRounded::bytes, w + p * w_stride + (k - 1) * PanelBf16::bytes, PanelBf16::bytes);
-      product<PanelRounded>({memory.rows + whole, kRoundedStride, memory.last, PanelRounded::bytes, 1, memory.sums, 16, rows * 16, true}, rows, panels);
+      product<PanelRounded>({memory.rows + whole, apart, memory.last, PanelRounded::bytes, 1, memory.sums, 16, rows * 16, true}, rows, panels);
     }
   }
 }

@@ -64,10 +64,7 @@ XK_TILE_PRODUCT(add_unsigned_weights, "tdpbsud")
 
 // Weights as a tile has them. Returns where the next ones go.
 XK_INLINE uint8_t *lay_out(Int8, const uint8_t *w, int64_t inputs, uint8_t *to) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  for (int64_t i = 0; i < inputs; i += 4, w += 64, to += 64)
-    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(w)));
+  for (int64_t i = 0; i < inputs; i += 4, w += 64, to += 64) _mm512_store_si512(to, lay_out_four(w));
   return to;
 }
 XK_INLINE uint8_t *lay_out(Int8Bytes, const uint8_t *w, int64_t inputs, uint8_t *to) { return lay_out(Int8(), w, inputs, to); }
