@@ -1,11 +1,14 @@
-"""What storage of weights costs in accuracy: error of logits on random weights, held-out loss of the embedded model.
+"""What storage of weights, and of keys and values, costs in accuracy: error of logits on random weights, held-out loss
+of the embedded model.
 
-    python -m bench.accuracy [--checkpoint DIR] [--conversations 40]
+    python -m bench.accuracy [--kv] [--checkpoint DIR] [--conversations 40]
 
 Logits: ‖Δ‖ / ‖reference‖ against bfloat16 weights of the same checkpoint (a small one like Qwen3, unless named). Random
 weights pass errors on almost undamped, layer after layer, so the share grows with depth; trained ones damp them.
 Beside each integer type stand the weights alone: rounded by it, and rounded by the greatest of every 32, the rule of
 llama.cpp's Q8_0 (greatest / 127) and Q4_0 (greatest / -8), as a share of the weights.
+
+With --kv: of keys and values, beside bfloat16 weights; against float32 ones, logits in the shape of Qwen3-0.6B.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from rich.progress import track
 from tokenizers import Tokenizer
 
-from bench.checkpoints import write_checkpoint
+from bench.checkpoints import SHAPES, write_checkpoint
 from bench.report import RESULTS, console, footer, save, table
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions, compile_checkpoint
@@ -32,6 +35,7 @@ from xllm.embedded.evaluate import held_out_loss
 from xllm.kernels import cpu
 from xllm.runtime.executor import Batch, Row
 from xllm.runtime.request import Request, SamplingParams
+from xllm.storage import KVS
 from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor
 
@@ -75,6 +79,27 @@ class Compiled:
         self._executor.close()
 
 
+def logits(source: Path, artifact: Path, chosen: CompileOptions, tokens: int) -> np.ndarray:
+    """float32 [tokens, V] of a random text."""
+    compile_checkpoint(source, artifact, chosen)
+    model, vocab = Compiled(artifact), Artifact.open(artifact).manifest["model"]["vocab"]
+    try:
+        return model.logits(np.random.default_rng(1).integers(0, vocab, tokens).tolist())
+    finally:
+        model.close()
+
+
+def loss(artifact: Path, chosen: CompileOptions, conversations: int) -> float:
+    """Of the embedded model, in nats per token."""
+    story = checkpoint_path()
+    compile_checkpoint(story, artifact, chosen)
+    model, tokenizer = Compiled(artifact), Tokenizer.from_file(str(story / "tokenizer.json"))
+    try:
+        return held_out_loss(model, tokenizer, conversations, 0)["all"]
+    finally:
+        model.close()
+
+
 def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
@@ -111,40 +136,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="whose logits are compared")
     parser.add_argument("--conversations", type=int, default=40, help="of the held-out loss")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
+    parser.add_argument("--kv", action="store_true", help="storage of keys and values in place of weights")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    generator = np.random.default_rng(0)
-    weight = generator.standard_normal((256, 1024), np.float32)
-    story, tokenizer = checkpoint_path(), Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    name, shape, tokens = ("accuracy-kv", SHAPES["qwen3-0.6b"], 256) if options.kv else ("accuracy", SHAPE, 64)
+    kinds = [(*kind, "bfloat16") for kind in KINDS]
+    if options.kv:
+        kinds = [("bfloat16", "", kv) for kv in KVS]
+    weight = np.random.default_rng(0).standard_normal((256, 1024), np.float32)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", SHAPE)
+        made = Path(scratch) / "made.xllm"
+        folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", shape)
         reference = np.zeros(0)
-        for storage, activations in track(KINDS, "measuring", console=console(), transient=True):
-            kind = f"{storage}, activations {activations}" if activations else storage
-            found = results[kind] = {}
-            chosen = CompileOptions(weights=storage, activations=activations or None, kv="bfloat16", max_len=512)
-            for name, source in (("logits", folder), ("loss", story)):
-                artifact = Path(scratch) / f"{name}-{kind}.xllm"
-                compile_checkpoint(source, artifact, chosen)
-                model = Compiled(artifact)
-                if name == "loss":
-                    found["loss"] = held_out_loss(model, tokenizer, options.conversations, 0)["all"]
-                else:
-                    vocab = Artifact.open(artifact).manifest["model"]["vocab"]
-                    got = model.logits(np.random.default_rng(1).integers(0, vocab, 64).tolist())
-                    reference = got if kind == STORAGES[0] else reference
-                    found["logits"] = relative(got, reference)
-                model.close()
+        for storage, activations, kv in track(kinds, "measuring", console=console(), transient=True):
+            chosen = CompileOptions(weights=storage, activations=activations or None, kv=kv, max_len=512)
+            found = {"loss": loss(made, chosen, options.conversations)}
+            got = logits(folder, made, chosen, tokens)
+            reference = reference if results else got
+            found |= {"logits": relative(got, reference), "token_bytes": Artifact.open(made).plan.kv.token_bytes}
             if storage != STORAGES[0] and not activations:
                 found["weights"], found["plain"] = rounding(storage, weight)
-    out, view = console(), table("accuracy", "storage", "weights", "by the greatest", "logits", "held-out loss", "more")
-    first = results[STORAGES[0]]["loss"]
-    for storage, found in results.items():
-        shares = [f"{found[name]:.2%}" if name in found else "" for name in ("weights", "plain", "logits")]
-        view.add_row(storage, *shares, f"{found['loss']:.4f}", f"{found['loss'] / first - 1:+.2%}")
+            rounded = f"{storage}, activations {activations}" if activations else storage
+            results[kv if options.kv else rounded] = found
+    of_kind = ("KV bytes a token",) if options.kv else ("weights", "by the greatest")
+    out, view = console(), table(name, "storage", *of_kind, "logits", "held-out loss", "more")
+    first = next(iter(results.values()))["loss"]
+    for kind, found in results.items():
+        shares = [f"{found[share]:.2%}" if share in found else "" for share in ("weights", "plain", "logits")]
+        shares[:2] = [f"{found['token_bytes']:,}"] if options.kv else shares[:2]
+        view.add_row(kind, *shares, f"{found['loss']:.4f}", f"{found['loss'] / first - 1:+.2%}")
     out.print(view)
-    save(options.out, "accuracy", {"conversations": options.conversations, "shape": SHAPE}, results)
+    settings = {"conversations": options.conversations, "shape": shape, "tokens": tokens}
+    save(options.out or RESULTS / f"{name}.json", "accuracy", settings, results)
     footer(out)
 
 

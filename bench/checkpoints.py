@@ -16,6 +16,12 @@ from typing import Any
 import numpy as np
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-60m": {  # of nobody: what two cores serve several requests of a second with
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 12, "hidden_size": 512,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536,
+        "vocab_size": 32768, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "max_position_embeddings": 4096, "bos_token_id": 32765, "eos_token_id": 32767,
+    },
     "qwen3-0.6b": {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 1024,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,

@@ -1,11 +1,15 @@
 """Goodput of scheduling policies: the highest rate at which 90 % of the requests get the latencies they ask for.
 
     python -m bench.goodput [--trace FILE.csv ...] [--requests N] [--seeds N] [--quick]
+    python -m bench.goodput --real [--minutes M] [--artifact DIR]
 
 The engine's own core runs in virtual time on a machine given by a cost model, whose constants are below; arrivals and
 lengths are those of a trace (windows of it, chosen by the seed, with time scaled to the rate), or made up where there
 is none. All policies of a table serve the same arrivals. The second table is about memory: a pool that is too small,
 and what it costs to admit only what will fit. The third is about a backlog of offline work beside online requests.
+
+--real serves the same traffic with a real engine, in about so many minutes, and says beside it what the simulation
+says of this very machine (bench/goodput_real.py).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from rich.table import Table
 from bench import report
 from bench.report import RESULTS, ROOT, Spread, footer, percentile, save, table
 from xllm.runtime import EngineConfig, Limits
-from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS
+from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS, Rows
 from xllm.runtime.simulation import Arrival, Machine, Served, simulate
 from xllm.runtime.urgency import Urgency
 
@@ -56,13 +60,20 @@ class Roofline:
     pair: float
     context: float
 
-    def seconds(self, rows: Sequence[tuple[int, int]], /) -> float:
+    def sizes(self, rows: Rows, /) -> tuple[int, int, int]:
         tokens = pairs = context = 0
         for before, new in rows:
             tokens += new
             pairs += new * (2 * before + new) // 2
             context += before + new
+        return tokens, pairs, context
+
+    def of(self, sizes: Sequence[float], /) -> float:
+        tokens, pairs, context = sizes
         return self.host + max(self.weights, self.token * tokens) + self.pair * pairs + self.context * context
+
+    def seconds(self, rows: Rows, /) -> float:
+        return self.of(self.sizes(rows))
 
 
 @dataclass(frozen=True)
@@ -206,6 +217,11 @@ def tight(lengths: Lengths, setting: Setting, scheduler: str, options: argparse.
 def main() -> None:
     options = _options()
     out = report.console()
+    if options.real:
+        from bench import goodput_real
+
+        goodput_real.main(options, _lengths(options), out)
+        return
     results: dict[str, Any] = {"goodput": {}, "memory": {}, "offline": {}}
     made = table(
         f"goodput, requests/s with {ATTAINMENT:.0%} in time: {options.requests} requests, {options.seeds} seeds",
@@ -217,11 +233,11 @@ def main() -> None:
             with out.status(f"{name}, {machine}"):
                 found = rates(lengths, setting, options)
             results["goodput"][f"{name}, {machine}"] = found
-            ratios = [_ratios(found[policy], found[BASE]) for policy in POLICIES if policy != BASE]
+            compared = [ratios(found[policy], found[BASE]) for policy in POLICIES if policy != BASE]
             made.add_row(
                 f"{name}, {machine}",
                 *(Spread.of(found[policy]).text() for policy in POLICIES),
-                *(Spread.of(ratio).text() for ratio in ratios),
+                *(Spread.of(each).text() for each in compared),
             )
     out.print(made)
     out.print(_memory(options, results, out))
@@ -255,7 +271,7 @@ def _memory(options: argparse.Namespace, results: dict[str, Any], out: Console) 
                 spreads["seconds"].text(1, 0),
                 spreads["preemptions"].text(1, 0),
                 spreads["recomputed_tokens"].text(1, 0),
-                Spread.of(_ratios(of["tpot"], found[BASE]["tpot"])).text(),
+                Spread.of(ratios(of["tpot"], found[BASE]["tpot"])).text(),
             )
     return made
 
@@ -303,7 +319,7 @@ def _offline(options: argparse.Namespace, results: dict[str, Any], out: Console)
     return made
 
 
-def _ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
+def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
     """Seed by seed; those where the base has nothing are left out."""
     return [value / other for value, other in zip(values, base, strict=True) if other]
 
@@ -318,11 +334,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--trace", type=Path, nargs="*", metavar="CSV", help="default: those of ../shared/traces; none: made up"
     )
-    parser.add_argument("--requests", type=int, default=400, help="of a window of the trace")
-    parser.add_argument("--seeds", type=int, default=5, help="windows")
+    parser.add_argument("--requests", type=int, help="of a window of the trace (default 400; not of --real)")
+    parser.add_argument("--seeds", type=int, default=5, help="windows, at most where --minutes end it")
     parser.add_argument("--quick", action="store_true", help="one small window")
-    parser.add_argument("--out", type=Path, default=RESULTS / "goodput.json")
+    parser.add_argument("--real", action="store_true", help="serve it, do not simulate")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of --real (default 10)")
+    parser.add_argument("--artifact", type=Path, metavar="DIR", help="of --real (default: random weights are compiled)")
+    parser.add_argument("--out", type=Path, help="default: bench/results/goodput.json, goodput-real.json")
     options = parser.parse_args()
+    options.requests = options.requests or 400
+    options.out = options.out or RESULTS / ("goodput-real.json" if options.real else "goodput.json")
     if options.quick:
         options.requests, options.seeds = 100, 1
     return options

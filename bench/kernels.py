@@ -21,6 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from xllm.kernels import cpu
+from xllm.targets.base import LayerState
+from xllm.targets.cpu import CpuTarget
 
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 3072, 151_936
 # Query heads, KV heads, and the dims of a head; of Llama-3.2-1B too, where four query heads share the keys.
@@ -98,11 +100,16 @@ def linear(name: str, k: int, n: int, rows: int, kernel: str) -> Case:
     return Case(f"{kernel} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work)
 
 
+def kv_group(kv_heads: int, dim: int, suffix: str) -> int:
+    """Bytes of 16 tokens of a layer."""
+    layer = LayerState(kv_heads, dim, dim)
+    return CpuTarget(cpu.level()).kv_layout((layer,), STORAGE[f"linear.{suffix}"].partition(".")[0]).group_bytes
+
+
 def attention(rows: int, context: int, suffix: str, heads: tuple[int, int, int]) -> Case:
     """heads: query heads, KV heads, and the dims of a head."""
     q_heads, kv_heads, dim = heads
-    element = 4 if suffix == "f32" else 2
-    group = kv_heads * dim * 32 * element
+    group = kv_group(kv_heads, dim, suffix)
     copies = max(1, min(16, COLD_BYTES // (group * context // 16))) if rows == 1 else 1
     span = aligned(group * copies * (context // 16 + 1))
     q, out, parts = floats(rows, q_heads * dim), floats(rows, q_heads * dim), floats(PARTS, q_heads * (dim + 16))
@@ -130,7 +137,7 @@ def rowwise(kernel: str, args: dict[str, tuple[int, ...]], ints: dict[str, int],
 
 def norm_rope_write(rows: int, suffix: str) -> Case:
     q_heads, kv_heads, dim = HEADS
-    group = kv_heads * dim * 32 * (4 if suffix == "f32" else 2)
+    group = kv_group(kv_heads, dim, suffix)
     span = aligned(group * (rows // 16 + 1))
     shapes = {"qkv": (rows, (q_heads + 2 * kv_heads) * dim), "q_out": (rows, q_heads * dim)}
     shapes |= {"cos": (rows, dim), "sin": (rows, dim), "q_norm": (dim,), "k_norm": (dim,)}
@@ -154,7 +161,7 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
             for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
                 yield lambda name=name, k=k, n=n, rows=rows, kernel=kernel: linear(name, k, n, rows, kernel)
         yield lambda kernel=kernel: linear("head", HIDDEN, VOCAB, 1, kernel)
-    for suffix in ("bf16",) if quick else ("bf16", "f32"):
+    for suffix in ("bf16", "i8") if quick else ("bf16", "f32", "i8"):
         decodes = [(1, context) for context in ((1024,) if quick else (256, 1024, 4096, 16384))]
         for rows, context in [*decodes, *(((256, 256),) if quick else ((512, 512), (2048, 2048), (512, 2048)))]:
             for heads in (HEADS,) if quick else (HEADS, WIDER):
@@ -167,7 +174,8 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
         yield lambda norm=norm, rows=rows: rowwise("add_rms_norm.f32", norm, {"width": HIDDEN}, rows)
         silu = {"x": (rows, 2 * INTERMEDIATE), "out": gated}
         yield lambda silu=silu, rows=rows: rowwise("gated_silu.f32", silu, {"width": INTERMEDIATE}, rows)
-        yield lambda rows=rows: norm_rope_write(rows, "bf16")
+        for suffix in ("bf16", "i8"):
+            yield lambda rows=rows, suffix=suffix: norm_rope_write(rows, suffix)
 
 
 def seconds(runner: cpu.Runner, case: Case, budget: float) -> list[float]:

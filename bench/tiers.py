@@ -1,5 +1,6 @@
 """Seconds to have the keys and values of N tokens: computed, loaded from the host tier, from files the system has in
-memory, and from files it has not; and from which N on loading is faster.
+memory, and from files it has not; from which N on loading is faster; and by how much longer steps take beside which
+keys and values are copied out.
 
     python -m bench.tiers [--checkpoint DIR] [--artifact DIR] [--repeats 3] [--tokens 16 64 256 1024]
 
@@ -33,9 +34,12 @@ from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.runtime.tiered import TieredPool
 from xllm.targets.cpu.executor import state_identity
+from xllm.targets.fitted import cost_of
 
 WAYS = ("computed", "host", "disk, in memory", "disk")
 GROUP, LOADS = 16, 5
+COPYING = ("none", "host", "host and disk")
+BESIDE = (4, 256, 32)  # requests, tokens of prompt and of answer, all of which are copied out
 
 
 class Timed:
@@ -81,6 +85,31 @@ class Timed:
         if (groups := pool.refresh(chain)) != len(chain):
             raise RuntimeError(f"{groups} of {len(chain)} groups were loaded ({way})")
         return seconds
+
+
+def beside_steps(artifact: Artifact, threads: int, tiers: str, repeat: int, folder: str) -> float:
+    """Seconds to serve a few requests whose keys and values are copied to these tiers meanwhile."""
+    count, prompt, answer = BESIDE
+    room = 2 * count * (prompt + answer) * artifact.plan.kv.token_bytes
+    outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+    engine, _ = open_engine(
+        artifact, outputs.put, threads=threads, host_cache=room if "host" in tiers else 0,
+        disk_cache=folder if "disk" in tiers else None, disk_cache_size=room,
+    )  # fmt: skip
+    try:
+        source, vocab = np.random.default_rng(repeat), artifact.manifest["model"]["vocab"]
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=answer)
+        engine.submit(Request("first", tuple(source.integers(0, vocab, GROUP).tolist()), params))
+        while not any(output.finish_reason for output in outputs.get()):
+            pass
+        begin, left = time.perf_counter(), count
+        for at in range(count):
+            engine.submit(Request(f"beside-{at}", tuple(source.integers(0, vocab, prompt).tolist()), params))
+        while left:
+            left -= sum(output.finish_reason is not None for output in outputs.get())
+        return time.perf_counter() - begin
+    finally:
+        engine.stop()
 
 
 def drop(folder: Path) -> None:
@@ -153,14 +182,28 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=given.artifact.parent, prefix="tiers-") as folder:
                 for way, seconds in measure(artifact, options.threads, tokens, repeat, Path(folder)).items():
                     held.setdefault((tokens, way), []).extend(seconds)
+        with tempfile.TemporaryDirectory(dir=given.artifact.parent, prefix="tiers-") as folder:
+            cost = load_cost(artifact, folder, cost_of(artifact, options.threads)[0])
+        copying: dict[str, list[float]] = {}
+        for repeat in track(range(options.repeats), "copying beside steps", console=console, transient=True):
+            for tiers in COPYING:
+                with tempfile.TemporaryDirectory(dir=given.artifact.parent, prefix="tiers-") as folder:
+                    seconds = beside_steps(artifact, options.threads, tiers, repeat, folder)
+                copying.setdefault(tiers, []).append(seconds)
     found = {way: {n: Spread.of(held[n, way]) for n in options.tokens} for way in WAYS}
     fits = {way: fit([(n, spread.median) for n, spread in found[way].items()]) for way in WAYS}
-    cost, (compute, _) = load_cost(artifact), fits["computed"]
+    (compute, _) = fits["computed"]
     crossed = {way: crossover(fits[way], compute) for way in WAYS[1:]}
     ruled = {"host": rule(cost, False), "disk": rule(cost, True)}
     token_bytes = artifact.plan.kv.token_bytes
     console.print(_report(found, fits, token_bytes))
     _say(console, crossed, ruled)
+    costs = {
+        tiers: Spread.of(one / none - 1 for one, none in zip(copying[tiers], copying["none"], strict=True))
+        for tiers in COPYING if tiers != "none"
+    }  # fmt: skip
+    told = ", ".join(f"{tiers} {spread.text(100, 1)} %" for tiers, spread in costs.items())
+    console.print(f"copying out beside steps makes them longer by: {told}", highlight=False)
     footer(console)
     settings = {
         "shape": options.shape, "artifact": artifact.manifest["digest"], "repeats": options.repeats,
@@ -170,6 +213,7 @@ def main() -> None:
         "seconds": found,
         "fits": {way: {"seconds_per_token": slope, "wait_seconds": wait} for way, (slope, wait) in fits.items()},
         "crossover_tokens": crossed, "rule_tokens": ruled, "rule": vars(cost),
+        "copying_seconds": copying, "copying_costs": costs,
     }  # fmt: skip
     save(options.out, "tiers", settings, results)
 

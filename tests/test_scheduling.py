@@ -96,3 +96,23 @@ def test_online_requests_take_the_slots_of_offline_ones(server: Server) -> None:
     told = httpx.get(f"{server.url}/metrics").text
     counts = dict(re.findall(r"^num_(\w+_preempt_\w+)_requests (\d+)", told, re.MULTILINE))
     assert int(counts["online_prefill_preempt_offline"]) >= 1
+
+
+def test_decisions_of_a_server_are_written_and_taken_again(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "decisions.jsonl"
+    with serving(artifact, "--threads", "1", "--scheduler", "mix", "--trace-decisions", str(file)) as server:
+        body = {"prompt": [3, 7, 2], "max_tokens": 9, "ignore_eos": True, "ttft_slo_ms": 900, "tpot_slo_ms": 90}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert cli.main(["replay", str(file)]) == 0
+    assert re.fullmatch(r"\d+ decisions of mix: all are the same again\n", capsys.readouterr().out)
+    text = file.read_text()
+    assert text.count("\n") >= 10
+    file.write_text(re.sub(r'"sample":true|"grants":\[\[0,1,', '"grants":[[0,2,', text))
+    assert cli.main(["replay", str(file)]) == cli.EXIT_FAULT
+    assert re.search(r"differ, the first: decision \d+ at [\d.]+ s, grants: was", capsys.readouterr().out)
+    assert cli.main(["replay", str(artifact / "manifest.json")]) == cli.EXIT_INPUT
+    assert "not a schedule's trace" in capsys.readouterr().err
+    assert cli.main(["serve", str(artifact), "--trace-decisions", str(tmp_path)]) == cli.EXIT_INPUT
+    assert "--trace-decisions" in capsys.readouterr().err

@@ -17,7 +17,10 @@ from tests.models import FAMILIES, VOCAB, build
 from tests.servers import Server, serving
 from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions
+from xllm.llm import LOAD_WAIT_SECONDS, load_cost
 from xllm.memory import PROCESS_BYTES, plan_memory
+from xllm.runtime.config import LoadCost
+from xllm.runtime.cost import Basis, StepCost
 
 PROMPT = [(7 * n) % (VOCAB - 2) + 2 for n in range(5000)]
 KEYS = ("one", "two")
@@ -25,7 +28,8 @@ KEYS = ("one", "two")
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = {**FAMILIES["qwen3"], "max_position_embeddings": 8192}
+    # Wide: on any disk its keys and values are loaded faster than computed.
+    config = {**FAMILIES["qwen3"], "max_position_embeddings": 8192, "intermediate_size": 8192}
     return build(tmp_path_factory.mktemp("tiers"), config, options=CompileOptions(max_len=8192, max_seqs=4))[1]
 
 
@@ -135,3 +139,16 @@ def test_what_can_not_be_is_refused(artifact: Path) -> None:
         plan_memory(opened, 256 << 20, host_cache=1 << 40)
     ledger = plan_memory(opened, 256 << 20, host_cache=64 << 20)
     assert ledger.host_cache == 64 << 20 and ledger.total <= (256 + 64) << 20
+
+
+def test_loading_is_compared_by_what_it_takes_here(artifact: Path, tmp_path: Path, monkeypatch) -> None:
+    held = Artifact.open(artifact)
+    kv, tokens = held.plan.kv, held.plan.buckets[-1].T
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr("xllm.llm.host_seconds", lambda *given: asked.append(given) or 1e-9)
+    monkeypatch.setattr("xllm.llm.disk_seconds", lambda *given: asked.append(given) or 5e-9)
+    fitted = StepCost(Basis((1,), (1,), (0,)), (0.0, 0.0, 2e-3, 0.0, 0.0, 0.0))
+    found = load_cost(held, str(tmp_path), fitted)
+    assert found == LoadCost(pytest.approx(2e-3), kv.token_bytes * 1e-9, kv.token_bytes * 5e-9, LOAD_WAIT_SECONDS)
+    assert asked == [(kv.group_bytes,), (str(tmp_path), kv.group_bytes)] and tokens > 1
+    assert load_cost(held, None).disk == 0 < load_cost(held, None).compute != found.compute

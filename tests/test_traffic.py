@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from xllm.traffic import MAX_FILE_BYTES, MAX_SIZES, MAX_TOKENS, Traffic, TrafficFile, counted, read_traffic
+from xllm.files import KeptFile
+from xllm.traffic import MAX_FILE_BYTES, MAX_SIZES, MAX_TOKENS, Traffic, counted, read_traffic
 
 
 def test_a_file_without_end_is_read_to_the_limit() -> None:
@@ -61,7 +62,7 @@ def test_what_a_server_records_is_read_again_in_bounded_memory(tmp_path: Path) -
 
 def test_the_file_is_written_in_time_and_at_the_end(tmp_path: Path) -> None:
     traffic, file = Traffic(), tmp_path / "traffic.json"
-    keeper = TrafficFile(traffic, file, seconds=0.01)
+    keeper = KeptFile("traffic", traffic.to_json, file, seconds=0.01)
     traffic.add(5, 2, 1, 8)
     while not file.exists():
         time.sleep(0.005)
@@ -78,8 +79,8 @@ def test_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(file: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xllm.traffic.write_whole", full)
+    monkeypatch.setattr("xllm.files.write_whole", full)
     traffic = Traffic()
     traffic.add(5, 1, 0, 8)
-    TrafficFile(traffic, tmp_path / "traffic.json").close()
+    KeptFile("traffic", traffic.to_json, tmp_path / "traffic.json").close()
     assert "was not written" in caplog.text and "No space left" in caplog.text

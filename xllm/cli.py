@@ -91,6 +91,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "compile a Hugging Face checkpoint folder, or an ONNX file, into an artifact",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --weights bfloat16 --kv float32 --max-len 8192",
+            "xllm compile ./Qwen3-0.6B -o qwen8.xllm --kv int8          longer texts in the same memory",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
             "xllm compile ./Qwen3-0.6B -o qwen4.xllm --weights int4 --group 64 --head-weights int8",
             "xllm compile ./Qwen3-0.6B -o fast.xllm --weights int8 --activations int8",
@@ -122,6 +123,14 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
 
     inspection.add(command, dim)
     measure.add(command, positive, count)
+    replay = command(
+        "replay",
+        _replay,
+        "take the decisions of a scheduler again, and say where this version decides otherwise",
+        "xllm serve qwen.xllm --scheduler mix --trace-decisions decisions.jsonl",
+        "xllm replay decisions.jsonl",
+    )
+    replay.add_argument("trace", type=Path, metavar="FILE")
     pack = command(
         "pack", _pack, "write an artifact as one file", "xllm pack qwen.xllm qwen.pack", "xllm serve qwen.pack"
     )
@@ -213,6 +222,12 @@ def _passes(arguments: argparse.Namespace) -> None:
     from xllm.pipeline import describe_passes
 
     print(describe_passes())
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from xllm.commands import replay
+
+    return replay(arguments)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from xllm.watch.observers import Observers
 
     try:
-        observers = Observers(arguments.record_traffic, arguments.profile_dir)
+        observers = Observers(arguments.record_traffic, arguments.profile_dir, arguments.trace_decisions)
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
@@ -120,10 +120,11 @@ def serve(arguments: argparse.Namespace) -> None:
             artifact = opened.result()
             if artifact.task == "generate":
                 options = _engine(arguments) | _tiers(arguments)
-                options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch}
+                options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch, "trace": observers.trace}
                 options |= {"scheduler": arguments.scheduler or "chunked", "order": arguments.order}
                 return open_engine(artifact, dispatcher.sink, **options)
-            of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order", *TIERS)
+            of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order")
+            of_engine += ("trace_decisions", *TIERS)
             for flag in of_engine:
                 if getattr(arguments, flag) not in (None, False):
                     name = flag.replace("_", "-")
@@ -233,6 +234,17 @@ def generate(arguments: argparse.Namespace) -> None:
         f" · answer {choice.tokens} tokens{rate} · ended by {choice.finish_reason}",
         file=sys.stderr,
     )
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """`xllm replay`: 1 where a decision is another."""
+    from xllm.runtime.policies.trace import replay
+
+    with arguments.trace.open() as lines:
+        found = replay(lines)
+    same = f"{found.differing:,} differ, the first: {found.first}" if found.differing else "all are the same again"
+    print(f"{found.decisions:,} decisions of {found.scheduler}: {same}")
+    return 1 if found.differing else 0
 
 
 def sign(arguments: argparse.Namespace) -> None:

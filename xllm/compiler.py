@@ -26,7 +26,7 @@ from xllm.pipeline import (
     pipeline_of,
     sized,
 )
-from xllm.storage import ACTIVATIONS, FLOATS, INTS, STORAGES, full_word
+from xllm.storage import ACTIVATIONS, FLOATS, INTS, KVS, STORAGES, full_word
 from xllm.targets.predicted import TUNING
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class CompileOptions:
     """What a user may choose. None means: by the checkpoint.
 
     weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the
-    same of embeddings and the head, by default as weights. kv: storage of keys and values, by default as weights in
-    floating point, bfloat16 beside integers. activations: what rows are rounded to in products with weights of that
-    type, bfloat16 or int8; by default they are not. max_seqs: sequences decoded together; max_len: tokens of one
+    same of embeddings and the head, by default as weights. kv: storage of keys and values, one of KVS, by default as
+    weights in floating point, bfloat16 beside integers. activations: what rows are rounded to in products with weights
+    of that type, one of ACTIVATIONS or none. max_seqs: sequences decoded together; max_len: tokens of one
     sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
     others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
     machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by
@@ -68,8 +68,7 @@ class CompileOptions:
     def __post_init__(self) -> None:
         stored = (*INTS, *STORAGES)
         allowed_values = {
-            "weights": stored, "head": stored, "kv": FLOATS, "activations": ACTIVATIONS, "target": ("cpu",),
-            "task": TASKS,
+            "weights": stored, "head": stored, "kv": KVS, "activations": ACTIVATIONS, "target": ("cpu",), "task": TASKS,
         }  # fmt: skip
         for name, allowed in allowed_values.items():
             value = getattr(self, name)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from xllm import config
-from xllm.storage import ACTIVATIONS, FLOATS, GROUPS, INTS
+from xllm.storage import ACTIVATIONS, FLOATS, GROUPS, INTS, KVS
 
 
 def compile_flags(sub: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def compile_flags(sub: argparse.ArgumentParser) -> None:
         help="round rows to it in products with weights of that type (default: no)",
     )
     sub.add_argument(
-        "--kv", choices=FLOATS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
+        "--kv", choices=KVS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
     )
     sub.add_argument("--max-seqs", type=positive, metavar="N", help="sequences decoded together")
     sub.add_argument("--max-len", type=positive, metavar="N", help="tokens of prompt and answer together")
@@ -104,6 +104,10 @@ def serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--profile-dir", type=Path, metavar="FOLDER",
         help="allow POST /start_profile and /stop_profile: they write profiles of at most a minute there, 16 are kept",
+    )  # fmt: skip
+    sub.add_argument(
+        "--trace-decisions", type=Path, metavar="FILE",
+        help="write the scheduler's latest decisions, every minute and at the end, for `xllm replay FILE`: no texts",
     )  # fmt: skip
     sub.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 

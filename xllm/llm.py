@@ -4,6 +4,7 @@ and `LLM` (offline) share it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +20,10 @@ from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.trace import Trace
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
+from xllm.runtime.tier_speed import disk_seconds, host_seconds
 from xllm.targets import host
 from xllm.targets.base import USUAL_CONTEXT, StepSizes
 from xllm.targets.fitted import cost_of
@@ -32,11 +35,9 @@ INSTEAD = {
     "classify": "computes label scores: call xllm.LLM(artifact).score(texts)",
     "function": "is a function of arrays: call xllm.Session(artifact).run(inputs)",
 }
+log = logging.getLogger("xllm.llm")
 DISK_CACHE_BYTES = 8 << 30
-# What loading keys and values takes (bench/tiers.py), to compare with the artifact's own costs of computing them.
-HOST_BYTES_PER_SECOND = 2.0e9
-DISK_BYTES_PER_SECOND = 0.5e9
-LOAD_WAIT_SECONDS = 5e-3
+LOAD_WAIT_SECONDS = 5e-3  # before a load begins
 # How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
 STEP_SECONDS = 0.25
 Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
@@ -67,6 +68,7 @@ def open_engine(
     watch: Watch | None = None,
     scheduler: str = "chunked",
     order: str | None = None,
+    trace: Trace | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
@@ -75,7 +77,7 @@ def open_engine(
     the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
     disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
     kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps. scheduler, order: names of
-    scheduling policies (docs/scheduling.md).
+    scheduling policies (docs/scheduling.md). trace: gets every decision.
     Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used and
     for a policy that there is not.
     """
@@ -88,10 +90,12 @@ def open_engine(
     count = host.threads(threads).count
     cost, _ = cost_of(artifact, count)
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
-    config = replace(config, scheduler=scheduler, order=order)
+    config = replace(config, scheduler=scheduler, order=order, trace=trace)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
-        tiers = TierConfig(ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact))
+        tiers = TierConfig(
+            ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact, disk, cost)
+        )
         config = replace(config, tiers=tiers)
     executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
     try:
@@ -141,15 +145,23 @@ def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> i
     return tokens
 
 
-def load_cost(artifact: Artifact) -> LoadCost:
-    """When keys and values are better loaded than computed, for this artifact: seconds a token."""
-    tokens, size = artifact.plan.buckets[-1].T, artifact.plan.kv.token_bytes
-    return LoadCost(
-        compute=_step_seconds(artifact, tokens) / tokens,
-        host=size / HOST_BYTES_PER_SECOND,
-        disk=size / DISK_BYTES_PER_SECOND,
+def load_cost(artifact: Artifact, disk: str | None, cost: StepCost | None = None) -> LoadCost:
+    """When keys and values are better loaded than computed, for this artifact: seconds a token. What loading takes is
+    measured, from `disk` where that is a folder; what computing takes says the model that was fitted on this machine,
+    or else the costs of the artifact's calls."""
+    kv, tokens = artifact.plan.kv, artifact.plan.buckets[-1].T
+    whole = _step_seconds(artifact, tokens) if cost is None else cost.seconds([(0, tokens)], 1)
+    found = LoadCost(
+        compute=whole / tokens,
+        host=kv.token_bytes * host_seconds(kv.group_bytes),
+        disk=kv.token_bytes * disk_seconds(disk, kv.group_bytes) if disk is not None else 0.0,
         wait=LOAD_WAIT_SECONDS,
     )
+    log.info(
+        "a token is computed in %.3f ms, loaded from memory in %.3f ms, from the disk cache in %.3f ms",
+        *(1e3 * each for each in (found.compute, found.host, found.disk)),
+    )
+    return found
 
 
 def _step_seconds(artifact: Artifact, tokens: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 FLOATS = ("float32", "bfloat16")
 INTS = ("int8", "int4")
+KVS = (*FLOATS, "int8")  # of keys and values: int8 with a scale for each token and KV head, of keys and of values
 GROUPS = ("32", "64", "128", "row")
 ACTIVATIONS = ("bfloat16", "int8")  # that rows can be rounded to in products with weights of that type
 STORAGES = (*FLOATS, *(f"{name}.{group}" for name in INTS for group in GROUPS))

@@ -9,19 +9,13 @@ where a key is the tokens of a step and a value says how often such a step ran, 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 from collections import Counter
 from pathlib import Path
 
-from xllm.files import write_whole
-
 SCHEMA = 1
 MAX_SIZES, MAX_TOKENS, MAX_FILE_BYTES = 4096, 1 << 20, 4 << 20
-SECONDS = 60.0  # between two writes
-
-log = logging.getLogger("xllm.traffic")
 
 
 class Traffic:
@@ -70,31 +64,6 @@ def counted(size: int) -> int:
     """The size under which another is counted: not less, and at most a 256th more."""
     apart = max(1, 1 << max(0, (size - 1).bit_length() - 9))
     return -(-size // apart) * apart
-
-
-class TrafficFile:
-    """Keeps a file as new as SECONDS ago, in a thread of its own, and writes it once more when it is closed."""
-
-    def __init__(self, traffic: Traffic, file: Path, seconds: float = SECONDS) -> None:
-        self._traffic, self._file, self._seconds = traffic, file, seconds
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="xllm-traffic", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-
-    def _keep(self) -> None:
-        while True:
-            closing = self._closing.wait(self._seconds)
-            if content := self._traffic.to_json():
-                try:
-                    write_whole(self._file, content)
-                except OSError as error:
-                    log.warning("the traffic was not written to %s: %s", self._file, error.strerror)
-            if closing:
-                return
 
 
 def read_traffic(path: str | Path) -> tuple[tuple[int, float], ...]:

@@ -24,7 +24,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_checkpoint(checkpoint, FAMILIES["qwen3"], dtype="float32")
     chosen = {
         "one": CompileOptions(max_batch_tokens=64),
-        "two": CompileOptions(max_batch_tokens=64, disable=("fuse-gate-up",), weights="bfloat16"),
+        "two": CompileOptions(max_batch_tokens=64, disable=("fuse-gate-up",), weights="bfloat16", kv="int8"),
     }
     for name, options in chosen.items():
         compile_checkpoint(checkpoint, folder / name, options)
@@ -79,6 +79,15 @@ def test_diff_tells_each_part(artifacts, capsys) -> None:
     assert "bfloat16 panels16" in sections["weights"]
     assert "weight bytes" in sections["plan"]
     assert "stage captured" in sections["equal"] and "stage fuse-qkv" in sections["equal"]
+
+
+def test_the_kind_of_keys_and_values_is_named(artifacts, capsys) -> None:
+    kv = Artifact.open(artifacts["two"]).plan.kv
+    told = f"{kv.token_bytes:,} bytes a token"
+    assert Artifact.open(artifacts["two"]).manifest["kv_dtype"] == kv.dtype == "int8"
+    assert f"KV {told} (int8)" in run(capsys, "explain", artifacts["two"])[1]
+    assert f"KV int8, {told}" in run(capsys, "show", artifacts["two"])[1]
+    assert f"{kv.token_bytes:,} (int8)" in run(capsys, "diff", artifacts["one"], artifacts["two"])[1]
 
 
 def test_one_stage_alone(artifacts, capsys) -> None:

@@ -22,8 +22,24 @@ def bf16_round(x: np.ndarray) -> np.ndarray:
     return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
 
 
+def int8_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row (last axis) under one scale, nearest even: int8 steps, and float32 [..., 1] what a step is worth."""
+    scale = np.abs(x).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    with np.errstate(invalid="ignore"):
+        return np.where(scale > 0, np.rint(x / scale), 0).astype(np.int8), scale
+
+
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """What is left of x when it is stored; of int8 with a scale for each row."""
+    if dtype == "i8":
+        steps, scale = int8_steps(x)
+        return steps * scale.astype(np.float64)
     return bf16_round(x) if dtype in ("bf16", "bfloat16") else np.asarray(x, np.float32)
+
+
+def kv_bytes(heads: int, width: int, dtype: str) -> int:
+    """Of a group of tokens: `width` elements of each under every head; two float32 scales too where they are int8."""
+    return heads * 16 * {"f32": 4 * width, "bf16": 2 * width, "i8": width + 8}[dtype]
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

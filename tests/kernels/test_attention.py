@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import KernelRun, aligned, attention, batch, relative_error, rounded
+from tests.kernels.oracle import KernelRun, aligned, attention, batch, kv_bytes, relative_error, rounded
 from xllm.kernels import cpu
 
 LAYER_OFFSET = 256  # bytes: a layer that is not the first
+SUFFIXES = ("f32", "bf16", "i8")
 
 
 class Model:
@@ -23,8 +24,7 @@ class Model:
         self.value_dim, self.part_count = value_dim or dim, 64
         self.options = {"window": 0, "softcap": 0.0, "sinks": None} | options
         self.scale = 1 / math.sqrt(dim)
-        kept = kv_heads * (dim + self.value_dim) * 16 * (4 if suffix == "f32" else 2)
-        self.group_bytes = LAYER_OFFSET + kept + 128
+        self.group_bytes = LAYER_OFFSET + kv_bytes(kv_heads, dim + self.value_dim, suffix) + 128
         # 0xff everywhere: memory that was never written is NaN, and must not matter.
         self.spans = [aligned(self.group_bytes * (tokens // 16 + 1), 0xFF) for _ in range(spans)]
 
@@ -75,7 +75,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim", "options"), SHAPES)
 def test_matches_float64_and_bits_do_not_depend_on_the_cut(run, rng, suffix, q_heads, kv_heads, dim, options):
     tokens = 150
@@ -97,7 +97,7 @@ def test_matches_float64_and_bits_do_not_depend_on_the_cut(run, rng, suffix, q_h
     assert np.array_equal(np.concatenate(rows), whole)
 
 
-@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_sequences_of_a_batch_do_not_meet(run, rng, suffix):
     lengths, starts = [1, 40, 17, 1], [90, 0, 51, 0]
     model = Model(run, 6, 2, 48, suffix, 128, spans=4)
@@ -133,7 +133,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("options", LONG)
 def test_chunks_as_units_give_the_same_bits(run, rng, suffix, options):
     """One row of a long context: its chunks as units, merged after; or in turn by one thread; or within the prompt."""
@@ -161,11 +161,12 @@ def test_chunks_of_several_sequences_do_not_meet(run, rng):
     assert np.array_equal(model.step(q, k, v, [1, 1, 1], starts), np.array(alone))
 
 
-def test_a_poisoned_token_reaches_only_those_who_see_it(run, rng):
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_poisoned_token_reaches_only_those_who_see_it(run, rng, suffix):
     q, k, v = inputs(rng, 80, 4, 2, 32)
-    clean = Model(run, 4, 2, 32, "f32", 80, window=30).step(q, k, v, [80], [0])
+    clean = Model(run, 4, 2, 32, suffix, 80, window=30).step(q, k, v, [80], [0])
     k[37], v[37] = np.nan, np.inf
-    spoiled = Model(run, 4, 2, 32, "f32", 80, window=30).step(q, k, v, [80], [0])
+    spoiled = Model(run, 4, 2, 32, suffix, 80, window=30).step(q, k, v, [80], [0])
     sees = np.arange(80)
     sees = (sees >= 37) & (sees < 37 + 30)
     assert np.array_equal(spoiled[~sees], clean[~sees])
@@ -178,7 +179,7 @@ class LatentModel(Model):
     def __init__(self, run, q_heads, latent, rope, suffix, tokens, spans=1, **options):
         super().__init__(run, q_heads, 1, latent + rope, suffix, tokens, spans, latent, **options)
         self.latent, self.rope = latent, rope
-        self.group_bytes = LAYER_OFFSET + self.dim * 16 * (4 if suffix == "f32" else 2)
+        self.group_bytes = LAYER_OFFSET + kv_bytes(1, self.dim, suffix)
         self.spans = [aligned(self.group_bytes * (tokens // 16 + 1), 0xFF) for _ in range(spans)]
 
     def step(self, q, k, v, lengths, starts):
@@ -199,6 +200,10 @@ class LatentModel(Model):
         )
         return out
 
+    def oracle(self, q, k, v, start=0):
+        k = np.concatenate([rounded(part, self.suffix) for part in np.split(k, [self.latent], axis=-1)], axis=-1)
+        return attention(q, k, k[..., : self.latent], range(start, start + len(q)), self.scale, **self.options)
+
 
 LATENTS = [
     pytest.param(16, 64, 16, {}, id="as in DeepSeek"),
@@ -207,14 +212,14 @@ LATENTS = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("heads", "latent", "rope", "options"), LATENTS)
 def test_latent_keys_give_the_values(run, rng, suffix, heads, latent, rope, options):
     tokens, cuts = 100, [0, 1, 6, 23, 64, 99, 100]
     q, k, _ = inputs(rng, tokens, heads, 1, latent + rope)
     model = LatentModel(run, heads, latent, rope, suffix, tokens, spans=2, **options)
     whole = model.step(q, k, None, [tokens], [0])
-    assert relative_error(whole, model.oracle(q, k, k[..., :latent])) < 1e-6
+    assert relative_error(whole, model.oracle(q, k, None)) < 1e-6
     model.spans = model.spans[1:]
     chunks = [model.step(q[a:b].copy(), k[a:b].copy(), None, [b - a], [a]) for a, b in pairwise(cuts)]
     assert np.array_equal(np.concatenate(chunks), whole)
@@ -237,5 +242,5 @@ def test_latent_keys_of_sequences_of_a_batch_do_not_meet(run, rng):
     out = model.step(q, k, None, lengths, [0, 0, 0])
     starts = np.cumsum([0, *lengths])
     for begin, end in pairwise(starts):
-        part = model.oracle(q[begin:end], k[begin:end], k[begin:end, :, :32])
+        part = model.oracle(q[begin:end], k[begin:end], None)
         assert relative_error(out[begin:end], part) < 1e-6

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import aligned, batch, bf16_bits, relative_error, rms_norm, rope
+from tests.kernels.oracle import aligned, batch, bf16_bits, int8_steps, kv_bytes, relative_error, rms_norm, rope
 
 
 def angles(rng, rows, rotary, interleaved):
@@ -25,23 +25,31 @@ def test_rope(run, rng, heads, dim, rotary, interleaved):
 
 
 def read_span(span, group_bytes, offset, kv_heads, dim, suffix, tokens):
-    """[tokens, kv_heads, dim] raw elements of K and V as the layout is documented."""
-    dtype = np.uint32 if suffix == "f32" else np.uint16
-    size = kv_heads * dim * 32 * dtype().itemsize
+    """[tokens, kv_heads, dim] raw elements of K and V as the layout is documented; of int8, the scale behind them."""
+    dtype = {"f32": np.uint32, "bf16": np.uint16, "i8": np.int8}[suffix]
+    size, scales = kv_bytes(kv_heads, 2 * dim, suffix), 128 if suffix == "i8" else 0
     keys, values = [], []
     for token in range(tokens):
         begin = token // 16 * group_bytes + offset
-        heads = span[begin : begin + size].view(dtype).reshape(kv_heads, 2, dim * 16)
+        raw = span[begin : begin + size].reshape(kv_heads, -1)
+        heads = np.ascontiguousarray(raw[:, scales:]).view(dtype).reshape(kv_heads, 2, dim * 16)
         keys.append(heads[:, 0].reshape(kv_heads, dim, 16)[:, :, token % 16])
         values.append(heads[:, 1].reshape(kv_heads, 16, dim)[:, token % 16])
+        if scales:
+            worth = np.ascontiguousarray(raw[:, :scales]).view(np.uint32).reshape(kv_heads, 2, 16)[:, :, token % 16]
+            for kept, of in ((keys, worth[:, :1]), (values, worth[:, 1:])):
+                kept[-1] = np.concatenate([kept[-1], of], axis=-1)
     return np.array(keys), np.array(values)
 
 
 def bits(x, suffix):
+    if suffix == "i8":
+        steps, scale = int8_steps(x)
+        return np.concatenate([steps, scale.view(np.uint32)], axis=-1)
     return x.view(np.uint32) if suffix == "f32" else bf16_bits(x)
 
 
-@pytest.mark.parametrize("suffix", ["f32", "bf16"])
+@pytest.mark.parametrize("suffix", ["f32", "bf16", "i8"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("dim", "rotary", "interleaved"), [(64, 64, 0), (24, 12, 0), (32, 16, 1), (16, 0, 0)])
 def test_fused_gives_the_bits_of_its_parts(run, rng, suffix, norm, dim, rotary, interleaved):
@@ -86,3 +94,32 @@ def test_fused_gives_the_bits_of_its_parts(run, rng, suffix, norm, dim, rotary, 
     step = batch(lengths, starts, other)
     run(f"kv_write.{suffix}", {"k": key, "v": np.ascontiguousarray(value)}, write, step=step)
     assert all(np.array_equal(a, b) for a, b in zip(spans, other, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["kv_write", "latent_write"])
+def test_int8_numbers_of_every_size(run, kernel):
+    """Zeros, huge and tiny numbers, ties, and what is not finite: under a scale that is not a number, never hidden."""
+    dim, group_bytes = 20, kv_bytes(1, 40, "i8")
+    x = np.zeros((9, 1, dim), np.float32)
+    x[1, 0, 3], x[2, 0, :2], x[3, 0, 7] = 3e38, (-1e-30, 5e-31), 1e-38
+    x[4, 0], x[5, 0, :4] = np.linspace(-3, 3, dim), (127, 2.5, 3.5, -2.5)
+    x[6, 0, 19], x[7, 0, 0], x[8, 0, 5] = np.nan, np.inf, -np.inf
+    parts = (
+        ("k", "v", "kv_heads", "key_dim", "value_dim")
+        if kernel == "kv_write"
+        else ("latent", "rope", "latent_dim", "rope_dim")
+    )
+    sizes = {name: 1 if name == "kv_heads" else dim for name in parts[2:]}
+    span = aligned(group_bytes, 0xFF)
+    place = {"layer_offset": 0, "group_bytes": group_bytes}
+    run(f"{kernel}.i8", {parts[0]: x, parts[1]: x[::-1].copy()}, place | sizes, step=batch([9], [0], [span]))
+    scales = span[:128].view(np.float32).reshape(2, 16)[:, :9]
+    keys, rest = span[128 : 128 + 16 * dim].view(np.int8).reshape(dim, 16).T, span[128 + 16 * dim :].view(np.int8)
+    rest = rest.reshape(16, dim) if kernel == "kv_write" else rest.reshape(dim, 16).T
+    fine = x[:6, 0].copy()
+    fine[3] = 0  # below 2^-100
+    steps, worth = int8_steps(fine)
+    for held, scale in ((keys[:9], scales[0]), (rest[:9][::-1], scales[1, ::-1])):
+        assert np.array_equal(held[:6], steps) and np.array_equal(scale[:6], worth[:, 0])
+        assert np.isnan(scale[6:]).all() and not held[6:].any()
+    assert list(keys[5, :4]) == [127, 2, 4, -2]

@@ -34,6 +34,7 @@ def small(pages: int, tokens: int = 10_000, max_chunk: int = 1024) -> Budget:
 
 def urged(sequence: Sequence, urgency: Urgency, first_at: float | None = None, pages: int | None = None) -> Sequence:
     object.__setattr__(sequence.request, "urgency", urgency)
+    sequence.facts = b""
     sequence.first_at = first_at
     if pages is not None:
         sequence.pages, sequence.capacity = pages, pages * 32
@@ -326,3 +327,40 @@ def test_an_online_request_does_not_wait_for_the_same_prompt_of_an_offline_one()
     assert {row.slot for row in rig.executor.batches[-1].rows} == {rig.engine._live["online"].slot}
     rig.finish()
     assert rig.tokens("online") == rig.tokens("offline")
+
+
+def test_an_online_request_starts_on_what_is_cached_though_its_slot_is_taken_from_an_offline_one():
+    rig = Rig(max_seqs=1, page_bytes=2000, premap=False)
+    rig.engine.submit(request("first", tuple(range(1, 41)), 4, ignore_eos=True))
+    rig.finish()
+    rig.engine.submit(request("offline", 5, 200, OFFLINE, ignore_eos=True))
+    for _ in range(3):
+        rig.turn()
+    rig.engine.submit(request("online", tuple(range(1, 41)), 4, ignore_eos=True))
+    while not rig.tokens("online"):
+        rig.turn()
+    assert rig.end("first").cached_tokens == 0
+    assert next(output for output in rig.outputs if output.request_id == "online").cached_tokens == 32
+    rig.finish()
+    assert rig.tokens("online") == rig.tokens("first")
+
+
+@pytest.mark.parametrize("aged", [20.0, 1e6])
+def test_who_has_waited_too_long_does_not_wait_for_a_younger_equal_prompt(aged):
+    """Both have one prompt. The younger one, HIGH, computes it in pieces; the older one is LOW and waits for it, until
+    it has aged."""
+    policy = {"scheduler": "chunked", "order": "priority", "aged_seconds": aged}
+    rig = Rig(max_tokens_per_step=8, max_chunk=4, max_seqs=2, policy=policy)
+    same = tuple(range(1, 41)) * 4
+    rig.engine.submit(request("busy", 5, 15, Urgency("HIGH"), ignore_eos=True))
+    rig.engine.submit(request("more", 5, 15, Urgency("HIGH"), ignore_eos=True))
+    rig.turn()
+    rig.engine.submit(request("old", same, 5, Urgency("LOW"), ignore_eos=True))
+    rig.engine.submit(request("young", same, 5, Urgency("HIGH"), ignore_eos=True))
+    while "young" not in names(rig.engine._core.running):
+        rig.turn()
+    for _ in range(10):
+        rig.turn()
+    assert ("old" in names(rig.engine._core.running)) == (aged == 20.0)
+    rig.finish()
+    assert rig.tokens("old") == rig.tokens("young")

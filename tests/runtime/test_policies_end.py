@@ -37,8 +37,14 @@ class Quadratic:
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
 
+    def sizes(self, rows) -> tuple[float, ...]:
+        return (sum(0.5 * ((a + n) ** 2 - a**2) + 10 * n for a, n in rows),)
+
+    def of(self, sizes) -> float:
+        return self.scale * sizes[0]
+
     def seconds(self, rows) -> float:
-        return self.scale * sum(0.5 * ((a + n) ** 2 - a**2) + 10 * n for a, n in rows)
+        return self.of(self.sizes(rows))
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -13,9 +13,10 @@ from tests.runtime.test_policies import OFFLINE, names, urged
 from tests.runtime.test_policies_end import Quadratic
 from tests.runtime.test_scheduler import budget, decoding, waiting
 from xllm.runtime import EngineConfig, RequestRefused, RuntimeFault
+from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.policies import MODIFIERS, PRESETS, choose
-from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, View, due, rank
-from xllm.runtime.policies.trace import Trace, recorded, summary
+from xllm.runtime.policies.orders import LATE, ORDERS, RELAXED, URGENT, View, rank
+from xllm.runtime.policies.trace import Replayed, Trace, recorded, replay, summary
 from xllm.runtime.scheduler import TokenCost, decide
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.urgency import Urgency
@@ -62,9 +63,8 @@ def test_ten_orders(order, expected):
     """9.3 s of work are left, of 10 ms a token: due before that is urgent."""
     live, queue = crowd()
     assert ranked(order, live, queue) == expected
-    view = View.of(live, queue, budget(1000), TokenCost(0.01), 10.0)
-    classes = [view.class_of(sequence, sequence.decoding, due(sequence, 10.0)) for sequence in live + queue]
-    assert classes == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
+    view = View(live, queue, budget(1000), TokenCost(0.01), 10.0)
+    assert view.classes.tolist() == [RELAXED, URGENT, URGENT, RELAXED, RELAXED, LATE]
 
 
 def test_there_are_ten_orders_and_equal_keys_go_by_arrival():
@@ -118,8 +118,11 @@ def test_recorded_decisions_are_taken_again(scheduler, overlap, tmp_path):
     rig.finish()
     trace.write(tmp_path / "trace")
     lines = (tmp_path / "trace").read_text().splitlines()
-    assert 50 < len(lines) <= 500
-    for queues, limits, free, now, known, decided in recorded(lines, cost):
+    assert 50 < len(lines) <= 501
+    assert replay(lines, cost) == Replayed(scheduler, len(lines) - 1, 0)
+    with pytest.raises(ValueError, match="a cost model that is not in the trace"):
+        replay(lines)
+    for queues, limits, free, now, known, decided in recorded(lines[1:], cost):
         assert summary(decide(queues, limits, free, now, choose(scheduler), known)) == decided
         again = rank(sorted(queues.running, key=number), bare(queues.waiting), 0, ORDERS["urgency_density"], limits,
                      cost, now)  # fmt: skip
@@ -145,6 +148,27 @@ def test_a_trace_keeps_the_latest_decisions():
     rig.engine.submit(request("a", 5, 20, ignore_eos=True))
     rig.finish()
     assert len(trace.lines) == 5 and json.loads(trace.lines[-1])["now"] > 15
+    short = Trace(size=3 * len(trace.lines[-1]))
+    rig = Rig(policy={"trace": short})
+    assert short.text() is None
+    rig.engine.submit(request("a", 5, 20, ignore_eos=True))
+    rig.finish()
+    assert list(short.lines) == list(trace.lines)[-len(short.lines) :] and 2 <= len(short.lines) <= 3
+
+
+def test_replay_says_where_it_would_decide_otherwise():
+    trace, model = Trace(), StepCost(Basis((1, 8), (1,), (0,)), (1e-3, 0.0, 1e-4, 2e-4, 0.0, 1e-6, 0.0))
+    rig = Rig(policy={"trace": trace, "scheduler": "mix", "cost": model})
+    rig.engine.submit(request("a", 50, 20, Urgency(ttft_slo_ms=2000, tpot_slo_ms=20), ignore_eos=True))
+    rig.finish()
+    lines = (trace.text() or b"").decode().splitlines()
+    assert replay(lines) == Replayed("mix", len(lines) - 1, 0), "the model is in the trace"
+    lines[2] = lines[2].replace('"grants":[[0,1,', '"grants":[[0,2,')
+    other = replay(lines)
+    assert other.differing == 1 and other.first.startswith("decision 1 at ")
+    for head in ("", "{}", lines[1], lines[0].replace("mix", "best")):
+        with pytest.raises(ValueError, match="not a schedule's trace"):
+            replay([head, *lines[1:]])
 
 
 @pytest.mark.parametrize(
@@ -181,3 +205,45 @@ def test_modifiers_go_with_every_preset():
         for modifier in MODIFIERS:
             policy = choose(f"{preset}+{modifier}", "deadline")
             assert policy.batching is PRESETS[preset].batching and policy.order is ORDERS["deadline"]
+
+
+def test_a_decision_asks_about_a_row_a_few_times_however_many_there_are():
+    """One prompt is cut to the time there is: pieces are tried beside 300 decodes, which are counted once."""
+
+    class Counting(Quadratic):
+        rows = 0
+
+        def sizes(self, rows):
+            self.rows += len(rows)
+            return super().sizes(rows)
+
+    live = [urged(decoding(n), Urgency(tpot_slo_ms=1000), first_at=9.0) for n in range(300)]
+    queue = [urged(waiting(300 + n, 500), Urgency(ttft_slo_ms=60_000)) for n in range(300)]
+    cost = Counting(1e-6)
+    queues = rank(live, queue, 400, ORDERS["urgency_density"], budget(1000), cost, 9.0)
+    decision = decide(queues, budget(1000), 900, 9.0, choose("mix"), cost)
+    assert len(decision.grants) > 300 and decision.seconds == cost.seconds(
+        [(grant.sequence.computed, grant.tokens) for grant in decision.grants]
+    )
+    assert cost.rows < 4 * 300
+
+
+@BOTH_LOOPS
+def test_queues_are_ranked_only_while_somebody_is_offline(overlap):
+    trace = Trace()
+    rig = Rig(async_scheduling=overlap, policy={"trace": trace})
+    rig.engine.submit(request("online", 5, 30, ignore_eos=True))
+    for name, ends in (("one", "length"), ("other", "cancelled")):
+        rig.engine.submit(request(name, 5, 8, OFFLINE, ignore_eos=True))
+        for _ in range(5):
+            rig.turn()
+        if ends == "cancelled":
+            rig.engine.cancel(name)
+        while rig.engine.stats().running > 1 or rig.engine.stats().waiting:
+            rig.turn()
+        before = len(trace.lines)
+        rig.turn()
+        rig.turn()
+        ranked = [json.loads(line)["line"] for line in trace.lines]
+        assert any(ranked) and len(ranked) > before and not any(ranked[before:])
+    rig.finish()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from xllm.runtime import RuntimeFault
-from xllm.runtime.config import EngineConfig, TierConfig
+from xllm.runtime.config import EngineConfig, LoadCost, TierConfig
 from xllm.runtime.disk_tier import DiskTier
 from xllm.runtime.host_tier import HostTier
+from xllm.runtime.tier_speed import NEVER, disk_seconds, host_seconds
 
 GROUP = 1500
 KEYS = [bytes([n]) * 16 for n in range(20)]
@@ -80,3 +81,12 @@ def test_folders_and_sizes_that_can_not_do_are_refused(tmp_path):
         DiskTier(tmp_path / "open", 1 << 20, GROUP, "0a")
     with pytest.raises(RuntimeFault, match="prefix_cache must be on"):
         EngineConfig(kv_bytes=1, prefix_cache=False, tiers=TierConfig())
+
+
+def test_how_fast_tiers_are_is_found_out_and_nothing_stays(tmp_path) -> None:
+    assert 0 < host_seconds(4096) < NEVER
+    assert 0 < disk_seconds(tmp_path / "new", 4096) < NEVER
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    assert disk_seconds(tmp_path / "file", 4096) == NEVER
+    assert not LoadCost(compute=1.0, disk=4096 * NEVER).pays(10_000, 0, 16), "what can't be read is never waited for"

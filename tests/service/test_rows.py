@@ -19,6 +19,7 @@ from tests.service.test_params import VALUES
 from xllm.runtime import Request, RequestRefused, TokenOutput
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.rows import RowEngine
+from xllm.runtime.urgency import Urgency
 from xllm.service import rows
 from xllm.service.body import ClassifyBody, DetokenizeBody, EmbeddingBody, RerankBody, ScoreBody, TokenizeBody
 from xllm.service.endpoint import Service
@@ -256,6 +257,27 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest(tmp_path) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         executor.open.set()
         assert last.result().json()["data"][0]["embedding"] == [7, 1, 7, 1]
+
+
+@pytest.mark.parametrize(("late", "expected"), [(0.0, ["r1", "r3", "r0", "r2"]), (301.0, ["r0", "r1", "r3", "r2"])])
+def test_online_prompts_go_before_offline_ones_until_one_has_waited_too_long(late: float, expected: list[str]) -> None:
+    executor, outputs, now = FakeRows(max_len=100), queue.SimpleQueue[list[TokenOutput]](), [1000.0]
+    executor.open.clear()
+    engine = RowEngine(Encoder(executor), outputs.put, queue_limit=10, clock=lambda: now[0])
+    engine.start()
+    engine.submit(Request("runs", (1,) * 30))
+    wait_for(lambda: engine.stats().running == 1)
+    for at in range(4):
+        engine.submit(Request(f"r{at}", (at,) * 30, arrival=1000.0 + at, urgency=Urgency(offline=at % 2 == 0)))
+    for at in range(4, 9):
+        engine.submit(Request(f"r{at}", (at,) * 30, arrival=1010.0, urgency=Urgency(offline=True)))
+    with pytest.raises(RequestRefused, match="queue_full"):
+        engine.submit(Request("more", (1,), urgency=Urgency(offline=True)))
+    now[0] += late
+    executor.open.set()
+    found = [output.request_id for _ in range(10) for output in outputs.get(timeout=20)]
+    engine.stop()
+    assert found[1:5] == expected
 
 
 def test_every_prompt_has_one_output_whatever_ends_it() -> None:

@@ -52,6 +52,19 @@ def test_every_kernel_is_described() -> None:
         assert any(is_output(arg.name) for arg in info.args) != writes_state_only, name
 
 
+@pytest.mark.parametrize("kernel", [name for name, info in cpu.kernels().items() if "layer_offset" in info.ints])
+def test_kernels_and_bounds_agree_on_the_state_of_a_layer(kernel: str) -> None:
+    info, memory = cpu.kernels()[kernel], np.zeros(64, np.float32)
+    some = {"layer_offset": 0, "kv_heads": 1 if "latent" in kernel else 2, "key_dim": 24, "rotary_dim": 0}
+    ints = {name: some.get(name, 16) for name in info.ints}
+    args = {arg.name: memory.ctypes.data for arg in info.args if not arg.optional}
+    size, floats = reach(kernel, ints)[1]["state"], dict.fromkeys(info.floats, 1.0)
+    with cpu.Runner(1) as runner:
+        runner.add_plan([cpu.Call(kernel, args, ints | {"group_bytes": size}, floats)])
+        with pytest.raises(cpu.KernelError, match="the layer does not fit"):
+            runner.add_plan([cpu.Call(kernel, args, ints | {"group_bytes": size - 4}, floats)])
+
+
 def test_a_compiled_plan_stays_inside(plan: Plan) -> None:
     check_bounds(plan, VOCAB, MAX_LEN)
 

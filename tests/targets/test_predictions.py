@@ -9,7 +9,7 @@ import pytest
 
 from tests.artifacts import reseal, write_small
 from xllm.artifact import Artifact, ArtifactError, ArtifactWriter
-from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, StepSizes, Tensor, within
+from xllm.targets.base import TOKENS, Cost, LayerState, Lowering, Operation, StepSizes, Tensor, within
 from xllm.targets.cpu import CpuTarget
 from xllm.targets.cpu.tuning import ROUND, Curve, Tuning
 from xllm.targets.predicted import TUNING, target_of
@@ -49,7 +49,8 @@ def test_a_usual_step_has_the_tokens_and_rows_it_is_said_to_have() -> None:
         assert sizes["K"] >= 256 and sizes["P"] >= tokens
 
 
-def test_attention_reads_its_context_and_computes_its_pairs() -> None:
+@pytest.mark.parametrize(("dtype", "head_token_bytes"), [("float32", 512), ("bfloat16", 256), ("int8", 128 + 2 * 4)])
+def test_attention_reads_its_context_and_computes_its_pairs(dtype: str, head_token_bytes: int) -> None:
     q = Tensor("q", "value", (TOKENS, 4, 64), "float32")
     args = {
         "q": q,
@@ -61,7 +62,8 @@ def test_attention_reads_its_context_and_computes_its_pairs() -> None:
         "softcap": 0.0,
         "layer": 0,
     }
-    kv = KVLayout("bfloat16", 16, 2 * 2 * 64 * 16 * 2, (0,))
+    kv = CpuTarget("x").kv_layout((LayerState(2, 64, 64),), dtype)
+    assert kv.token_bytes == 2 * head_token_bytes
     found = CpuTarget("x").lower(Operation("a", "xllm.attention", args, (q,)), kv, "float32")
     assert isinstance(found, Lowering)
     for past in (0, 999):

@@ -33,12 +33,12 @@ def add(command: Callable[..., Any], positive: Callable[[str], int], count: Call
         "--prefill", action="append", default=[], type=_prefill, metavar="N[@PAST]",
         help="N tokens of one prompt, behind so many others (default 0); repeatable",
     )  # fmt: skip
-    profile.add_argument("--seconds", type=positive, default=5, metavar="N", help="for each shape (default 5)")
+    profile.add_argument("--seconds", type=positive, default=2, metavar="N", help="for each shape (default 2)")
     profile.add_argument("--threads", type=positive, metavar="N", help="compute threads (default: the cores there are)")
     profile.add_argument("--kernel-module", action="append", default=[], metavar="NAME", help="run its kernels")
     profile.add_argument(
-        "--cost-seconds", type=count, default=25, metavar="N",
-        help="for the cost model that scheduling decides by, written to ARTIFACT.cost.json (default 25; 0: none)",
+        "--cost-seconds", type=count, default=18, metavar="N",
+        help="for the cost model that scheduling decides by, written to ARTIFACT.cost.json (default 18; 0: none)",
     )  # fmt: skip
     profile.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: ARTIFACT.profile.json")
     tune = command(

@@ -85,7 +85,7 @@ def fit(
     """Tokens of the largest step, the errors and the model. room: tokens that the state of one step may have."""
     few, some = (min(run(Step(((0, tokens),), 1)) for _ in range(LEAST)) for tokens in (1, min(64, limits.max_len)))
     largest = limits.max_tokens_per_step
-    while largest > 64 and some * largest / 64 > seconds / 16:
+    while largest > 64 and some * largest / 64 > seconds / 12:
         largest //= 2
     shapes = Shapes(limits, room, largest)
     share = min(1.0, seconds / 8 / HELD_OUT / max(few, 1e-9))  # of the steps: a slow machine runs fewer

@@ -32,6 +32,7 @@ from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
 
 LEAST, MOST = 3, 1000  # steps of a shape
+LEAST_LONG = 2  # of one that takes longer than all of its steps should
 AHEAD = 128  # tokens of memory behind a sequence: as the engine maps, and kernels fetch, ahead of need
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=DECODED)
 
@@ -66,9 +67,7 @@ def profile(
                 held.append(ceilings(probe))
         if any(shape.decode for shape in shapes):
             arrivals: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
-            engine = Engine(
-                executor, engine_config(artifact, plan_memory(artifact, None, prefix_cache=False)), arrivals.put
-            )
+            engine = Engine(executor, engine_config(artifact, plan_memory(artifact, None)), arrivals.put)
             engine.start()
             for at, shape in enumerate(shapes):
                 if shape.decode:
@@ -91,15 +90,20 @@ def executor_steps(
     task: str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepProfile:
-    """Steps of one shape by the executor alone, at least LEAST of them."""
+    """Steps of one shape by the executor alone, at least LEAST of them. The first one touches what steps will touch,
+    and does not count, except where it takes so long that this is nothing to it."""
     with _batch(executor, shape, task) as batch:
-        executor.launch(batch).result()  # touches what it will touch
         executor.times, whole = [], []
-        end = clock() + seconds
-        while len(whole) < LEAST or (clock() < end and len(whole) < MOST):
+        least, end = 1, clock() + seconds
+        while len(whole) < least or (clock() < end and len(whole) < MOST):
             began = clock()
             executor.launch(batch).result()
             whole.append(clock() - began)
+            if len(whole) == least == 1:
+                least = LEAST_LONG
+                if whole[0] < seconds:
+                    executor.times, whole = [], []
+                    least, end = LEAST, clock() + seconds
         times, executor.times = executor.times, None
     return summary(shape, times, whole)
 
@@ -126,12 +130,12 @@ def engine_steps(
     shape: Shape,
     measured: StepProfile,
 ) -> StepProfile:
-    """The same shape by the engine's loop, halfway through answers of DECODED tokens."""
+    """The same shape by the engine's loop, halfway through answers of DECODED tokens. The prompt is the same for all,
+    since only decodes are of interest: where prefixes are cached it is computed once."""
     executor.times = []
-    prompt = max(1, shape.context - DECODED // 2)
+    ids = tuple(token_ids(executor.limits, max(1, shape.context - DECODED // 2), 0))
     for index in range(shape.count):
-        ids = token_ids(executor.limits, prompt, index)
-        engine.submit(Request(f"profile-{index}", tuple(ids), GREEDY))
+        engine.submit(Request(f"profile-{index}", ids, GREEDY))
     left = shape.count
     while left:
         left -= sum(output.finish_reason is not None for output in arrivals.get())

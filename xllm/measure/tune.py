@@ -35,6 +35,7 @@ Sequences = tuple[tuple[int, int], ...]
 ONE: Sequences = ((1, 0),)
 
 STORAGES = ("float32", "bfloat16", "int8.32", "int4.32")
+KVS = ("float32", "bfloat16", "int8")
 
 
 def prompt(tokens: int, past: int = 0) -> Sequences:
@@ -123,7 +124,7 @@ class Bench:
         rows, once = reach(one.kernel, one.ints)
         scratch = {name: once.pop(name) for name in [*once] if name.startswith("scratch")}
         held = sum(size for name, size in once.items() if name != "state")
-        per_token = 2 * KV_HEADS * HEAD_DIM * (2 if case.kv == "bfloat16" else 4) if "state" in once else 0
+        per_token = target.kv_layout((state,), case.kv).token_bytes if "state" in once else 0
         self._context = max(tokens + past for step in (*case.points, case.tiny[1]) for tokens, past in step)
         self.copies = _copies(held + per_token * min(self._context, 256)) if case.cold else 1
         self._kv = target.kv_layout((state,) * self.copies, case.kv)
@@ -208,7 +209,7 @@ def cases() -> Iterator[Case]:
         if (kind := dtype.partition(".")[0]) in ACTIVATIONS:
             yield linear(dtype, kind)
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in KVS:
         yield attention(dtype)
         yield _write(dtype)
     x, norm = _value(WIDTH), {"weight": _weight(WIDTH), "eps": 1e-6}

@@ -77,7 +77,9 @@ class Core:
         self._policy = choose(config.scheduler, config.order)
         self._cost = config.cost
         self._trace = config.trace
-        self._ranked = not self._policy.plain  # also once anybody is offline
+        if self._trace is not None:
+            self._trace.begin(config.scheduler, config.cost)
+        self._offline: set[int] = set()  # orders of those that have not ended: while there are any, queues are ranked
         self._planned = self._ahead = 0.0  # seconds the next step should take, and the launched ones still
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -114,7 +116,8 @@ class Core:
 
     def add(self, sequence: Sequence) -> None:
         sequence.arrived = sequence.arrived or self._clock()
-        self._ranked |= sequence.request.urgency.offline
+        if sequence.request.urgency.offline:
+            self._offline.add(sequence.order)
         insort(self.waiting, sequence, key=_order)
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled", error: str | None = None) -> None:
@@ -139,13 +142,9 @@ class Core:
         waiting = [sequence for sequence in self.waiting if sequence.begun] if self.only_begun else self.waiting
         cost, now = self._pace.cost(self._cost), self._clock() + self._ahead
         queues = Queues(self.running, waiting, slots)
-        if self._ranked:
+        if self._offline or not self._policy.plain:
             queues = rank(self.running, waiting, slots, self._policy.order, self.budget, cost, now)
-        # An online request does not wait for the prompt of an offline one, which may be out of tokens for long.
-        ahead = queues.running[: queues.online_running] if queues.online_waiting else queues.running
-        found, later = self._sharing.look_up(queues.waiting, ahead, slots, self.budget)
-        if later:
-            queues = queues.without(later)
+        found, queues = self._sharing.look_up(queues, self.budget)
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
         if self._trace is not None:
             self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
@@ -360,6 +359,7 @@ class Core:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish = reason
+        self._offline.discard(sequence.order)
         self._ends[reason] += 1
         if reason in ("stop", "length") and not sequence.request.together:  # a step of a search says no length
             self.budget = self._lengths.follow(self.budget, sequence.outputs)

@@ -7,13 +7,16 @@ attention meets, keys read and pairs seen, for each window of the model.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 from xllm.targets.base import keys_read, pairs_seen
 
 Rows = Sequence[tuple[int, int]]
+Curve = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 MAX_KNOTS, MAX_WINDOWS = 64, 8
 
 
@@ -38,11 +41,9 @@ class Basis:
     def size(self) -> int:
         return 2 + len(self.tokens) + len(self.sampled) + 2 * len(self.windows)
 
-    def parts(self, rows: Rows, sampled: int) -> list[float]:
-        """How much of each part a step has."""
-        parts: list[float] = [1.0, len(rows)]
-        parts += _along(self.tokens, sum([new for _, new in rows]))
-        parts += _along(self.sampled, sampled)
+    def sizes(self, rows: Rows) -> tuple[int, ...]:
+        """Sequences and tokens of a step, and for each window keys read and pairs seen. Those of other rows add up."""
+        sizes = [len(rows), sum([new for _, new in rows])]
         for window in self.windows:
             keys = pairs = 0
             for past, new in rows:
@@ -55,8 +56,13 @@ class Basis:
                 else:
                     keys += keys_read(new, past, window)
                     pairs += pairs_seen(new, past, window)
-            parts += (keys, pairs)
-        return parts
+            sizes += (keys, pairs)
+        return tuple(sizes)
+
+    def parts(self, rows: Rows, sampled: int) -> list[float]:
+        """How much of each part a step has."""
+        sequences, tokens, *met = self.sizes(rows)
+        return [1.0, sequences, *_along(self.tokens, tokens), *_along(self.sampled, sampled), *met]
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,26 @@ class StepCost:
     def seconds(self, rows: Rows, sampled: int | None = None) -> float:
         """Of a step, from its launch to its result. rows: (tokens computed before, new tokens) of each sequence.
         sampled: rows that get a token, by default all of them. More of anything never takes less."""
-        parts = self.basis.parts(rows, len(rows) if sampled is None else sampled)
-        return sum([each * part for each, part in zip(self.seconds_of, parts, strict=True)])
+        return self.of(self.sizes(rows), sampled)
+
+    def sizes(self, rows: Rows) -> tuple[int, ...]:
+        """See Basis."""
+        return self.basis.sizes(rows)
+
+    def of(self, sizes: Sequence[float], sampled: int | None = None) -> float:
+        """As `seconds`, of a step of these sizes."""
+        sequences, tokens, *met = sizes
+        each = self.seconds_of
+        found = each[0] + each[1] * sequences + _at(self._curves[0], tokens)
+        found += _at(self._curves[1], sequences if sampled is None else sampled)
+        return found + sum([one * size for one, size in zip(each[len(each) - len(met) :], met, strict=True)])
+
+    @cached_property
+    def _curves(self) -> tuple[Curve, Curve]:
+        """Of tokens and of sampled rows."""
+        first = 2 + len(self.basis.tokens)
+        tokens, sampled = self.seconds_of[2:first], self.seconds_of[first : first + len(self.basis.sampled)]
+        return _curve(self.basis.tokens, tokens), _curve(self.basis.sampled, sampled)
 
     def tokens_within(self, seconds: float, most: int, beside: Rows = (), past: int = 0) -> int:
         """Tokens of one prompt, `past` others of it computed, that may join the rows `beside` it in a step of so many
@@ -101,3 +125,16 @@ def _along(knots: Sequence[int], at: int) -> list[float]:
         last = knot
     cut.append(float(at - last))
     return cut + [0.0] * (len(knots) - len(cut))
+
+
+def _curve(knots: Sequence[int], slopes: Sequence[float]) -> Curve:
+    """Where each piece begins, what has been taken until there, and what each one more takes."""
+    begins = (0, *knots[:-1])
+    pieces = [slope * (end - begin) for slope, begin, end in zip(slopes, begins, knots, strict=True)]
+    return begins, (0.0, *accumulate(pieces[:-1])), tuple(slopes)
+
+
+def _at(curve: Curve, size: float) -> float:
+    begins, taken, slopes = curve
+    piece = max(0, bisect_left(begins, size) - 1)
+    return taken[piece] + slopes[piece] * (size - begins[piece])

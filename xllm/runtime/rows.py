@@ -1,10 +1,10 @@
-"""The engine of programs that give rows: prompts from any thread, whole, first come first served; as many as fit go
-into one step, and each gets one output. What `Engine` is for tokens, with the same rules for requests and for failures.
+"""The engine of programs that give rows: prompts from any thread, whole, first come first served, offline ones behind
+all others; as many as fit go into one step, and each gets one output. What `Engine` is for tokens, with the same rules
+for requests and for failures.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -16,6 +16,7 @@ import numpy as np
 from xllm.runtime.config import EngineStats
 from xllm.runtime.encoding import Encoder, check_prompt
 from xllm.runtime.errors import RequestRefused, RuntimeFault, StepError
+from xllm.runtime.policies.state import AGED_SECONDS, OFFLINE_AGED
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 
 log = logging.getLogger("xllm.runtime")
@@ -27,13 +28,18 @@ class RowEngine:
     """Batches prompts over one encoder, which ends with the engine. Sampling parameters of requests are not looked at.
 
     `sink` is called from the engine's thread, at most once per step. Every accepted request gets exactly one output:
-    its row, or an end without one. `queue_limit`: accepted requests that may wait.
+    its row, or an end without one. `queue_limit`: accepted requests that may wait, a tenth less for offline ones.
+    `clock`: what Request.arrival is measured with, in seconds.
     """
 
     def __init__(
-        self, encoder: Encoder, sink: Callable[[list[TokenOutput]], None], queue_limit: int = QUEUE_LIMIT
+        self,
+        encoder: Encoder,
+        sink: Callable[[list[TokenOutput]], None],
+        queue_limit: int = QUEUE_LIMIT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._encoder, self._sink, self._queue_limit = encoder, sink, queue_limit
+        self._encoder, self._sink, self._queue_limit, self._clock = encoder, sink, queue_limit, clock
         # The lock guards all below; a request is in one of the two tables, in order of arrival.
         self._changed = threading.Condition()
         self._waiting: dict[str, Request] = {}
@@ -57,7 +63,8 @@ class RowEngine:
                 raise RequestRefused(self._refusal.code, self._refusal.message)
             if request.id in self._waiting or request.id in self._running:
                 raise RequestRefused("duplicate_request", f"request {request.id} is still running")
-            if len(self._waiting) >= self._queue_limit:
+            limit = self._queue_limit - (self._queue_limit // 10 if request.urgency.offline else 0)
+            if len(self._waiting) >= limit:
                 raise RequestRefused("queue_full", f"{len(self._waiting)} prompts wait already; try again later")
             self._waiting[request.id] = request
             self._count(accepted=1)
@@ -94,7 +101,7 @@ class RowEngine:
                 self._stats,
                 running=len(self._running),
                 waiting=len(self._waiting),
-                oldest_wait_s=time.monotonic() - first.arrival if first else 0.0,
+                oldest_wait_s=self._clock() - first.arrival if first else 0.0,
                 refusal=str(self._refusal) if self._refusal else None,
             )
 
@@ -119,12 +126,19 @@ class RowEngine:
             self._changed.wait_for(lambda: self._waiting or self._ended or self._stopping)
             limits = self._encoder.executor.limits
             tokens = 0
-            for request in list(itertools.islice(self._waiting.values(), limits.max_seqs)):
+            for request in self._line()[: limits.max_seqs]:
                 tokens += len(request.prompt)
                 if self._running and tokens > limits.max_tokens_per_step:
                     break
                 self._running[request.id] = self._waiting.pop(request.id)
             return not self._stopping
+
+    def _line(self) -> list[Request]:
+        """Those that wait, online ones first; but the very first is an offline one that has waited too long."""
+        line = sorted(self._waiting.values(), key=lambda request: request.urgency.offline)
+        aged = self._clock() - AGED_SECONDS * OFFLINE_AGED
+        first = next((request for request in line if request.urgency.offline and 0 < request.arrival < aged), None)
+        return line if first is None else [first, *(request for request in line if request is not first)]
 
     def _compute(self) -> Mapping[str, TokenOutput]:
         """One output for every running request."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from xllm.runtime.policies import CHUNKED
-from xllm.runtime.policies.orders import step_seconds
+from xllm.runtime.policies.orders import View
 from xllm.runtime.policies.policy import Policy
 from xllm.runtime.policies.state import Budget, Decision, Grant, Queues, StepCost, TokenCost
 from xllm.runtime.policies.step import Step, chunk
@@ -30,7 +30,9 @@ def decide(
     """The next step. `queues` are in rank order, `free_pages` are pages promised to nobody, `now` is in seconds like
     Request.arrival. An empty `grants` means that nothing can run before a launched step is committed (or that there is
     nothing)."""
-    limit = step_seconds(queues.running, queues.waiting, budget, now) if policy.timed else math.inf
+    limit = queues.step_seconds if policy.timed else math.inf
+    if limit is None:
+        limit = View(queues.running, queues.waiting, budget, cost, now).step_seconds
     step = Step(queues, budget, free_pages, policy, cost, limit)
     policy.batching(step)
     if not step.grants:
@@ -38,7 +40,7 @@ def decide(
     if step.skipped:
         step.why.append(f"{step.skipped} running sequences: no tokens left in the step")
     waiting = queues.waiting[len(step.admitted) :]
-    oldest_wait = max(0.0, now - min(sequence.arrived for sequence in waiting)) if waiting else 0.0
+    oldest_wait = max(0.0, now - min([sequence.arrived for sequence in waiting])) if waiting else 0.0
     return Decision(
         tuple(step.grants.values()),
         tuple(step.admitted),
@@ -46,5 +48,5 @@ def decide(
         tuple(step.why),
         oldest_wait,
         tuple(step.causes),
-        step.cost.seconds(step.rows()) if policy.timed else 0.0,
+        cost.of(step.sizes()) if policy.timed else 0.0,
     )

@@ -43,6 +43,7 @@ class Sequence:
         "capacity",
         "chain",
         "computed",
+        "facts",
         "finish",
         "first_at",
         "flights",
@@ -75,6 +76,7 @@ class Sequence:
         self.arrived = request.arrival
         self.first_at: float | None = None
         self.slot = -1
+        self.facts = b""  # what ranking needs of it and does not change, once it was asked
         self.pages = 0
         self.capacity = 0  # tokens that `pages` pages hold
         self.computed = 0

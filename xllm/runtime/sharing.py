@@ -10,7 +10,7 @@ from xllm.runtime.config import EngineConfig
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.kv import KvPool
 from xllm.runtime.prefix import extend_chain
-from xllm.runtime.scheduler import Budget
+from xllm.runtime.scheduler import Budget, Queues
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.tiers import Tiers
 
@@ -39,24 +39,28 @@ class Sharing:
         """Has none of those loads ended since, nor got stuck?"""
         return self._tiers is not None and self._loads_ended == self._tiers.ended and not self._tiers.stuck
 
-    def look_up(
-        self, waiting: Ordered[Sequence], running: Ordered[Sequence], slots: int, budget: Budget
-    ) -> tuple[list[Sequence], list[Sequence]]:
+    def look_up(self, queues: Queues, budget: Budget) -> tuple[list[Sequence], Queues]:
         """Find the cached part of those that this step could admit; at least one token is always left to compute. The
-        second list are those that had better wait: an older prompt is about to compute what they would need next, or a
-        tier gives it."""
+        queues come back without those that had better wait: a prompt before them in rank is about to compute what they
+        would need next (one behind them may be out of tokens for long), or a tier gives it."""
         ended, self._loads_ended = self._tiers.ended if self._tiers else 0, None
         found: list[Sequence] = []
         later: list[Sequence] = []
+        waiting, running, slots = queues.waiting, queues.running, queues.free_slots
+        if queues.online_waiting:  # offline ones give way to these: their prompts, and their slots
+            slots += len(running[queues.online_running :])
+            running = running[: queues.online_running]
         if not (self._on and waiting):
-            return found, later
+            return found, queues
         ahead = {sequence.order: sequence for sequence in running if sequence.written < sequence.prompt_tokens}
         tokens, pages = budget.tokens, self._pool.free_pages
         coming, room = 0, pages - self._promised(running, budget) if self._tiers else 0  # pages, of those that load
         for sequence in waiting:
             if tokens <= 0 or pages < 0 or len(found) == slots:
                 break
-            if (behind := sequence.behind) and ahead.get(behind[0]) and ahead[behind[0]].publish_at == behind[1]:
+            number, end = sequence.behind or (-1, 0)
+            older = ahead.get(number)
+            if older is not None and older.publish_at == end and _before(older, sequence, queues.line):
                 later.append(sequence)  # the older one published nothing since
                 continue
             groups = (len(sequence.tokens) - 1) // self._group_tokens
@@ -65,7 +69,8 @@ class Sharing:
                 chain, groups = [], 0
             matched = self._pool.match(chain)
             having = (other for other in ahead.values() if self._will_have(other, chain, matched))
-            if matched < groups and (older := next(having, None)) is not None:
+            older = next(having, None) if matched < groups else None
+            if older is not None and _before(older, sequence, queues.line):
                 sequence.behind = older.order, older.publish_at
                 later.append(sequence)
                 continue
@@ -80,7 +85,7 @@ class Sharing:
             pages, room = pages - needed, room - needed
             found.append(sequence)
             ahead[sequence.order] = sequence
-        return found, later
+        return found, queues.without(later) if later else queues
 
     def start(self, sequence: Sequence) -> None:
         """Give an admitted sequence its span, the cached part of its text in it."""
@@ -179,3 +184,8 @@ class Sharing:
         if sequence.written < sequence.prompt_tokens:
             end = min(end, sequence.prompt_tokens)
         sequence.publish_at = end
+
+
+def _before(one: Sequence, other: Sequence, line: Ordered[Sequence]) -> bool:
+    """In rank: where there is no line, those that run are before those that wait."""
+    return not line or line.index(one) < line.index(other)

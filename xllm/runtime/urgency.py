@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from xllm.runtime.errors import RequestRefused
@@ -40,12 +41,12 @@ class Urgency:
                 text = f"{name} is {value!r:.64}, it must be above 0 and at most {LONGEST_MS:.0f}"
                 raise RequestRefused("invalid_parameter", text)
 
-    @property
+    @cached_property
     def ttft(self) -> float:
         """Seconds to the first token, infinity when nothing is asked."""
         return math.inf if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000
 
-    @property
+    @cached_property
     def tpot(self) -> float:
         """Seconds per token after the first, infinity when nothing is asked."""
         return math.inf if self.tpot_slo_ms is None else self.tpot_slo_ms / 1000

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from xllm.artifact import Artifact
-from xllm.files import write_whole
+from xllm.files import KeptFile, write_whole
 from xllm.runtime.executor import Executor
-from xllm.traffic import Traffic, TrafficFile
+from xllm.runtime.policies.trace import Trace
+from xllm.traffic import Traffic
 from xllm.watch.executor import WatchedExecutor
 from xllm.watch.profiler import Operator, Profiler, Recording, Timed
 
@@ -18,21 +19,26 @@ KEPT = 16  # profiles in the folder: the next one replaces the oldest
 
 
 class Observers:
-    """traffic: the file to keep the histogram in; profiles: the folder to write profiles to. Raises ValueError for what
-    can't be written."""
+    """traffic: the file to keep the histogram in; profiles: the folder to write profiles to; decisions: the file to
+    keep the latest in. Raises ValueError for what can't be written. `trace` is for the engine's settings."""
 
-    def __init__(self, traffic: Path | None = None, profiles: Path | None = None) -> None:
-        self._traffic = self._file = None
+    def __init__(
+        self, traffic: Path | None = None, profiles: Path | None = None, decisions: Path | None = None
+    ) -> None:
+        self._traffic = self.trace = None
+        self._files: list[KeptFile] = []
         self.profiling: Profiles | None = None
         if profiles is not None:
             _check_folder(profiles, "--profile-dir")
             self.profiling = Profiles(profiles)
         if traffic is not None:
-            _check_folder(traffic.parent, "--record-traffic")
-            if traffic.is_dir():
-                raise ValueError(f"--record-traffic {traffic} is a folder: name a file")
+            _check_file(traffic, "--record-traffic")
             self._traffic = Traffic()
-            self._file = TrafficFile(self._traffic, traffic)
+            self._files.append(KeptFile("traffic", self._traffic.to_json, traffic))
+        if decisions is not None:
+            _check_file(decisions, "--trace-decisions")
+            self.trace = Trace()
+            self._files.append(KeptFile("trace", self.trace.text, decisions))
 
     def watch(self, executor: Executor, artifact: Artifact) -> Executor:
         """The executor as who looks at it sees it; itself where nobody does."""
@@ -47,8 +53,8 @@ class Observers:
 
     def close(self) -> None:
         """Writes what is to be written; the engine has ended."""
-        if self._file is not None:
-            self._file.close()
+        for file in self._files:
+            file.close()
 
 
 class Profiles:
@@ -83,6 +89,12 @@ class Profiles:
             self._count += 1
         told = {"steps": len(recording.steps), "seconds": round(recording.ended - recording.began, 3)}
         return {"status": "stopped", "changed": True, **files, **told, "cut": recording.cut or None}
+
+
+def _check_file(file: Path, flag: str) -> None:
+    _check_folder(file.parent, flag)
+    if file.is_dir():
+        raise ValueError(f"{flag} {file} is a folder: name a file")
 
 
 def _check_folder(folder: Path, flag: str) -> None:

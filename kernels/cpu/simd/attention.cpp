@@ -93,11 +93,19 @@ void finish(float *out, const float *all, float sum, int64_t value_dim) {
   for (int64_t d = 0; d < value_dim; d += 16) store_some(out + d, load(all + d) / set1(sum), value_dim - d);
 }
 
+// Steps of int8 meet their scales when they have been summed; those of latents, which are always spread, when they are spread.
+template <class Kv, bool Latent>
+using SpreadOf = Spread<(Kv::kScaleBytes > 0 && !Latent)>;
+
 // Keys of groups first..end-1 and values of tokens from..to-1 of a block as float32; values of a latent are its keys, turned.
 template <class Kv, bool Latent>
-void spread(const Kept<Kv> &from, const Spread &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
+void spread(const Kept<Kv> &from, const SpreadOf<Kv, Latent> &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
   for (int64_t g = first; g < end; g++)
-    for (int64_t i = 0; i < from.key_dim; i++) store(to.keys + (g * from.key_dim + i) * 16, Kv::load(from.key(g) + i * 16));
+    for (int64_t i = 0; i < from.key_dim; i++) {
+      f32x16 lanes = Kv::load(from.key(g) + i * 16);
+      if constexpr (Latent && Kv::kScaleBytes > 0) lanes = lanes * from.scale(g, i >= from.value_dim);
+      store(to.keys + (g * from.key_dim + i) * 16, lanes);
+    }
   for (int64_t d = 0; d < from.value_dim; d += 16) {
     const int64_t some = min(16, from.value_dim - d);
     for (int64_t i = token; i < tokens; i++) {
@@ -116,7 +124,7 @@ void spread(const Kept<Kv> &from, const Spread &to, int64_t first, int64_t end, 
 
 // Blocks from..to-1 (tokens) for the rows that see them, positions growing with the row.
 template <class Kv, bool Latent>
-void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &copy, int64_t from, int64_t to) {
+void attend_blocks(const Tile &t, Kept<Kv> kept, SpreadOf<Kv, Latent> copy, int64_t from, int64_t to) {
   const uint8_t *base = kept.base;
   const int64_t last_group = (min(to, t.row[t.rows - 1].position + 1) - 1) / 16;
   for (int64_t at = from; at < to; at += kKeyBlock) {
@@ -131,6 +139,7 @@ void attend_blocks(const Tile &t, Kept<Kv> kept, const Spread &copy, int64_t fro
       continue;
     }
     const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
+    copy.scales = kept.base - Kv::kScaleBytes;
     spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
     attend_block(t, copy, at, begin, end, t.stride);
   }
@@ -150,9 +159,9 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
   t.held = t.query + kRows<Latent> * t.key_stride;
   float *all = t.held + kRows<Latent> * t.stride;
   t.score = all + kRows<Latent> * t.stride;
-  Spread copy;
+  SpreadOf<Kv, Latent> copy;
   copy.keys = t.score + kRows<Latent> * kKeyBlock, copy.values = copy.keys + kKeyBlock * t.key_stride;
-  copy.key_dim = key_dim;
+  copy.key_dim = key_dim, copy.group_bytes = c.ints[kGroupBytes];
   Kept<Kv> kept;
   kept.base = (const uint8_t *)kv_group<Kv>(s.batch.seq_kv[s.tile_seq[tile]], place_of(c, Latent), head, 0);
   kept.group_bytes = c.ints[kGroupBytes], kept.key_dim = key_dim, kept.value_dim = value_dim;
@@ -265,8 +274,9 @@ constexpr Kernel kernel(const char *name) {
 }  // namespace
 
 const Kernel attention_kernels[] = {
-    kernel<KvF32, false>("attention.f32"),        kernel<KvBf16, false>("attention.bf16"),
-    kernel<KvF32, true>("latent_attention.f32"), kernel<KvBf16, true>("latent_attention.bf16"), {},
+    kernel<KvF32, false>("attention.f32"),          kernel<KvF32, true>("latent_attention.f32"),
+    kernel<KvBf16, false>("attention.bf16"),        kernel<KvBf16, true>("latent_attention.bf16"),
+    kernel<KvInt8, false>("attention.i8"),          kernel<KvInt8, true>("latent_attention.i8"), {},
 };
 
 }  // namespace XK_LEVEL

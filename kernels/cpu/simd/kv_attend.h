@@ -22,12 +22,14 @@ template <class Kv>
 struct Kept {  // a block where it lies, for few rows
   using Decode = Kv;
   using Element = typename Kv::Element;
-  static constexpr bool kFetch = true;
+  static constexpr bool kFetch = true, kScaled = Kv::kScaleBytes > 0;
   const uint8_t *base;  // keys of the head in the block's first group
   int64_t group_bytes, key_dim, value_dim, groups_after;  // groups behind this block that will be read
 
   int64_t key_bytes() const { return key_dim * 16 * (int64_t)sizeof(Element); }
   const Element *key(int64_t group) const { return (const Element *)(base + group * group_bytes); }
+  // What a step of each key of a group is worth, or of each value.
+  f32x16 scale(int64_t group, bool value) const { return load(base + group * group_bytes - Kv::kScaleBytes + value * 64); }
   const Element *value(int64_t token, int64_t d) const { return key(token / 16) + 16 * key_dim + token % 16 * value_dim + d; }
   int64_t value_step() const { return value_dim; }
   int64_t value_panel() const { return 16; }
@@ -35,20 +37,28 @@ struct Kept {  // a block where it lies, for few rows
   // are fetched, and with the values of a block, line by line, the keys of the next. Beyond the last block there may be no memory,
   // and a fetch that finds none costs a walk of the page tables each time.
   int64_t after_key() const { return key_bytes(); }
+  void fetch_scales() const {
+    for (int64_t g = kBlockGroups; g < kBlockGroups + min(kBlockGroups, groups_after); g++)
+      for (int64_t at = 0; at < Kv::kScaleBytes; at += 64) __builtin_prefetch(base + g * group_bytes - Kv::kScaleBytes + at, 0, 2);
+  }
   const uint8_t *after_value(int64_t sixteen_lines) const {
     const int64_t each = max(1, key_bytes() / 1024), group = sixteen_lines / each;
     return group < min(kBlockGroups, groups_after) ? base + (kBlockGroups + group) * group_bytes + sixteen_lines % each * 1024 : nullptr;
   }
 };
 
+template <bool Scaled>
 struct Spread {  // a block brought into float32: keys [groups][key_dim][16], values [value panels][kKeyBlock][16]
   using Decode = KvF32;
   using Element = float;
-  static constexpr bool kFetch = false;
+  static constexpr bool kFetch = false, kScaled = Scaled;  // Scaled: the numbers are steps, as they were
   float *keys, *values;
   int64_t key_dim;
+  const uint8_t *scales;
+  int64_t group_bytes;
 
   const float *key(int64_t group) const { return keys + group * 16 * key_dim; }
+  f32x16 scale(int64_t group, bool value) const { return load(scales + group * group_bytes + value * 64); }
   const float *value(int64_t token, int64_t d) const { return values + d * kKeyBlock + token * 16; }
   int64_t value_step() const { return 16; }
   int64_t value_panel() const { return 16 * kKeyBlock; }
@@ -101,10 +111,16 @@ void score_tile(const Tile &t, const Block &block, int64_t begin, int64_t group)
     for (int64_t j = 0; j < per_line; j++) multiply_add<Block, R, P>(acc, at, (i + j) * 16, x + i + j, x_stride);
   }
   for (; i < dim; i++) multiply_add<Block, R, P>(acc, at, i * 16, x + i, x_stride);
+  f32x16 scale[P];
+  if constexpr (Block::kScaled)
+    for (int p = 0; p < P; p++) scale[p] = block.scale(group + p, false);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) store(t.score + (begin + r) * kKeyBlock + (group + p) * 16, Block::Decode::weave(acc[r][p]));
+    for (int p = 0; p < P; p++) {
+      const f32x16 score = Block::Decode::weave(acc[r][p]);
+      store(t.score + (begin + r) * kKeyBlock + (group + p) * 16, Block::kScaled ? score * scale[p] : score);
+    }
 }
 
 template <class Block, int R = kTileRows>
@@ -235,7 +251,7 @@ template <class Block>
 void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t value_end) {
   const Row *row = t.row;
   const int64_t first_group = max(0, (row[begin].first - at) / 16), groups = min(kBlockGroups, (row[end - 1].position - at) / 16 + 1);
-  // Of many rows, a group is scored for those that see some of it.
+  // Of many rows, each tile is scored against what its rows see.
   const auto tiles = [&](int64_t from, int64_t to, const auto &each) {
     const int64_t rows = to - from, count = (rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0; i < count; i++) each(from + rows * i / count, (int)(rows * (i + 1) / count - rows * i / count));
@@ -243,11 +259,10 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   if (Block::kFetch) {
     score_few(t, block, begin, (int)(end - begin), first_group, groups);
   } else {
-    for (int64_t g = first_group, b = begin, e = begin; g < groups; g++) {
-      while (b < end && row[b].position < at + g * 16) b++;
-      while (e < end && row[e].first < at + g * 16 + 16) e++;
-      tiles(b, e, [&](int64_t from, int rows) { score_few(t, block, from, rows, g, g + 1); });
-    }
+    tiles(begin, end, [&](int64_t from, int rows) {
+      const int64_t low = max(0, (row[from].first - at) / 16), high = min(kBlockGroups, (row[from + rows - 1].position - at) / 16 + 1);
+      score_few(t, block, from, rows, low, high);
+    });
   }
   for (int64_t r = begin; r < end; r += 16) {
     float maximum[16] = {0}, sum[16], factor[16] = {0};
@@ -255,6 +270,12 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
     // One loop for each kind of dependence: in one loop for all, a row would wait for its maximum, then for its sum.
     for (int64_t i = 0; i < some; i++) maximum[i] = settle(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap);
     for (int64_t i = 0; i < some; i++) sum[i] = weigh(t.score + (r + i) * kKeyBlock, maximum[i]);
+    if constexpr (Block::kScaled)  // a weight meets the steps of its value times what one is worth
+      for (int64_t g = first_group; g < groups; g++) {
+        const f32x16 scale = block.scale(g, true);
+        for (float *weight = t.score + r * kKeyBlock + g * 16, *last = weight + some * kKeyBlock; weight < last; weight += kKeyBlock)
+          store(weight, load(weight) * scale);
+      }
     for (int64_t i = 0; i < some; i++) factor[i] = fall(row[r + i].maximum, maximum[i]);
     store(factor, exp_falling(load(factor)));
     for (int64_t i = 0; i < some; i++) {
@@ -272,12 +293,14 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
   };
   if (Block::kFetch) {
     seen(begin, (int)(end - begin));
+    if constexpr (Block::kScaled && Block::kFetch) block.fetch_scales();
     value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
   } else {
-    for (int64_t d = 0; d < value_end; d += 16)
+    constexpr int64_t dims = 16 * tile_panels(kTileRows);
+    for (int64_t d = 0; d < value_end; d += dims)
       tiles(begin, end, [&](int64_t first, int rows) {
         seen(first, rows);
-        value_few(t, block, first, rows, d, d + 16, from, to);
+        value_few(t, block, first, rows, d, min(d + dims, value_end), from, to);
       });
   }
 }

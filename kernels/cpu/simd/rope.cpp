@@ -91,8 +91,8 @@ void run_latent(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   for (int64_t r = s.tile_row[unit]; r < s.tile_row[unit] + s.tile_rows[unit]; r++) {
     const int64_t position = s.batch.positions[r];
     typename Kv::Element *group = kv_group<Kv>(span, latent_place(c), 0, position);
-    kv_put_key<Kv>(group, position, c.arg<const float>(0, s) + r * latent, 0, latent);
-    kv_put_key<Kv>(group, position, c.arg<const float>(1, s) + r * rope, latent, rope);
+    kv_put_key<Kv>(group, position, c.arg<const float>(0, s) + r * latent, 0, latent, 0);
+    kv_put_key<Kv>(group, position, c.arg<const float>(1, s) + r * rope, latent, rope, 1);
   }
 }
 
@@ -156,10 +156,13 @@ const Kernel rope_kernels[] = {
     {"rope.f32", "x cos sin out", "heads head_dim rotary_dim interleaved", "", check_rope, no_scratch, rope_units, run_rope},
     {"kv_write.f32", "k v", kWriteInts, "", check_write<KvF32>, no_scratch, tile_units, run_write<KvF32>},
     {"kv_write.bf16", "k v", kWriteInts, "", check_write<KvBf16>, no_scratch, tile_units, run_write<KvBf16>},
+    {"kv_write.i8", "k v", kWriteInts, "", check_write<KvInt8>, no_scratch, tile_units, run_write<KvInt8>},
     {"latent_write.f32", "latent rope", kLatentInts, "", check_latent<KvF32>, no_scratch, tile_units, run_latent<KvF32>},
     {"latent_write.bf16", "latent rope", kLatentInts, "", check_latent<KvBf16>, no_scratch, tile_units, run_latent<KvBf16>},
+    {"latent_write.i8", "latent rope", kLatentInts, "", check_latent<KvInt8>, no_scratch, tile_units, run_latent<KvInt8>},
     {"qk_norm_rope_write.f32", kFusedArgs, kFusedInts, "eps", check_fused<KvF32>, fused_scratch, tile_units, run_fused<KvF32>},
     {"qk_norm_rope_write.bf16", kFusedArgs, kFusedInts, "eps", check_fused<KvBf16>, fused_scratch, tile_units, run_fused<KvBf16>},
+    {"qk_norm_rope_write.i8", kFusedArgs, kFusedInts, "eps", check_fused<KvInt8>, fused_scratch, tile_units, run_fused<KvInt8>},
     {},
 };
 

@@ -208,6 +208,27 @@ XK_INLINE f32x16 load_bf16(const uint16_t *p) {
   return r;
 }
 
+// Sixteen int8 as float32.
+XK_INLINE f32x16 load_int8(const int8_t *p) {
+  f32x16 r;
+#if XK_VECTOR_BYTES == 64
+  r.v[0] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif XK_VECTOR_BYTES == 32
+  XK_PARTS r.v[i] = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + i * 8))));
+#elif defined(__aarch64__)
+  const int8x16_t all = vld1q_s8(p);
+  const int16x8_t half[2] = {vmovl_s8(vget_low_s8(all)), vmovl_high_s8(all)};
+  XK_PARTS r.v[i] = (vf)vcvtq_f32_s32(i % 2 ? vmovl_high_s16(half[i / 2]) : vmovl_s16(vget_low_s16(half[i / 2])));
+#else
+  XK_PARTS {
+    int four;
+    memcpy(&four, p + i * 4, 4);
+    r.v[i] = (vf)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
+  }
+#endif
+  return r;
+}
+
 XK_INLINE float bf16_to_float(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
   float f;

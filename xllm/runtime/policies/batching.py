@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import groupby
+from operator import attrgetter
 
 from xllm.runtime.policies.state import Budget
 from xllm.runtime.policies.step import Step
@@ -20,7 +21,7 @@ def mixed(step: Step) -> None:
     running, waiting, split = step.queues.running, step.queues.waiting, step.online_waiting
     timed = step.policy.timed
     if timed:
-        step.keep_time_for(_decodes(running[: step.online]))
+        step.keep_time_for(_phases(running[: step.online])[0])
     step.prefills = step.give_decodes(running[: step.online])
     if step.grants and not timed:
         step.prompt_tokens = min(step.prompt_tokens, step.limits.beside_decodes)
@@ -47,8 +48,7 @@ def prompts_first(step: Step) -> None:
     decodes; offline prompts only while no online sequence decodes. The next pages of decodes are not given to prompts
     that wait: one that gave way to a decode would take its pages back before that decode had its step."""
     running, waiting, split = step.queues.running, step.queues.waiting, step.online_waiting
-    decodes = _decodes(running)
-    step.prefills = _prompts(running)
+    decodes, step.prefills = _phases(running)
     online = {sequence.order for sequence in running[: step.online]}
     for sequence in step.prefills:
         if sequence.order in online:
@@ -71,37 +71,44 @@ def prompts_first(step: Step) -> None:
 def one_list(step: Step) -> None:
     """Everybody in rank order, whatever it needs: decodes, running prompts and waiting ones. Time is kept for online
     decodes; offline ones join as far as there is time."""
-    running, waiting = step.queues.running, step.queues.waiting
-    line = step.queues.line or (*running, *waiting)
-    ahead = {sequence.order for sequence in (*running[: step.online], *waiting[: step.online_waiting])}
-    decodes = _decodes(running[: step.online])
-    step.prefills = _prompts(running)
+    running, waiting, split = step.queues.running, step.queues.waiting, step.online_waiting
+    ahead, behind = (*running[: step.online], *waiting[:split]), (*running[step.online :], *waiting[split:])
+    line = step.queues.line or (*ahead, *behind)
+    decodes, prompts = _phases(running[: step.online])
+    step.prefills = prompts + _phases(running[step.online :])[1]
     step.keep_time_for(decodes)
     step.prompt_tokens = max(0, step.tokens - len(decodes))
     full = False
-    for (waits, online), group in groupby(line, key=lambda s: (s.state is State.WAITING, s.order in ahead)):
-        sequences = list(group)
-        if not online:
-            step.keep_short()
-        if waits:
-            full = full or len(step.admit(sequences, online)) < len(sequences)
-            continue
-        for sequence in step.give_decodes(sequences if online else _in_time(step, sequences)):
-            step.give_chunk(sequence)
+    for online, part in ((True, line[: len(ahead)]), (False, line[len(ahead) :])):
+        for state, group in groupby(part, key=attrgetter("state")):
+            sequences = list(group)
+            if not online:
+                step.keep_short()
+            if state is State.WAITING:
+                full = full or len(step.admit(sequences, online)) < len(sequences)
+                continue
+            for sequence in step.give_decodes(sequences if online else _in_time(step, sequences)):
+                step.give_chunk(sequence)
 
 
-def _decodes(running: Iterable[Sequence]) -> list[Sequence]:
-    return [sequence for sequence in running if sequence.decoding and sequence.outputs < sequence.max_outputs]
-
-
-def _prompts(running: Iterable[Sequence]) -> list[Sequence]:
-    return [sequence for sequence in running if not sequence.decoding and sequence.outputs < sequence.max_outputs]
+def _phases(running: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Those that decode, and those that are prompts; neither has its last token in flight. Asked about everybody in
+    every step, so properties are spelled out."""
+    decodes: list[Sequence] = []
+    prompts: list[Sequence] = []
+    for sequence in running:
+        known = len(sequence.tokens) + sequence.pending
+        if known - sequence.prompt_tokens < sequence.max_outputs:
+            computed = sequence.computed
+            decoding = known - computed == 1 and computed >= sequence.prompt_tokens
+            (decodes if decoding else prompts).append(sequence)
+    return decodes, prompts
 
 
 def _in_time(step: Step, sequences: Iterable[Sequence]) -> list[Sequence]:
     """Without the offline decodes that the step has no time for."""
     held = list(sequences)
-    decodes = _decodes(held)
+    decodes, _ = _phases(held)
     late = {sequence.order for sequence in decodes[step.timely(decodes) :]}
     if late:
         step.why.append(f"{len(late)} offline sequences: no time left in the step")

@@ -1,4 +1,4 @@
-"""Who goes first: ten orders, each a key of a sequence under a view of all; and the ranking every policy shares.
+"""Who goes first: ten orders, each a key of all sequences, column by column; and the ranking every policy shares.
 
 The oldest request that has waited too long is first of all, then all online ones by the key, then the offline ones by
 the key; equal keys go by arrival. So the order is total. Proof that everything ends, for any key: the oldest live
@@ -13,16 +13,20 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from xllm.runtime.policies.state import OFFLINE_AGED, Budget, Queues, StepCost
-from xllm.runtime.sequence import Sequence, State
+from xllm.runtime.sequence import Sequence
 
-Key = tuple[float, ...]
 PRIORITIES = {"HIGH": 0, "DEFAULT": 1, "NORMAL": 1, "LOW": 2}
 WEIGHTS = {"HIGH": 4.0, "DEFAULT": 2.0, "NORMAL": 2.0, "LOW": 1.0}
 NEGLIGIBLE = 1e-9  # seconds
 TIGHTEST_SHARE = 0.65  # of the least TPOT asked for: no step is cut shorter
 URGENT, RELAXED, LATE = 0.0, 1.0, 2.0
+# What is known of a sequence as soon as it is queued, by its place in `facts`; DUE is the first token's.
+NUMBER, ARRIVED, DUE, TPOT, PROMPT, OFFLINE, PRIORITY, WEIGHT = range(FACTS := 8)
 
 
 @dataclass(frozen=True)
@@ -42,140 +46,180 @@ class Curve:
         square = max(0.0, (twice - 2 * once) / (2 * tokens * tokens))
         return Curve(constant, max(0.0, once / tokens - square * tokens), square)
 
-    def work(self, before: int, after: int) -> float:
-        """Seconds for the tokens from `before` to `after` of a prompt, without the constant."""
+    def work(self, before, after):
+        """Seconds for the tokens from `before` to `after` of a prompt, without the constant; of arrays, one each."""
         return (after - before) * (self.linear + self.square * (after + before))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
-    """What keys may look at besides the sequence: the time, and of the whole load what work is left (`total`), all in
-    seconds. `decode` is what one more decode adds to a step."""
+    """What keys look at: columns of N sequences, those that run and then those that wait, and figures of all of them.
+    Times are in seconds. Each column is made when it is first asked for: a thousand sequences are ranked in every step.
+    """
 
+    running: Ordered[Sequence]
+    waiting: Ordered[Sequence]
+    budget: Budget
+    cost: StepCost
     now: float
-    curve: Curve = Curve(0.0, 0.0, 0.0)
-    decode: float = 0.0
-    total: float = 0.0
-    step_seconds: float = 0.0
 
-    @staticmethod
-    def of(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, cost: StepCost, now: float) -> View:
-        curve = Curve.of(cost, max(1, budget.tokens // 2))
-        decodes, work = [], 0.0
-        for sequence in (*running, *waiting):
-            if sequence.decoding:
-                decodes.append((sequence.computed, 1))
-            else:
-                work += curve.work(sequence.computed, sequence.computed + sequence.remaining)
-        added = cost.seconds(decodes) - curve.constant if decodes else 0.0
-        least = step_seconds(running, waiting, budget, now)
-        return View(now, curve, added / max(1, len(decodes)), work + added, least)
+    @cached_property
+    def everybody(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
 
-    def work(self, sequence: Sequence, decoding: bool) -> float:
-        """Seconds for what the model has not seen of a sequence."""
-        if decoding:
-            return max(self.decode, NEGLIGIBLE)
-        return max(self.curve.work(sequence.computed, sequence.computed + sequence.remaining), NEGLIGIBLE)
+    @cached_property
+    def facts(self) -> np.ndarray:
+        """[FACTS, N] of what does not change while a sequence lives: each packs its own once."""
+        packed = b"".join([sequence.facts or _pack(sequence) for sequence in self.everybody])
+        return np.frombuffer(packed).reshape(-1, FACTS).T
 
-    def class_of(self, sequence: Sequence, decoding: bool, due: float) -> float:
+    @cached_property
+    def offline(self) -> np.ndarray:
+        return self.facts[OFFLINE] > 0
+
+    @cached_property
+    def computed(self) -> np.ndarray:
+        return np.array([sequence.computed for sequence in self.everybody], float)
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """Tokens of the text, those in flight included."""
+        return np.array([len(sequence.tokens) + sequence.pending for sequence in self.everybody], float)
+
+    @cached_property
+    def outputs(self) -> np.ndarray:
+        return self.known - self.facts[PROMPT]
+
+    @cached_property
+    def decoding(self) -> np.ndarray:
+        return (self.computed >= self.facts[PROMPT]) & (self.known - self.computed == 1)
+
+    @cached_property
+    def first_at(self) -> np.ndarray:
+        """When the first token was known; infinity where none is."""
+        firsts = [sequence.first_at for sequence in self.everybody]
+        return np.array([math.inf if at is None else at for at in firsts], float)
+
+    @cached_property
+    def due(self) -> np.ndarray:
+        """When the next token should come; infinity when nothing is asked. `now` is when the launched steps will have
+        ended, so that is when a first token in flight is there."""
+        first = np.where(self.first_at == math.inf, self.now, self.first_at)
+        return np.where(self.outputs == 0, self.facts[DUE], first + self.facts[TPOT] * np.maximum(self.outputs, 1))
+
+    @cached_property
+    def curve(self) -> Curve:
+        return Curve.of(self.cost, max(1, self.budget.tokens // 2))
+
+    @cached_property
+    def decodes(self) -> tuple[int, float]:
+        """How many decode, and what all of them add to a step."""
+        rows = [(before, 1) for before in self.computed[self.decoding].astype(int).tolist()]
+        return len(rows), self.cost.seconds(rows) - self.curve.constant if rows else 0.0
+
+    @cached_property
+    def work(self) -> np.ndarray:
+        """For what the model has not seen of each."""
+        count, seconds = self.decodes
+        one = seconds / max(1, count)
+        return np.maximum(np.where(self.decoding, one, self.curve.work(self.computed, self.known)), NEGLIGIBLE)
+
+    @cached_property
+    def total(self) -> float:
+        """Of all work."""
+        prompts = ~self.decoding
+        return float(self.curve.work(self.computed[prompts], self.known[prompts]).sum()) + self.decodes[1]
+
+    @cached_property
+    def step_seconds(self) -> float:
+        """What a step may take: the least time left of those decodes that can still be served in time, but never less
+        than a share of the tightest TPOT asked for. While nobody decodes, the least time left until a first token, but
+        never less than `step_seconds` of the budget."""
+        left, count = self.due - self.now, len(self.running)
+        decodes = np.flatnonzero(self.decoding[:count])
+        if not len(decodes):
+            return max(_least(left[left > 0], math.inf), self.budget.step_seconds)
+        tightest = float(self.facts[TPOT, decodes].min())
+        if math.isinf(tightest):
+            return self.budget.step_seconds
+        least = TIGHTEST_SHARE * tightest
+        left = left[decodes]
+        return max(_least(left[left >= least], least), least)
+
+    @cached_property
+    def classes(self) -> np.ndarray:
         """URGENT: due before all that is left could be done. LATE: no first token yet, and too late for it to be in
         time even alone; such requests leave room for those that still can be."""
-        left, constant = due - self.now, self.curve.constant
-        if not decoding:
-            if sequence.first_at is None and left < self.work(sequence, decoding):
-                return LATE
-            return URGENT if left < self.total + constant else RELAXED
-        if self.step_seconds <= constant:
-            return URGENT
-        return URGENT if left < self.total * self.step_seconds / (self.step_seconds - constant) else RELAXED
+        left, constant, step = self.due - self.now, self.curve.constant, self.step_seconds
+        decodes = left < self.total * step / (step - constant) if step > constant else True
+        urgent = np.where(self.decoding, decodes, left < self.total + constant)
+        late = ~self.decoding & (self.first_at == math.inf) & (left < self.work)
+        return np.where(late, LATE, np.where(urgent, URGENT, RELAXED))
 
 
-def due(sequence: Sequence, now: float) -> float:
-    """When its next token should come; infinity when nothing is asked. `now` is when the launched steps will have
-    ended, so that is when a first token in flight is there."""
-    urgency, outputs = sequence.request.urgency, sequence.outputs
-    if not outputs:
-        return sequence.arrived + urgency.ttft
-    return (now if sequence.first_at is None else sequence.first_at) + urgency.tpot * outputs
+Keys = list[np.ndarray]  # columns, the one that decides first in front
 
 
-def step_seconds(running: Ordered[Sequence], waiting: Ordered[Sequence], budget: Budget, now: float) -> float:
-    """What a step may take: the least time left of those decodes that can still be served in time, but never less
-    than a share of the tightest TPOT asked for. While nobody decodes, the least time left until a first token, but
-    never less than `step_seconds`."""
-    decodes = [sequence for sequence in running if sequence.decoding]
-    if not decodes:
-        left = [due(sequence, now) - now for sequence in (*running, *waiting)]
-        return max(min((time for time in left if time > 0), default=math.inf), budget.step_seconds)
-    tightest = min(sequence.request.urgency.tpot for sequence in decodes)
-    if math.isinf(tightest):
-        return budget.step_seconds
-    least = TIGHTEST_SHARE * tightest
-    left = [due(sequence, now) - now for sequence in decodes]
-    return max(min((time for time in left if time >= least), default=least), least)
+def _least(values: np.ndarray, default: float) -> float:
+    return float(values.min()) if len(values) else default
 
 
-def _fcfs(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return ()
+def _priority(view: View) -> Keys:
+    return [view.facts[PRIORITY]]
 
 
-def _priority(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (PRIORITIES[sequence.request.urgency.priority],)
+def _deadline(view: View) -> Keys:
+    return [view.due]
 
 
-def _deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (due(sequence, view.now),)
+def _sjf(view: View) -> Keys:
+    return [view.work]
 
 
-def _sjf(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (view.work(sequence, decoding),)
+def _density(view: View) -> Keys:
+    return [-view.facts[WEIGHT] / view.work]
 
 
-def _density(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (-WEIGHTS[sequence.request.urgency.priority] / view.work(sequence, decoding),)
+def _decode_deadline(view: View) -> Keys:
+    return [~view.decoding, view.due]
 
 
-def _decode_deadline(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (not decoding, due(sequence, view.now))
+def _decode_density(view: View) -> Keys:
+    return [~view.decoding, *_density(view)]
 
 
-def _decode_density(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (not decoding, *_density(sequence, view, decoding))
+def _urgency_density(view: View) -> Keys:
+    relaxed = view.classes == RELAXED
+    prompt, density = _decode_density(view)
+    return [view.classes, np.where(relaxed, view.due, prompt), np.where(relaxed, 0.0, density)]
 
 
-def _urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
-    at = due(sequence, view.now)
-    group = view.class_of(sequence, decoding, at)
-    return (group, at) if group == RELAXED else (group, *_decode_density(sequence, view, decoding))
+def _urgency_priority(view: View) -> Keys:
+    return [view.classes, view.facts[PRIORITY]]
 
 
-def _urgency_priority(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (view.class_of(sequence, decoding, due(sequence, view.now)), *_priority(sequence, view, decoding))
-
-
-def _decode_urgency_density(sequence: Sequence, view: View, decoding: bool) -> Key:
-    return (not decoding, *_urgency_density(sequence, view, decoding))
+def _decode_urgency_density(view: View) -> Keys:
+    return [~view.decoding, *_urgency_density(view)]
 
 
 @dataclass(frozen=True)
 class Order:
-    """A key, lowest first; `costed` ones look at what work takes. Without a key it is the order of arrival."""
+    """Keys of all sequences, lowest first. Without any it is the order of arrival."""
 
-    key: Callable[[Sequence, View, bool], Key] | None
-    costed: bool = False
+    keys: Callable[[View], Keys] | None
 
 
 ORDERS = {
     "fcfs": Order(None),
     "priority": Order(_priority),
     "deadline": Order(_deadline),
-    "sjf": Order(_sjf, costed=True),
-    "density": Order(_density, costed=True),
+    "sjf": Order(_sjf),
+    "density": Order(_density),
     "decode_deadline": Order(_decode_deadline),
-    "decode_density": Order(_decode_density, costed=True),
-    "urgency_density": Order(_urgency_density, costed=True),
-    "urgency_priority": Order(_urgency_priority, costed=True),
-    "decode_urgency_density": Order(_decode_urgency_density, costed=True),
+    "decode_density": Order(_decode_density),
+    "urgency_density": Order(_urgency_density),
+    "urgency_priority": Order(_urgency_priority),
+    "decode_urgency_density": Order(_decode_urgency_density),
 }
 
 
@@ -189,34 +233,37 @@ def rank(
     now: float,
 ) -> Queues:
     """The queues in rank order; both come in order of arrival. Pure."""
-    aged = _aged(running, waiting, budget.aged_seconds, now)
-    view = View.of(running, waiting, budget, cost, now) if order.costed else View(now)
-    key = order.key or _fcfs
+    view = View(running, waiting, budget, cost, now)
+    number, first = view.facts[NUMBER], _aged(view)
+    offline = view.offline & ~first
+    keys = order.keys(view) if order.keys else []
+    places = np.lexsort((number, *reversed(keys), offline, ~first))
+    runs = places < len(running)
+    online = ~offline[places]
 
-    def place(sequence: Sequence) -> tuple[bool, bool, Key, int]:
-        first = sequence is aged
-        offline = sequence.request.urgency.offline and not first
-        return not first, offline, key(sequence, view, sequence.decoding), sequence.order
+    def named(at: np.ndarray) -> list[Sequence]:
+        return list(map(view.everybody.__getitem__, at.tolist()))
 
-    line = sorted((*running, *waiting), key=place)
-    runs = [sequence for sequence in line if sequence.state is not State.WAITING]
-    waits = [sequence for sequence in line if sequence.state is State.WAITING]
-
-    def online(queue: list[Sequence]) -> int:
-        return sum(not sequence.request.urgency.offline or sequence is aged for sequence in queue)
-
-    return Queues(runs, waits, slots, online(runs), online(waits), line)
+    return Queues(
+        named(places[runs]), named(places[~runs]), slots, int((runs & online).sum()), int((~runs & online).sum()),
+        named(places), view.step_seconds if "step_seconds" in vars(view) else None,
+    )  # fmt: skip
 
 
-def _aged(running: Ordered[Sequence], waiting: Ordered[Sequence], seconds: float, now: float) -> Sequence | None:
-    """The oldest of those older than their bound: one alone, or a crowd of them would undo the order for all."""
+def _aged(view: View) -> np.ndarray:
+    """Is it the oldest of those older than their bound? One alone, or a crowd of them would undo the order for all."""
+    bound = view.budget.aged_seconds * np.where(view.offline, OFFLINE_AGED, 1)
+    aged, number = view.now - view.facts[ARRIVED] > bound, view.facts[NUMBER]
+    return aged & (number == number[aged].min()) if aged.any() else aged
 
-    def first(queue: Ordered[Sequence]) -> Sequence | None:
-        for sequence in queue:
-            bound = seconds * OFFLINE_AGED if sequence.request.urgency.offline else seconds
-            if now - sequence.arrived > bound:
-                return sequence
-        return None
 
-    found = [sequence for queue in (running, waiting) if (sequence := first(queue)) is not None]
-    return min(found, key=lambda sequence: sequence.order, default=None)
+def _pack(sequence: Sequence) -> bytes:
+    """FACTS of a sequence that has been queued, as float64; they stay with it."""
+    urgency = sequence.request.urgency
+    sequence.facts = np.array(
+        [
+            sequence.order, sequence.arrived, sequence.arrived + urgency.ttft, urgency.tpot, sequence.prompt_tokens,
+            urgency.offline, PRIORITIES[urgency.priority], WEIGHTS[urgency.priority],
+        ], float,
+    ).tobytes()  # fmt: skip
+    return sequence.facts

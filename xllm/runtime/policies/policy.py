@@ -35,4 +35,4 @@ class Policy:
     @property
     def plain(self) -> bool:
         """Queues in order of arrival are in rank order, as long as nobody is offline."""
-        return self.order.key is None and not self.timed
+        return self.order.keys is None and not self.timed

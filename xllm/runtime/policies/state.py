@@ -18,12 +18,22 @@ OFFLINE_AGED = 10  # times as long for an offline one
 ASSUMED_TOKENS = 256  # of an answer, until some have ended
 
 
-class StepCost(Protocol):
-    """What a step takes."""
+Rows = Ordered[tuple[int, int]]  # (tokens computed before, tokens computed now) of each sequence
 
-    def seconds(self, rows: Ordered[tuple[int, int]], /) -> float:
-        """Seconds of a step of these rows, each (tokens computed before, tokens computed now); of no rows, what every
-        step takes."""
+
+class StepCost(Protocol):
+    """What a step takes. It depends on sums over its rows alone, so that one more row is quickly asked about."""
+
+    def sizes(self, rows: Rows, /) -> tuple[float, ...]:
+        """What of these rows its time depends on; those of other rows are added, one by one."""
+        ...
+
+    def of(self, sizes: Ordered[float], /) -> float:
+        """Seconds of a step of these sizes."""
+        ...
+
+    def seconds(self, rows: Rows, /) -> float:
+        """Seconds of a step of these rows; of no rows, what every step takes."""
         ...
 
 
@@ -33,8 +43,14 @@ class TokenCost:
 
     of_token: float = DEFAULT_TOKEN_SECONDS
 
-    def seconds(self, rows: Ordered[tuple[int, int]], /) -> float:
-        return self.of_token * sum(tokens for _, tokens in rows)
+    def sizes(self, rows: Rows, /) -> tuple[float, ...]:
+        return (sum([tokens for _, tokens in rows]),)
+
+    def of(self, sizes: Ordered[float], /) -> float:
+        return self.of_token * sizes[0]
+
+    def seconds(self, rows: Rows, /) -> float:
+        return self.of(self.sizes(rows))
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,14 @@ class Scaled:
     cost: StepCost
     factor: float = 1.0
 
-    def seconds(self, rows: Ordered[tuple[int, int]], /) -> float:
-        return self.factor * self.cost.seconds(rows)
+    def sizes(self, rows: Rows, /) -> tuple[float, ...]:
+        return self.cost.sizes(rows)
+
+    def of(self, sizes: Ordered[float], /) -> float:
+        return self.factor * self.cost.of(sizes)
+
+    def seconds(self, rows: Rows, /) -> float:
+        return self.of(self.sizes(rows))
 
 
 @dataclass(frozen=True)
@@ -69,8 +91,8 @@ class Budget:
 class Queues:
     """The scheduler's view. `running` (they hold slots) and `waiting` are in rank order, which is that of arrival
     unless a policy says otherwise; what is `computed` of a waiting one is cached. The first `online_running` and
-    `online_waiting` of them count as online, the rest are offline. `line` is all of them in one order, where a policy
-    ranks them."""
+    `online_waiting` of them count as online, the rest are offline. `line` is all of them in one order, online ones
+    first, where a policy ranks them. `step_seconds`: what a timed step of them may take, where ranking has found it."""
 
     running: Ordered[Sequence]
     waiting: Ordered[Sequence]
@@ -78,6 +100,7 @@ class Queues:
     online_running: int = sys.maxsize
     online_waiting: int = sys.maxsize
     line: Ordered[Sequence] = ()
+    step_seconds: float | None = None
 
     def without(self, others: Ordered[Sequence]) -> Queues:
         """Some who wait had better do so for a while."""
@@ -85,7 +108,7 @@ class Queues:
         waiting = [sequence for sequence in self.waiting if sequence.order not in gone]
         online = sum(sequence.order not in gone for sequence in self.waiting[: self.online_waiting])
         line = [sequence for sequence in self.line if sequence.order not in gone]
-        return replace(self, waiting=waiting, online_waiting=online, line=line)
+        return replace(self, waiting=waiting, online_waiting=online, line=line, step_seconds=None)
 
 
 class Grant(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Ordered
+from itertools import islice
 
 from xllm.runtime.policies.policy import Policy
 from xllm.runtime.policies.state import Budget, Grant, Queues, StepCost
@@ -34,6 +35,8 @@ class Step:
         self.tokens = self.prompt_tokens = limits.tokens
         self.seconds = seconds
         self.reserved: dict[int, tuple[int, int]] = {}  # rows of decodes that a timed step keeps time for, by order
+        self.counts: tuple[float, ...] | None = None  # sizes of what is reserved and of the first `counted` grants
+        self.counted = 0
         self.free = free_pages
         self.coming = 0  # pages of victims that a launched step still uses
         self.slots = queues.free_slots
@@ -103,7 +106,7 @@ class Step:
             return admitted
         # Offline ones give way to online admissions, so what they hold and were promised does not count there.
         peers = self.queues.running[: self.online] if online else self.queues.running
-        known = {sequence.order for sequence in peers}
+        known = {sequence.order for sequence in peers} if self.prefills else ()
         promised = reserved + sum(self.promise(sequence) for sequence in self.prefills if sequence.order in known)
         promised += sum(self.promise(sequence) for sequence in self.admitted)
         for sequence in waiting:
@@ -184,16 +187,16 @@ class Step:
         empty. Nobody gets any once somebody got less than asked for."""
         if self.late is not None and self.late is not sequence:
             return 0
-        rows = self.rows()
+        sizes, rows = self.sizes(), bool(self.grants or self.reserved)
 
         def seconds(count: int) -> float:
-            return self.cost.seconds([*rows, (sequence.computed, count)] if count else rows)
+            return self.cost.of(_sum(sizes, self.cost.sizes([(sequence.computed, count)] if count else [])))
 
         low, high = 0 if rows else min(tokens, LEAST_PIECE), tokens
-        below, above = seconds(low), seconds(high)
+        above = seconds(high)
         if low == high or above <= self.seconds:
             return tokens
-        self.late = sequence
+        self.late, below = sequence, seconds(low)
         if below > self.seconds:
             return 0 if rows else low
         turn = 0
@@ -208,15 +211,28 @@ class Step:
                 high, above = middle, found
         return low if low > LEAST_PIECE or not rows else 0
 
-    def rows(self) -> list[tuple[int, int]]:
-        """What a timed step has in it, the decodes it keeps time for included."""
-        others = (grant for order, grant in self.grants.items() if order not in self.reserved)
-        return [*self.reserved.values(), *((grant.sequence.computed, grant.tokens) for grant in others)]
+    def sizes(self) -> tuple[float, ...]:
+        """Of what a timed step has in it, the decodes it keeps time for included, as its cost goes by. Rows are counted
+        once: those granted since the last call are added."""
+        fresh = islice(self.grants.items(), self.counted, None)
+        rows = [(grant.sequence.computed, grant.tokens) for order, grant in fresh if order not in self.reserved]
+        if self.counts is None:
+            rows += self.reserved.values()
+            self.counts = self.cost.sizes(rows)
+        elif rows:
+            self.counts = _sum(self.counts, self.cost.sizes(rows))
+        self.counted = len(self.grants)
+        return self.counts
+
+    def recount(self) -> None:
+        """Rows are not what they were."""
+        self.counted, self.counts = 0, None
 
     def keep_time_for(self, decodes: Ordered[Sequence]) -> None:
         """Prompts get what these leave, and some in any case: a latency that cannot be kept stops nobody."""
         self.reserved = {sequence.order: (sequence.computed, 1) for sequence in decodes}
-        self.seconds = max(self.seconds, PATIENCE * self.cost.seconds(list(self.reserved.values())))
+        self.recount()
+        self.seconds = max(self.seconds, PATIENCE * self.cost.of(self.sizes()))
 
     def keep_short(self) -> None:
         """Before offline work gets any, which goes by time under every policy: online sequences of this step wait for
@@ -226,12 +242,12 @@ class Step:
 
     def timely(self, decodes: Ordered[Sequence]) -> int:
         """How many of these decodes, the first ones, the step has time for."""
-        rows, low, high = self.rows(), 0, len(decodes)
+        sizes, low, high = self.sizes(), 0, len(decodes)
         while low < high and self.seconds < math.inf:
             middle = (low + high + 1) // 2
-            added = [(sequence.computed, 1) for sequence in decodes[:middle]]
-            if self.cost.seconds(rows + added) <= self.seconds:
-                low = middle
+            added = _sum(sizes, self.cost.sizes([(sequence.computed, 1) for sequence in decodes[low:middle]]))
+            if self.cost.of(added) <= self.seconds:
+                low, sizes = middle, added
             else:
                 high = middle - 1
         return high
@@ -244,6 +260,7 @@ class Step:
         self.free -= pages - sequence.pages
 
     def take_back(self, grant: Grant) -> None:
+        self.recount()
         self.tokens += grant.tokens
         self.prompt_tokens += grant.tokens
         self.free += grant.pages - grant.sequence.pages
@@ -307,3 +324,7 @@ class Step:
         whose = "online" if self.victims < self.online else "offline"
         self.causes.append(f"{needs}_preempt_{whose}")
         self.why.append(f"{victim.id}: preempted, what it holds is needed by those before it")
+
+
+def _sum(sizes: Ordered[float], more: Ordered[float]) -> tuple[float, ...]:
+    return tuple([one + other for one, other in zip(sizes, more, strict=True)])

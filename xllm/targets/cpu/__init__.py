@@ -2,7 +2,8 @@
 
 Weights of products lie in panels of 16 outputs (see kernels/cpu/panel.h), so that every output accumulates along K in
 one fixed order. State lies in groups of 16 tokens; inside a group, per layer and KV head, keys as [key_dim][16] and
-values as [16][value_dim] (latent layers keep no values). No torch: the serving process imports this file.
+values as [16][value_dim] (latent layers keep no values), those of int8 behind their scales. No torch: the serving
+process imports this file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from xllm.targets.cpu import (
     strided,
     typed,
 )
-from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule
+from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule, kv_bytes
 from xllm.targets.cpu.tuning import ROUND, Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
@@ -73,7 +74,7 @@ class CpuTarget:
             offsets.append(at)
             fixed_offsets.append(fixed)
             width = layer.key_dim + (0 if layer.latent else layer.value_dim)
-            at += _lines(layer.kv_heads * width * GROUP_TOKENS * ELEMENT_BYTES[dtype])
+            at += _lines(kv_bytes(layer.kv_heads, width, ELEMENT_BYTES[dtype]))
             fixed += _lines(layer.fixed_floats * 4)
         fixed_offsets = fixed_offsets if fixed else []
         return KVLayout(dtype, GROUP_TOKENS, at or LINE_BYTES, tuple(offsets), fixed, tuple(fixed_offsets))

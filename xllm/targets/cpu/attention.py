@@ -13,6 +13,7 @@ from xllm.targets.cpu.rules import (
     Reach,
     Rule,
     ints,
+    kv_bytes,
     kv_place,
     last_dim,
 )
@@ -47,7 +48,7 @@ def _kv_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Ref
         f"kv_write.{SUFFIX[kv.dtype]}",
         {"k": k, "v": v},
         {**kv_place(op, kv), "kv_heads": heads, "key_dim": key_dim, "value_dim": value_dim},
-        cost=Cost(bytes=TOKENS.times(heads * (key_dim + value_dim) * (4 + ELEMENT_BYTES[kv.dtype]))),
+        cost=Cost(bytes=TOKENS.times(4 * heads * (key_dim + value_dim) + _kept(kv, heads, key_dim + value_dim))),
     )
 
 
@@ -58,7 +59,7 @@ def _latent_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering |
         f"latent_write.{SUFFIX[kv.dtype]}",
         {"latent": latent, "rope": rope},
         {**kv_place(op, kv), "latent_dim": latent.width, "rope_dim": rope.width},
-        cost=Cost(bytes=TOKENS.times(width * (4 + ELEMENT_BYTES[kv.dtype]))),
+        cost=Cost(bytes=TOKENS.times(4 * width + _kept(kv, 1, width))),
     )
 
 
@@ -93,7 +94,7 @@ def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Re
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
         layouts={sinks.name: PLAIN} if sinks is not None else {},
-        cost=_attention_cost(op, heads, key_dim + value_dim, kv_heads * (key_dim + value_dim), kv.dtype),
+        cost=_attention_cost(op, heads, key_dim + value_dim, _kept(kv, kv_heads, key_dim + value_dim)),
         scratch=(parts,),
     )
 
@@ -119,7 +120,7 @@ def _latent_attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Loweri
             "parts": _PARTS,
         },
         {"scale": op.args["scale"], "softcap": op.args["softcap"]},
-        cost=_attention_cost(op, heads, key_dim + value_dim, key_dim, kv.dtype),
+        cost=_attention_cost(op, heads, key_dim + value_dim, _kept(kv, 1, key_dim)),
         scratch=(parts,),
     )
 
@@ -133,11 +134,16 @@ def _parts(op: Operation, heads: int, value_dim: int) -> Tensor:
     return Tensor(f"{op.node}.parts", "value", (_PARTS, heads * _part_floats(value_dim)), "float32")
 
 
-def _attention_cost(op: Operation, heads: int, pair: int, token: int, dtype: str) -> Cost:
-    """pair: multiply-adds of a query head with a token it sees; token: elements kept of one. Queries and results move
+def _kept(kv: KVLayout, heads: int, width: int) -> int:
+    """Bytes of one token of a layer."""
+    return kv_bytes(heads, width, ELEMENT_BYTES[kv.dtype]) // GROUP_TOKENS
+
+
+def _attention_cost(op: Operation, heads: int, pair: int, token: int) -> Cost:
+    """pair: multiply-adds of a query head with a token it sees; token: bytes kept of one. Queries and results move
     too."""
     window = op.args["window"]
-    moved = within("K", window).times(token * ELEMENT_BYTES[dtype]).plus(TOKENS.times(4 * heads * pair))
+    moved = within("K", window).times(token).plus(TOKENS.times(4 * heads * pair))
     return Cost(within("P", window).times(2 * heads * pair), moved)
 
 
@@ -148,18 +154,18 @@ def _rope_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int],
 
 def _kv_write_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, key, value = sizes["kv_heads"], sizes["key_dim"], sizes["value_dim"]
-    return {"k": 4 * heads * key, "v": 4 * heads * value}, {"state": heads * (key + value) * GROUP_TOKENS * element}
+    return {"k": 4 * heads * key, "v": 4 * heads * value}, {"state": kv_bytes(heads, key + value, element)}
 
 
 def _latent_write_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     latent, rope = sizes["latent_dim"], sizes["rope_dim"]
-    return {"latent": 4 * latent, "rope": 4 * rope}, {"state": (latent + rope) * GROUP_TOKENS * element}
+    return {"latent": 4 * latent, "rope": 4 * rope}, {"state": kv_bytes(1, latent + rope, element)}
 
 
 def _fused_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     head, turned = 4 * sizes["head_dim"], 4 * sizes["rotary_dim"]
     rows = {"qkv": (sizes["q_heads"] + 2 * sizes["kv_heads"]) * head, "q_out": sizes["q_heads"] * head}
-    kept = 2 * sizes["kv_heads"] * sizes["head_dim"] * GROUP_TOKENS * element
+    kept = kv_bytes(sizes["kv_heads"], 2 * sizes["head_dim"], element)
     once = {"q_norm": head, "k_norm": head, "state": kept}
     return {**rows, "cos": turned, "sin": turned}, once
 
@@ -167,11 +173,7 @@ def _fused_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int]
 def _attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
     heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
     parts = 4 * sizes["parts"] * heads * _part_floats(value)
-    once = {
-        "sinks": 4 * heads,
-        "scratch_parts": parts,
-        "state": sizes["kv_heads"] * (key + value) * GROUP_TOKENS * element,
-    }
+    once = {"sinks": 4 * heads, "scratch_parts": parts, "state": kv_bytes(sizes["kv_heads"], key + value, element)}
     return {"q": 4 * heads * key, "out": 4 * heads * value}, once
 
 
@@ -179,7 +181,7 @@ def _latent_attention_reach(sizes: Mapping[str, int], element: int) -> tuple[dic
     heads, key, value = sizes["q_heads"], sizes["key_dim"], sizes["value_dim"]
     rows = {"q_latent": 4 * heads * value, "q_rope": 4 * heads * (key - value), "out": 4 * heads * value}
     parts = 4 * sizes["parts"] * heads * _part_floats(value)
-    return rows, {"scratch_parts": parts, "state": sizes["kv_heads"] * key * GROUP_TOKENS * element}
+    return rows, {"scratch_parts": parts, "state": kv_bytes(sizes["kv_heads"], key, element)}
 
 
 RULES: Mapping[str, Rule] = {

@@ -16,6 +16,7 @@ GROUP_TOKENS = 16
 PANEL_ROWS = 16
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0}  # whole ones: of int4 two share a byte
 SUFFIX = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
+KV_SCALES_BYTES = 2 * GROUP_TOKENS * 4  # of int8 keys and values, float32: two for each token and KV head
 PANELS = "panels16"
 PLAIN = Layout("plain", "float32")
 
@@ -47,6 +48,11 @@ def ints(shape: tuple[int | Extent, ...]) -> tuple[int, ...]:
 def kv_place(op: Operation, kv: KVLayout) -> dict[str, int]:
     """Where the layer of an operation keeps its keys and values: the ints every kernel on them takes."""
     return {"layer_offset": kv.layer_offsets[op.args["layer"]], "group_bytes": kv.group_bytes}
+
+
+def kv_bytes(heads: int, width: int, element: int) -> int:
+    """Bytes that a layer keeps of a group of tokens: per KV head `width` elements of each, and the scales of int8."""
+    return heads * (width * GROUP_TOKENS * element + (KV_SCALES_BYTES if element == ELEMENT_BYTES["int8"] else 0))
 
 
 def fixed_place(op: Operation, kv: KVLayout) -> dict[str, int]:
