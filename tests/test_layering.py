@@ -64,6 +64,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "service": ({"", "config", "runtime"}, HTTP),
     "service.files": ({"service"}, {"python_multipart"}),
     "service.grammar": ({"runtime", "service"}, {"llguidance", "msgspec", "numpy"}),
+    "service.budget": ({"runtime", "service"}, {"numpy"}),
     "service.trial": (set(), {"llguidance"}),
     "embedded": (set(), {"tokenizers", "torch", "transformers", "safetensors"}),
     "watch": ({"artifact", "files", "runtime", "traffic"}, {"msgspec", "numpy"}),
@@ -73,8 +74,9 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "completion": ({"runtime", "service"}, {"rich"}),
     "offline": ({"artifact", "completion", "control", "llm", "memory", "runtime", "service"}, {"msgspec", "numpy"}),
     "doctor": ({"", "config", "kernels", "targets"}, set()),
+    "doors": ({"", "commands", "config", "service.listener", "service.sites", "service.gate"}, set()),
     "commands": (
-        {"", "artifact", "config", "control", "functions", "kernels", "llm", "runtime", "service", "storage"}
+        {"", "artifact", "config", "control", "doors", "functions", "kernels", "llm", "runtime", "service", "storage"}
         | {"targets", "watch"},
         SERVING,
     ),

@@ -185,7 +185,7 @@ async def _leave_mid_stream(url: str) -> None:
     body = json.dumps({"model": "tiny", "prompt": "abcdefgh", "max_tokens": 1500, "stream": True, "ignore_eos": True})
     head = (
         "POST /v1/completions HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     )

@@ -106,6 +106,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm serve qwen.xllm",
             "xllm serve qwen.xllm --memory 4GiB --threads 2 --port 8080",
             "xllm serve qwen.xllm --host 0.0.0.0 --api-key-file keys.txt",
+            "xllm serve qwen.xllm --admin-port 9000                       control is there, and nowhere else",
         )
     )
     generate_flags(

@@ -79,28 +79,18 @@ def serve(arguments: argparse.Namespace) -> None:
     config.leave_the_cores_alone()
     import logging
 
-    keys = None
-    if arguments.api_key_file is not None:
-        keys = config.api_keys(arguments.api_key_file)
-    elif not config.is_loopback(arguments.host):
-        raise UsageError(f"--host {arguments.host} can be reached by others: give --api-key-file FILE, or 127.0.0.1")
-    admin = config.api_keys(arguments.admin_key_file) if arguments.admin_key_file else None
+    from xllm.doors import open_doors
+
+    doors = open_doors(arguments)
     folder = _artifact_folder(arguments.model)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    from xllm.service.listener import bind
     from xllm.watch.observers import Observers
 
     try:
         observers = Observers(arguments.record_traffic, arguments.profile_dir, arguments.trace_decisions)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    try:
-        listener = bind(arguments.host, arguments.port)
-    except OSError as error:
-        raise UsageError(
-            f"can't listen on {arguments.host}:{arguments.port}: {error.strerror}; try --port 0 for a free one"
-        ) from None
     took: dict[str, float] = {}
     with _lap(took, "runtime imported"):
         from xllm.control import EngineControl
@@ -137,7 +127,6 @@ def serve(arguments: argparse.Namespace) -> None:
         with _lap(took, "HTTP imported"):
             from xllm.service.app import load_service
             from xllm.service.endpoint import Limits
-            from xllm.service.gate import Keys
             from xllm.service.parsers.reading import choose
             from xllm.service.server import serve as answer
             from xllm.service.tokenizer import TextCodec
@@ -181,7 +170,7 @@ def serve(arguments: argparse.Namespace) -> None:
         if isinstance(engine, Engine):
             service.controls = EngineControl(engine, artifact, arguments.require_signature)
             service.weights_folder = arguments.weights_dir
-        answer(service, listener, Keys(keys) if keys else None, _listening, admin=Keys(admin) if admin else None)
+        answer(service, doors.listener, doors.access(), _listening, control=doors.control)
     finally:
         engine.stop()
         observers.close()

@@ -76,6 +76,15 @@ def serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--order", metavar="NAME", help=f"who goes first: {orders}")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="accepted keys, one a line")
     sub.add_argument("--admin-key-file", type=Path, metavar="FILE", help="keys that may control it, one a line")
+    sub.add_argument(
+        "--admin-port", type=port, metavar="PORT",
+        help="control routes and /metrics are on this port, and control is on no other; 0 takes a free one",
+    )  # fmt: skip
+    sub.add_argument("--admin-host", metavar="HOST", help="address of --admin-port (default 127.0.0.1)")
+    sub.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="pages of this site may ask, like https://chat.example.com; repeatable (default: the server's own page)",
+    )  # fmt: skip
     sub.add_argument("--weights-dir", type=Path, metavar="FOLDER", help="artifacts /update_weights may load")
     sub.add_argument(
         "--max-concurrent-requests", type=count, default=200, metavar="N",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +15,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, StepError, StepResult, TokenOutput
 from xllm.runtime import Limits as ExecutorLimits
 from xllm.runtime.encoding import Encoder
+from xllm.runtime.request import Matcher
 from xllm.runtime.rows import RowEngine
 from xllm.service.app import load_service
 from xllm.service.dispatch import Dispatcher
 from xllm.service.endpoint import Limits, Service
-from xllm.service.gate import Keys
+from xllm.service.gate import Access, Keys
 from xllm.service.listener import bind, url
 from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
+from xllm.service.sites import origins_of
 from xllm.service.tokenizer import TextCodec
 
 CHAT_TEMPLATE = (
@@ -61,7 +64,8 @@ def shout(request: Request) -> list[int]:
 
 
 class FakeEngine:
-    """One thread, one token per request and step. `reply` says which tokens; `tick` seconds lie between steps."""
+    """One thread, one token per request and step. `reply` says which tokens, and where a grammar forbids one the least
+    that it allows is taken; `tick` seconds lie between steps."""
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class FakeEngine:
     ) -> None:
         self._sink, self._reply, self._tick, self._queue_limit = sink, reply, tick, queue_limit
         self._live: dict[str, tuple[Request, Sequence[int], int]] = {}
+        self._matchers: dict[str, Matcher] = {}
         self._changed = threading.Condition()
         self._stopped = False
         self.seen: list[Request] = []
@@ -136,7 +141,7 @@ class FakeEngine:
                 outputs.append(TokenOutput(request.id, None, at, finish_reason="error", error=self.broken))
                 del self._live[request.id]
                 continue
-            token = reply[at % len(reply)]
+            token = self._allowed(request, reply[at % len(reply)], at)
             reason = None
             stops = token == EOS or token in request.params.stop_token_ids
             if stops and not request.params.ignore_eos:
@@ -162,6 +167,18 @@ class FakeEngine:
                 del self._live[request.id]
         return outputs
 
+    def _allowed(self, request: Request, token: int, at: int) -> int:
+        if request.params.grammar is None:
+            return token
+        if at == 0:
+            self._matchers[request.id] = request.params.grammar.start()
+        matcher, mask = self._matchers[request.id], np.zeros(VOCAB // 32, np.uint32)
+        matcher.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        token = token if token in allowed else int(allowed[0])
+        matcher.take([token])
+        return token
+
 
 class Script:
     """A reply for `fake_service`: whatever is asked, the model says `text`."""
@@ -177,7 +194,7 @@ def fake_service(tmp_path, limits: Limits | None = None, template: str | None = 
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
     dispatcher = Dispatcher()
-    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={})
+    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={}, eos_ids=(EOS,))
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
     return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
@@ -235,7 +252,9 @@ class FakeRows:
         self.closed = True
 
 
-def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096) -> tuple[Service, FakeRows]:
+def rows_service(
+    tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096, template: str = CHAT_TEMPLATE
+) -> tuple[Service, FakeRows]:
     """A service over FakeRows; with `labels`, of a classifier."""
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
@@ -245,17 +264,26 @@ def rows_service(tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096
     task = "classify" if labels else "embed"
     facts = ModelFacts("fake", VOCAB, 64, {}, task, executor.limits.width, labels)
     codec = TextCodec.from_file(path)
-    return load_service(facts, codec, CHAT_TEMPLATE, {}, engine, dispatcher, Limits()), executor
+    return load_service(facts, codec, template, {}, engine, dispatcher, Limits()), executor
 
 
 @contextmanager
-def running(service: Service, keys: Keys | None = None, admin: Keys | None = None):
-    """A real server on loopback in a thread; yields (base URL, server)."""
+def running(
+    service: Service,
+    keys: Keys | None = None,
+    admin: Keys | None = None,
+    origins: Sequence[str] = (),
+    control: socket.socket | None = None,
+):
+    """A real server on loopback in a thread; yields (base URL, server). control: listens for control routes."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = Server(service, keys, admin=admin)
+    access = Access(keys, admin, origins_of(origins), control and control.getsockname()[1])
+    server = Server(service, access)
     server.on_listening = listening.set
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listener, *([control] if control else [])]}, daemon=True
+    )
     thread.start()
     listening.wait(20)
     try:

@@ -108,6 +108,18 @@ def test_turns_reach_the_template(claude, script, served):
     assert rest == "".join(f"<|start|>{turn}<|end|>" for turn in shown) + "<|start|>assistant\n<think>"
 
 
+def test_input_comes_as_it_is_written_and_is_whole_in_the_end(claude, script):
+    script.text = f"a</think>{CALL}"
+    with claude.messages.stream(model="fake", max_tokens=200, messages=SAY, tools=TOOLS) as stream:
+        pieces = [event.partial_json for event in stream if event.type == "input_json"]
+        final = stream.get_final_message()
+    assert "".join(pieces) == '{"city": "Zürich 😀"}' and max(map(len, pieces)) <= 2
+    assert final.content[-1].input == {"city": "Zürich 😀"} and final.stop_reason == "tool_use"
+    script.text = 'a</think><tool_call>{"name": "weather", "arguments": {"city": "Bern", "at": 12'
+    cut = ask(claude)
+    assert (cut.content[-1].input, cut.stop_reason) == ({"city": "Bern"}, "end_turn")
+
+
 def test_choices_of_tools(claude, script):
     script.text = f"a</think>{CALL}{CLOCK}"
     one = ask(claude, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
@@ -127,7 +139,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
         "messages[0].content[0]",
     ),
-    "prefill": ({"messages": [*SAY, {"role": "assistant", "content": "The"}]}, "messages[1]|begin with a given"),
     "role": ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
     "call of a user": (
         {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}]},
@@ -144,6 +155,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "container": ({"container": "x"}, "container"),
     "no turns": ({"messages": []}, "messages"),
     "temperature": ({"extra_body": {"temperature": 3.0}}, "temperature"),
+    "stops": ({"stop_sequences": ["a"] * 5}, "stop_sequences has 5"),
+    "an empty stop": ({"stop_sequences": [""]}, "stop_sequences has a string"),
+    "name of a tool": ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name has"),
     "unknown": ({"extra_body": {"top_q": 1}}, "top_q"),
 }
 

@@ -244,7 +244,7 @@ def test_what_is_kept_and_open_has_limits_and_an_upload_that_ends_leaves_nothing
         client.files.delete(str(batch.output_file_id))
         parts = urlsplit(base)
         with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
-            head = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            head = "POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=b\r\n"
             form = '--b\r\ncontent-disposition: form-data; name="file"\r\n\r\nhalf'
             connection.sendall(f"{head}content-length: 1000\r\n\r\n{form}".encode())
             wait_for(lambda: list((tmp_path / "state").rglob("*.part")))

@@ -1,4 +1,5 @@
-"""Every field that the official clients can send is honoured or refused by its name; docs/api.md says which.
+"""Every field that the official clients can send is honoured, which its effect shows (see effects), or refused by its
+name; docs/api.md says which.
 
 python -m tests.service.test_client_fields > docs/api.md
 """
@@ -6,23 +7,27 @@ python -m tests.service.test_client_fields > docs/api.md
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-import httpx
 import msgspec
 import pytest
 from anthropic.types import message_create_params
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
+from tokenizers.processors import TemplateProcessing
 
+from tests.service.effects import EFFECTS, IDLE, SAY, START, TEMPLATE, Seen, reply
+from tests.service.fakes import byte_tokenizer, fake_service, rows_service, running
 from xllm.service.anthropic import Messages
 from xllm.service.completions import Chat, Completions
 from xllm.service.endpoint import Endpoint
 from xllm.service.responses import Responses
 from xllm.service.rows import Embeddings
+from xllm.service.tokenizer import TextCodec
 
 CLIENTS = f"the types of openai {version('openai')} and anthropic {version('anthropic')}"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
@@ -36,39 +41,15 @@ class Route(NamedTuple):
     least: dict[str, Any]
 
 
-SAY = [{"role": "user", "content": "hi"}]
-TOOL = {"type": "function", "function": {"name": "f"}}
 ROUTES = {
     "/v1/chat/completions": Route(Chat, chat_create_params.CompletionCreateParamsNonStreaming, {"messages": SAY}),
     "/v1/completions": Route(Completions, completion_create_params.CompletionCreateParamsNonStreaming, {"prompt": "a"}),
     "/v1/responses": Route(Responses, response_create_params.ResponseCreateParamsNonStreaming, {"input": "a"}),
     "/v1/messages": Route(
-        Messages, message_create_params.MessageCreateParamsNonStreaming, {"messages": SAY, "max_tokens": 5}
+        Messages, message_create_params.MessageCreateParamsNonStreaming, {"messages": SAY, "max_tokens": 200}
     ),
     "/v1/embeddings": Route(Embeddings, embedding_create_params.EmbeddingCreateParams, {"input": "a"}),
 }
-# What shows that a field is honoured; fields of which the value alone is refused are named below.
-SAMPLES: dict[str, Any] = {
-    "best_of": 1, "cache_control": {"type": "ephemeral"}, "echo": True, "frequency_penalty": 0.5, "input": "b",
-    "instructions": "c", "logit_bias": {"5": 1}, "logprobs": True, "max_completion_tokens": 3, "max_output_tokens": 3,
-    "max_tokens": 3, "messages": SAY, "metadata": {"user_id": "u"}, "model": "fake", "n": 2,
-    "parallel_tool_calls": True, "presence_penalty": 0.5, "prompt": "b", "prompt_cache_key": "k", "reasoning": {},
-    "safety_identifier": "s",
-    "seed": 1, "stop": "x", "stop_sequences": ["x"], "store": False, "stream": False, "system": "s", "temperature": 0.5,
-    "text": {"format": {"type": "text"}}, "thinking": {"type": "disabled"}, "tool_choice": "none", "tools": [],
-    "top_k": 3, "top_p": 0.5, "user": "u",
-}  # fmt: skip
-SAMPLES_OF = {
-    ("/v1/completions", "logprobs"): 2,
-    ("/v1/messages", "tool_choice"): {"type": "none"},
-    ("/v1/responses", "metadata"): {"a": "b"},
-}
-# Honoured with something else: what they need beside them, or a model that does it.
-WITH: dict[str, dict[str, Any]] = {
-    "top_logprobs": {"top_logprobs": 1, "logprobs": True},
-    "stream_options": {"stream_options": {"include_usage": True}, "stream": True},
-}
-ELSEWHERE = {"previous_response_id", "response_format"}  # tests of their own have them
 
 
 def accepted(path: str) -> set[str]:
@@ -82,21 +63,65 @@ def fields(path: str) -> dict[str, bool]:
     return {name: name in known for name in sorted(get_type_hints(ROUTES[path].type))}
 
 
-CASES = [(path, name, honoured) for path in ROUTES for name, honoured in fields(path).items()]
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Of a model that generates, and of one that embeds: (base URL, service). Their tokenizer adds <|start|>."""
+    generates = fake_service(tmp_path_factory.mktemp("generates"), template=TEMPLATE, reply=reply)
+    embeds, _ = rows_service(tmp_path_factory.mktemp("embeds"), template=TEMPLATE)
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", START)])
+    generates.codec = embeds.codec = TextCodec(tokenizer)
+    with running(generates) as (base, _), running(embeds) as (other, _):
+        yield {False: (base, generates), True: (other, embeds)}
 
 
-@pytest.mark.parametrize(("path", "name", "honoured"), CASES)
-def test_a_field_is_honoured_or_refused_by_its_name(served, path, name, honoured):
-    if path == "/v1/embeddings" or name in ELSEWHERE:
-        pytest.skip("of another kind of model, or a test of its own")
-    sample = SAMPLES_OF.get((path, name), SAMPLES.get(name))
-    asked = WITH.get(name, {name: sample}) if honoured else {name: {"x": 1}}
-    answer = httpx.post(f"{served[0]}{path}", json=ROUTES[path].least | asked)
-    if honoured:
-        assert answer.status_code == 200, answer.text
-        return
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and f"`{name}`" in error["message"], error
+def ask(servers: Any, path: str, body: dict[str, Any]) -> Seen:
+    base, service = servers[path == "/v1/embeddings"]
+    return Seen(base, service, ROUTES[path].endpoint, path, body)
+
+
+def least(path: str, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """A body that is taken, with these fields; of an input and messages there is one."""
+    body = {**ROUTES[path].least, **beside}
+    return {name: value for name, value in body.items() if name != "input" or "messages" not in beside}
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in ROUTES for name in sorted(EFFECTS[path])])
+def test_a_field_has_its_effect(servers, path, name):
+    effect = EFFECTS[path][name]
+    value = effect.value(servers[False][0]) if callable(effect.value) else effect.value
+    without = effect.look(ask(servers, path, least(path, effect.beside)))
+    given = ask(servers, path, least(path, {**effect.beside, name: value}))
+    assert name == "model" or given.status == 200, given.raw.text
+    found = effect.look(given)
+    assert found != without, "it changes nothing"
+    assert effect.then(found) if callable(effect.then) and not isinstance(effect.then, type) else found == effect.then
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in ROUTES for name in IDLE[path]])
+def test_what_is_said_to_have_no_effect_has_none(servers, path, name):
+    def shown(**fields: Any) -> tuple[Any, ...]:
+        seen = ask(servers, path, least(path, fields))
+        answer = {key: value for key, value in seen.answer.items() if key not in ("id", "created")}
+        return answer, [(request.prompt, request.params, request.urgency) for request in seen.requests]
+
+    assert shown() == shown(**{name: IDLE[path][name]})
+
+
+def test_every_field_that_is_taken_is_in_one_of_the_tables():
+    for path in ROUTES:
+        assert sorted([*EFFECTS[path], *IDLE[path]]) == sorted(accepted(path))
+    assert sum(map(len, IDLE.values())) <= 5, "what is taken for nothing stays rare"
+
+
+REFUSED = [(path, name) for path in ROUTES for name, honoured in fields(path).items() if not honoured]
+
+
+@pytest.mark.parametrize(("path", "name"), REFUSED)
+def test_what_is_not_honoured_is_refused_by_its_name(servers, path, name):
+    answer = ask(servers, path, ROUTES[path].least | {name: {"x": 1}})
+    error = answer.answer["error"]
+    assert answer.status == 400 and f"`{name}`" in error["message"], error
     assert path == "/v1/messages" or error["param"] == name
 
 
@@ -104,20 +129,25 @@ def written() -> str:
     """The document."""
     lines = [
         "# Fields of the API", "", f"Made by `python -m tests.service.test_client_fields > docs/api.md` from {CLIENTS}",
-        "and the bodies that requests are parsed with; a test sends each field. Whatever is not in these tables is",
-        "refused as unknown, by its name. Refused fields are taken with the values that ask for nothing (`null`, and",
-        "those in brackets). `GET /openapi.json` has every route.", "",
-        "Taken without any effect: `user`, `safety_identifier`, `prompt_cache_key` (prefixes are found without),",
-        "`metadata` of messages (that of responses is repeated), `cache_control`, `thinking.budget_tokens` (the limit",
-        "is `max_tokens`), `is_error` of a tool's result, and the descriptions and names of formats.",
+        "and the bodies that requests are parsed with; a test sends each field and sees what it changes in what the",
+        "engine is asked for, or in the answer. Whatever is not in these tables is refused as unknown, by its name.",
+        "Refused fields are taken with the values that ask for nothing (`null`, and those in brackets).",
+        "`GET /openapi.json` has every route.", "",
+        "Fields that are taken without any effect are named so. Inside of others it is these: `is_error` of a tool's",
+        "result, and the descriptions and names of formats. `prompt_cache_key`, `safety_identifier` and `user` of",
+        "responses are repeated in the answer, and no more.",
     ]  # fmt: skip
     for path, route in ROUTES.items():
         found = fields(path)
-        own = sorted(accepted(path) - found.keys())
+        own = sorted(accepted(path) - found.keys() - IDLE[path].keys())
         refused = [name + _harmless(route.endpoint.refused.get(name, ())) for name, yes in found.items() if not yes]
         lines += ["", f"## `{path}`", "", "| | fields |", "|---|---|"]
-        lines.append(f"| honoured | {', '.join(name for name, yes in found.items() if yes)} |")
+        lines.append(
+            f"| honoured | {', '.join(name for name, yes in found.items() if yes and name not in IDLE[path])} |"
+        )
         lines.append(f"| beyond the client's | {', '.join(own) or 'none'} |")
+        if IDLE[path]:
+            lines.append(f"| taken without effect | {', '.join(sorted(IDLE[path]))} |")
         lines.append(f"| refused by name | {', '.join(refused)} |")
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from xllm.service.endpoint import Limits
 from xllm.service.gate import PAGE, PUBLIC, Keys
 
 COMPLETIONS = "/v1/completions"
+JSON = "content-type: application/json\r\n"
 ENDLESS = {"model": "fake", "prompt": "abc", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 
 
@@ -39,7 +40,7 @@ def raw_request(base: str, body: dict, receive_buffer: int | None = None, route:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.connect((parts.hostname, parts.port))
     data = json.dumps(body).encode()
-    head = f"POST {route} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {route} HTTP/1.1\r\nhost: localhost\r\n{JSON}content-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -72,7 +73,7 @@ def test_a_thousand_clients_that_leave_mid_stream(tmp_path):
     async def leave(base: str, gate: asyncio.Semaphore, after: int) -> None:
         parts = urlsplit(base)
         body = json.dumps(ENDLESS | {"n": 1 + after % 2}).encode()
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\n{JSON}content-length: {len(body)}\r\n\r\n".encode()
         async with gate:
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
             writer.write(head + body)
@@ -163,7 +164,7 @@ def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypa
     with running(fake_service(tmp_path)) as (base, _):
         parts = urlsplit(base)
         with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
-            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
             connection.sendall(b"\r\n")
             assert connection.recv(65536) == b""
@@ -243,7 +244,9 @@ def test_a_slow_upload_ends(tmp_path):
     with running(fake_service(tmp_path, Limits(body_seconds=0.1))) as (base, _):
         parts = urlsplit(base)
         with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
-            connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+            connection.sendall(
+                f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\n{JSON}content-length: 100\r\n\r\n{{".encode()
+            )
             answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"slow_upload" in answer

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 from tests.browser import launch
 from tests.service.fakes import CHAT_TEMPLATE, EOS, Script, fake, fake_service, ids, running, wait_for
@@ -161,6 +162,34 @@ def test_the_engine_is_drawn_as_it_runs(tmp_path, visit):
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(15, 18, 23)"
         fake(service).refusal = "engine_failed: the engine failed and must be restarted"
         expect(page.locator("#health")).to_contain_text("engine_failed")
+
+
+ASK = """async ([url, mode, type]) => {
+  const body = JSON.stringify({ prompt: "hi" });
+  const answer = await fetch(url, { method: "POST", mode, headers: { "content-type": type }, body });
+  return answer.type === "opaque" ? answer.type : (await answer.json()).choices[0].text;
+}"""
+
+
+def test_a_page_of_another_site_reaches_no_engine_unless_it_is_allowed(tmp_path, browser):
+    """In a browser that obeys the rules: what it sends blindly, and what it asks about first."""
+    other, closed = fake_service(tmp_path), fake_service(tmp_path)
+    page = browser.new_page()
+    with running(other) as (site, _), running(closed) as (base, _):
+        page.goto(f"{site}/health")  # a document of that origin, which forbids its scripts nothing
+        url = f"{base}/v1/completions"
+        assert page.evaluate(ASK, [url, "no-cors", "text/plain"]) == "opaque"
+        with pytest.raises(PlaywrightError, match="Failed to fetch"):
+            page.evaluate(ASK, [url, "cors", "application/json"])
+        wait_for(lambda: closed.recorder.requests_in == 2)
+        assert not fake(closed).seen
+        assert page.evaluate(ASK, [f"{site}/v1/completions", "cors", "application/json"]) == "hi", "its own server"
+        guarded = running(fake_service(tmp_path), Keys(["k"]), origins=[site])
+        with guarded as (base, _), pytest.raises(PlaywrightError, match="undefined"):  # a 401 that it may read
+            page.evaluate(ASK, [f"{base}/v1/completions", "cors", "application/json"])
+        with running(fake_service(tmp_path), origins=[site]) as (base, _):
+            assert page.evaluate(ASK, [f"{base}/v1/completions", "cors", "application/json"]) == "hi"
+    page.close()
 
 
 def test_the_page_is_small_public_and_closed(tmp_path):

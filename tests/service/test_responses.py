@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import httpx
@@ -101,6 +102,33 @@ def test_events_are_numbered_and_say_where_they_belong(client, script):
             getattr(event, "output_index", None)))  # fmt: skip
 
 
+def test_logprobs_are_those_of_the_text(client, script):
+    script.text = f"why</think>  So it is.{CALL}"
+    fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    [part] = next(item for item in ask(client, **fields).output if item.type == "message").content
+    tokens = "".join(logprob.token for logprob in part.logprobs)
+    assert tokens.strip() == part.text == "So it is."
+    assert {len(logprob.top_logprobs) for logprob in part.logprobs} == {2}
+    events = list(ask(client, stream=True, **fields))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(one.token for event in deltas for one in event.logprobs) == tokens
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert [one.token for one in done.logprobs] == [one.token for one in part.logprobs]
+    only = ask(client, top_logprobs=1).output
+    assert next(item for item in only if item.type == "message").content[0].logprobs
+    assert not next(item for item in ask(client).output if item.type == "message").content[0].logprobs
+
+
+def test_events_are_padded_where_that_is_asked_for(client, script):
+    script.text = "why</think>So it is."
+    for options in ({"include_obfuscation": True}, {"include_obfuscation": False}, {}):
+        events = [event.to_dict() for event in ask(client, stream=True, stream_options=options)]
+        deltas = [event for event in events if event["type"].endswith(".delta")]
+        padded = [len(event["delta"]) + len(event.get("obfuscation", "")) for event in deltas]
+        assert bool(options.get("include_obfuscation")) == all(size % 64 == 0 for size in padded)
+        assert not [event for event in events if "obfuscation" in event and event not in deltas]
+
+
 def test_an_answer_that_is_cut_is_incomplete(client, script):
     script.text = "x</think>one two three"
     cut = ask(client, max_output_tokens=len("x</think>one"))
@@ -184,8 +212,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "conversation": ({"conversation": "x"}, "conversation"),
     "effort": ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
     "truncation": ({"truncation": "auto"}, "truncation"),
-    "nothing": ({"input": []}, "messages"),
-    "form": ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
+    "nothing": ({"input": []}, "input"),
+    "form": ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    "schema": (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}, "tools": []},
+        "text.format.schema",
+    ),
+    "length": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "name of a tool": ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    "arguments": (
+        {"input": [{"type": "function_call", "call_id": "c", "name": "clock", "arguments": "["}]},
+        "input[0].arguments",
+    ),
+    "included": ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    "options": ({"extra_body": {"stream_options": {}}}, "stream_options"),
+    "logprobs": ({"top_logprobs": 21}, "top_logprobs"),
     "unknown": ({"extra_body": {"top_q": 1}}, "top_q"),
 }
 
@@ -196,3 +237,5 @@ def test_what_can_not_be_kept_is_refused_by_name(client, case):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **fields)
     assert refused.value.param == param, refused.value.message
+    assert param.partition("[")[0] in refused.value.message
+    assert not re.search(r"\b(max_tokens|response_format|messages\[|\.function\b)", str(refused.value.body))

@@ -48,9 +48,13 @@ class Generate(Endpoint[Job]):
 
     def plan(self, data: bytes, entry: Record) -> Job:
         job = self.job(data, entry)
-        if job.form is None:
+        grammar = self.service.grammars().compile(job.form) if job.form is not None else None
+        if job.budget is not None:
+            from xllm.service.budget import Bounded
+
+            grammar = Bounded(grammar, job.reading, job.budget, self.service.codec, self.service.facts.vocab)
+        if grammar is None:
             return job
-        grammar = self.service.grammars().compile(job.form)
         return replace(job, params=tuple(replace(params, grammar=grammar) for params in job.params))
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from xllm.service.anthropic_body import NOT_SUPPORTED, MessagesBody, chat_body
+from xllm.service.anthropic_body import NAMES, NOT_SUPPORTED, MessagesBody, chat_body
 from xllm.service.completions import OfChat
 from xllm.service.errors import ApiError, invalid
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Send, send_json
 from xllm.service.generation import Delta
 from xllm.service.params import Job
-from xllm.service.parsers.parts import Call, Content, Part
+from xllm.service.parsers import parts, values
+from xllm.service.parsers.parts import Call, Content, More, Part, joined
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -35,7 +36,7 @@ class MessageFormat(Format):
 
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
         [choice] = choices
-        message = self._message(_blocks(choice.parts), usage) | _end(choice.finish_reason, choice.stop)
+        message = self._message(_blocks(joined(choice.parts)), usage) | _end(choice.finish_reason, choice.stop)
         return msgspec.json.encode(message)
 
     def first(self, choices: int, usage: Usage) -> bytes:
@@ -60,12 +61,12 @@ class MessageFormat(Format):
 
     def _part(self, part: Part) -> bytes:
         events = b""
-        if type(part) is not self._open or isinstance(part, Call):
+        if isinstance(part, Call) or (type(part) is not self._open and not isinstance(part, More)):
             events += self._close()
             empty = _block(part) | ({"input": {}} if isinstance(part, Call) else {_field(part): ""})
             events += _event("content_block_start", index=self._blocks, content_block=empty)
             self._open, self._blocks = type(part), self._blocks + 1
-        if isinstance(part, Call):
+        if isinstance(part, Call | More):
             delta = {"type": "input_json_delta", "partial_json": part.arguments}
         else:
             delta = {"type": f"{_field(part)}_delta", _field(part): part.text}
@@ -81,7 +82,7 @@ class MessageFormat(Format):
 class Messages(OfChat):
     """POST /v1/messages."""
 
-    body, refused = MessagesBody, NOT_SUPPORTED
+    body, refused, names = MessagesBody, NOT_SUPPORTED, NAMES
     kind = "message"
 
     def job(self, data: bytes, entry: Record) -> Job:
@@ -97,24 +98,23 @@ class Messages(OfChat):
 class CountTokens(OfChat):
     """POST /v1/messages/count_tokens."""
 
-    body, refused = MessagesBody, NOT_SUPPORTED
+    body, refused, names = MessagesBody, NOT_SUPPORTED, NAMES
     kind = "count"
+    queues = False
 
     def job(self, data: bytes, entry: Record) -> Job:
-        return self.chat_job(chat_body(self.parse(data, MessagesBody)))
-
-    def plan(self, data: bytes, entry: Record) -> Job:
-        return self.job(data, entry)  # nothing is generated: no form needs a grammar
+        job = self.chat_job(chat_body(self.parse(data, MessagesBody)))
+        return replace(job, form=None)  # nothing is generated: no form needs a grammar
 
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"input_tokens": len(job.prompts[0])})
 
 
-def _blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def _blocks(given: Sequence[parts.Whole]) -> list[dict[str, Any]]:
     """The blocks of a whole message: parts of one kind in a row are one."""
     blocks: list[dict[str, Any]] = []
-    kind: type[Part] | None = None
-    for part in parts:
+    kind: type[parts.Whole] | None = None
+    for part in given:
         if type(part) is kind and not isinstance(part, Call):
             blocks[-1][_field(part)] += part.text
         else:
@@ -123,14 +123,14 @@ def _blocks(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _block(part: Part) -> dict[str, Any]:
+def _block(part: parts.Whole) -> dict[str, Any]:
     if isinstance(part, Call):
-        return {"type": "tool_use", "id": part.id, "name": part.name, "input": json.loads(part.arguments)}
+        return {"type": "tool_use", "id": part.id, "name": part.name, "input": values.complete(part.arguments)}
     signature = {} if isinstance(part, Content) else {"signature": ""}
     return {"type": _field(part), _field(part): part.text} | signature
 
 
-def _field(part: Part) -> str:
+def _field(part: parts.Whole) -> str:
     return "text" if isinstance(part, Content) else "thinking"
 
 

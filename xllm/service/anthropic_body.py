@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,11 +22,21 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "standard_only"),
     "speed": (None, "standard"),
 }
+# What a chat calls otherwise, in its errors.
+NAMES = tuple(
+    (re.compile(name), own)
+    for name, own in (
+        (r"^stop$", "stop_sequences"),
+        (r"^continue_final_message$", "messages"),
+        (r"^thinking_token_budget$", "thinking.budget_tokens"),
+        (r"^(tools\[\d+\])\.function", r"\1"),
+    )
+)
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class Thinking(msgspec.Struct, forbid_unknown_fields=True):
-    """`budget_tokens` is no limit: max_tokens is."""
+    """`budget_tokens` of reasoning at most; what closes it comes on top."""
 
     type: str
     budget_tokens: int | None = None
@@ -82,9 +93,10 @@ def chat_body(body: MessagesBody) -> ChatBody:
         turns.append(Message("system", _text(body.system, "system")))
     for at, turn in enumerate(body.messages):
         turns += _turn(turn, f"messages[{at}]")
-    if body.messages and body.messages[-1].role == "assistant":
-        text = "messages ends with a turn of the assistant: answers that begin with a given text are not supported"
-        raise invalid("unsupported_parameter", text, f"messages[{len(body.messages) - 1}]")
+    goes_on = bool(turns) and turns[-1].role == "assistant"
+    if goes_on and isinstance(said := turns[-1].content, str) and said != said.rstrip():
+        text = "messages ends with a text of the assistant that has white space at its end: leave that to the answer"
+        raise invalid("invalid_request", text, f"messages[{len(body.messages) - 1}].content")
     choice = body.tool_choice
     return ChatBody(
         messages=turns,
@@ -97,6 +109,8 @@ def chat_body(body: MessagesBody) -> ChatBody:
         stream=body.stream,
         ignore_eos=body.ignore_eos,
         chat_template_kwargs=_thinking(body.thinking),
+        continue_final_message=goes_on or None,
+        thinking_token_budget=body.thinking.budget_tokens if body.thinking else None,
         tools=[_tool(tool, f"tools[{at}]") for at, tool in enumerate(body.tools or [])] or None,
         tool_choice=_choice(choice) if choice else None,
         parallel_tool_calls=False if choice and choice.disable_parallel_tool_use else None,
@@ -181,4 +195,7 @@ def _thinking(given: Thinking | None) -> dict[str, Any] | None:
     if given.type not in ("enabled", "disabled", "adaptive"):
         text = f"thinking.type is {given.type[:64]!r}, allowed are enabled, disabled and adaptive"
         raise invalid("invalid_request", text, "thinking.type")
+    if given.budget_tokens is not None and given.type != "enabled":
+        text = "thinking.budget_tokens is for type enabled"
+        raise invalid("invalid_request", text, "thinking.budget_tokens")
     return None if given.type == "adaptive" else {"enable_thinking": given.type == "enabled"}

@@ -11,12 +11,12 @@ from xllm.service import profiling
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
+from xllm.service.control import Abort, sleeping
 from xllm.service.control import routes as control_routes
-from xllm.service.control import sleeping
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.endpoint import Limits, Service
 from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
-from xllm.service.gate import PAGE, App, Gate, Keys, Receive, Scope, Send, send_data, send_json
+from xllm.service.gate import EVERYBODY, PAGE, Access, App, Gate, Receive, Scope, Send, send_data, send_json
 from xllm.service.metrics import Recorder
 from xllm.service.page import STATE, send_page, state
 from xllm.service.parsers.reading import Dialect, choose
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from xllm.service.template import ChatTemplate
 
 MODELS = "/v1/models"
+ABORT = "/abort"  # of one's own requests: no order to the engine
 
 
 def load_service(
@@ -83,8 +84,8 @@ def load_service(
     )
 
 
-def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = None) -> App:
-    """The ASGI application. `keys` None lets everyone in; `admin` None lets nobody control."""
+def build_app(service: Service, access: Access = EVERYBODY) -> App:
+    """The ASGI application."""
 
     def model() -> dict[str, object]:
         body: dict[str, object] = {
@@ -127,14 +128,18 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         text = service.recorder.expose(service.engine.stats(), service.dispatcher.backlog)
         await send_data(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
 
-    read: dict[str, App] = {
+    alive: dict[str, App] = {
         "/health": Json(healthy),
         "/livez": Json(healthy),
         "/ready": Json(ready),
         "/readyz": Json(ready),
         "/metrics": metrics,
-        "/is_sleeping": Json(lambda scope: sleeping(service)),
         "/version": Json(lambda scope: {"version": __version__}),
+    }
+    told: dict[str, App] = {"/is_sleeping": Json(lambda scope: sleeping(service))}
+    orders: dict[str, App] = {**control_routes(service), **profiling.routes(service)}
+    read: dict[str, App] = {
+        **alive,
         MODELS: Json(lambda scope: {"object": "list", "data": [model()]}),
         f"{MODELS}/": Json(one_model),
         STATE: Json(lambda scope: state(service)),
@@ -154,9 +159,10 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         "/v1/sample": Sample(service),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
-        **control_routes(service),
-        **profiling.routes(service),
+        ABORT: Abort(service),
     }
+    if access.control_port is None:
+        read, asked = read | told, asked | orders
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
 
     stored = _stored(service, asked)
@@ -165,10 +171,14 @@ def build_app(service: Service, keys: Keys | None = None, admin: Keys | None = N
         from xllm.service.openapi import document  # few ask for it
 
         makes = {path: handlers["POST"] for path, handlers in stored.items() if "POST" in handlers}
-        return document(asked | makes, keys is not None)
+        return document(asked | makes, read, access.keys is not None)
 
     read["/openapi.json"] = Json(openapi)
-    return Gate(Routes(read, asked, kept, stored), keys, service.recorder, admin)
+    gate = Gate(Routes(read, asked, kept, stored), service.recorder, access)
+    if access.control_port is None:
+        return gate
+    control = Routes(alive | told, orders | {ABORT: asked[ABORT]})
+    return ByPort(gate, access.control_port, Gate(control, service.recorder, access, control=True))
 
 
 def _stored(service: Service, asked: Mapping[str, App]) -> dict[str, Mapping[str, App]]:
@@ -187,6 +197,18 @@ def _stored(service: Service, asked: Mapping[str, App]) -> dict[str, Mapping[str
 async def _no_folder(scope: Scope, receive: Receive, send: Send) -> None:
     hint = Hint("the server was started without one", "xllm serve --state-dir", "start it with a folder for them")
     raise ApiError(404, "no_state_dir", "files and batches are kept in a folder, and this server has none", hint=hint)
+
+
+class ByPort:
+    """What comes by the control port is for one application, all else for the other."""
+
+    def __init__(self, main: App, control_port: int, control: App) -> None:
+        self._main, self._port, self._control = main, control_port, control
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The port of the connection's own end, which no client can choose: never that of a header.
+        app = self._control if scope["server"][1] == self._port else self._main
+        await app(scope, receive, send)
 
 
 class ByMethod:
@@ -210,13 +232,13 @@ class Routes:
         self,
         read: Mapping[str, App],
         asked: Mapping[str, App],
-        kept: Mapping[str, App],
-        stored: Mapping[str, Mapping[str, App]],
+        kept: Mapping[str, App] | None = None,
+        stored: Mapping[str, Mapping[str, App]] | None = None,
     ) -> None:
         self.table = {path: (handler, ("GET", "HEAD")) for path, handler in read.items()}
         self.table |= {path: (handler, ("POST",)) for path, handler in asked.items()}
-        self.table |= {path: (handler, ("GET", "DELETE")) for path, handler in kept.items()}
-        self.table |= {path: (ByMethod(handlers), tuple(handlers)) for path, handlers in stored.items()}
+        self.table |= {path: (handler, ("GET", "DELETE")) for path, handler in (kept or {}).items()}
+        self.table |= {path: (ByMethod(handlers), tuple(handlers)) for path, handlers in (stored or {}).items()}
         self._below = tuple(path for path in self.table if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -319,6 +319,7 @@ class Create(Endpoint[BatchBody]):
 
     body = BatchBody
     kind = "batch"
+    queues = False
     tasks = ("generate", "embed", "classify")
     refused = MappingProxyType({"output_expires_after": (None,)})
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from xllm.service.beams import Searched
 from xllm.service.body import ChatBody, CompletionBody
+from xllm.service.errors import ApiError, renamed
 from xllm.service.format import Format
 from xllm.service.gate import Record
 from xllm.service.openai import ChatFormat, CompletionFormat
@@ -26,7 +29,16 @@ class Completions(Searched):
 
 
 class OfChat(Searched):
-    """A route that asks for a chat, in one form or another."""
+    """A route that asks for a chat, in one form or another. names: patterns of the fields that a chat names otherwise
+    than this API, and what they are called in it."""
+
+    names: tuple[tuple[re.Pattern[str], str], ...] = ()
+
+    def plan(self, data: bytes, entry: Record) -> Job:
+        try:
+            return super().plan(data, entry)
+        except ApiError as error:
+            raise renamed(error, self.names) from None
 
     def chat_job(self, body: ChatBody) -> Job:
         """Raises ApiError."""

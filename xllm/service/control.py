@@ -212,7 +212,6 @@ def routes(service: Service) -> dict[str, App]:
         "/sleep": Sleep(service),
         **dict.fromkeys(("/wakeup", "/wake_up"), wake),
         "/update_weights": Update(service),
-        "/abort": Abort(service),
     }
 
 

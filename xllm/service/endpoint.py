@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from xllm.service.profiling import Profiling
     from xllm.service.template import ChatTemplate
 
+PREPARERS = 2  # threads that prepare requests
+OFFLINE = b'"offline"'  # in a body that may ask to give way to everybody
+
 _TASKS = {  # what an artifact does, and the routes for it
     "generate": ("generates text", "/v1/chat/completions or /v1/completions"),
     "embed": ("computes embeddings", "/v1/embeddings, /v1/rerank or /v1/score"),
@@ -67,7 +70,7 @@ class Service:
     controls: Controls | None = None
     weights_folder: Path | None = None  # where other weights may lie
     profiling: Profiling | None = None  # where it is enabled
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="xllm-prepare"))
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PREPARERS, "xllm-prepare"))
 
     def warm_up(self) -> None:
         """Loads what the first chat would wait for. A template that is missing or broken is reported to who asks for a
@@ -96,12 +99,14 @@ JobOf = TypeVar("JobOf")
 
 class Endpoint(Generic[JobOf]):
     """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is what it
-    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing."""
+    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing. queues: it asks
+    the engine for something, and waits its turn."""
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
     body: type[Any]
     refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED
+    queues = True
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -113,10 +118,23 @@ class Endpoint(Generic[JobOf]):
             entry.kind = self.kind
             check_task(service.facts, self.tasks, scope["path"])
             data = await read_body(scope, receive, service.limits)
-            begin = time.monotonic()
-            job = await asyncio.get_running_loop().run_in_executor(service.pool, self.plan, data, entry)
-            service.recorder.tokenization_seconds += time.monotonic() - begin
+            backlog, begin = service.dispatcher.backlog, time.monotonic()
+            hurries = self.queues and not entry.offline and OFFLINE not in data  # others wait as long as they have to
+            if hurries:
+                backlog.check()
+            with backlog.preparing(PREPARERS) as took:
+                timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
+                job, seconds = await timed
+                took(seconds)
+            service.recorder.tokenization_seconds += seconds
+            if hurries:
+                backlog.check(time.monotonic() - begin - seconds)
             await self.run(job, entry, receive, send)
+
+    def _timed_plan(self, data: bytes, entry: Record) -> tuple[JobOf, float]:
+        """The job, and the seconds that it took without those of waiting."""
+        begin = time.monotonic()
+        return self.plan(data, entry), time.monotonic() - begin
 
     def plan(self, data: bytes, entry: Record) -> JobOf:
         """The body as what is to be done; runs in the pool. Raises ApiError."""
@@ -151,8 +169,10 @@ class Endpoint(Generic[JobOf]):
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     """The body of a POST. Raises ApiError 413, 415, 408, or 499 when the client left."""
     headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json":
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    empty = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+    # Other types, and none, are what a page of any site may send without asking first.
+    if kind != b"application/json" and (kind or not empty):
         raise ApiError(415, "unsupported_media_type", "the body must be sent as content-type: application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError(415, "unsupported_encoding", "compressed bodies are not supported")

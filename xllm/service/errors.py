@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TYPES = {
@@ -100,6 +102,19 @@ class ApiError(Exception):
 def invalid(code: str, message: str, param: str | None = None) -> ApiError:
     """400 with its code."""
     return ApiError(400, code, message, param)
+
+
+def renamed(error: ApiError, names: Sequence[tuple[re.Pattern[str], str]]) -> ApiError:
+    """The same for clients of another API: its field, and those the hint names, as that API calls them."""
+
+    def as_asked(text: str) -> str:
+        for name, own in names:
+            text = name.sub(own, text)
+        return text
+
+    if error.param is not None and (param := as_asked(error.param)) != error.param:
+        error = replace(error, message=error.message.replace(error.param, param, 1), param=param)
+    return replace(error, hint=replace(error.hint, fix=as_asked(error.hint.fix))) if error.hint else error
 
 
 def busy(message: str, hint: Hint | None = None, seconds: float = 1) -> ApiError:

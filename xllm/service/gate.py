@@ -1,5 +1,5 @@
-"""Decides who gets in and what every answer has: the request id, the key check that covers all routes but the named
-public ones, the error body for whatever goes wrong inside, one log line at the end."""
+"""Decides who gets in and what every answer has: the request id, the look at where a request comes from, the key check
+that covers all routes but the named public ones, the error body for whatever goes wrong inside, one log line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import msgspec
 
 from xllm.service.errors import GONE, ApiError, Hint
 from xllm.service.metrics import Recorder
+from xllm.service.sites import Sites
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -65,12 +66,29 @@ class Keys:
         return any(matches)
 
 
-class Gate:
-    """The outermost application. `keys` None: no key is needed. admin: keys that open the control routes, and all
-    others; None: nobody controls."""
+@dataclass(frozen=True)
+class Access:
+    """Who may ask. `keys` None: no key is needed. admin: keys that open the control routes, and all others; None:
+    nobody controls. origins: other sites whose pages may ask. control_port: where the control routes are, and nowhere
+    else; without `admin`, all who reach it control."""
 
-    def __init__(self, app: App, keys: Keys | None, recorder: Recorder, admin: Keys | None = None) -> None:
-        self._app, self._keys, self._recorder, self._admin = app, keys, recorder, admin
+    keys: Keys | None = None
+    admin: Keys | None = None
+    origins: frozenset[str] = frozenset()
+    control_port: int | None = None
+
+
+EVERYBODY = Access()
+
+
+class Gate:
+    """The outermost application; `control` where it is that of the control port."""
+
+    def __init__(self, app: App, recorder: Recorder, access: Access, control: bool = False) -> None:
+        self._app, self._recorder, self._control, self._admin = app, recorder, control, access.admin
+        self._keys = access.admin if control else access.keys
+        self._orders = CONTROL if control or access.control_port is None else ()  # that are routes here
+        self._sites = Sites(access.origins, local=self._keys is None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,11 +102,16 @@ class Gate:
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                own = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", []), own, *self._sites.shared(headers)]
             await send(message)
 
         self._recorder.requests_in += 1
         try:
+            self._sites.check(scope["method"], headers)
+            if (answer := self._sites.preflight(scope["method"], headers)) is not None:
+                await send_data(send_with_id, 200, b"", b"text/plain", answer)
+                return
             self._authorize(scope, headers, entry)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -106,9 +129,9 @@ class Gate:
         """Notes who asks. The tenant is a digest of the key, empty where none is needed. Raises ApiError 401, 403."""
         scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
-        entry.admin = self._admin is not None and key in self._admin
+        entry.admin = key in self._admin if self._admin is not None else self._control
         known = self._keys is not None and key in self._keys
-        controls = scope["path"] in CONTROL
+        controls = scope["path"] in self._orders
         public = scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
         if (self._keys is not None and not public) or (controls and self._admin is not None):
             if not key:

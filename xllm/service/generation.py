@@ -16,12 +16,13 @@ from xllm.service.tokenizer import TextCodec
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token. offset: characters of the answer before it."""
+    """One generated token. offset: characters of the answer before it. thinking: it is of the reasoning."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
     offset: int
+    thinking: bool
 
 
 class Delta(NamedTuple):
@@ -68,11 +69,12 @@ class Choice:
         if output.token is not None:
             self.tokens += 1
             self.likelihood += output.logprob or 0.0
-            self.reasoning_tokens += self._reader.thinking
+            thinking = self._reader.thinking
+            self.reasoning_tokens += thinking
             if not stopper:
                 if output.logprob is not None:
-                    logprob = TokenLogprob(output.token, output.logprob, output.top_logprobs, self._decoded)
-                    self._waiting.append(logprob)
+                    known = output.token, output.logprob, output.top_logprobs
+                    self._waiting.append(TokenLogprob(*known, self._decoded, thinking))
                 piece = self._detokenizer.push(output.token)
         if output.finish_reason is not None:
             piece += self._detokenizer.finish()
@@ -96,7 +98,8 @@ class Choice:
         elif finish_reason is not None:
             parts += self._reader.finish()
         self._called |= any(isinstance(part, Call) for part in parts)
-        self.finish_reason = "tool_calls" if self._called and finish_reason == "stop" else finish_reason
+        calls = self._called and not self._reader.cut  # one that broke off is nothing to carry out
+        self.finish_reason = "tool_calls" if calls and finish_reason == "stop" else finish_reason
         return Delta(text, tuple(parts), released, self.finish_reason, result.stopped)
 
     def _release(self, everything: bool) -> tuple[TokenLogprob, ...]:

@@ -26,6 +26,9 @@ from xllm.service.tokenizer import TextCodec
 
 MAX_SOURCE_BYTES = 64 << 10
 MAX_CACHED = 64
+MAX_CACHED_BYTES = 64 << 20
+# What a compiled grammar takes, by its source: its rules and lexer, and the states and masks that its first use made.
+BYTES_PER_SOURCE_BYTE, BYTES_OF_ANY = 75, 144 << 10
 TRIAL_SECONDS = 20.0  # of waiting; what counts is the processor time in trial
 # White space as pretty-printed text has it: without an end, a model that gets lost in it fills its answer.
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"( |\r?\n[ \t]{0,20})", "lenient": False}
@@ -77,9 +80,14 @@ class Grammars:
             raise _rejected(form, str(error)) from None
         with self._lock:
             self._made[source] = made
-            while len(self._made) > MAX_CACHED:
+            while len(self._made) > MAX_CACHED or self.cached_bytes > MAX_CACHED_BYTES:
                 self._made.popitem(last=False)
         return made
+
+    @property
+    def cached_bytes(self) -> int:
+        """What the grammars that are kept take, estimated by the length of their sources."""
+        return sum(BYTES_OF_ANY + BYTES_PER_SOURCE_BYTE * len(source) for source in self._made)
 
     @cached_property
     def _table(self) -> Any:

@@ -13,7 +13,7 @@ from xllm.runtime.request import PromptLogprobs
 from xllm.service.errors import ApiError
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.generation import Delta, TokenLogprob
-from xllm.service.parsers.parts import Call, Content, Part, Reasoning
+from xllm.service.parsers.parts import Call, Content, More, Part, Reasoning, joined
 from xllm.service.tokenizer import TextCodec
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON doesn't have (OpenAI's value)
@@ -155,7 +155,7 @@ class ChatFormat(OpenAIFormat):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if reasoning := _joined(choice.parts, Reasoning):
             message["reasoning_content"] = reasoning
-        if calls := [_call(part) for part in choice.parts if isinstance(part, Call)]:
+        if calls := [_call(part) for part in joined(choice.parts) if isinstance(part, Call)]:
             message["tool_calls"] = calls
         return self._choice(index, {"message": message}, choice.logprobs, choice.finish_reason)
 
@@ -171,12 +171,18 @@ class ChatFormat(OpenAIFormat):
         return body
 
     def _token(self, item: TokenLogprob) -> msgspec.Raw:
-        best = [self._entry(token, logprob) for token, logprob in item.top]
-        return _encoded(self._entry(item.token, item.logprob) | {"top_logprobs": best})
+        return token_logprob(self._codec, item)
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._codec.token_bytes(token)
-        return {"token": self._codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+def token_logprob(codec: TextCodec, item: TokenLogprob) -> msgspec.Raw:
+    """A token with its alternatives, as JSON."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = codec.token_bytes(token)
+        return {"token": codec.token_text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+    best = [entry(token, logprob) for token, logprob in item.top]
+    return _encoded(entry(item.token, item.logprob) | {"top_logprobs": best})
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -190,6 +196,8 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def _delta(part: Part) -> dict[str, Any]:
+    if isinstance(part, More):
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]}
     if isinstance(part, Call):
         return {"tool_calls": [{"index": part.index} | _call(part)]}
     return {"content" if isinstance(part, Content) else "reasoning_content": part.text}

@@ -97,6 +97,7 @@ ANSWERS: Mapping[str, Schema] = {  # by the kind of an endpoint
     "abort": closed(aborted=WHOLE),
     "batch": BATCH,
 }  # fmt: skip
+IS_SLEEPING = "/is_sleeping"
 READ: Mapping[str, tuple[str, Schema]] = {
     "/health": ("Alive and able to answer", closed(status=TEXT)),
     "/livez": ("As /health", closed(status=TEXT)),
@@ -104,7 +105,7 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/readyz": ("As /ready", closed(status=TEXT)),
     "/metrics": ("Counters and histograms in Prometheus' text format", TEXT),
     "/version": ("The version of the server", closed(version=TEXT)),
-    "/is_sleeping": ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
+    IS_SLEEPING: ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
     "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
     "/v1/models": ("The model that is served", closed(object=TEXT, data=many(MODEL))),
@@ -119,15 +120,19 @@ SWITCHES: Mapping[str, tuple[str, Schema]] = {  # POST without a body, or with a
 }
 
 
-def document(asked: Mapping[str, App], needs_key: bool) -> Schema:
-    """OpenAPI 3.1. `asked`: the handlers of POST routes."""
+def document(asked: Mapping[str, App], read: Mapping[str, App], needs_key: bool) -> Schema:
+    """OpenAPI 3.1. `asked`: the handlers of POST routes; `read`: those of GET routes, not of what is stored."""
     endpoints = {path: handler for path, handler in asked.items() if isinstance(handler, Endpoint)}
     bodies = list(dict.fromkeys(endpoint.body for endpoint in endpoints.values()))
     _, schemas = msgspec.json.schema_components(bodies, ref_template=REFERENCE)
     paths = _stored() if "/v1/batches" in endpoints else {}
     for path, (summary, answer) in READ.items():
+        if path == IS_SLEEPING and path not in read:
+            continue
         paths[path] = {"get": _operation(path, "get", summary, _answer(path, answer))}
     for path, (summary, answer) in SWITCHES.items():
+        if path not in asked:
+            continue
         empty = {"content": {"application/json": {"schema": {"type": "object", "additionalProperties": False}}}}
         paths[path] = {"post": _operation(path, "post", summary, _answer(path, answer)) | {"requestBody": empty}}
     deleted = _answer("", closed(id=TEXT, deleted={"const": True}))

@@ -11,10 +11,21 @@ from xllm.runtime import RequestRefused, SamplingParams
 from xllm.runtime.beams import BeamParams
 from xllm.runtime.urgency import NAMES, ORDINARY, Urgency, urgency_of
 from xllm.service.body import ChatBody, CompletionBody, Message, Sampling
+from xllm.service.continued import continued
 from xllm.service.errors import invalid
 from xllm.service.forms import Form, form_of
 from xllm.service.parsers.reading import NO_DIALECT, PLAIN, Dialect, Reading
-from xllm.service.sampling import Encode, ModelFacts, bad_words, beams_of, number, sampling_params, too_long, within
+from xllm.service.sampling import (
+    INT64,
+    Encode,
+    ModelFacts,
+    bad_words,
+    beams_of,
+    number,
+    sampling_params,
+    too_long,
+    within,
+)
 from xllm.service.tools import call_schema, earlier_calls, offered
 
 MAX_SEQUENCES = 128  # prompts x n of one HTTP request
@@ -48,6 +59,7 @@ class Job:
     echo: tuple[str, ...] | None  # prompts as text, when they are to be repeated
     reading: Reading = PLAIN
     form: Form | None = None  # that each answer must have
+    budget: int | None = None  # tokens of reasoning
     cache_salt: str = ""  # requests of another one share no cached prefix
     asked: Any = None  # what only the format of the answer knows
     urgency: Urgency = ORDINARY
@@ -75,23 +87,42 @@ def completion_job(
 def chat_job(
     body: ChatBody, facts: ModelFacts, encode: Encode, render: Callable[..., str], dialect: Dialect = NO_DIALECT
 ) -> Job:
-    """Plans POST /v1/chat/completions. `render(messages, template arguments, tools=...)` makes the prompt text."""
+    """Plans POST /v1/chat/completions. `render(messages, template arguments, whether the
+    answer is opened, tools=...)` makes the prompt text."""
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("invalid_request", "top_logprobs needs logprobs: true", "top_logprobs")
     within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    within("thinking_token_budget", body.thinking_token_budget, 0, INT64 - 1)
     offer = offered(body, dialect)
-    text = render(messages(body.messages), body.chat_template_kwargs or {}, tools=offer and offer.shown)
+    shown, goes_on = messages(body.messages), bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        text = "add_generation_prompt begins an answer, continue_final_message goes on with one: leave one out"
+        raise invalid("invalid_request", text, "add_generation_prompt")
+
+    def prompt(shown: list[dict[str, Any]]) -> str:
+        opens = not goes_on and body.add_generation_prompt is not False
+        return render(shown, body.chat_template_kwargs or {}, opens, tools=offer and offer.shown)
+
+    text = continued(shown, prompt) if goes_on else prompt(shown)
     one, call = body.parallel_tool_calls is False, None
     if offer and offer.forced:
-        dialect, one = replace(dialect, tools="json"), one or offer.named
+        text, dialect = dialect.before_call(text)
+        one = one or offer.named
         call = Form("json", call_schema(offer.schemas, one), "tool_choice")
-    reading, form = dialect.reading(text, offer and offer.schemas, one), form_of(body, call)
+    begun = shown[-1]["content"] if goes_on else None
+    reading, form = dialect.reading(text, offer and offer.schemas, one, begun), form_of(body, call)
+    if form and goes_on:
+        text = f"{form.param} gives the whole answer a form: it can't be combined with continue_final_message"
+        raise invalid("invalid_request", text, form.param)
+    budget = body.thinking_token_budget if reading.closing else None  # else there is nothing to bound
+    if budget is not None and body.ignore_eos:
+        raise invalid("invalid_request", "ignore_eos can't be combined with a budget of reasoning", "ignore_eos")
     if form and reading.inside and dialect.thoughts:
         form = form._replace(after=dialect.thoughts.close)
     # The template writes the special tokens itself: adding them again would double the first one.
     ids = _ids(text, "messages", facts, encode, body.add_special_tokens is True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return replace(_job(body, facts, (ids,), encode, logprobs), reading=reading, form=form)
+    return replace(_job(body, facts, (ids,), encode, logprobs), reading=reading, form=form, budget=budget)
 
 
 def messages(given: list[Message]) -> list[dict[str, Any]]:
@@ -200,7 +231,9 @@ def _job(
     if len(stops) > MAX_STOPS:
         raise invalid("invalid_request", f"stop has {len(stops)} strings, at most {MAX_STOPS} are allowed", "stop")
     if any(not stop or len(stop) > MAX_STOP_CHARS for stop in stops):
-        raise invalid("invalid_request", f"each stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+        raise invalid(
+            "invalid_request", f"stop has a string that is empty or longer than {MAX_STOP_CHARS} characters", "stop"
+        )
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= MAX_SALT_CHARS:
         raise invalid("invalid_request", f"cache_salt has 1 to {MAX_SALT_CHARS} characters", "cache_salt")
     beams = beams_of(body, bool(stops))

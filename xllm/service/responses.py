@@ -3,6 +3,7 @@ ones follow. They are kept in memory: the last ones, of each key its own."""
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections import OrderedDict
@@ -18,11 +19,14 @@ from xllm.service.errors import ApiError
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
+from xllm.service.openai import token_logprob
 from xllm.service.params import Job
-from xllm.service.parsers.parts import Call, Content, Part
-from xllm.service.responses_body import NOT_SUPPORTED, ResponsesBody, chat_body, items_of
+from xllm.service.parsers.parts import Call, Content, More, Part
+from xllm.service.responses_body import NAMES, NOT_SUPPORTED, ResponsesBody, chat_body, items_of
+from xllm.service.tokenizer import TextCodec
 
 PATH = "/v1/responses"
+PAD = 64  # characters that an obfuscated delta is filled up to
 MAX_STORED = 1024
 MAX_STORED_BYTES = 64 << 20
 
@@ -79,19 +83,28 @@ class Asked:
 class ResponsesFormat(Format):
     """One response. Its items follow the order of the answer: reasoning, messages and calls."""
 
-    def __init__(self, model: str, asked: Asked, defaults: dict[str, Any], keep: Callable[[str, Stored], None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        codec: TextCodec,
+        asked: Asked,
+        defaults: dict[str, Any],
+        keep: Callable[[str, Stored], None],
+    ) -> None:
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self._model, self._asked, self._defaults, self._keep = model, asked, defaults, keep
+        self._model, self._codec, self._asked, self._defaults, self._keep = model, codec, asked, defaults, keep
+        options = asked.body.stream_options
+        self._pads = bool(options and options.include_obfuscation)
+        self._logprobs: list[msgspec.Raw] = []  # of tokens whose text is not shown yet
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._open: type[Part] | None = None  # what the last item holds, until it is closed
         self._cut = False
 
+    def gather(self, choice: Whole, delta: Delta) -> None:
+        self.chunk(0, delta)  # what the events say is what is in the answer
+
     def whole(self, choices: Sequence[Whole], usage: Usage) -> bytes:
-        [choice] = choices
-        for part in choice.parts:
-            self._part(part)
-        self._end(choice.finish_reason)
         return self._stored(usage)
 
     def first(self, choices: int, usage: Usage) -> bytes:
@@ -99,6 +112,7 @@ class ResponsesFormat(Format):
         return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
 
     def chunk(self, index: int, delta: Delta) -> bytes:
+        self._logprobs += [token_logprob(self._codec, item) for item in delta.logprobs if not item.thinking]
         events = b"".join(map(self._part, delta.parts))
         return events + (self._end(delta.finish_reason) if delta.finish_reason is not None else b"")
 
@@ -152,6 +166,9 @@ class ResponsesFormat(Format):
         }
 
     def _part(self, part: Part) -> bytes:
+        logprobs, self._logprobs = self._logprobs, []
+        if isinstance(part, More):
+            return self._more(part.arguments)
         if isinstance(part, Call):
             return self._end() + self._call(part)
         events = b""
@@ -168,7 +185,9 @@ class ResponsesFormat(Format):
             self._open = type(part)
             events += self._of_part("response.content_part.added", part=item["content"][0])
         self._items[-1]["content"][0]["text"] += part.text
-        extra = {"logprobs": []} if isinstance(part, Content) else {}
+        extra = {"logprobs": logprobs} if isinstance(part, Content) else {}
+        if isinstance(part, Content):
+            self._items[-1]["content"][0]["logprobs"] += logprobs
         return events + self._of_part(f"response.{_kind(part)}.delta", delta=part.text, **extra)
 
     def _call(self, call: Call) -> bytes:
@@ -176,14 +195,20 @@ class ResponsesFormat(Format):
         item |= {"call_id": call.id, "name": call.name}
         begun = self._event("response.output_item.added", item=dict(item), output_index=len(self._items))
         self._items.append(item)
-        place = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        item |= {"arguments": call.arguments, "status": "completed"}
-        return (
-            begun
-            + self._event("response.function_call_arguments.delta", delta=call.arguments, **place)
-            + self._event("response.function_call_arguments.done", arguments=call.arguments, name=call.name, **place)
-            + self._event("response.output_item.done", item=item, output_index=place["output_index"])
-        )
+        self._open = Call
+        return begun + (self._more(call.arguments) if call.arguments else b"")
+
+    def _more(self, arguments: str) -> bytes:
+        item, place = self._items[-1], len(self._items) - 1
+        item["arguments"] += arguments
+        kind = "response.function_call_arguments.delta"
+        return self._event(kind, delta=arguments, item_id=item["id"], output_index=place)
+
+    def _end_call(self) -> bytes:
+        item, place = self._items[-1], len(self._items) - 1
+        told = {"item_id": item["id"], "arguments": item["arguments"], "name": item["name"]}
+        done = self._event("response.function_call_arguments.done", output_index=place, **told)
+        return done + self._event("response.output_item.done", item=item, output_index=place)
 
     def _end(self, reason: str | None = None) -> bytes:
         """Closes the last item; with a reason, the answer."""
@@ -192,7 +217,10 @@ class ResponsesFormat(Format):
             return b""
         item, kind = self._items[-1], "output_text" if self._open is Content else "reasoning_text"
         item["status"] = self._status
-        extra = {"logprobs": []} if self._open is Content else {}
+        if self._open is Call:
+            self._open = None
+            return self._end_call()
+        extra = {"logprobs": item["content"][0]["logprobs"]} if self._open is Content else {}
         self._open = None
         return (
             self._of_part(f"response.{kind}.done", text=item["content"][0]["text"], **extra)
@@ -205,6 +233,8 @@ class ResponsesFormat(Format):
         return self._event(kind, **place, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        if self._pads and kind.endswith(".delta"):
+            fields["obfuscation"] = secrets.token_hex(PAD)[: -len(fields["delta"]) % PAD]
         data = msgspec.json.encode({"type": kind, "sequence_number": self._number} | fields)
         self._number += 1
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
@@ -213,7 +243,7 @@ class ResponsesFormat(Format):
 class Responses(OfChat):
     """POST /v1/responses."""
 
-    body, refused = ResponsesBody, NOT_SUPPORTED
+    body, refused, names = ResponsesBody, NOT_SUPPORTED, NAMES
     kind = "response"
 
     def __init__(self, service: Service, store: Store) -> None:
@@ -231,7 +261,7 @@ class Responses(OfChat):
 
     def format(self, job: Job) -> Format:
         facts = self.service.facts
-        return ResponsesFormat(facts.name, job.asked, dict(facts.defaults), self._store.keep)
+        return ResponsesFormat(facts.name, self.service.codec, job.asked, dict(facts.defaults), self._store.keep)
 
 
 class StoredResponses:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,17 +16,27 @@ from xllm.service.errors import invalid
 NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "background": (None, False),
     "conversation": (None,),
-    "include": (None, []),
     "max_tool_calls": (None,),
     "moderation": (None,),
     "prompt": (None,),
     "prompt_cache_retention": (None, "in_memory"),
     "service_tier": (None, "auto", "default"),
-    "stream_options": (None,),
-    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
 }
+# What a chat calls otherwise, in its errors.
+NAMES = tuple(
+    (re.compile(name), own)
+    for name, own in (
+        (r"\bmax_tokens\b", "max_output_tokens"),
+        (r"^messages$", "input"),
+        (r"^logprobs$", "top_logprobs"),
+        (r"^response_format\.json_schema\b", "text.format"),
+        (r"^response_format\b", "text.format"),
+        (r"^(tools\[\d+\])\.function", r"\1"),
+    )
+)
 ROLES = ("user", "assistant", "system", "developer")
+LOGPROBS = "message.output_text.logprobs"
 TEXTS = ("input_text", "output_text", "text")
 OF_ITEMS = ("id", "status", "phase")  # that answers have and that say nothing of the text
 
@@ -55,6 +67,12 @@ class Reasoning(msgspec.Struct, forbid_unknown_fields=True):
     effort: str | None = None
 
 
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """include_obfuscation: events of text are padded, so that their sizes tell less of what they say."""
+
+    include_obfuscation: bool | None = None
+
+
 class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/responses. `input`: a text, or items: messages, calls, their results and reasoning."""
 
@@ -72,7 +90,10 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     metadata: dict[str, str] | None = None
@@ -92,6 +113,13 @@ def chat_body(body: ResponsesBody, items: Sequence[dict[str, Any]]) -> ChatBody:
     """The chat that is asked for; `items` are those before this turn and of it. Raises ApiError 400."""
     messages = [Message("developer", body.instructions)] if body.instructions else []
     messages += _messages(items)
+    for at, name in enumerate(body.include or []):
+        if name != LOGPROBS:
+            text = f"include[{at}] is {name[:64]!r}: only {LOGPROBS} can be included"
+            raise invalid("unsupported_parameter", text, f"include[{at}]")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("invalid_request", "stream_options needs stream: true", "stream_options")
+    logprobs = bool(body.include or body.top_logprobs)
     choice = body.tool_choice
     if isinstance(choice, dict) and choice.keys() == {"type", "name"}:
         choice = {"type": choice["type"], "function": {"name": choice["name"]}}
@@ -104,6 +132,8 @@ def chat_body(body: ResponsesBody, items: Sequence[dict[str, Any]]) -> ChatBody:
         top_k=body.top_k,
         seed=body.seed,
         ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        top_logprobs=body.top_logprobs if logprobs else None,
         stream=body.stream,
         response_format=_format(body.text.format) if body.text and body.text.format else None,
         chat_template_kwargs=_reasoning(body.reasoning),
@@ -131,7 +161,7 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
             thoughts = "\n".join(text for text in texts if isinstance(text, str)) or None
         elif kind == "function_call":
             others = ("name", "arguments", *OF_ITEMS)
-            call = CalledFunction(_field(item, "name", path, ("call_id", *others)), _field(item, "arguments", path))
+            call = CalledFunction(_field(item, "name", path, ("call_id", *others)), _arguments(item, path))
             made = ToolCall(call, _field(item, "call_id", path))
             if not found or found[-1].role != "assistant":
                 found.append(Message("assistant", "", reasoning_content=thoughts))
@@ -168,6 +198,17 @@ def _field(item: dict[str, Any], name: str, path: str, others: Sequence[str] | N
     if not isinstance(found := item.get(name), str):
         raise invalid("invalid_type", f"{path}.{name} must be a text", f"{path}.{name}")
     return found
+
+
+def _arguments(item: dict[str, Any], path: str) -> str:
+    text = _field(item, "arguments", path)
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise invalid("invalid_request", f"{path}.arguments is not a JSON object as text", f"{path}.arguments")
+    return text
 
 
 def _tool(tool: FunctionTool, path: str) -> Tool:

@@ -20,7 +20,7 @@ from xllm.service.app import build_app
 from xllm.service.control import go_on
 from xllm.service.endpoint import Service
 from xllm.service.errors import ApiError
-from xllm.service.gate import Keys
+from xllm.service.gate import EVERYBODY, Access
 from xllm.service.listener import url
 
 MAX_HEADER_BYTES = 64 << 10
@@ -32,29 +32,28 @@ FORCED_EXIT_SECONDS = 1.0
 def serve(
     service: Service,
     listener: socket.socket,
-    keys: Keys | None,
+    access: Access,
     on_listening: Callable[[str], None],
     loop: str = "uvloop",
-    admin: Keys | None = None,
+    control: socket.socket | None = None,
 ) -> None:
-    """Answers until a signal ends it. `on_listening(url)` is called once requests are accepted."""
-    server = Server(service, keys, loop, admin)
+    """Answers until a signal ends it. `on_listening(url)` is called once requests are accepted. control: listens for
+    the control routes, on access.control_port."""
+    server = Server(service, access, loop)
     server.on_listening = lambda: on_listening(url(listener))
-    server.run(sockets=[listener])
+    server.run(sockets=[listener] if control is None else [listener, control])
 
 
 class Server(uvicorn.Server):
     """Uvicorn with a drain: it keeps listening until the last answer is complete, so that newcomers are told 503."""
 
-    def __init__(
-        self, service: Service, keys: Keys | None = None, loop: Any = "uvloop", admin: Keys | None = None
-    ) -> None:
+    def __init__(self, service: Service, access: Access = EVERYBODY, loop: Any = "uvloop") -> None:
         self.service = service
         self.on_listening: Callable[[], None] = lambda: None
         self._signals = 0
         super().__init__(
             uvicorn.Config(
-                build_app(service, keys, admin),
+                build_app(service, access),
                 loop=loop,
                 http=BoundedProtocol,
                 ws="none",

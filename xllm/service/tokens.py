@@ -20,6 +20,7 @@ class TextEndpoint(Endpoint[bytes]):
     """A route that answers with what was planned, which may be many times the question."""
 
     tasks = ("generate", "embed", "classify")
+    queues = False
 
     def check_size(self, given: str | list[int], name: str) -> None:
         """Refuses what would take the memory of many requests."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from xllm.service.body import ChatBody, Tool, ToolCall
 from xllm.service.errors import ApiError, Hint, invalid
-from xllm.service.parsers import HARMONY
 from xllm.service.parsers.parts import Tools
 from xllm.service.parsers.reading import Dialect
 
@@ -46,9 +45,6 @@ def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
         raise invalid("invalid_request", "two of the tools have the same name", "tools")
     if not tools or choice == "none":
         return None
-    if forced and HARMONY in (dialect.tools, dialect.reasoning):
-        text = "tool_choice can't force a call here: this model writes in channels, which no grammar holds yet"
-        raise invalid("unsupported_parameter", text, "tool_choice")
     if forced:  # in a form of ours, which every model can be held to
         if isinstance(choice, dict):
             schemas = {name: schema for name, schema in schemas.items() if name == choice["function"]["name"]}

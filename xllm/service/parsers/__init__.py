@@ -10,12 +10,13 @@ ALIASES = {
     "glm5": "glm45",
     "hermes": "qwen25",
     "kimi_k25": "kimi_k2",
+    "llama4_pythonic": "pythonic",
     "qwen2": "qwen25",
     "qwen3": "qwen25",
     "qwen35": "qwen3_coder",
 }
-SHAPES = ("deepseekv3", "deepseekv32", "deepseekv4", "glm45", "json", "kimi_k2", "llama3_json", "mistral", "qwen25")
-SHAPES += ("qwen3_coder",)
+SHAPES = ("deepseekv3", "deepseekv32", "deepseekv4", "glm45", "json", "kimi_k2", "llama3_json", "mistral", "pythonic")
+SHAPES += ("qwen25", "qwen3_coder")
 # Markers of reasoning, and whether answers begin inside of it.
 THOUGHTS = {
     "kimi": ("◁think▷", "◁/think▷", False),
@@ -39,6 +40,8 @@ TOOLS_SHOWN = (
     ("<tool_call>", "qwen25"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|channel|>", HARMONY),
+    ("<|python_start|>", "pythonic"),
+    ("[func_name1(params_name1=params_value1", "pythonic"),
     ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary of argument name and its value', "llama3_json"),
 )

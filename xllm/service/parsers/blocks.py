@@ -1,5 +1,6 @@
-"""Decides where calls begin and end in a text. A call leaves when it is complete and known to be one, so that nothing
-that was sent is ever taken back: a block that is no call is content, as are its characters."""
+"""Decides where calls begin and end in a text. A call leaves when it is known to be one, so that nothing that was sent
+is ever taken back: where its form shows that, with its name and the beginning of its arguments, which leave as they are
+written; or else when it is complete. A block that is no call is content, as are its characters."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xllm.service.parsers.parts import Call, Content, Markers, Part, Tools, Trimmed
+from xllm.service.parsers.growing import Arguments
+from xllm.service.parsers.parts import Call, Content, Markers, More, Part, Tools, Trimmed
 
 STRING_STOPS = re.compile(r'["\\\n]')  # JSON has no raw line end in a string: one that meets it was never closed
 
@@ -31,7 +33,7 @@ class Shape:
     """How a family of models writes calls. A block goes from `open` to `close`, to the next marker, or to the end of
     the text. sections: markers around blocks, which mean nothing. inner: markers inside of bodies. bare: characters
     that open a block without a marker, at the very beginning of an answer. quoted: bodies are JSON, where a marker in
-    a string is not one."""
+    a string is not one. heads: how a body begins whose arguments follow as they are, with the name."""
 
     open: str
     close: str
@@ -40,6 +42,7 @@ class Shape:
     inner: tuple[str, ...] = ()
     bare: str = ""
     quoted: bool = True
+    heads: tuple[re.Pattern[str], ...] = ()
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -52,10 +55,39 @@ class Calls:
     def __init__(self, one: bool) -> None:
         self._one = one  # parallel calls are not wanted
         self._ids: set[str] = set()
+        self.cut = False  # one of them broke off
+        self._growing: Arguments | None = None  # of the last call, in the text that `grow` is given
 
     @property
     def ended(self) -> bool:
-        return self._one and bool(self._ids)
+        return self._one and bool(self._ids) and not self.grows
+
+    @property
+    def grows(self) -> bool:
+        """Whether arguments leave as they come."""
+        return self._growing is not None and not (self._growing.done or self._growing.broken)
+
+    def begin(self, found: Found, at: int) -> list[Part]:
+        """A call whose arguments begin at a place of the text."""
+        if self.ended:
+            return []
+        self._growing = Arguments(at)
+        return self.take(found)
+
+    def grow(self, text: str, final: bool = False) -> list[Part]:
+        """What may leave of the arguments, of all of the text so far."""
+        if self._growing is None:
+            return []
+        before = self._growing.at
+        self._growing.push(text, final)
+        more = text[before : self._growing.at]
+        return [More(len(self._ids) - 1, more)] if more else []
+
+    def end(self) -> int | None:
+        """Where the arguments of the call that grew in this text ended; None where none did."""
+        growing, self._growing = self._growing, None
+        self.cut |= growing is not None and not growing.done
+        return growing and growing.at
 
     def take(self, found: Found) -> list[Part]:
         if self.ended:
@@ -70,20 +102,25 @@ class Blocks:
 
     thinking = False
 
-    def __init__(self, shape: Shape, tools: Tools, one: bool) -> None:
+    def __init__(self, shape: Shape, tools: Tools, one: bool, begun: bool = False) -> None:
         self._shape, self._tools = shape, tools
         self._markers = Markers(shape.markers)
         self._calls = Calls(one)
         self._text = ""  # not decided on; inside of a block all of its body
         self._shown = Trimmed()
-        self._begun = not shape.bare  # whether it is known if the answer begins with a call
+        self._begun = begun or not shape.bare  # whether it is known if the answer begins with a call
         self._inside = False
+        self._headed = False  # whether the body's call has begun to leave
         self._scanned = 0  # characters of the body without a marker
         self._in_string = False
 
     @property
     def ended(self) -> bool:
         return self._calls.ended
+
+    @property
+    def cut(self) -> bool:
+        return self._calls.cut
 
     def push(self, text: str) -> list[Part]:
         self._text += text
@@ -128,7 +165,7 @@ class Blocks:
         return True
 
     def _enter(self) -> None:
-        self._inside, self._scanned, self._in_string = True, 0, False
+        self._inside, self._headed, self._scanned, self._in_string = True, False, 0, False
 
     def _block(self, parts: list[Part]) -> bool:
         """Looks for what ends the block."""
@@ -137,6 +174,7 @@ class Blocks:
                 stop = STRING_STOPS.search(self._text, self._scanned)
                 if stop is None or (stop[0] == "\\" and stop.end() == len(self._text)):
                     self._scanned = stop.start() if stop else len(self._text)
+                    self._grow(self._text[: self._scanned], parts)
                     return False
                 self._in_string = stop[0] == "\\"
                 self._scanned = stop.end() + self._in_string
@@ -145,6 +183,7 @@ class Blocks:
             if marker is None:
                 unsure = self._markers.unfinished(self._text[self._scanned :])
                 self._scanned = len(self._text) - unsure
+                self._grow(self._text[: self._scanned], parts)
                 return False
             if marker[0] != '"':
                 break
@@ -156,9 +195,23 @@ class Blocks:
             self._enter()
         return True
 
+    def _grow(self, body: str, parts: list[Part], final: bool = False) -> None:
+        """Lets leave what a body shows to be a call."""
+        heads = () if self._headed else self._shape.heads
+        if (head := next(filter(None, (head.match(body) for head in heads)), None)) and head["name"] in self._tools:
+            self._headed = True
+            parts += self._calls.begin(Found(head["name"], "", head.groupdict().get("id")), head.end())
+        parts += self._calls.grow(body, final)
+
     def _close(self, body: str, parts: list[Part], otherwise: str | None = None) -> None:
         """The body as calls; or as content, for which `otherwise` may stand."""
-        read = self._shape.body(body, self._tools)
+        self._grow(body, parts, final=True)
+        read, sent = self._shape.body(body, self._tools), self._calls.end()
+        if sent is not None:
+            self._shown.marker()
+            if not self._calls.ended:
+                self._behind(body, read, sent, parts)
+            return
         if read is None or any(found.name not in self._tools for found in read[0]):
             self._content(self._markers.remove(body if otherwise is None else otherwise), parts)
             return
@@ -167,6 +220,15 @@ class Blocks:
         self._shown.marker()
         if not self.ended:
             self._content(read[1], parts)
+
+    def _behind(self, body: str, read: tuple[list[Found], str] | None, sent: int, parts: list[Part]) -> None:
+        """What a body has behind a call that has left already."""
+        if read is None or any(found.name not in self._tools for found in read[0]):
+            self._content(self._markers.remove(body[sent:]), parts)
+            return
+        for found in read[0][1:]:
+            parts += self._calls.take(found)
+        self._content(read[1], parts)
 
     def _content(self, text: str, parts: list[Part]) -> None:
         if shown := self._shown.push(text):

@@ -12,6 +12,8 @@ from xllm.service.parsers.parts import Content, Markers, Part, Reasoning, Tools
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 MARKERS = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+CLOSE_ANALYSIS = f"<|end|>{START}assistant{CHANNEL}final{MESSAGE}"
+OPEN_CALLS = f"{CHANNEL}commentary{MESSAGE}"
 HEADER_CHARS = 512  # more is no header, whatever it is
 TOOL = re.compile(r"to=(?:functions\.)?([\w.-]+)", re.ASCII)
 ANALYSIS = re.compile(r"<\|channel\|>\s*analysis")
@@ -22,13 +24,16 @@ HEADER = re.compile(rf"(?:{re.escape(START)}\w*)?(?:\s*to=\S*)?(?:{re.escape(CHA
 class Harmony:
     """All three kinds of parts at once."""
 
-    def __init__(self, tools: Tools, one: bool) -> None:
+    def __init__(self, tools: Tools, one: bool, begun: bool = False) -> None:
         self._tools, self._calls = tools, Calls(one)
         self._marks, self._body_ends = Markers(MARKERS), Markers((*ENDS, START, CHANNEL))
         self._text = ""  # not decided on; of a call all of its body
         self._scanned = 0  # characters of a call without a marker
         self._tool: str | None = None
-        self._state = "header"  # or what the body of this message is: "content", "reasoning", "call"
+        self._begun = False  # whether its call has begun to leave
+        self._state = (
+            "content" if begun else "header"
+        )  # or what the body of this message is: "content", "reasoning", "call"
 
     @property
     def thinking(self) -> bool:
@@ -37,6 +42,10 @@ class Harmony:
     @property
     def ended(self) -> bool:
         return self._calls.ended
+
+    @property
+    def cut(self) -> bool:
+        return self._calls.cut
 
     def push(self, text: str) -> list[Part]:
         self._text += text
@@ -78,6 +87,7 @@ class Harmony:
         end = marker.start() if marker else len(self._text) - self._body_ends.unfinished(self._text)
         if self._state == "call":
             self._scanned = 0 if marker else end
+            self._grow(self._text[:end], parts)
             if marker is None:
                 return False
             self._call(self._text[:end], parts)
@@ -89,8 +99,20 @@ class Harmony:
             self._state = "header"
         return marker is not None
 
+    def _grow(self, body: str, parts: list[Part]) -> None:
+        if self._tool and not self._begun and body.lstrip()[:1] == "{":
+            self._begun = True
+            parts += self._calls.begin(Found(self._tool, ""), values.skip(body, 0))
+        parts += self._calls.grow(body)
+
     def _call(self, body: str, parts: list[Part]) -> None:
-        if self._tool and values.is_object(body):
+        self._grow(body, parts)
+        parts += self._calls.grow(body, final=True)
+        self._begun = False
+        if (sent := self._calls.end()) is not None:
+            if not self._calls.ended and body[sent:].strip():
+                self._show("content", body[sent:], parts)
+        elif self._tool and values.is_object(body):
             parts += self._calls.take(Found(self._tool, body.strip()))
         else:
             self._show("content", body, parts)

@@ -21,7 +21,8 @@ class Reasoning(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A complete call of a tool that exists. index: among the calls of its answer. arguments: a JSON object."""
+    """A call of a tool that exists. index: among the calls of its answer. arguments: a JSON object, or its beginning,
+    which `More` of it follow."""
 
     index: int
     id: str
@@ -29,7 +30,28 @@ class Call(NamedTuple):
     arguments: str
 
 
-Part = Content | Reasoning | Call
+class More(NamedTuple):
+    """The next piece of the arguments of the last call."""
+
+    index: int
+    arguments: str
+
+
+Whole = Content | Reasoning | Call
+Part = Whole | More
+
+
+def joined(parts: Iterable[Part]) -> list[Whole]:
+    """The same with calls whole."""
+    found: list[Whole] = []
+    for part in parts:
+        if isinstance(part, More):
+            call = found[-1]
+            assert isinstance(call, Call)
+            found[-1] = call._replace(arguments=call.arguments + part.arguments)
+        else:
+            found.append(part)
+    return found
 
 
 class Reader(Protocol):
@@ -45,6 +67,11 @@ class Reader(Protocol):
         """Whether nothing may follow any more: the one call that was allowed is complete."""
         ...
 
+    @property
+    def cut(self) -> bool:
+        """Whether the arguments of a call broke off."""
+        ...
+
     def push(self, text: str) -> list[Part]: ...
 
     def finish(self) -> list[Part]:
@@ -55,7 +82,7 @@ class Reader(Protocol):
 class Plain:
     """All text is content."""
 
-    thinking = ended = False
+    thinking = ended = cut = False
 
     def push(self, text: str) -> list[Part]:
         return [Content(text)] if text else []

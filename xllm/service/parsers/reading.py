@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xllm.service.parsers import (
     ALIASES,
@@ -28,10 +28,20 @@ class Dialect:
     tools: str = "none"
     reasoning: str = "none"
 
-    def reading(self, prompt: str = "", tools: Tools | None = None, one_call: bool = False) -> Reading:
-        """How the answer to a prompt is read. Without tools nothing is a call. one_call: the first one ends it."""
+    def reading(
+        self, prompt: str = "", tools: Tools | None = None, one_call: bool = False, begun: str | None = None
+    ) -> Reading:
+        """How the answer to a prompt is read. Without tools nothing is a call. one_call: the first one ends it. begun:
+        the text of the answer that is in the prompt already, where it goes on with one."""
         thoughts = self.thoughts
-        return Reading(self, tools or {}, one_call, thoughts is not None and thoughts.opened_by(prompt))
+        inside = thoughts is not None and (thoughts.opened_by(prompt) if begun is None else thoughts.open_in(begun))
+        return Reading(self, tools or {}, one_call, inside, begun is not None)
+
+    def before_call(self, prompt: str) -> tuple[str, Dialect]:
+        """The prompt of an answer that is nothing but calls in our own form, and how that is read."""
+        if HARMONY in (self.tools, self.reasoning):  # a message is opened for them, in the channel of calls
+            return prompt + harmony.OPEN_CALLS, Dialect("json")
+        return prompt, replace(self, tools="json")
 
     @property
     def thoughts(self) -> Thoughts | None:
@@ -41,21 +51,30 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Reading:
-    """How one answer is read. inside: it begins inside of reasoning."""
+    """How one answer is read. inside: it begins inside of reasoning. begun: its beginning is in the prompt."""
 
     dialect: Dialect = Dialect()
     tools: Tools = field(default_factory=dict)
     one_call: bool = False
     inside: bool = False
+    begun: bool = False
 
     def reader(self) -> Reader:
         """A new one: each answer has its own."""
         tools, reasoning = self.dialect.tools, self.dialect.reasoning
         if HARMONY in (tools, reasoning):
-            return harmony.Harmony(self.tools, self.one_call)
-        rest = Blocks(shape(tools), self.tools, self.one_call) if self.tools and tools in SHAPES else Plain()
+            return harmony.Harmony(self.tools, self.one_call, self.begun)
+        calls = self.tools and tools in SHAPES
+        rest = Blocks(shape(tools), self.tools, self.one_call, self.begun) if calls else Plain()
         thoughts = self.dialect.thoughts
-        return Thinking(thoughts, self.inside, rest) if thoughts else rest
+        return Thinking(thoughts, self.inside, rest) if thoughts and (self.inside or not self.begun) else rest
+
+    @property
+    def closing(self) -> str:
+        """What ends reasoning; empty where there is none."""
+        if HARMONY in (self.dialect.tools, self.dialect.reasoning):
+            return harmony.CLOSE_ANALYSIS
+        return self.dialect.thoughts.close if self.dialect.thoughts else ""
 
     @property
     def markers(self) -> tuple[str, ...]:

@@ -21,6 +21,10 @@ class Thoughts:
         end = prompt.rstrip()
         return end.endswith(self.open) or (self.inside and not end.endswith(self.close))
 
+    def open_in(self, text: str) -> bool:
+        """Whether an answer that begins with this text goes on inside the block."""
+        return text.rfind(self.open) > text.rfind(self.close)
+
 
 class Thinking:
     """Splits reasoning off; the rest goes to the next reader. A block that the text never closes goes to its end.
@@ -40,6 +44,10 @@ class Thinking:
     @property
     def ended(self) -> bool:
         return self._rest.ended
+
+    @property
+    def cut(self) -> bool:
+        return self._rest.cut
 
     def push(self, text: str) -> list[Part]:
         if self._state == "rest":

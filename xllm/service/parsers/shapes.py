@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from xllm.service.parsers import values
+from xllm.service.parsers import pythonic, values
 from xllm.service.parsers.blocks import Body, Found, Shape
 from xllm.service.parsers.parts import Tools
 
-NAME = r"([\w.-]+)"
+NAME = r"(?P<name>[\w.-]+)"
+# The beginning of an object with a call, up to its arguments where those are an object and no text.
+OBJECT = rf'\s*\{{\s*"name"\s*:\s*"{NAME}"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
 Read = tuple[list[Found], str]
 
 
@@ -51,7 +53,7 @@ def _several(body: str, tools: Tools) -> Read | None:
     return (found, body[at:]) if found else None
 
 
-MISTRAL = re.compile(rf"\s*{NAME}(?:\[CALL_ID\](\w+))?(?:\[ARGS\])?\s*(?=\{{)", re.ASCII)
+MISTRAL = re.compile(rf"\s*{NAME}(?:\[CALL_ID\](?P<id>\w+))?(?:\[ARGS\])?\s*(?=\{{)", re.ASCII)
 
 
 def _mistral(body: str, tools: Tools) -> Read | None:
@@ -59,7 +61,7 @@ def _mistral(body: str, tools: Tools) -> Read | None:
     try:
         if head := MISTRAL.match(body):
             _, end = values.members(body, head.end())
-            return [Found(head[1], body[head.end() : end], head[2])], body[end:]
+            return [Found(head["name"], body[head.end() : end], head["id"])], body[end:]
         at = values.skip(body, 0)
         calls, end = values.parse(body, at)
         if not isinstance(calls, list) or not calls:
@@ -145,9 +147,16 @@ def _deepseek(word: str, bracket: str = "<{}>") -> str:
     return bracket.format("\N{FULLWIDTH VERTICAL LINE}" + word.replace(" ", "\u2581") + "\N{FULLWIDTH VERTICAL LINE}")
 
 
+def _heads(*patterns: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(rf"{pattern}(?=\{{)", re.ASCII) for pattern in patterns)
+
+
 SEPARATOR = _deepseek("tool sep")
+DEEPSEEK_V3 = rf"\s*\w+{SEPARATOR}{NAME}\s*```(?:json)?\s*"
+DEEPSEEK_V31 = rf"\s*{NAME}{SEPARATOR}\s*"
+KIMI = rf"\s*(?P<id>(?:functions\.)?{NAME}:\d+)\s*<\|tool_call_argument_begin\|>\s*"
 _MAKE: dict[str, Callable[[], Shape]] = {
-    "qwen25": lambda: Shape("<tool_call>", "</tool_call>", _one),
+    "qwen25": lambda: Shape("<tool_call>", "</tool_call>", _one, heads=_heads(OBJECT)),
     "qwen3_coder": lambda: Shape(
         "<tool_call>",
         "</tool_call>",
@@ -162,19 +171,21 @@ _MAKE: dict[str, Callable[[], Shape]] = {
     "kimi_k2": lambda: Shape(
         "<|tool_call_begin|>",
         "<|tool_call_end|>",
-        _headed(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>\s*...\s*"),
+        _headed(rf"{KIMI}...\s*"),
         sections=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
         inner=("<|tool_call_argument_begin|>",),
+        heads=_heads(KIMI),
     ),
     "deepseekv3": lambda: Shape(
         _deepseek("tool call begin"),
         _deepseek("tool call end"),
         _either(
-            _headed(rf"\s*\w+{SEPARATOR}(?P<name>[\w.-]+)\s*```(?:json)?\s*...\s*```\s*"),
-            _headed(rf"\s*(?P<name>[\w.-]+){SEPARATOR}\s*...\s*"),  # V3.1
+            _headed(rf"{DEEPSEEK_V3}...\s*```\s*"),
+            _headed(rf"{DEEPSEEK_V31}...\s*"),
         ),
         sections=(_deepseek("tool calls begin"), _deepseek("tool calls end")),
         inner=(SEPARATOR,),
+        heads=_heads(DEEPSEEK_V3, DEEPSEEK_V31),
     ),
     "deepseekv32": lambda: _dsml("function_calls"),
     "deepseekv4": lambda: _dsml("tool_calls"),
@@ -188,9 +199,11 @@ _MAKE: dict[str, Callable[[], Shape]] = {
         ),
         quoted=False,
     ),
-    "llama3_json": lambda: Shape("<|python_tag|>", "", _several, bare="{"),
-    "mistral": lambda: Shape("[TOOL_CALLS]", "", _mistral, inner=("[CALL_ID]", "[ARGS]")),
-    "json": lambda: Shape("[TOOL_CALLS]", "", _mistral, bare="["),  # a list of objects, which needs no marker
+    "llama3_json": lambda: Shape("<|python_tag|>", "", _several, bare="{", heads=_heads(OBJECT)),
+    "mistral": lambda: Shape("[TOOL_CALLS]", "", _mistral, inner=("[CALL_ID]", "[ARGS]"), heads=(MISTRAL,)),
+    "pythonic": lambda: Shape("<|python_start|>", "<|python_end|>", pythonic.calls, bare="[", quoted=False),
+    # A list of objects, which needs no marker.
+    "json": lambda: Shape("[TOOL_CALLS]", "", _mistral, bare="[", heads=_heads(rf"\s*\[{OBJECT}")),
 }
 
 

@@ -72,6 +72,24 @@ def members(text: str, at: int = 0) -> tuple[dict[str, str], int]:
     return found, end
 
 
+def complete(text: str) -> dict[str, Any]:
+    """The object that a text is; of one that breaks off, the members that are whole."""
+    found: dict[str, Any] = {}
+    at = skip(text, skip(text, 0) + 1)
+    try:
+        while at < len(text) and text[at] != "}":
+            key, at = parse(text, at)
+            value, end = parse(text, skip(text, at) + 1)
+            at = skip(text, end)
+            if at == len(text) and not isinstance(value, dict | list | str):
+                break  # a number may have had more digits
+            found[key] = value
+            at = skip(text, at + 1) if text[at : at + 1] == "," else at
+    except ValueError:
+        pass
+    return found
+
+
 def typed(text: str, name: str, schema: Mapping[str, Any]) -> Any:
     """The value of a parameter whose tag holds `text`: of the type that the tool's schema gives it, or else the text
     itself."""
