@@ -25,7 +25,7 @@ from xllm.pipeline import (
     pass_lines,
     pipeline_of,
     sized,
-)
+)  # fmt: skip
 from xllm.storage import ACTIVATIONS, FLOATS, INTS, KVS, STORAGES, full_word
 from xllm.targets.predicted import TUNING
 

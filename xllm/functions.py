@@ -26,7 +26,7 @@ from xllm.pipeline import (
     pass_lines,
     pipeline_of,
     sized,
-)
+)  # fmt: skip
 from xllm.plan import StoredWeight
 from xllm.storage import STORAGES, full_word
 
