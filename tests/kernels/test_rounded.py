@@ -24,8 +24,8 @@ def linear(run, x, packed, bias, n, storage):
 
 def held(packed, weight, storage):
     """The weight as it is stored, float64."""
-    given = rounded(weight, storage) if storage == "bfloat16" else unpacked(packed, *weight.shape, storage)
-    return given.astype(np.float64)
+    n, k = weight.shape
+    return (rounded(weight, storage) if storage == "bfloat16" else unpacked(packed, n, k, storage)).astype(np.float64)
 
 
 def as_rounded(x, storage):
