@@ -63,6 +63,7 @@ class Compiled:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]; token by token, which gives the bits that any other cut gives."""
+        assert len(ids) <= self._executor.limits.max_len, "the state holds no more"
         self._executor.attach(0, Request("accuracy", tuple(ids), SamplingParams(temperature=0.0)), ())
         rows = []
         for at, token in enumerate(ids):
@@ -150,7 +151,7 @@ def main() -> None:
         folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", shape)
         reference = np.zeros(0)
         for storage, activations, kv in track(kinds, "measuring", console=console(), transient=True):
-            chosen = CompileOptions(weights=storage, activations=activations or None, kv=kv, max_len=512)
+            chosen = CompileOptions(weights=storage, activations=activations or None, kv=kv)
             found = {"loss": loss(made, chosen, options.conversations)}
             got = logits(folder, made, chosen, tokens)
             reference = reference if results else got

@@ -154,9 +154,7 @@ def norm_rope_write(rows: int, suffix: str) -> Case:
 
 
 def cases(quick: bool) -> Iterator[Callable[[], Case]]:
-    for kernel in STORAGE:
-        if quick and kernel == "linear.f32":
-            continue
+    for kernel in [kernel for kernel in STORAGE if not (quick and kernel == "linear.f32")]:
         for name, (k, n) in LINEARS.items():
             for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
                 yield lambda name=name, k=k, n=n, rows=rows, kernel=kernel: linear(name, k, n, rows, kernel)
