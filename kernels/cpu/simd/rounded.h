@@ -1,6 +1,6 @@
 // Products of rows rounded to bf16 (to nearest even) with bf16 weights, summed in float32. Where the machine multiplies bf16, an
 // element of a row or a panel is a pair of inputs: the second product of a pair is added first, then the first, each rounded as
-// by FMA, and what is too small for a normal exponent is zero. Elsewhere the same rows are multiplied as float32, one input after
+// by FMA (so on Zen 4), and what is too small for a normal exponent is zero. Elsewhere the same rows are multiplied as float32, one input after
 // the other. For any rows and panels together the bits are the same; levels differ from each other by the order of sums.
 #pragma once
 #include "float_tiles.h"
@@ -75,8 +75,8 @@ struct RoundedMemory {
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16].
 static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
   const bool few = rows <= kTileRows;  // these read the weights once, at best from end to end
-  const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide, apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride;
-  const int64_t depth = (apart - 16) * kInputs;
+  const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide;
+  const int64_t apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride, depth = (apart - 16) * kInputs;
   for (int64_t begin = 0; begin < k; begin += depth) {
     const int64_t inputs = min(depth, k - begin), whole = inputs / kInputs;
     for (int64_t r = 0; r < rows; r++)
