@@ -102,11 +102,12 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
         command(
             "serve",
             _serve,
-            "answer the OpenAI API from an artifact, or from a checkpoint folder that is compiled once",
+            "answer the OpenAI API from artifacts, or from checkpoint folders that are compiled once",
             "xllm serve qwen.xllm",
             "xllm serve qwen.xllm --memory 4GiB --threads 2 --port 8080",
             "xllm serve qwen.xllm --host 0.0.0.0 --api-key-file keys.txt",
             "xllm serve qwen.xllm --admin-port 9000                       control is there, and nowhere else",
+            "xllm serve qwen.xllm bge.xllm --memory 4GiB      requests choose by `model`, KV pages are shared",
         )
     )
     generate_flags(
@@ -205,7 +206,7 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from xllm.commands import serve
+    from xllm.serving import serve
 
     serve(arguments)
 
