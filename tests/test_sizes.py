@@ -16,7 +16,7 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    "xllm/targets": 3475,  # logits of prompts; fitted costs; weights that leave and return; turns of steps; rounded rows
+    "xllm/targets": 3475,  # logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
     "xllm/runtime": 6700,
     # three APIs of generation, parsers, batches, control, the page, who may ask; several models
