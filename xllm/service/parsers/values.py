@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 REFERENCES = 8  # followed from one schema to the next
+HALF = re.compile("[\ud800-\udfff]")  # of a pair: an escape can say it, UTF-8 has no bytes for it
 
 
 def _refuse(name: str) -> Any:
@@ -72,8 +74,15 @@ def members(text: str, at: int = 0) -> tuple[dict[str, str], int]:
     return found, end
 
 
+def written(value: Any) -> str:
+    """A value as JSON that can be sent. Raises ValueError for one that JSON does not have."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return HALF.sub(lambda half: f"\\u{ord(half[0]):x}", text)
+
+
 def complete(text: str) -> dict[str, Any]:
-    """The object that a text is; of one that breaks off, the members that are whole."""
+    """The object that a text is; of one that breaks off, the members that are whole. Halves of pairs are replaced: a
+    value, unlike a text, can't be sent with them."""
     found: dict[str, Any] = {}
     at = skip(text, skip(text, 0) + 1)
     try:
@@ -87,7 +96,8 @@ def complete(text: str) -> dict[str, Any]:
             at = skip(text, at + 1) if text[at : at + 1] == "," else at
     except ValueError:
         pass
-    return found
+    shown = json.dumps(found, ensure_ascii=False)
+    return json.loads(HALF.sub("\N{REPLACEMENT CHARACTER}", shown)) if HALF.search(shown) else found
 
 
 def typed(text: str, name: str, schema: Mapping[str, Any]) -> Any:
