@@ -80,9 +80,14 @@ def written(value: Any) -> str:
     return HALF.sub(lambda half: f"\\u{ord(half[0]):x}", text)
 
 
+def sendable(value: Any) -> Any:
+    """The same without halves of pairs, which a value, unlike its text, can't be sent with."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(HALF.sub("\N{REPLACEMENT CHARACTER}", text)) if HALF.search(text) else value
+
+
 def complete(text: str) -> dict[str, Any]:
-    """The object that a text is; of one that breaks off, the members that are whole. Halves of pairs are replaced: a
-    value, unlike a text, can't be sent with them."""
+    """The object that a text is, sendable; of one that breaks off, the members that are whole."""
     found: dict[str, Any] = {}
     at = skip(text, skip(text, 0) + 1)
     try:
@@ -96,8 +101,7 @@ def complete(text: str) -> dict[str, Any]:
             at = skip(text, at + 1) if text[at : at + 1] == "," else at
     except ValueError:
         pass
-    shown = json.dumps(found, ensure_ascii=False)
-    return json.loads(HALF.sub("\N{REPLACEMENT CHARACTER}", shown)) if HALF.search(shown) else found
+    return sendable(found)
 
 
 def typed(text: str, name: str, schema: Mapping[str, Any]) -> Any:
