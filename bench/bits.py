@@ -29,7 +29,7 @@ from xllm.artifact import Artifact
 from xllm.llm import engine_config, open_model
 from xllm.memory import plan_memory
 from xllm.runtime import Request, SamplingParams, TokenOutput
-from xllm.runtime.beams import BeamParams, BeamSearch
+from xllm.runtime.beams import BeamParams
 from xllm.runtime.config import EngineStats, TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.urgency import Urgency
@@ -57,7 +57,7 @@ def main() -> int:
         searched = [replace(one, id=f"beam {one.id}") for one in asked[:: max(1, len(asked) // 40)]]
         with running(artifact, alone=True) as (engine, outputs):
             expected = {one.id: together(engine, outputs, [one])[one.id] for one in asked}
-            beams = {one.id: search(engine, outputs, one, artifact) for one in searched}
+            beams = {one.id: search(engine, outputs, one) for one in searched}
         made = table(
             f"{len(asked):,} requests and {len(searched)} beam searches, alone and together",
             *("together, under", "differences", "seconds", "preemptions", "cached tokens", "loaded", "cancelled"),
@@ -69,7 +69,7 @@ def main() -> int:
             with running(artifact, scheduler=way, order=order) as (engine, outputs):
                 found = crowd(engine, outputs, asked, options.seed)
                 wrong = sum(found[one.id] != expected[one.id] for one in asked)
-                wrong += sum(search(engine, outputs, one, artifact) != beams[one.id] for one in searched)
+                wrong += sum(search(engine, outputs, one) != beams[one.id] for one in searched)
                 stats: EngineStats = engine.stats()
             seconds = time.perf_counter() - begin
             loaded = sum(tier.loaded for tier in stats.tiers)
@@ -174,21 +174,15 @@ def together(
 
 
 def search(
-    engine: Engine, outputs: queue.SimpleQueue[list[TokenOutput]], one: Request, artifact: Artifact
+    engine: Engine, outputs: queue.SimpleQueue[list[TokenOutput]], one: Request
 ) -> list[tuple[float, tuple[int, ...]]]:
     """The beams of a request, of eight tokens at most, with their scores."""
-    params = SamplingParams(temperature=0, max_tokens=8)
-    eos_ids = artifact.manifest["model"]["eos_ids"]
-    beams = BeamSearch(replace(one, params=params), BeamParams(3), eos_ids)
-    while beams.live:
-        asked = beams.requests()
-        ends: dict[str, TokenOutput] = {}
-        for request in asked:
-            engine.submit(request)
-        while len(ends) < len(asked):
-            ends |= {output.request_id: output for output in outputs.get()}
-        beams.advance([ends[request.id] for request in asked])
-    return [(found.score, tuple(found.beam.tokens)) for found in beams.results()]
+    engine.submit(replace(one, params=SamplingParams(temperature=0, max_tokens=8), beams=BeamParams(3)))
+    while True:
+        for output in outputs.get():
+            if output.request_id == one.id:
+                assert output.error is None, output.error
+                return [(found.score, tuple(found.beam.tokens)) for found in output.found]
 
 
 if __name__ == "__main__":

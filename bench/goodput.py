@@ -29,7 +29,7 @@ from rich.table import Table
 from bench import report
 from bench.report import RESULTS, ROOT, Spread, footer, percentile, save, table
 from xllm.runtime import EngineConfig, Limits
-from xllm.runtime.policies.state import DEFAULT_STEP_SECONDS, Rows
+from xllm.runtime.policies.state import STEP_SECONDS, Rows
 from xllm.runtime.simulation import Arrival, Machine, Served, simulate
 from xllm.runtime.urgency import Urgency
 
@@ -111,7 +111,7 @@ def engine_config(setting: Setting, scheduler: str, order: str | None = None) ->
     tokens = setting.machine.limits.max_tokens_per_step
     return EngineConfig(
         kv_bytes=1, max_tokens_per_step=tokens, max_chunk=tokens, premap=False, prefix_cache=False,
-        step_seconds=min(MARGIN * setting.urgency.tpot, DEFAULT_STEP_SECONDS), scheduler=scheduler, order=order,
+        step_seconds=min(MARGIN * setting.urgency.tpot, STEP_SECONDS), scheduler=scheduler, order=order,
         cost=setting.machine.cost,
     )  # fmt: skip
 

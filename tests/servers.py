@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ class Server:
     url: str
     said: str
 
-    def metric(self, name: str) -> float:
-        """Value of an unlabelled metric, or the sum over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+    def metric(self, name: str, model: str = "") -> float:
+        """Value of an unlabelled metric, or the sum over its labels; of one model, where it is named."""
+        label = f'model_name="{model}"' if model else ""
+        lines = [line for line in httpx.get(f"{self.url}/metrics").text.splitlines() if label in line]
         found = [float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name]
         if not found:
             raise KeyError(f"the server has no metric {name}")
@@ -35,9 +36,10 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Starts `xllm serve MODEL`, waits until it listens, and ends it with SIGTERM (SIGKILL if that does not do)."""
-    command = [sys.executable, "-m", "xllm.cli", "serve", str(model), "--port", "0", *flags]
+def serving(model: Path | Sequence[Path], *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Starts `xllm serve MODEL...`, waits until it listens, and ends it with SIGTERM (SIGKILL if that does not do)."""
+    models = [model] if isinstance(model, Path) else model
+    command = [sys.executable, "-m", "xllm.cli", "serve", *map(str, models), "--port", "0", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})}
     )

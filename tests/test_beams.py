@@ -20,6 +20,7 @@ from tests.servers import Server, serving
 from tests.service.fakes import wait_for
 from xllm.compiler import CompileOptions
 from xllm.offline import LLM
+from xllm.runtime import RequestRefused
 
 PROMPTS = [[5, 9, 2, 33, 7], [*range(20, 60)], [3]]
 
@@ -67,6 +68,14 @@ def test_beams_do_not_depend_on_what_else_runs(built: tuple[Path, Path], llm: LL
         beside.result()
     with LLM(built[1], threads=1, prefix_cache=False) as other:
         assert other.beam_search(PROMPTS, 4, 10, ignore_eos=True) == alone
+
+
+def test_beams_that_no_step_holds_are_refused(llm: LLM, client: openai.OpenAI) -> None:
+    with pytest.raises(RequestRefused, match="beam_width is 9, a step holds 8 sequences"):
+        llm.beam_search(PROMPTS[0], 9, 4)
+    with pytest.raises(openai.BadRequestError, match="raise max_seqs") as refused:
+        client.completions.create(model="tiny", prompt="a", max_tokens=4, extra_body={"beam_width": 9})
+    assert refused.value.code == "exceeds_capacity"
 
 
 def test_what_shapes_a_draw_shapes_beams(llm: LLM) -> None:
@@ -147,9 +156,9 @@ def test_what_a_search_can_not_have_is_refused_by_name(
 
 
 def test_a_search_ends_with_its_client(server: Server, client: openai.OpenAI) -> None:
-    body = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": 200, "beam_width": 32, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": 200, "beam_width": 8, "ignore_eos": True}
     with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{server.url}/v1/completions", json=body | {"early_stopping": "never"}, timeout=0.5)
+        httpx.post(f"{server.url}/v1/completions", json=body | {"early_stopping": "never"}, timeout=0.05)
     wait_for(lambda: server.metric("num_concurrent_requests") == 0)
     steps = server.metric("num_processing_tokens_total_generated")
     assert client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=1).choices

@@ -40,7 +40,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "storage", "targets"},
         set(),
     ),
-    "pipeline": ({"", "artifact", "extensions", "ir", "passes", "plan", "targets"}, set()),
+    "pipeline": ({"", "artifact", "errors", "extensions", "ir", "passes", "plan", "storage", "targets"}, set()),
     "targets.cpu": ({"targets.base", "kernels"}, set()),
     "targets.cpu.arena": ({"artifact"}, {"numpy"}),
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
@@ -76,13 +76,17 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "doctor": ({"", "config", "kernels", "targets"}, set()),
     "doors": ({"", "commands", "config", "service.listener", "service.sites", "service.gate"}, set()),
     "commands": (
-        {"", "artifact", "config", "control", "doors", "functions", "kernels", "llm", "runtime", "service", "storage"}
-        | {"targets", "watch"},
+        {"", "artifact", "config", "functions", "kernels", "llm", "runtime", "service", "storage"},
+        SERVING,
+    ),
+    "serving": (
+        {"artifact", "commands", "config", "control", "doors", "llm", "memory", "runtime", "service", "targets"}
+        | {"watch"},
         SERVING,
     ),
     "extensions": (set(), set()),
     "measure": (
-        {"artifact", "config", "kernels", "llm", "memory", "runtime", "targets"},
+        {"artifact", "config", "kernels", "llm", "memory", "runtime", "storage", "targets"},
         {"msgspec", "numpy"},
     ),
     "measure.commands": ({"artifact", "files", "inspection", "measure", "targets.fitted"}, set()),
@@ -95,7 +99,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "flags": ({"", "config", "service.parsers", "storage"}, set()),
     "cli": (
         {"", "artifact", "commands", "compiler", "config", "doctor", "flags", "inspection", "measure", "pipeline"}
-        | {"service.parsers", "traffic"},
+        | {"service.parsers", "serving", "traffic"},
         {"rich"},
     ),
     "": ({"offline", "runtime", "session"}, set()),
@@ -215,7 +219,7 @@ def test_exemptions_are_still_needed() -> None:
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import xllm.cli, xllm.commands, xllm.llm, xllm.artifact, xllm.plan, xllm.targets.cpu, xllm.targets.cpu.executor
+import xllm.cli, xllm.serving, xllm.llm, xllm.artifact, xllm.plan, xllm.targets.cpu, xllm.targets.cpu.executor
 import xllm.runtime, xllm.service
 for package in (xllm.runtime, xllm.service):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -238,7 +242,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 
 def test_a_server_loads_only_what_its_first_answer_needs() -> None:
     """Each of these costs every start milliseconds: an HTTP framework, templates, metrics, files of others."""
-    code = "import sys, xllm.commands, xllm.service.server, xllm.targets.cpu.executor; print(*sys.modules)"
+    code = "import sys, xllm.serving, xllm.service.server, xllm.targets.cpu.executor; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     late = {"starlette", "jinja2", "prometheus_client", "rich", "safetensors", "httpx", "xllm.extensions",
             "python_multipart"}  # fmt: skip

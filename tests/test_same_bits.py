@@ -1,4 +1,5 @@
-"""The same bits under any schedule: 64 prompts alone, then together in every way the engine can be made to run them."""
+"""The same bits under any schedule: 64 prompts alone, then together in every way the engine can be made to run them;
+and searches among them."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import pytest
 from tests.models import EXPERTS, FAMILIES, HYBRIDS, MLA, VOCAB, WatchedExecutor, build
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions
+from xllm.runtime.beams import BeamParams, Found
 from xllm.runtime.config import EngineConfig, EngineStats, TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, StepResult
@@ -21,10 +23,11 @@ from xllm.runtime.request import Request, SamplingParams, TokenOutput
 PROMPTS, NEW_TOKENS = 64, 12
 CONFIGS = {**FAMILIES, **HYBRIDS, **EXPERTS, **MLA}
 # Grouped heads, a window, a state of fixed size, experts, keys on a latent, and all of windows, sinks and experts; then
-# types of weights, and of keys and values where those have another.
+# types of weights, and of keys and values where those have another, and what activations are rounded to.
 MODELS = ("qwen3 float32", "mistral bfloat16", "qwen3-next float32", "qwen3-moe bfloat16", "deepseek-v3 float32",
           "gpt-oss float32", "qwen3 int8", "mistral int4", "qwen3-moe int4", "deepseek-v3 int8.row",
-          "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8")  # fmt: skip
+          "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8",
+          "mistral bfloat16 bfloat16 bfloat16", "qwen3 int8 int8 int8")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ SCHEDULES = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    name, weights, *kv = request.param.split()
+    name, weights, *more = request.param.split()
     dtype = "bfloat16" if weights.startswith("int") else weights
-    options = CompileOptions(weights=weights, kv=(kv or [dtype])[0], max_len=256)
+    kv, activations = (*more, *(dtype, None)[len(more) :])
+    options = CompileOptions(weights=weights, activations=activations, kv=kv, max_len=256)
     return Artifact.open(build(tmp_path_factory.mktemp("bits"), CONFIGS[name], dtype=dtype, options=options)[1])
 
 
@@ -110,6 +114,32 @@ def test_same_bits_from_memory_and_disk(
     assert not any(tier.corrupt or tier.off for tier in stats.tiers)
 
 
+@pytest.fixture(scope="module")
+def searched(artifact: Artifact) -> dict[str, list[bytes]]:
+    return run(artifact, Schedule(overlapped=False), one_by_one=True, asked=searches(), prefix_cache=False)[0]
+
+
+@pytest.mark.parametrize("name", ["chunks of 16", "preempted", "preempted, plain loop, two threads"])
+def test_same_searches(name: str, artifact: Artifact, searched: dict[str, list[bytes]]) -> None:
+    """Alone, or among others and in each other's way: what is found, to the bit."""
+    schedule = SCHEDULES[name]
+    if name.startswith("preempted"):
+        schedule = replace(schedule, kv_groups=60)  # the widest needs 41
+    found, stats = run(artifact, schedule, asked=searches() + requests()[::2])
+    assert {one.id: found[one.id] for one in searches()} == searched
+    assert not name.startswith("preempted") or stats.preemptions > 0
+
+
+def searches() -> list[Request]:
+    """Of 2 to 4 beams, half of them with penalties."""
+    plain = SamplingParams(max_tokens=NEW_TOKENS)
+    shaped = replace(plain, repetition_penalty=1.2, frequency_penalty=0.2)
+    return [
+        replace(one, id=f"s{at}", params=shaped if at % 2 else plain, beams=BeamParams(2 + (at // 2 % 2) * 2))
+        for at, one in enumerate(requests()[1::4])
+    ]
+
+
 def requests(shared: bool = False) -> list[Request]:
     """Prompts of 1 to 120 tokens; half of them sampled with every feature on. `shared`: cut from three texts that have
     their first 40 tokens in common, with up to two tokens of their own behind."""
@@ -149,6 +179,8 @@ class BitsExecutor(WatchedExecutor):
         result = super()._run(batch)
         sampled = [row for row in batch.rows if row.sample]
         for row, token in zip(sampled, result.tokens, strict=True):
+            if owners[row.slot].startswith("s"):  # beams, of which several have a row of the same place
+                continue
             position = row.start + len(row.tokens) - 1
             bits = self.seen[row.slot, position].tobytes() + token.tobytes()
             held = self.bits.setdefault(owners[row.slot], {}).setdefault(position, bits)
@@ -188,6 +220,7 @@ def run(
     rng.shuffle(order)
     waiting, live = list(order), 0
     tokens: dict[str, list[int]] = {request.id: [] for request in order}
+    results: dict[str, tuple[Found, ...]] = {}
     try:
         while waiting or live:
             burst = 1 if one_by_one else rng.randint(1, 16)
@@ -198,14 +231,15 @@ def run(
                 assert output.error is None
                 if output.token is not None:
                     tokens[output.request_id].append(output.token)
+                results[output.request_id] = output.found
                 live -= output.finish_reason is not None
         stats = engine.stats()
     finally:
         engine.stop()
-    assert all(len(generated) == NEW_TOKENS for generated in tokens.values())
-    prompts = {request.id: len(request.prompt) for request in order}
+    prompts = {request.id: len(request.prompt) for request in order if request.beams is None}
+    assert all(len(tokens[name]) == NEW_TOKENS for name in prompts)
     rows = {
         name: [executor.bits[name][prompts[name] - 1 + index] for index in range(NEW_TOKENS)]
         for name in sorted(prompts)
     }
-    return rows, stats
+    return rows | {name: [repr(found).encode()] for name, found in results.items() if found}, stats

@@ -94,7 +94,7 @@ def test_online_requests_take_the_slots_of_offline_ones(server: Server) -> None:
     thread.join()
     assert done == ["online", "offline"] and said == [alone] * 60
     told = httpx.get(f"{server.url}/metrics").text
-    counts = dict(re.findall(r"^num_(\w+_preempt_\w+)_requests (\d+)", told, re.MULTILINE))
+    counts = dict(re.findall(r"^num_(\w+_preempt_\w+)_requests\{[^}]*\} (\d+)", told, re.MULTILINE))
     assert int(counts["online_prefill_preempt_offline"]) >= 1
 
 

@@ -94,6 +94,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm compile ./Qwen3-0.6B -o qwen8.xllm --kv int8          longer texts in the same memory",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
             "xllm compile ./Qwen3-0.6B -o qwen4.xllm --weights int4 --group 64 --head-weights int8",
+            "xllm compile ./Qwen3-0.6B -o fast.xllm --weights int8 --activations int8",
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
@@ -101,11 +102,12 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
         command(
             "serve",
             _serve,
-            "answer the OpenAI API from an artifact, or from a checkpoint folder that is compiled once",
+            "answer the OpenAI API from artifacts, or from checkpoint folders that are compiled once",
             "xllm serve qwen.xllm",
             "xllm serve qwen.xllm --memory 4GiB --threads 2 --port 8080",
             "xllm serve qwen.xllm --host 0.0.0.0 --api-key-file keys.txt",
             "xllm serve qwen.xllm --admin-port 9000                       control is there, and nowhere else",
+            "xllm serve qwen.xllm bge.xllm --memory 4GiB      requests choose by `model`, KV pages are shared",
         )
     )
     generate_flags(
@@ -176,6 +178,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         "weights": stored_as(arguments, "weights"),
         "head": stored_as(arguments, "head_weights"),
         "kv": arguments.kv,
+        "activations": arguments.activations,
         "max_seqs": arguments.max_seqs,
         "max_len": arguments.max_len,
         "max_batch_tokens": arguments.max_batch_tokens,
@@ -203,7 +206,7 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from xllm.commands import serve
+    from xllm.serving import serve
 
     serve(arguments)
 

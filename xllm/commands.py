@@ -1,17 +1,13 @@
-"""Decides how the two commands that answer start: `serve` over HTTP, `generate` on the terminal. Both open the engine
-beside everything else that takes time, and never import torch."""
+"""Decides how `xllm generate` answers on the terminal, and what it has in common with `xllm serve` and with other
+commands: flags as options, a checkpoint as an artifact. What answers never imports torch."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import queue
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +16,9 @@ from xllm.storage import INTS, full_word
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
-    from xllm.memory import Ledger, RowsLedger
-    from xllm.runtime.engine import Engine
-    from xllm.runtime.rows import RowEngine
     from xllm.service.params import Job
     from xllm.service.sampling import ModelFacts
     from xllm.service.tokenizer import TextCodec
-
-
-TIERS = ("host_cache", "disk_cache", "disk_cache_size")
 
 
 class UsageError(ValueError):
@@ -62,6 +52,7 @@ def compile_function(arguments: argparse.Namespace) -> None:
         arguments.out,
         dims,
         weights=stored_as(arguments, "weights") or "float32",
+        activations=arguments.activations or "",
         disable=tuple(arguments.disable_pass),
         pass_modules=tuple(arguments.pass_module),
         kernel_modules=tuple(arguments.kernel_module),
@@ -70,123 +61,6 @@ def compile_function(arguments: argparse.Namespace) -> None:
     )
     if not arguments.quiet:
         print(report.text())
-
-
-def serve(arguments: argparse.Namespace) -> None:
-    """`xllm serve`: answers until a signal ends it."""
-    gc.disable()  # a start makes nothing but objects that stay
-    config.leave_the_cores_alone()
-    import logging
-
-    from xllm.doors import open_doors
-
-    doors = open_doors(arguments)
-    folder = _artifact_folder(arguments.model)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    from xllm.watch.observers import Observers
-
-    try:
-        observers = Observers(arguments.record_traffic, arguments.profile_dir, arguments.trace_decisions)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    took: dict[str, float] = {}
-    with _lap(took, "runtime imported"):
-        from xllm.control import EngineControl
-        from xllm.llm import open_engine, open_model, open_rows
-        from xllm.runtime.engine import Engine
-        from xllm.service.dispatch import Dispatcher
-        from xllm.targets import host
-        from xllm.targets.fitted import cost_of
-    dispatcher = Dispatcher()
-
-    # Checking the weights runs outside the interpreter lock: beside it, the HTTP stack and the tokenizer are loaded.
-    with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
-        opened = opener.submit(_lap(took, "artifact")(open_model), folder, arguments.require_signature)
-
-        @_lap(took, "engine")
-        def open_rest() -> tuple[Engine, Ledger] | tuple[RowEngine, RowsLedger]:
-            artifact = opened.result()
-            if artifact.task == "generate":
-                options = _engine(arguments) | _tiers(arguments)
-                options |= {"max_seqs": arguments.max_seqs, "watch": observers.watch, "trace": observers.trace}
-                options |= {"scheduler": arguments.scheduler or "chunked", "order": arguments.order}
-                return open_engine(artifact, dispatcher.sink, **options)
-            of_engine = ("chunk", "max_seqs", "no_async_scheduling", "no_prefix_cache", "scheduler", "order")
-            of_engine += ("trace_decisions", *TIERS)
-            for flag in of_engine:
-                if getattr(arguments, flag) not in (None, False):
-                    name = flag.replace("_", "-")
-                    raise UsageError(
-                        f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}"
-                    )
-            return open_rows(artifact, dispatcher.sink, watch=observers.watch, **_process(arguments))
-
-        opening = opener.submit(open_rest)
-        with _lap(took, "HTTP imported"):
-            from xllm.service.app import load_service
-            from xllm.service.endpoint import Limits
-            from xllm.service.parsers.reading import choose
-            from xllm.service.server import serve as answer
-            from xllm.service.tokenizer import TextCodec
-        artifact = opened.result()
-        with _lap(took, "tokenizer"):
-            codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
-        engine, ledger = opening.result()
-    host.trim()  # what loading took
-    try:
-        dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
-        chosen = host.threads(arguments.threads)
-        print(f"memory of {artifact.name}\n{ledger.table()}", flush=True)
-        print(f"threads: {chosen.count} ({chosen.why})", flush=True)
-        if artifact.task == "generate":
-            print(f"step times: {cost_of(artifact, chosen.count)[1]}", flush=True)
-            print(f"answers: calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}", flush=True)
-        laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
-        logging.getLogger("xllm.start").info("%s", laps)
-        batches = None
-        if arguments.state_dir is not None:
-            from xllm.service.batches import Batches
-            from xllm.service.shelf import Files
-
-            batches = Batches(Files(arguments.state_dir))
-        service = load_service(
-            facts=_facts(artifact, arguments.served_model_name),
-            codec=codec,
-            chat_template=artifact.chat_template,
-            special_tokens=artifact.special_tokens,
-            engine=engine,
-            dispatcher=dispatcher,
-            limits=Limits(
-                max_concurrent_requests=arguments.max_concurrent_requests,
-                max_wait=arguments.max_wait or None,
-                max_body_bytes=arguments.max_body,
-            ),
-            dialect=dialect,
-            batches=batches,
-        )
-        service.profiling = observers.profiling
-        if isinstance(engine, Engine):
-            service.controls = EngineControl(engine, artifact, arguments.require_signature)
-            service.weights_folder = arguments.weights_dir
-        answer(service, doors.listener, doors.access(), _listening, control=doors.control)
-    finally:
-        engine.stop()
-        observers.close()
-
-
-@contextmanager
-def _lap(took: dict[str, float], name: str) -> Iterator[None]:
-    """Notes the seconds of a part; parts of two threads run beside each other."""
-    begin = time.perf_counter()
-    yield
-    took[name] = time.perf_counter() - begin
-
-
-def _listening(url: str) -> None:
-    print(f"listening on {url}", flush=True)
-    gc.freeze()  # what is loaded now is never looked at again: shorter pauses while serving
-    gc.enable()
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -200,7 +74,7 @@ def generate(arguments: argparse.Namespace) -> None:
     outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
     artifact = open_model(arguments.artifact, arguments.require_signature)
     codec = TextCodec.from_artifact(artifact.tokenizer, artifact.path)
-    engine, _ = open_engine(artifact, outputs.put, **_engine(arguments))
+    engine, _ = open_engine(artifact, outputs.put, **engine_options(arguments))
     try:
         job = _job(arguments, artifact, codec)
         choice = Choice(codec, job.stops, job.skip_special_tokens)
@@ -263,7 +137,7 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
     names = ("max_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
     names += ("repetition_penalty", "top_k", "min_tokens", "seed", "stop", "ignore_eos")
     fields = {name: getattr(arguments, name) for name in names}
-    facts = _facts(artifact, None)
+    facts = facts_of(artifact, None)
     try:
         "".join((arguments.prompt, *(arguments.stop or ()))).encode()
     except UnicodeEncodeError:
@@ -282,7 +156,7 @@ def _job(arguments: argparse.Namespace, artifact: Artifact, codec: TextCodec) ->
         raise UsageError(error.message) from None
 
 
-def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
+def facts_of(artifact: Artifact, name: str | None) -> ModelFacts:
     from xllm.service.sampling import ModelFacts, default_sampling
 
     model, task = artifact.manifest["model"], artifact.manifest["task"]
@@ -299,24 +173,15 @@ def _facts(artifact: Artifact, name: str | None) -> ModelFacts:
     )
 
 
-def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
-    return _process(arguments) | {
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return process_options(arguments) | {
         "chunk": arguments.chunk,
         "async_scheduling": not arguments.no_async_scheduling,
         "prefix_cache": not arguments.no_prefix_cache,
     }
 
 
-def _tiers(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in TIERS if getattr(arguments, name) is not None}
-    if "disk_cache_size" in given and "disk_cache" not in given:
-        raise UsageError("--disk-cache-size says how much: give --disk-cache DIR too")
-    if given and arguments.no_prefix_cache:
-        raise UsageError("--host-cache and --disk-cache hold what the prefix cache knows: leave --no-prefix-cache out")
-    return given
-
-
-def _process(arguments: argparse.Namespace) -> dict[str, Any]:
+def process_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "memory_bytes": arguments.memory,
         "threads": arguments.threads,
@@ -324,7 +189,7 @@ def _process(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _artifact_folder(model: Path) -> Path:
+def artifact_folder(model: Path) -> Path:
     """The artifact to serve; a checkpoint folder is compiled into the cache first, in a process of its own, because a
     server never imports torch."""
     from xllm.artifact.store import is_artifact

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from xllm import config
-from xllm.storage import FLOATS, GROUPS, INTS, KVS
+from xllm.storage import ACTIVATIONS, FLOATS, GROUPS, INTS, KVS
 
 
 def compile_flags(sub: argparse.ArgumentParser) -> None:
@@ -21,6 +21,11 @@ def compile_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
     sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
+    sub.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="round rows to it in products with weights of that type (default: no)",
+    )
     sub.add_argument(
         "--kv", choices=KVS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
     )
@@ -55,7 +60,7 @@ def engine_flags(sub: argparse.ArgumentParser) -> None:
 def serve_flags(sub: argparse.ArgumentParser) -> None:
     from xllm.service.parsers import REASONING_PARSERS, TOOL_PARSERS
 
-    sub.add_argument("model", type=Path, metavar="ARTIFACT_OR_CHECKPOINT")
+    sub.add_argument("models", type=Path, nargs="+", metavar="ARTIFACT_OR_CHECKPOINT", help="each is one model")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     sub.add_argument("--port", type=port, default=8000, help="port (default 8000; 0 takes a free one)")
     engine_flags(sub)
@@ -94,7 +99,8 @@ def serve_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--max-body", type=size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
     sub.add_argument("--state-dir", type=Path, metavar="DIR", help="keep files and batches there (default: keep none)")
-    sub.add_argument("--served-model-name", metavar="NAME", help="the model's name in the API")
+    named = "the model's name in the API; of several models give it once for each, in their order"
+    sub.add_argument("--served-model-name", action="append", metavar="NAME", help=named)
     for what, flag, names in (
         ("tool calls are", "--tool-call-parser", TOOL_PARSERS),
         ("reasoning is", "--reasoning-parser", REASONING_PARSERS),

@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.control import version_of
-from xllm.memory import Ledger, RowsLedger, plan_memory, plan_rows_memory
+from xllm.memory import Ledger, RowsLedger, plan_memory, plan_models
 from xllm.runtime.config import EngineConfig, LoadCost, TierConfig
 from xllm.runtime.cost import StepCost
 from xllm.runtime.encoding import Encoder
@@ -20,14 +20,17 @@ from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Executor
 from xllm.runtime.pace import FEWEST
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.state import STEP_SECONDS
 from xllm.runtime.policies.trace import Trace
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
+from xllm.runtime.store import PageStore
 from xllm.runtime.tier_speed import disk_seconds, host_seconds
 from xllm.targets import host
 from xllm.targets.base import USUAL_CONTEXT, StepSizes
 from xllm.targets.fitted import cost_of
 from xllm.targets.predicted import target_of
+from xllm.targets.turns import Turns
 
 INSTEAD = {
     "generate": "generates text: call generate",
@@ -38,8 +41,6 @@ INSTEAD = {
 log = logging.getLogger("xllm.llm")
 DISK_CACHE_BYTES = 8 << 30
 LOAD_WAIT_SECONDS = 5e-3  # before a load begins
-# How long prompts may keep those waiting that decode in their step: by the artifact's costs, then by what steps take.
-STEP_SECONDS = 0.25
 Watch = Callable[[Executor, Artifact], Executor]  # an executor of the artifact as who looks at its steps sees it
 
 
@@ -69,6 +70,9 @@ def open_engine(
     scheduler: str = "chunked",
     order: str | None = None,
     trace: Trace | None = None,
+    ledger: Ledger | None = None,
+    pages: PageStore | None = None,
+    turns: Turns | None = None,
 ) -> tuple[Engine, Ledger]:
     """Checks and sizes an opened artifact; the engine is started. `sink` gets each step's outputs on the engine's
     thread.
@@ -77,7 +81,8 @@ def open_engine(
     the model allows it. host_cache: bytes of memory beside that of `memory_bytes` for what has no room in the KV pages;
     disk_cache: a folder for files of it, of `disk_cache_size` bytes in all, which the next start finds again.
     kernel_modules: files whose kernels the artifact may run. watch: who looks at its steps. scheduler, order: names of
-    scheduling policies (docs/scheduling.md). trace: gets every decision.
+    scheduling policies (docs/scheduling.md). trace: gets every decision. ledger, pages, turns: of a process with
+    several models, what memory.plan_models gave this one, the store of its pages and the turns of their steps.
     Raises ArtifactError for an artifact this machine cannot run, RuntimeFault for a disk cache that cannot be used and
     for a policy that there is not.
     """
@@ -86,20 +91,22 @@ def open_engine(
     choose(scheduler, order)
     if artifact.task != "generate":
         raise ArtifactError("wrong-task", f"{artifact.name} {INSTEAD[artifact.task]}, or serve it")
-    ledger = plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
+    ledger = ledger or plan_memory(artifact, memory_bytes, max_seqs, prefix_cache, host_cache)
     count = host.threads(threads).count
     cost, _ = cost_of(artifact, count)
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
     config = replace(config, scheduler=scheduler, order=order, trace=trace)
+    if pages is not None:
+        config = replace(config, kv_bytes=pages.pages * ledger.pool.page_bytes)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
         tiers = TierConfig(
             ledger.host_cache, disk, disk_cache_size, state_identity(artifact), load_cost(artifact, disk, cost)
         )
         config = replace(config, tiers=tiers)
-    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules, turns=turns)
     try:
-        engine = Engine(watch(executor, artifact) if watch else executor, config, sink)
+        engine = Engine(watch(executor, artifact) if watch else executor, config, sink, pages)
     except BaseException:
         executor.close()
         raise
@@ -176,15 +183,21 @@ def open_encoder(
     threads: int | None = None,
     kernel_modules: Sequence[str] = (),
     watch: Watch | None = None,
+    ledger: RowsLedger | None = None,
+    turns: Turns | None = None,
 ) -> tuple[Encoder, RowsLedger]:
-    """An artifact that gives rows, ready to run. Raises ArtifactError when machine or memory are too small."""
-    from xllm.targets.cpu.executor import CpuExecutor, kv_of, limits_of
+    """An artifact that gives rows, ready to run. ledger, turns: as of `open_engine`. Raises ArtifactError when machine
+    or memory are too small."""
+    from xllm.targets.cpu.executor import CpuExecutor
 
     if artifact.task == "function":
         raise ArtifactError("not-a-step", f"{artifact.name} is a function: xllm.Session runs it")
-    ledger = plan_rows_memory(artifact, limits_of(artifact), kv_of(artifact.plan), memory_bytes)
+    if ledger is None:
+        [planned] = plan_models([artifact], memory_bytes).ledgers
+        assert isinstance(planned, RowsLedger)
+        ledger = planned
     count = host.threads(threads).count
-    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules)
+    executor = CpuExecutor(artifact, count, kernel_modules=kernel_modules, turns=turns)
     return Encoder(watch(executor, artifact) if watch else executor), ledger
 
 

@@ -22,7 +22,7 @@ from xllm.completion import Answer, Completion, bar, raise_failure
 from xllm.control import Controlled, EngineControl
 from xllm.llm import DISK_CACHE_BYTES, INSTEAD, open_encoder, open_engine, open_model
 from xllm.memory import Ledger
-from xllm.runtime.beams import BeamParams, BeamSearch, Found
+from xllm.runtime.beams import BeamParams, Found
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.errors import RequestRefused
@@ -148,26 +148,17 @@ class LLM(Controlled):
     ) -> list[list[Completion]]:
         """The best answers to each prompt that a search with so many beams finds, the best first, with their `score`
         (see runtime.beams); as many as num_return_sequences, or as there are beams. `options` as in `generate`;
-        temperature and what follows it have no effect. The steps of all prompts go together."""
+        temperature and what follows it have no effect."""
         beams = BeamParams(beam_width, num_return_sequences, length_penalty, early_stopping)
         urgency = take_urgency(options)
         params = self._params(None, structured_outputs, options | {"max_tokens": max_tokens})
-        eos_ids = self.artifact.manifest["model"]["eos_ids"]
-        searches = [BeamSearch(self._request(prompt, params, urgency), beams, eos_ids) for prompt in _listed(prompts)]
-        weights = ""
-        while live := [search for search in searches if search.live]:
-            asked = [search.requests() for search in live]
-            ends = {}
-            with closing(self._outputs([request for of_search in asked for request in of_search])) as outputs:
-                for output in outputs:
-                    raise_failure(output)
-                    if weights not in ("", output.weights):
-                        raise RuntimeError("weights_updated: in the middle of the search; ask again")
-                    weights = output.weights
-                    ends[output.request_id] = output
-            for search, of_search in zip(live, asked, strict=True):
-                search.advance([ends[request.id] for request in of_search])
-        return [[self._found(found, params.logprobs) for found in search.results()] for search in searches]
+        requests = [replace(self._request(prompt, params, urgency), beams=beams) for prompt in _listed(prompts)]
+        ends = {}
+        with closing(self._outputs(requests)) as outputs:
+            for output in outputs:
+                raise_failure(output)
+                ends[output.request_id] = output.found
+        return [[self._found(found, params.logprobs) for found in ends[request.id]] for request in requests]
 
     async def stream(
         self,

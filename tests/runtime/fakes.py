@@ -4,15 +4,14 @@ every token before it, read back through the mappings. Whatever breaks the rows'
 
 from __future__ import annotations
 
-import ctypes
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.runtime.memory import FakeMemory, RealMemory
 from xllm.runtime import (
     Batch,
     EngineConfig,
@@ -24,97 +23,13 @@ from xllm.runtime import (
     StepResult,
     TokenOutput,
 )
+from xllm.runtime.beams import BeamParams, BeamSearch, Found
 from xllm.runtime.config import TierConfig
 from xllm.runtime.engine import Engine
+from xllm.runtime.store import PageStore
 from xllm.runtime.urgency import ORDINARY, Urgency
-from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 EOS = 0
-
-
-class FakeMemory:
-    """PageMemory without memory: `content` remembers what was written to each page."""
-
-    huge_pages = "none"
-
-    def __init__(self, page_bytes: int):
-        self.page_bytes = page_bytes
-        self.mapped: dict[int, int] = {}  # address -> page
-        self.writable: dict[int, int] = {}  # page -> the one address where it may be written
-        self.content: dict[tuple[int, int], int] = {}
-        self.end = page_bytes
-        self.pages = 0
-
-    def reserve(self, size: int) -> int:
-        address, self.end = self.end, self.end + size
-        return address
-
-    def create_pages(self, count: int) -> range:
-        self.pages += count
-        return range(self.pages - count, self.pages)
-
-    def map(self, page: int, address: int, writable: bool = True) -> None:
-        assert address % self.page_bytes == 0 and address not in self.mapped
-        self.mapped[address] = page
-        if writable:
-            assert list(self.mapped.values()).count(page) == 1, "a page that others read"
-            assert page not in self.writable, "a page writable by two"
-            self.writable[page] = address
-
-    def copy(self, page: int, address: int, size: int) -> None:
-        assert 0 < size < self.page_bytes and self.writable[self.mapped[address]] == address
-        for (source, offset), value in list(self.content.items()):
-            if source == page and offset < size:
-                self.content[self.mapped[address], offset] = value
-
-    def copy_out(self, page: int, offset: int, into: memoryview) -> None:
-        raise NotImplementedError  # with tiers, tests have real memory
-
-    def copy_in(self, page: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        raise NotImplementedError
-
-    def populate(self, address: int) -> None:
-        assert address % self.page_bytes == 0
-
-    def unmap(self, address: int, pages: int = 1) -> None:
-        for offset in range(pages):
-            at = address + offset * self.page_bytes
-            page = self.mapped.pop(at)
-            if self.writable.get(page) == at:
-                del self.writable[page]
-
-    def discard(self) -> None:
-        self.content.clear()
-
-    def reclaim(self) -> None: ...
-
-    def export_page(self, page: int) -> PageTicket:
-        raise NotImplementedError
-
-    def import_page(self, ticket: PageTicket) -> int:
-        raise NotImplementedError
-
-    def release(self) -> None:
-        self.mapped, self.writable = {}, {}
-
-    def write(self, address: int, value: int) -> None:
-        base = address // self.page_bytes * self.page_bytes
-        assert self.writable.get(self.mapped[base]) == base, "a write to a shared page"
-        self.content[self.mapped[base], address - base] = value
-
-    def read(self, address: int) -> int:
-        base = address // self.page_bytes * self.page_bytes
-        return self.content[self.mapped[base], address - base]
-
-
-class RealMemory(LinuxMemory):
-    """The system's memory under the same tests: a hole reads as token 0."""
-
-    def write(self, address: int, value: int) -> None:
-        ctypes.c_int32.from_address(address).value = value
-
-    def read(self, address: int) -> int:
-        return ctypes.c_int32.from_address(address).value
 
 
 def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
@@ -123,6 +38,28 @@ def next_token(tokens: list[int], seed: int | None, vocab: int) -> int:
 
 def seed_of(request: Request, weights: int) -> int:
     return (request.params.seed or 0) + 1000 * weights
+
+
+def state_of(tokens: list[int]) -> int:
+    return zlib.crc32(np.array(tokens, np.int32).tobytes()) >> 1
+
+
+def candidates(tokens: list[int], vocab: int, count: int) -> tuple[tuple[int, float], ...]:
+    """What may come next, best first, of a request with beams. Sums of these logprobs are exact: ties are ties."""
+    mark = zlib.crc32(np.array(tokens, np.int32).tobytes()) | 1
+    logprobs = (np.arange(1, vocab + 1, dtype=np.uint64) * mark * 2654435761 % 2**32 >> 26) / -16.0
+    best = np.argsort(-logprobs, kind="stable")[:count]
+    return tuple((int(token), float(logprobs[token])) for token in best)
+
+
+def expected_found(request: Request, max_outputs: int, vocab: int) -> tuple[Found, ...]:
+    """What a search finds: the oracle."""
+    assert request.beams is not None
+    search = BeamSearch(request.params, request.beams, (EOS,), max_outputs)
+    while search.live:
+        texts = [[*request.prompt, *beam.tokens] for beam in search.live]
+        search.advance([candidates(text, vocab, search.wanted) for text in texts])
+    return tuple(search.results())
 
 
 def expected_outputs(
@@ -159,6 +96,7 @@ class FakeExecutor:
         self.queue: list[Batch] = []
         self.sampled_slots: list[int] = []  # of the step launched last
         self.sampled: list[int] = []  # of the step run last
+        self.best: dict[int, tuple[tuple[int, float], ...]] = {}  # of the step that runs, by slot
         self.fail_steps: set[int] = set()
         self.refuse_steps: set[int] = set()
         self.refuse_attach: set[str] = set()
@@ -174,7 +112,7 @@ class FakeExecutor:
         if request.id in self.refuse_attach:
             self.sequences[slot] = _Slot(request, 0)
             raise StepError("device_error", "no sampler state left")
-        self.sequences[slot] = _Slot(request, len(request.prompt) + len(generated))
+        self.sequences[slot] = _Slot(request, len(request.prompt) + len(generated), list(generated))
 
     def detach(self, slot) -> None:
         assert not any(row.slot == slot for batch in self.queue for row in batch.rows)
@@ -219,32 +157,58 @@ class FakeExecutor:
             self.sampled = [1 for _ in self.sampled]
             raise StepError("device_error", "step failed")
         chosen = np.array(self.sampled, np.int32)
-        best = np.stack([chosen, chosen + 1], axis=1)
-        return StepResult(chosen, -chosen.astype(np.float32), best, -best.astype(np.float32))
+        best = np.full((len(chosen), max([2, *map(len, self.best.values())])), -1, np.int32)
+        best[:, :2] = np.stack([chosen, chosen + 1], axis=1)
+        logprobs = -best.astype(np.float32)
+        for at, slot in enumerate([row.slot for row in batch.rows if row.sample]):
+            if found := self.best.pop(slot, None):
+                best[at, : len(found)] = [token for token, _ in found]
+                logprobs[at, : len(found)] = [logprob for _, logprob in found]
+        return StepResult(chosen, -chosen.astype(np.float32), best, logprobs)
 
     def _run_row(self, row) -> int | None:
         sequence = self.sequences[row.slot]
         mark = 1000 * self.weights  # what others have computed means nothing
         history = [self.memory.read(self._address(row, position)) - mark for position in range(row.start)]
         tokens = [token if token >= 0 else max(0, self.sampled[-1 - token]) for token in row.tokens]
+        if self.kv.fixed_bytes:  # state of all the text before
+            assert row.start == 0 or self.memory.read(row.kv_base) == state_of(history), "state of another text"
+            self.memory.write(row.kv_base, state_of(history + tokens))
         for position, token in enumerate(tokens, row.start):
             self.memory.write(self._address(row, position), token + mark)
         if not row.sample:
             return None
         known = history + tokens
+        made = known[len(sequence.request.prompt) :]
+        assert len(made) == len(sequence.generated), "a draw at another place"
+        assert made == sequence.generated or not sequence.request.params.looks_back, "a draw after another text"
         if (sequence.request.id, len(known) - len(sequence.request.prompt)) in self.numeric_errors:
+            sequence.generated.append(0)  # as a step launched meanwhile reads it
             return -1
-        return next_token(known, seed_of(sequence.request, self.weights), self.limits.vocab)
+        if sequence.request.beams is not None:
+            assert sequence.request.params.logprobs is not None
+            self.best[row.slot] = candidates(known, self.limits.vocab, sequence.request.params.logprobs)
+            token = self.best[row.slot][0][0]
+        else:
+            token = next_token(known, seed_of(sequence.request, self.weights), self.limits.vocab)
+        sequence.generated.append(token)
+        return token
 
     def _address(self, row, position: int) -> int:
         group, lane = divmod(position, self.kv.group_tokens)
-        return row.kv_base + group * self.kv.group_bytes + lane * self.kv.group_bytes // self.kv.group_tokens
+        return (
+            row.kv_base
+            + self.kv.fixed_bytes
+            + group * self.kv.group_bytes
+            + lane * self.kv.group_bytes // self.kv.group_tokens
+        )
 
 
 @dataclass
 class _Slot:
     request: Request
     length: int  # tokens known or sampled in flight
+    generated: list[int] = field(default_factory=list)  # as its sampler has seen them
     launched: int = -1
 
 
@@ -263,18 +227,22 @@ class Rig:
     async_scheduling: bool = True
     admit_below: float = 0.95
     queue_limit: int = 1000
+    fixed_bytes: int = 0
     real_memory: bool = False
     premap: bool = False
     prefix_cache: bool = True
     tiers: TierConfig | None = None
     policy: dict[str, Any] = field(default_factory=dict)  # scheduler, order, cost, aged_seconds, trace
+    store: PageStore | None = None  # shared with other rigs, on fake memory
     outputs: list[TokenOutput] = field(default_factory=list)
     now: int = 0
 
     def __post_init__(self) -> None:
-        self.memory = RealMemory(self.page_bytes) if self.real_memory else FakeMemory(self.page_bytes)
+        self.memory: Any = RealMemory(self.page_bytes) if self.real_memory else FakeMemory(self.page_bytes)
+        if self.store is not None:
+            self.memory = self.store.memory
         limits = Limits(self.max_tokens_per_step, self.max_seqs, self.max_len, self.vocab)
-        self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes))
+        self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes, fixed_bytes=self.fixed_bytes))
         config = EngineConfig(
             kv_bytes=self.pages * self.page_bytes,
             page_bytes=self.page_bytes,
@@ -289,13 +257,15 @@ class Rig:
             check=True,
             **self.policy,
         )
-        self.engine = Engine(self.executor, config, self.outputs.extend, self.memory, lambda: float(self.now))
+        pages = self.store or self.memory
+        self.engine = Engine(self.executor, config, self.outputs.extend, pages, lambda: float(self.now))
         self.flight = None
 
     @property
     def busy(self) -> bool:
         engine = self.engine
-        return bool(self.flight or engine._told or engine._core.parked or not engine._orders.resting)
+        rests = engine._orders.resting or engine._starved
+        return bool(self.flight or engine._told or engine._core.parked or not rests)
 
     def turn(self) -> None:
         """One turn of the engine's loop, if it would not sleep."""
@@ -325,7 +295,7 @@ class Rig:
 
     def assert_baseline(self) -> None:
         """Nothing is held any more."""
-        assert self.engine.pool.free_pages == self.engine.pool.plan.pages
+        assert self.engine.pool.committed == 0
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 
@@ -337,6 +307,12 @@ def request(
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), urgency=urgency)
 
 
+def search(
+    name: str, prompt: int | tuple[int, ...], max_tokens: int, width: int, urgency: Urgency = ORDINARY, **params
+) -> Request:
+    return replace(request(name, prompt, max_tokens, urgency, **params), beams=BeamParams(width))
+
+
 def limit_of(rig: Rig, req: Request) -> int:
     """Most tokens the engine lets a request generate."""
     capacity = min(rig.max_len, rig.engine.pool.plan.tokens_for(rig.engine.pool.plan.pages) + 1)
@@ -344,6 +320,11 @@ def limit_of(rig: Rig, req: Request) -> int:
 
 
 def assert_as_alone(rig: Rig, req: Request) -> None:
+    if req.beams is not None:
+        end = rig.end(req.id)
+        assert end.found == expected_found(req, limit_of(rig, req), rig.vocab), end.error
+        assert rig.tokens(req.id) == [] and end.finish_reason == end.found[0].finish_reason
+        return
     expected, reason = expected_outputs(req, limit_of(rig, req), rig.vocab)
     assert rig.tokens(req.id) == expected
     assert rig.end(req.id).finish_reason == reason

@@ -14,6 +14,7 @@ from tests.runtime.fakes import FakeMemory
 from xllm.runtime import InvariantBroken, KVSpec, MemoryFault
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import PageState, PoolPlan, plan_pool
+from xllm.runtime.store import PageStore
 from xllm.runtime.xtensor import MAX_MAPPINGS, choose_page_bytes
 
 PAGE = 4096
@@ -22,7 +23,7 @@ PAGE = 4096
 def make_pool(pages: int = 16, span_pages: int = 8, spans: int = 4, group_bytes: int = PAGE) -> KvPool:
     """With the default group, a page holds 16 tokens."""
     plan = PoolPlan(KVSpec(group_bytes), PAGE, pages, span_pages, spans)
-    return KvPool(plan, FakeMemory(PAGE))
+    return KvPool(plan, PageStore(FakeMemory(PAGE), plan.pages))
 
 
 def run(pool: KvPool, pages: int) -> int:
@@ -58,7 +59,7 @@ def test_what_does_not_grow_is_paid_by_every_sequence():
     plan = plan_pool(kv, max_len=64, max_seqs=3, kv_bytes=1 << 20, page_bytes=PAGE)
     assert (plan.span_pages, plan.pages) == (4, 12)
     assert kv.tokens_in(3 * PAGE) == plan.tokens_for(3) == 0, "nothing but what does not grow"
-    pool = KvPool(plan, FakeMemory(PAGE))
+    pool = KvPool(plan, PageStore(FakeMemory(PAGE), plan.pages))
     slots = [pool.start(1) for _ in range(3)]
     for slot in slots:
         pool.grow(slot, 1)
@@ -204,7 +205,7 @@ def test_a_failed_unmapping_loses_no_page():
 
 def test_check_notices_a_lost_page():
     pool = make_pool()
-    pool._free.pop()
+    pool.store.free.pop()
     with pytest.raises(InvariantBroken):
         pool.check()
 
@@ -217,7 +218,8 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = FakeMemory(PAGE)
-        self.pool = KvPool(PoolPlan(self.kv, PAGE, pages=12, span_pages=6, spans=5), self.memory)
+        plan = PoolPlan(self.kv, PAGE, pages=12, span_pages=6, spans=5)
+        self.pool = KvPool(plan, PageStore(self.memory, 12))
         self.live: dict[int, int] = {}
 
     @precondition(lambda self: len(self.live) < 5)

@@ -15,6 +15,7 @@ from xllm.runtime import KVSpec
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import PageState, PoolPlan
 from xllm.runtime.prefix import extend_chain
+from xllm.runtime.store import PageStore
 
 PAGE = 4096
 TEXT = tuple(range(1, 40)) * 6
@@ -148,7 +149,8 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.memory = FakeMemory(PAGE)
-        self.pool = KvPool(PoolPlan(self.kv, PAGE, pages=14, span_pages=6, spans=5), self.memory)
+        plan = PoolPlan(self.kv, PAGE, pages=14, span_pages=6, spans=5)
+        self.pool = KvPool(plan, PageStore(self.memory, 14))
         self.live: dict[int, tuple[int, int]] = {}  # slot -> text, tokens written
         self.chains = {text: chain_of(text, self.pool.plan.tokens_for(6)) for text in range(3)}
 

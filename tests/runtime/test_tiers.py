@@ -18,6 +18,7 @@ from xllm.runtime import KVSpec
 from xllm.runtime.config import LoadCost, TierConfig, TierFigures
 from xllm.runtime.host_tier import HostTier
 from xllm.runtime.pages import PoolPlan
+from xllm.runtime.store import PageStore
 from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers
 
@@ -254,7 +255,8 @@ def test_random_texts_with_corruption_are_answered_as_if_computed_anew(seed, ove
 
 def test_what_a_step_found_stays_until_it_has_started():
     """A load that comes in between must not evict it."""
-    pool = TieredPool(PoolPlan(KVSpec(4096), 4096, pages=4, span_pages=4, spans=2), RealMemory(4096))
+    plan = PoolPlan(KVSpec(4096), 4096, pages=4, span_pages=4, spans=2)
+    pool = TieredPool(plan, PageStore(RealMemory(4096), 4))
     chain = chain_of(0, 64)
     slot = pool.start(64)
     pool.grow(slot, 64)
@@ -262,12 +264,12 @@ def test_what_a_step_found_stays_until_it_has_started():
         ctypes.c_int32.from_address(pool.base(slot) + position * 256).value = position
     pool.finish(slot, chain)
     other = threading.Thread(target=pool.put_page, args=(0, chain_of(1, 64)[3:], [(0, memoryview(bytes(4096)))]))
-    assert pool.match(chain) == 4
-    other.start()
-    other.join(0.1)
-    assert pool.match(chain) == 4 and pool.figures().evictions == 0
-    slot = pool.start(64, chain)
-    pool.settle()
+    with pool.store.planning:
+        assert pool.match(chain) == 4
+        other.start()
+        other.join(0.1)
+        assert pool.match(chain) == 4 and pool.figures().evictions == 0
+        slot = pool.start(64, chain)
     other.join()
     pool.grow(slot, 64)
     read = [ctypes.c_int32.from_address(pool.base(slot) + position * 256).value for position in range(64)]

@@ -14,6 +14,7 @@ from xllm.runtime import KVSpec, MemoryFault
 from xllm.runtime import xtensor as module
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import plan_pool
+from xllm.runtime.store import PageStore
 from xllm.runtime.xtensor import LinuxMemory, PageTicket
 
 PAGE = 64 << 10
@@ -170,7 +171,7 @@ def test_whole_pages_of_two_mebibytes_work_with_whatever_huge_pages_there_are():
 @linux
 def test_slots_are_independent_and_the_pool_returns_to_baseline():
     plan = plan_pool(KVSpec(20_000), max_len=256, max_seqs=4, kv_bytes=24 * PAGE, page_bytes=PAGE)
-    pool = KvPool(plan, LinuxMemory(PAGE))
+    pool = KvPool(plan, PageStore(LinuxMemory(PAGE), plan.pages))
     pool.start_premapping()
     for round_ in range(5):
         slots = [pool.start(100) for _ in range(4)]

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, StepError, StepResult, TokenOutput
 from xllm.runtime import Limits as ExecutorLimits
+from xllm.runtime.beams import Beam, Found
 from xllm.runtime.encoding import Encoder
 from xllm.runtime.request import Matcher
 from xllm.runtime.rows import RowEngine
@@ -22,6 +23,7 @@ from xllm.service.dispatch import Dispatcher
 from xllm.service.endpoint import Limits, Service
 from xllm.service.gate import Access, Keys
 from xllm.service.listener import bind, url
+from xllm.service.metrics import Front
 from xllm.service.sampling import ModelFacts
 from xllm.service.server import Server
 from xllm.service.sites import origins_of
@@ -107,6 +109,7 @@ class FakeEngine:
             return EngineStats(
                 running=live,
                 free_pages=100 - live,
+                used_pages=live,
                 total_pages=100,
                 mapped_pages=7,
                 cached_pages=20,
@@ -139,6 +142,10 @@ class FakeEngine:
         for request, reply, at in list(self._live.values()):
             if self.broken is not None:
                 outputs.append(TokenOutput(request.id, None, at, finish_reason="error", error=self.broken))
+                del self._live[request.id]
+                continue
+            if request.beams is not None:
+                outputs.append(_searched(request, reply))
                 del self._live[request.id]
                 continue
             token = self._allowed(request, reply[at % len(reply)], at)
@@ -180,6 +187,19 @@ class FakeEngine:
         return token
 
 
+def _searched(request: Request, reply: Sequence[int]) -> TokenOutput:
+    """What a search gives at its end: the reply, as every beam's."""
+    assert request.beams is not None
+    tokens = tuple(reply[: request.params.max_tokens])
+    wanted = request.params.logprobs or 0
+    best = tuple((index, -1.0 - index) for index in range(wanted))
+    beam = Beam(-0.5 * len(tokens), tokens, (-0.5,) * len(tokens), (best,) * len(tokens))
+    found = tuple(Found(-0.5, -serial, beam, "length") for serial in range(request.beams.count))
+    return TokenOutput(
+        request.id, None, len(tokens), finish_reason="length", prompt_tokens=len(request.prompt), found=found
+    )
+
+
 class Script:
     """A reply for `fake_service`: whatever is asked, the model says `text`."""
 
@@ -189,15 +209,23 @@ class Script:
         return [*ids(self.text), EOS]
 
 
-def fake_service(tmp_path, limits: Limits | None = None, template: str | None = CHAT_TEMPLATE, **engine) -> Service:
+def fake_service(
+    tmp_path,
+    limits: Limits | None = None,
+    template: str | None = CHAT_TEMPLATE,
+    name: str = "fake",
+    front: Front | None = None,
+    **engine,
+) -> Service:
     """A service over a fake engine. It must be bound to a loop before the first request."""
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(str(path))
     dispatcher = Dispatcher()
-    facts = ModelFacts(name="fake", vocab=VOCAB, max_len=MAX_LEN, defaults={}, eos_ids=(EOS,))
+    facts = ModelFacts(name=name, vocab=VOCAB, max_len=MAX_LEN, defaults={}, eos_ids=(EOS,))
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
-    return load_service(facts, TextCodec.from_file(path), template, special, engine_, dispatcher, limits or Limits())
+    codec = TextCodec.from_file(path)
+    return load_service(facts, codec, template, special, engine_, dispatcher, limits or Limits(), front=front)
 
 
 def fake(service: Service) -> FakeEngine:
@@ -253,7 +281,12 @@ class FakeRows:
 
 
 def rows_service(
-    tmp_path, labels: tuple[str, ...] = (), queue_limit: int = 4096, template: str = CHAT_TEMPLATE
+    tmp_path,
+    labels: tuple[str, ...] = (),
+    queue_limit: int = 4096,
+    template: str = CHAT_TEMPLATE,
+    name: str = "fake",
+    front: Front | None = None,
 ) -> tuple[Service, FakeRows]:
     """A service over FakeRows; with `labels`, of a classifier."""
     path = tmp_path / "tokenizer.json"
@@ -262,9 +295,9 @@ def rows_service(
     engine = RowEngine(Encoder(executor), dispatcher.sink, queue_limit)
     engine.start()
     task = "classify" if labels else "embed"
-    facts = ModelFacts("fake", VOCAB, 64, {}, task, executor.limits.width, labels)
+    facts = ModelFacts(name, VOCAB, 64, {}, task, executor.limits.width, labels)
     codec = TextCodec.from_file(path)
-    return load_service(facts, codec, template, {}, engine, dispatcher, Limits()), executor
+    return load_service(facts, codec, template, {}, engine, dispatcher, Limits(), front=front), executor
 
 
 @contextmanager
@@ -274,12 +307,14 @@ def running(
     admin: Keys | None = None,
     origins: Sequence[str] = (),
     control: socket.socket | None = None,
+    others: Sequence[Service] = (),
 ):
-    """A real server on loopback in a thread; yields (base URL, server). control: listens for control routes."""
+    """A real server on loopback in a thread, of a model or several; yields (base URL, server). control: listens for
+    control routes."""
     listener = bind("127.0.0.1", 0)
     listening = threading.Event()
     access = Access(keys, admin, origins_of(origins), control and control.getsockname()[1])
-    server = Server(service, access)
+    server = Server([service, *others], access)
     server.on_listening = listening.set
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener, *([control] if control else [])]}, daemon=True
@@ -289,7 +324,7 @@ def running(
     try:
         yield url(listener), server
     finally:
-        service.draining = server.should_exit = True
+        service.front.draining = server.should_exit = True
         thread.join(20)
         listener.close()
         service.engine.stop()  # type: ignore[attr-defined]

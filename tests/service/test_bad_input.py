@@ -136,7 +136,7 @@ def test_bad_input_has_a_typed_answer_and_the_server_lives(http, served, case):
     assert param is None or error["param"] == param, error
     assert error["request_id"] == answer.headers["x-request-id"]
     assert http.post(COMPLETIONS, content=completion(), headers=JSON).json()["choices"][0]["text"] == "hi"
-    wait_for(lambda: not served[1].recorder.concurrent and not served[1].dispatcher.live)
+    wait_for(lambda: not served[1].front.concurrent and not served[1].dispatcher.live)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -113,7 +113,7 @@ def test_a_batch_answers_each_line_as_its_route_does(tmp_path):
         assert failed["custom_id"] == "wrong" and failed["response"]["status_code"] == 400
         assert failed["response"]["body"]["error"]["param"] == "temperature"
         assert [held.id for held in client.batches.list(limit=1)] == [batch.id]
-        assert service.recorder.concurrent == 0
+        assert service.front.concurrent == 0
 
         completion = line("c", url="/v1/completions", body={"prompt": "abc"})
         other = end(client, begin(client, lines(completion), "/v1/completions"))
@@ -249,7 +249,7 @@ def test_what_is_kept_and_open_has_limits_and_an_upload_that_ends_leaves_nothing
             connection.sendall(f"{head}content-length: 1000\r\n\r\n{form}".encode())
             wait_for(lambda: list((tmp_path / "state").rglob("*.part")))
         wait_for(lambda: not list((tmp_path / "state").rglob("*.part")))
-        wait_for(lambda: service.recorder.concurrent == 0)
+        wait_for(lambda: service.front.concurrent == 0)
         assert len(client.files.list().data) == 1
 
 
@@ -325,7 +325,7 @@ def test_a_line_starts_only_while_no_client_waits_and_is_asked_again_when_there_
         assert len(engine.seen) == 1
         engine._queue_limit = 0
         online.result()  # nobody waits for anything: lines are asked, and refused
-        wait_for(lambda: service.recorder.concurrent == 0)
+        wait_for(lambda: service.front.concurrent == 0)
         waiting[0], engine._queue_limit = 0, 3
         batch = end(client, batch)
         assert batch.request_counts is not None and batch.request_counts.completed == 9

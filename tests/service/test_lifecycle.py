@@ -88,12 +88,12 @@ def test_a_thousand_clients_that_leave_mid_stream(tmp_path):
 
     with running(service) as (base, server):
         asyncio.run(all_leave(base))
-        wait_for(lambda: service.recorder.concurrent == 0)
+        wait_for(lambda: service.front.concurrent == 0)
         assert service.engine.stats().running == 0
         assert service.engine.stats().free_pages == 100
         assert fake(service).cancelled == 1500
         assert service.dispatcher.live == 0
-        assert service.recorder.statuses["cancelled"] == 1000
+        assert service.front.statuses["cancelled"] == 1000
         wait_for(lambda: not server.server_state.tasks and not server.server_state.connections)
         assert ask(base).json()["choices"][0]["text"] == "hi"
 
@@ -105,7 +105,7 @@ def test_a_client_that_leaves_before_the_answer_is_whole(tmp_path):
         wait_for(lambda: service.engine.stats().running == 1)
         connection.close()
         wait_for(lambda: service.engine.stats().running == 0)
-        wait_for(lambda: service.recorder.statuses["cancelled"] == 1)
+        wait_for(lambda: service.front.statuses["cancelled"] == 1)
 
 
 def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
     with running(service) as (base, server):
         connection = raw_request(base, ENDLESS | {"logprobs": 20, "n": 20}, receive_buffer=2048)
         wait_for(lambda: fake(service).cancelled > 0)
-        wait_for(lambda: service.recorder.concurrent == 0)
+        wait_for(lambda: service.front.concurrent == 0)
         assert service.engine.stats().running == 0
         assert ask(base).status_code == 200
         connection.close()
@@ -130,8 +130,8 @@ def test_the_connection_of_a_client_that_does_not_read_is_closed(tmp_path, monke
     with running(service) as (base, server):
         body = ENDLESS | {"logprobs": 20, "n": 20, "stream": stream}
         connection = raw_request(base, body, receive_buffer=2048)
-        wait_for(lambda: service.recorder.statuses["cancelled"] + service.recorder.statuses["deadline_exceeded"] == 1)
-        wait_for(lambda: service.recorder.concurrent == 0 and not server.server_state.connections)
+        wait_for(lambda: service.front.statuses["cancelled"] + service.front.statuses["deadline_exceeded"] == 1)
+        wait_for(lambda: service.front.concurrent == 0 and not server.server_state.connections)
         connection.close()
 
 
@@ -142,8 +142,8 @@ def test_an_answer_about_text_waits_for_its_reader_so_long_and_keeps_its_place(t
     with running(service) as (base, server):
         body = {"prompt": "a" * (1 << 20), "return_token_strs": True}
         with raw_request(base, body, receive_buffer=2048, route="/tokenize"):
-            wait_for(lambda: service.recorder.statuses["cancelled"] + service.recorder.statuses["deadline_exceeded"])
-            wait_for(lambda: service.recorder.concurrent == 0 and not server.server_state.connections)
+            wait_for(lambda: service.front.statuses["cancelled"] + service.front.statuses["deadline_exceeded"])
+            wait_for(lambda: service.front.concurrent == 0 and not server.server_state.connections)
         assert ask(base).status_code == 200
 
 
@@ -180,7 +180,7 @@ def test_too_many_requests(tmp_path):
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert "--max-concurrent-requests" in answer.json()["error"]["hint"]["knob"]
         busy.pop().close()
-        wait_for(lambda: service.recorder.concurrent == 1)
+        wait_for(lambda: service.front.concurrent == 1)
         assert ask(base).status_code == 200
         busy.pop().close()
 
@@ -295,8 +295,8 @@ def test_the_second_signal_ends_an_answer_nobody_reads(tmp_path, monkeypatch, ca
             assert loop is not None
             for _ in range(2):
                 loop.call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
-            wait_for(lambda: service.recorder.concurrent == 0)
-            assert service.recorder.statuses["cancelled"] == 1
+            wait_for(lambda: service.front.concurrent == 0)
+            assert service.front.statuses["cancelled"] == 1
     assert "CancelledError" not in caplog.text
 
 
@@ -340,14 +340,14 @@ def test_metrics_have_both_names_and_only_grow(tmp_path):
         after = scrape()
     assert after["request_status_total_ok"] > before["request_status_total_ok"]
     assert after["request_status_total_invalid_argument"] == 1
-    assert after["num_processing_tokens_total_generated"] == 3
+    assert after['num_processing_tokens_total_generated{model_name="fake"}'] == 3
     labels = '{engine="0",model_name="fake"}'
     assert after[f"vllm:generation_tokens_total{labels}"] == 3
     assert after[f"vllm:time_to_first_token_seconds_count{labels}"] == 1
-    assert after["time_to_first_token_latency_milliseconds_count"] == 1
-    assert after["inter_token_latency_milliseconds_count"] == 2
+    assert after['time_to_first_token_latency_milliseconds_count{model_name="fake"}'] == 1
+    assert after['inter_token_latency_milliseconds_count{model_name="fake"}'] == 2
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="fake"}'] == 1
-    assert after["num_free_blocks"] == 100
+    assert after['num_free_blocks{model_name="fake"}'] == 100
     gauges = ("num_", "kv_cache", "vllm:num_requests", "vllm:kv")
     grown = {name for name in before if not name.startswith(gauges)}
     assert all(after[name] >= before[name] for name in grown)

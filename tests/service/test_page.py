@@ -181,7 +181,7 @@ def test_a_page_of_another_site_reaches_no_engine_unless_it_is_allowed(tmp_path,
         assert page.evaluate(ASK, [url, "no-cors", "text/plain"]) == "opaque"
         with pytest.raises(PlaywrightError, match="Failed to fetch"):
             page.evaluate(ASK, [url, "cors", "application/json"])
-        wait_for(lambda: closed.recorder.requests_in == 2)
+        wait_for(lambda: closed.front.requests_in == 2)
         assert not fake(closed).seen
         assert page.evaluate(ASK, [f"{site}/v1/completions", "cors", "application/json"]) == "hi", "its own server"
         guarded = running(fake_service(tmp_path), Keys(["k"]), origins=[site])

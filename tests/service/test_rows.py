@@ -117,7 +117,7 @@ def test_bad_input_has_a_typed_answer_and_the_server_lives(served: Served, case:
         assert f"task {service.facts.task}" in error["message"]
         assert "xllm compile --task" in error["hint"]["knob"]
     assert http.post(TOKENIZE, json={"prompt": "hi"}).json()["count"] == 2
-    wait_for(lambda: not service.recorder.concurrent and not service.dispatcher.live)
+    wait_for(lambda: not service.front.concurrent and not service.dispatcher.live)
 
 
 @pytest.mark.parametrize("served", ["embed"], indirect=True, scope="module")

@@ -48,4 +48,4 @@ def test_preemptions_are_told_by_who_needed_what(http):
         "offline_decode_preempt_offline", "online_decode_preempt_online", "online_prefill_preempt_offline",
         "online_decode_preempt_offline",
     ):  # fmt: skip
-        assert f"\nnum_{cause}_requests 0.0" in told
+        assert f'\nnum_{cause}_requests{{model_name="fake"}} 0.0' in told

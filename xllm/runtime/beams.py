@@ -1,7 +1,5 @@
-"""Beam search: which of all ways to go on are followed, when a search has found what it returns, and what it asks the
-engine for. It stands above the engine: each step is one request per beam, for one token behind those it has; the prefix
-cache spares all but the last group of tokens, so that a step costs half a group per beam on average (the whole text
-where nothing is cached), and preemption, failures and limits are those of any request.
+"""Beam search: which of all ways to go on are followed, and when a search has found what it returns. What is computed
+for it, and where, is not looked at here (see groups).
 
 The definition is that of transformers (5.24): of all continuations the likeliest are looked at; an end among the first
 `width` is a result, worth its sum of logprobs over length ** length_penalty; the first `width` that do not end live on.
@@ -15,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from xllm.runtime.errors import RequestRefused
-from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.request import FinishReason, SamplingParams, TokenOutput
 
 MAX_WIDTH = 128
 
@@ -66,74 +64,58 @@ class Found(NamedTuple):
         """As an engine gives the tokens of a request that asks for so many logprobs."""
         beam, last = self.beam, len(self.beam.tokens) - 1
         for at, (token, logprob, best) in enumerate(zip(beam.tokens, beam.logprobs, beam.best, strict=True)):
-            known = (None, ()) if logprobs is None else (logprob, best[:logprobs])
+            known = (None, ()) if logprobs is None else (logprob, best)
             yield TokenOutput("", token, at, *known, self.finish_reason if at == last else None)
 
 
 class BeamSearch:
-    """The search of one prompt. While `live` is not empty: submit `requests()`, wait until they ended, `advance`.
+    """The search of one prompt. While `live` is not empty: `advance` by what may come next. `parents` are the places
+    that those which live now had before.
 
-    The request carries the sampling parameters, max_tokens among them; penalties, biases, bad words, allowed ids,
-    min_tokens and a grammar hold for beams too, and logprobs are those of what they leave. Temperature and what follows
-    it are not looked at.
+    The parameters say how long answers get, what ends them, and how many of the best logprobs each place keeps.
     """
 
-    def __init__(self, request: Request, beams: BeamParams, eos_ids: Iterable[int]) -> None:
-        params = request.params
-        assert params.max_tokens is not None
-        self._request, self._beams, self._max_tokens = request, beams, params.max_tokens
+    def __init__(self, params: SamplingParams, beams: BeamParams, eos_ids: Iterable[int], max_tokens: int) -> None:
+        self._beams, self._max_tokens = beams, max_tokens
         self._ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+        self._shown = params.logprobs or 0
         self._results: list[Found] = []  # a heap, the worst first
         self._serial = 0
         self.live: list[Beam] = [Beam()]
-        self.cached_tokens = 0  # of the prompt, when it was first computed
+        self.parents: list[int] = []
 
-    def requests(self) -> list[Request]:
-        """What tells how each live beam may go on, in their order."""
-        request, length = self._request, len(self.live[0].tokens)
-        wanted = self._beams.width + max(self._beams.width, len(self._ends))
-        params = replace(
-            request.params,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            logprobs=wanted,
-            logprobs_mode="processed",
-            max_tokens=length + 1,
-            min_tokens=min(request.params.min_tokens, length + 1),
-        )
-        return [
-            replace(
-                request,
-                id=f"{request.id}-{length}-{at}",
-                params=params,
-                generated=beam.tokens,
-                together=request.id,
-            )
-            for at, beam in enumerate(self.live)
-        ]
+    @property
+    def wanted(self) -> int:
+        """The best continuations of each beam that are looked at: with fewer, an end might push a beam out."""
+        return self._beams.width + max(self._beams.width, len(self._ends))
 
-    def advance(self, outputs: Sequence[TokenOutput]) -> None:
-        """Takes what came of the requests, in their order; none has failed."""
+    @property
+    def common(self) -> tuple[int, ...]:
+        """What all that live begin with."""
+        first, last = min(beam.tokens for beam in self.live), max(beam.tokens for beam in self.live)
+        differ = (at for at, (one, other) in enumerate(zip(first, last, strict=True)) if one != other)
+        return first[: next(differ, len(first))]
+
+    def advance(self, best: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """Takes the likeliest next tokens of each beam that lives, best first, with their logprobs."""
         width, length = self._beams.width, len(self.live[0].tokens) + 1
-        if length == 1:
-            self.cached_tokens = outputs[0].cached_tokens
         following: list[Beam] = []
-        best = [output.top_logprobs for output in outputs]
+        parents: list[int] = []
         chosen = likeliest([beam.total for beam in self.live], best, width * (1 + max(1, len(self._ends))))
         for place, (total, at, rank) in enumerate(chosen):
             (token, logprob), parent = best[at][rank], self.live[at]
             ends = token in self._ends
             if (ends or length == self._max_tokens) and place >= width:
                 continue
-            known = (*parent.tokens, token), (*parent.logprobs, logprob), (*parent.best, best[at])
-            beam = Beam(total, *known)
+            shown = tuple(best[at][: self._shown])
+            beam = Beam(total, (*parent.tokens, token), (*parent.logprobs, logprob), (*parent.best, shown))
             if ends or length == self._max_tokens:
                 self._keep(beam, "stop" if ends else "length")
             elif len(following) < width:
                 following.append(beam)
-        self.live = following if self._goes_on(following, length) else []
+                parents.append(at)
+        goes_on = self._goes_on(following, length)
+        self.live, self.parents = (following, parents) if goes_on else ([], [])
 
     def results(self) -> list[Found]:
         """What was found, the best first."""
@@ -152,6 +134,13 @@ class BeamSearch:
         penalty, stopping = self._beams.length_penalty, self._beams.early_stopping
         reach = self._max_tokens if stopping == "never" and penalty > 0 else length
         return stopping is not True and beams[0].total / reach**penalty > self._results[0].score
+
+
+def asked(params: SamplingParams, wanted: int) -> SamplingParams:
+    """What tells how a beam may go on. Penalties, biases, bad words, allowed ids, min_tokens and a grammar hold for
+    beams too, and logprobs are those of what they leave. Temperature and what follows it are not looked at."""
+    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    return replace(params, **plain, logprobs=wanted, logprobs_mode="processed")
 
 
 def likeliest(

@@ -138,7 +138,8 @@ class EngineStats:
 
     rows and tokens: what all steps computed. mapped_pages: of running sequences; reusable_pages: mapped, and of nobody.
     prompt_tokens counts prompts of finished prefills once; recomputed_tokens what preemption made the engine compute
-    again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs.
+    again. wasted_rows: row-steps whose result was dropped. free_pages: pages no running sequence needs, of
+    other models neither; used_pages: those that sequences of this one need.
     oldest_wait_s: age of the first request that waits for admission. kv_waste_bytes: memory of pages held by running
     sequences beyond their tokens. critical_maps and hidden_maps: pages mapped while a step waited for them, and by the
     background thread. looked_up_tokens and cached_tokens: prompt tokens of admitted requests, and those of them found
@@ -154,6 +155,7 @@ class EngineStats:
     waiting: int = 0
     oldest_wait_s: float = 0.0
     free_pages: int = 0
+    used_pages: int = 0
     total_pages: int = 0
     page_bytes: int = 0
     steps: int = 0

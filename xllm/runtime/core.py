@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import MemoryFault, StepError
 from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
-from xllm.runtime.groups import whole_groups
+from xllm.runtime.figures import figures_of
+from xllm.runtime.groups import BeamGroup
 from xllm.runtime.invariants import check
 from xllm.runtime.kv import KvPool
 from xllm.runtime.masks import GRAMMAR_FAILED, NOTHING_ALLOWED
 from xllm.runtime.pace import Pace
-from xllm.runtime.pages import PageState
 from xllm.runtime.policies import choose
 from xllm.runtime.policies.admission import Lengths
 from xllm.runtime.policies.orders import rank
-from xllm.runtime.policies.state import CAUSES, DEFAULT_STEP_SECONDS
+from xllm.runtime.policies.state import CAUSES, STEP_SECONDS
 from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
@@ -69,7 +69,7 @@ class Core:
             max_chunk=config.max_chunk,
             admit_pages=int(pool.plan.pages * config.admit_below),
             pool=pool.plan,
-            step_seconds=config.step_seconds or DEFAULT_STEP_SECONDS,
+            step_seconds=config.step_seconds or STEP_SECONDS,
             aged_seconds=config.aged_seconds,
         )
         self._pace = Pace(config.step_seconds)
@@ -93,7 +93,7 @@ class Core:
         self._check = config.check
         self._sharing = Sharing(pool, executor.kv, config, tiers)
         self._eos = frozenset(config.eos_ids)
-        self._rows = self._tokens = 0
+        self._rows = self._tokens = self._taken = 0  # of all steps; slots in use
         self._steps = self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
         self._causes = dict.fromkeys(CAUSES, 0)
         self._preemptions = self._wasted_rows = self._failed_steps = 0
@@ -138,7 +138,7 @@ class Core:
 
     def plan(self) -> tuple[Batch, tuple[Grant, ...]] | None:
         """The next step, its pages mapped and its sampler state attached; None when nothing can run now."""
-        slots = self.pool.plan.spans - len(self.running) - len(self.leaving)
+        slots = self.pool.plan.spans - self._taken
         waiting = [sequence for sequence in self.waiting if sequence.begun] if self.only_begun else self.waiting
         cost, now = self._pace.cost(self._cost), self._clock() + self._ahead
         queues = Queues(self.running, waiting, slots)
@@ -148,7 +148,6 @@ class Core:
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
         if self._trace is not None:
             self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
-        decision = whole_groups(decision, queues, self.budget)
         self.why, self._oldest_wait, self._planned = decision.why, decision.oldest_wait, decision.seconds
         admitted = {sequence.order for sequence in decision.admitted}
         for sequence in found:
@@ -158,12 +157,18 @@ class Core:
             self._causes[cause] += 1
             self._preempt(victim)
         self._admit(decision)
-        self._sharing.settle()
         grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
         if not grants:
             return None
-        batch = Batch(self._steps, tuple([self._row(grant) for grant in grants]))
-        return batch, grants
+        rows: list[Row] = []
+        for grant in grants:
+            sequence = grant.sequence
+            if isinstance(sequence, BeamGroup):
+                rows += sequence.step_rows(self.pool, grant.tokens, grant.sample)
+            else:
+                base, tokens = self.pool.base(sequence.slot), sequence.tokens_of(grant.tokens)
+                rows.append(Row(sequence.slot, base, sequence.computed, tokens, grant.sample))
+        return Batch(self._steps, tuple(rows)), grants
 
     def launch(self, planned: tuple[Batch, tuple[Grant, ...]] | None) -> Flight | None:
         """Hand the step to the executor and note what it will have computed."""
@@ -175,13 +180,15 @@ class Core:
             sequence = grant.sequence
             sequence.computed += grant.tokens
             sequence.flights += 1
-            self._tokens += grant.tokens
+            self._tokens += grant.tokens * sequence.rows
             if grant.sample:
                 sequence.pending += 1
                 sequence.pending_row = sampled
-                sampled += 1
+                sampled += sequence.rows
+                if isinstance(sequence, BeamGroup):
+                    sequence.rows = 0
         self._steps += 1
-        self._rows += len(grants)
+        self._rows += len(batch.rows)
         try:
             flight = Flight(self.executor.launch(batch), grants, self._planned)
             self._ahead += flight.seconds
@@ -211,40 +218,7 @@ class Core:
         return outputs
 
     def stats(self) -> EngineStats:
-        figures, plan = self.pool.figures(), self.pool.plan
-        stats = EngineStats(
-            running=len(self.running),
-            waiting=len(self.waiting),
-            oldest_wait_s=self._oldest_wait,
-            free_pages=self.pool.free_pages,
-            total_pages=plan.pages,
-            page_bytes=plan.page_bytes,
-            steps=self._steps,
-            rows=self._rows,
-            tokens=self._tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            recomputed_tokens=self._recomputed_tokens,
-            preemptions=self._preemptions,
-            wasted_rows=self._wasted_rows,
-            finished=self._ends["stop"] + self._ends["length"],
-            cancelled=self._ends["cancelled"],
-            failed=self._ends["error"],
-            failed_steps=self._failed_steps,
-            critical_maps=figures.critical_maps,
-            hidden_maps=figures.hidden_maps,
-            unmaps=figures.unmaps,
-            kv_waste_bytes=sum(plan.waste_bytes(sequence.computed) for sequence in list(self.running)),
-            looked_up_tokens=self._sharing.looked_up_tokens,
-            cached_tokens=self._sharing.cached_tokens,
-            mapped_pages=figures.states[PageState.MAPPED],
-            reusable_pages=figures.states[PageState.REUSABLE],
-            cached_pages=figures.states[PageState.CACHED],
-            evictions=figures.evictions,
-            weights=self.weights,
-            **self._sharing.tier_figures(),
-        )
-        return replace(stats, **self._causes)
+        return figures_of(self)
 
     def check(self) -> None:
         """Assert what must hold between steps. Raises InvariantBroken."""
@@ -257,9 +231,13 @@ class Core:
             self._sharing.start(sequence)
             sequence.state = State.RUNNING
             insort(self.running, sequence, key=_order)
+            self._taken += sequence.width
             self._recomputed_tokens += max(0, sequence.recompute - found)
             try:
-                self.executor.attach(sequence.slot, sequence.request, sequence.generated)
+                if isinstance(sequence, BeamGroup):
+                    sequence.begin(self.executor)
+                else:
+                    self.executor.attach(sequence.slot, sequence.request, sequence.generated)
             except StepError as error:
                 self._end(sequence, "error", str(error))
 
@@ -268,28 +246,29 @@ class Core:
         sequence = grant.sequence
         if sequence.finish is not None:
             return False
-        if grant.pages > sequence.pages:
-            try:
+        try:
+            if isinstance(sequence, BeamGroup):
+                sequence.spread(self.pool, self.executor)
+                sequence.grow(self.pool, sequence.computed + grant.tokens, grant.pages)
+            elif grant.pages > sequence.pages:
                 self.pool.grow(sequence.slot, sequence.computed + grant.tokens)
-            except MemoryFault as error:
-                self._end(sequence, "error", str(error))
-                return False
+        except (MemoryFault, StepError) as error:
+            self._end(sequence, "error", str(error))
+            return False
+        if grant.pages > sequence.pages:
             sequence.pages = grant.pages
-            sequence.capacity = self.pool.plan.tokens_for(grant.pages)
+            sequence.capacity = sequence.tokens_in(self.pool.plan, grant.pages)
         return True
-
-    def _row(self, grant: Grant) -> Row:
-        sequence = grant.sequence
-        base = self.pool.base(sequence.slot)
-        return Row(sequence.slot, base, sequence.computed, sequence.tokens_of(grant.tokens), grant.sample)
 
     def _accept(self, rows: tuple[Grant, ...], result: StepResult) -> None:
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
-        sampled = -1
+        first = after = 0  # of its rows of the result
         for sequence, count, _, sample in rows:
             sequence.flights -= 1
+            fault = 0
             if sample:
-                sampled += 1
+                first, after = after, after + sequence.drawn
+                fault = min(0, *tokens[first:after])
                 sequence.pending -= 1
             if result.prompts and (part := result.prompts.get(sequence.slot)) is not None:
                 sequence.prompted.append(part)
@@ -297,16 +276,17 @@ class Core:
                     self._end(sequence, "error", _FAULTS[-1])
             if sequence.finish is None:
                 sequence.written += count
-                bad = sample and tokens[sampled] < 0
-                if sequence.written >= sequence.publish_at and not bad:
+                if sequence.written >= sequence.publish_at and not fault:
                     self._sharing.publish(sequence)
             if sequence.finish is not None:
-                self._wasted_rows += sample
-            elif sample and tokens[sampled] < 0:
-                self._end(sequence, "error", _FAULTS[tokens[sampled]])
+                self._wasted_rows += (after - first) * sample
+            elif fault:
+                self._end(sequence, "error", _FAULTS[fault])
+            elif sample and isinstance(sequence, BeamGroup):
+                self._merge(sequence, [result.best(row, sequence.search.wanted) for row in range(first, after)])
             elif sample:
-                best = result.best(sampled, sequence.request.params.logprobs)
-                self._append(sequence, tokens[sampled], logprobs[sampled], best)
+                best = result.best(first, sequence.request.params.logprobs)
+                self._append(sequence, tokens[first], logprobs[first], best)
             if sequence.state is State.LEAVING and not sequence.flights:
                 self._give_up(sequence)
 
@@ -315,13 +295,7 @@ class Core:
         sequence.tokens.append(token)
         reason = sequence.end_reason(token, self._eos)
         wanted = sequence.request.params.logprobs is not None
-        self._generated_tokens += 1
-        if index == 0:
-            self._prompt_tokens += sequence.prompt_tokens
-            if sequence.request.group is not None:
-                sequence.request.group.begun = True
-        if sequence.first_at is None:
-            sequence.first_at = self._clock()
+        self._count(sequence, 1)
         self.outputs.append(
             TokenOutput(
                 sequence.id,
@@ -339,6 +313,26 @@ class Core:
         sequence.prompted = []
         if reason is not None:
             self._finish(sequence, reason)
+
+    def _merge(self, group: BeamGroup, best: list[tuple[tuple[int, float], ...]]) -> None:
+        if group.take(best):
+            self._count(group, len(best))
+        if group.search.live:
+            return
+        found = tuple(group.search.results())
+        reason = found[0].finish_reason
+        known = {"cached_tokens": group.cached, "prompt_tokens": group.prompt_tokens, "weights": self.weights}
+        self.outputs.append(TokenOutput(group.id, None, group.outputs, finish_reason=reason, found=found, **known))
+        self._finish(group, reason)
+
+    def _count(self, sequence: Sequence, tokens: int) -> None:
+        """So many were generated."""
+        self._generated_tokens += tokens
+        if sequence.first_at is None:
+            sequence.first_at = self._clock()
+            self._prompt_tokens += sequence.prompt_tokens
+            if sequence.request.group is not None:
+                sequence.request.group.begun = True
 
     def _fail(self, rows: tuple[Grant, ...], error: StepError) -> None:
         """A step failed: its requests end with the error, all others go on."""
@@ -361,7 +355,7 @@ class Core:
         sequence.finish = reason
         self._offline.discard(sequence.order)
         self._ends[reason] += 1
-        if reason in ("stop", "length") and not sequence.request.together:  # a step of a search says no length
+        if reason in ("stop", "length"):
             self.budget = self._lengths.follow(self.budget, sequence.outputs)
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
@@ -383,12 +377,18 @@ class Core:
     def _give_up(self, sequence: Sequence) -> None:
         """Return slot and pages. A sequence that is not finished was preempted: it waits to be computed again."""
         self.leaving.remove(sequence)
-        self.executor.detach(sequence.slot)
+        self._taken -= sequence.width
+        if isinstance(sequence, BeamGroup):
+            sequence.leave(self.pool, self.executor)
+        else:
+            self.executor.detach(sequence.slot)
         self._sharing.finish(sequence)
         sequence.recompute = sequence.computed
         sequence.slot, sequence.pages, sequence.capacity, sequence.computed = -1, 0, 0, 0
         sequence.written = 0
         if sequence.finish is None:
+            if isinstance(sequence, BeamGroup):
+                sequence.come_back()
             sequence.state = State.WAITING
             self.add(sequence)
         else:

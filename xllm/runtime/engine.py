@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import get_args
 
+from xllm.runtime.arrival import new_sequence
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core, Flight
 from xllm.runtime.errors import InvariantBroken, RequestRefused, RuntimeFault
@@ -22,7 +23,8 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.request import FinishReason, Request, TokenOutput
-from xllm.runtime.sequence import Sequence, new_sequence
+from xllm.runtime.sequence import Sequence
+from xllm.runtime.store import PageStore
 from xllm.runtime.tiered import TieredPool
 from xllm.runtime.tiers import Tiers, open_tiers
 from xllm.runtime.xtensor import LinuxMemory, PageMemory
@@ -36,8 +38,8 @@ class Engine(Ordered):
     `sink` is called from the engine thread, at most once per step, with the outputs of that step in no particular order
     of requests; a slow sink slows generation, one that raises ends the engine. Every accepted request gets exactly one
     output with a finish_reason, also on stop and on failure. `memory` is where KV pages come from (Linux by default),
-    `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault when the KV pool cannot be made,
-    RuntimeFault when a tier cannot.
+    or a store of them that engines share; `clock` what Request.arrival is measured with, in seconds. Raises MemoryFault
+    when the KV pool cannot be made, RuntimeFault when a tier cannot.
     """
 
     def __init__(
@@ -45,20 +47,22 @@ class Engine(Ordered):
         executor: Executor,
         config: EngineConfig,
         sink: Callable[[list[TokenOutput]], None],
-        memory: PageMemory | None = None,
+        memory: PageMemory | PageStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         limits = executor.limits
         max_seqs = min(config.max_seqs or limits.max_seqs, limits.max_seqs)
         plan = plan_pool(executor.kv, limits.max_len, max_seqs, config.kv_bytes, config.page_bytes)
-        pages = memory or LinuxMemory(plan.page_bytes)
+        memory = memory or LinuxMemory(plan.page_bytes)
+        store = memory if isinstance(memory, PageStore) else PageStore(memory, plan.pages)
         self._tiers: Tiers | None = None
         if config.tiers is None or executor.kv.fixed_bytes:
-            pool = KvPool(plan, pages)
+            pool = KvPool(plan, store)
         else:
-            pool = TieredPool(plan, pages)
+            pool = TieredPool(plan, store)
             self._tiers = open_tiers(config.tiers, pool, self._wake)
         super().__init__(Core(executor, config, pool, clock, self._tiers))
+        pool.on_room = self._wake
         self._limits = limits
         self._config = config
         self._sink = sink
@@ -84,7 +88,8 @@ class Engine(Ordered):
 
     def submit(self, request: Request) -> None:
         """Accept a request, from any thread. Raises RequestRefused (the codes are listed there)."""
-        sequence = new_sequence(request, self.pool.plan, self._limits.max_len, self._limits.vocab)
+        rows = min(self.pool.plan.spans, self._core.budget.tokens)
+        sequence = new_sequence(request, self.pool.plan, self._limits, rows, self._config.eos_ids)
         with self._lock:
             if self._refusal is not None:
                 raise RequestRefused(self._refusal.code, self._refusal.message)
@@ -96,7 +101,7 @@ class Engine(Ordered):
             limit = self._config.queue_limit
             if request.urgency.offline:
                 limit -= limit // 10  # a backlog of them leaves room for online ones
-            if waiting >= limit and not request.generated:  # what was begun here may go on
+            if waiting >= limit:
                 raise RequestRefused("queue_full", f"{waiting} requests wait already; try again later")
             sequence.order = self._accepted
             self._accepted += 1
@@ -185,7 +190,7 @@ class Engine(Ordered):
     def _take_requests(self, flight: Flight | None) -> bool:
         """Move what other threads left into the core, waiting for it when there is nothing else. False: stop."""
         with self._lock:
-            while self._orders.resting and flight is None and not self._told:
+            while (self._orders.resting or self._starved) and flight is None and not self._told:
                 self._quiet = self._core.idle
                 self._changed.notify_all()
                 self._changed.wait(None if self._quiet else 1.0)  # a load that is stuck does not say so
@@ -211,7 +216,7 @@ class Engine(Ordered):
         if outputs:
             self._forget(outputs)
             self._sink(outputs)
-        elif not (progress or self._core.idle or self._core.loading or self._orders.active):
+        elif not (progress or self._core.idle or self._core.loading or self._starved or self._orders.active):
             raise InvariantBroken(f"engine: nothing can run: {'; '.join(self._core.why)}")
         self._orders.carry_out()
 

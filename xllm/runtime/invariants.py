@@ -1,10 +1,15 @@
-"""What must hold of an engine's queues between steps."""
+"""What must hold of an engine's queues between steps, and of its pool at any time."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import TYPE_CHECKING
+
 from xllm.runtime.errors import InvariantBroken
-from xllm.runtime.kv import KvPool
 from xllm.runtime.sequence import Sequence, State
+
+if TYPE_CHECKING:
+    from xllm.runtime.kv import KvPool
 
 
 def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leaving: list[Sequence]) -> None:
@@ -15,11 +20,11 @@ def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leavin
 
     pool.check()
     holders = running + leaving
-    slots = [sequence.slot for sequence in holders]
+    slots = [slot for sequence in holders for slot in sequence.slots]
     problems = {
         "a slot has two sequences": len(set(slots)) < len(slots),
         "a running sequence has no slot": any(slot < 0 for slot in slots),
-        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.plan.pages - pool.free_pages,
+        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.committed,
         "tokens lie beyond the pages": any(sequence.computed > sequence.capacity for sequence in holders),
         "running is out of order": running != sorted(running, key=by_order),
         "waiting is out of order": waiting != sorted(waiting, key=by_order),
@@ -34,3 +39,40 @@ def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leavin
     for problem, found in problems.items():
         if found:
             raise InvariantBroken(f"engine: {problem}")
+
+
+def check_pool(pool: KvPool) -> None:
+    """Every page has one state, and one owner or several that share it; all counters agree. The pool's lock is held.
+    Raises InvariantBroken."""
+    placed = [(slot, page) for slot, span in enumerate(pool._spans) for page in span.pages]
+    shared = {*pool._cache.uses, *pool._forked}
+    held = [(slot, page) for slot, page in placed if page not in shared]
+    uses = Counter(page for span in pool._spans for page in span.held)
+    live = [span for span in pool._spans if span.live]
+    fixed = {page for span in live for page in span.pages[: span.committed]}
+    unused = sum(not count for count in pool._cache.uses.values())
+    idle = sum(not pool._spans[slot].live for slot, _ in held)
+    _require({page: slot for slot, page in held} == pool._owner, "a page is in a span that does not own it")
+    _require(len(held) == len(pool._owner), "a page is in two places")
+    _require(pool._cache.uses == {page: uses[page] for page in pool._cache.uses}, "uses are miscounted")
+    _require(pool._forked == {page: uses[page] for page in pool._forked}, "forks are miscounted")
+    _require(all(pool._forked.values()), "a page is of no fork any more")
+    _require(uses.keys() <= shared, "a page in use is neither cached nor forked")
+    _require(len(shared) == len(pool._cache) + len(pool._forked), "a page is cached and forked")
+    _require(not shared & pool._owner.keys(), "a shared page is somebody's")
+    _require(unused == pool._cache.unused, "unused cached pages are miscounted")
+    _require(all(page in pool._spans[slot].held for slot, page in placed if page in shared), "unheld page")
+    _require(idle == pool.idle_pages, "pages of idle spans are miscounted")
+    _require(pool.committed == sum(span.promised for span in live), "promises are miscounted")
+    _require(len(fixed) <= pool.committed <= pool.plan.pages, "more is promised than there is, or less than is used")
+    _require(pool._live == len(live), "live spans are miscounted")
+    filed = {(length, slot) for length, slots in pool._idle.items() for slot in slots}
+    lengths = {(len(span.pages), slot) for slot, span in enumerate(pool._spans) if not span.live}
+    _require(filed == lengths and all(pool._idle.values()), "idle spans are misfiled")
+    for span in live:
+        _require(span.committed <= len(span.pages) <= pool.plan.span_pages, "a committed page is not mapped")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvariantBroken(f"KV pool: {message}")

@@ -12,14 +12,14 @@ read-only. When their writer ends its span is emptied, and they wait, mapped now
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.errors import MemoryFault
+from xllm.runtime.invariants import check_pool
 from xllm.runtime.pages import PageState, PoolFigures, PoolPlan
 from xllm.runtime.prefix import NO_MATCH, Match, PrefixIndex
-from xllm.runtime.xtensor import PageMemory
+from xllm.runtime.store import PageStore
 
 AHEAD_PAGES = 8
 
@@ -29,7 +29,8 @@ class _Span:
     base: int
     pages: list[int]  # ids, front to back
     live: bool = False
-    committed: int = 0
+    committed: int = 0  # the first ones, which nobody else may have
+    promised: int = 0  # what it counts for in the pool: as many, but for forks (see forks)
     goal: int = 0  # pages worth having mapped, known from the prompt
     match: Match = NO_MATCH  # what the sequence starts on
     held: list[int] = field(default_factory=list)  # cached pages it uses: those of the match, then its own
@@ -37,42 +38,43 @@ class _Span:
 
 
 class KvPool:
-    """The pages of one engine. Thread-safe: one lock, held for at most one map and one unmap at a time by the
-    background.
+    """The pages of one engine, from a store that pools of others may share (see store). Thread-safe: the store's lock,
+    held for at most one map and one unmap at a time by the background.
 
-    Commitments alone decide what fits: as long as they sum up to no more than the pool, `grow` succeeds, whatever has
-    been mapped ahead. What is found in the cache may depend on the background thread's timing; no answer does.
+    Commitments alone decide what fits: as long as they are within `free_pages`, `grow` succeeds, whatever has been
+    mapped ahead. What is found in the cache may depend on the background thread's timing; no answer does.
+    Raises MemoryFault when the store has no room for a longest request of this model.
     """
 
-    def __init__(self, plan: PoolPlan, memory: PageMemory):
-        self.plan = plan
-        self._memory = memory
+    def __init__(self, plan: PoolPlan, store: PageStore):
+        self.plan, self.store = plan, store
+        self._memory, self._lock = store.memory, store.lock
+        self.committed = 0
+        self.on_room: Callable[[], None] | None = None
+        self._closing = self.resting = False  # resting: no page is to be touched
         span_bytes = plan.span_pages * plan.page_bytes
-        base = memory.reserve(span_bytes * plan.spans)
+        base = self._memory.reserve(span_bytes * plan.spans)
         self._spans = [_Span(base + slot * span_bytes, []) for slot in range(plan.spans)]
-        self._free = list(reversed(memory.create_pages(plan.pages)))
-        self._state = {page: PageState.FREE for page in self._free}
         self._owner: dict[int, int] = {}  # page -> slot; the one place that knows whose a page is, if it is not cached
-        self._cache = PrefixIndex(plan.kv, plan.page_bytes)
-        self._committed = 0
+        self._cache = PrefixIndex(plan.kv, plan.page_bytes, store.clock)
+        self._forked: dict[int, int] = {}  # pages of several spans that are not cached, and of how many
         self._live = 0
-        self._reusable = 0
+        self.idle_pages = 0  # in spans of no sequence
         # Idle slots by how many pages they have: a start looks at a handful of lengths, not at every slot.
         self._idle: dict[int, list[int]] = {0: list(reversed(range(plan.spans)))}
         self._hungry: dict[int, None] = {}  # live slots with fewer pages ahead than they should have, longest first
         self._critical_maps = self._hidden_maps = self._unmaps = self._evictions = 0
-        self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
-        self._closing = self._resting = self._filling = False  # resting: no page is to be touched
+        store.join(self)
 
     @property
     def free_pages(self) -> int:
-        """Pages no sequence was promised (whether or not something is mapped)."""
-        return self.plan.pages - self._committed
+        """Pages that can be promised to sequences (whether or not something is mapped); see PageStore.room_of."""
+        return min(self.plan.pages - self.committed, self.store.room_of(self))
 
     def match(self, chain: Sequence[bytes]) -> int:
-        """How many groups of a text are cached. They stay until the next `grow` at least."""
+        """How many groups of a text are cached. While a step is planned they stay until the next `grow` at least."""
         with self._lock:
             return self._cache.match(chain).groups
 
@@ -85,15 +87,12 @@ class KvPool:
             cost = self._cost_of if not match.groups else lambda length, _: (length,)
             slot = self._take_idle(min(self._idle, key=lambda length: cost(length, wanted)))
             span = self._spans[slot]
-            span.live, span.goal, span.committed, span.offered = True, wanted, 0, len(match.shared)
+            span.live, span.goal, span.offered = True, wanted, len(match.shared)
             span.match, span.held = match, [*match.shared, *([match.tail] if match.size else [])]
             self._live += 1
-            self._reusable -= len(span.pages)
-            for page in span.pages:
-                self._state[page] = PageState.MAPPED
+            self.idle_pages -= len(span.pages)
             for page in span.held:
                 self._cache.hold(page)
-                self._state[page] = PageState.MAPPED
             if not match.groups:
                 self._feed(slot)
             self._work.notify()
@@ -103,16 +102,18 @@ class KvPool:
         """Address of the slot's span; the same for the life of the pool."""
         return self._spans[slot].base
 
-    def grow(self, slot: int, tokens: int) -> None:
-        """Back the first `tokens` tokens of a live slot. Raises MemoryFault when the commitments exceed the pool or a
-        mapping fails (what was mapped until then stays)."""
+    def grow(self, slot: int, tokens: int, promise: int | None = None) -> None:
+        """Back the first `tokens` tokens of a live slot, which counts for as many pages as that takes, or for `promise`
+        where it is one of several that share some. Raises MemoryFault when the promises exceed the pool or a mapping
+        fails (what was mapped until then stays)."""
         span = self._spans[slot]
         needed = self.plan.pages_for(tokens)
-        if needed <= span.committed:
+        more = max(0, (needed if promise is None else promise) - span.promised)
+        if needed <= span.committed and not more:
             return
         with self._lock:
-            if self._committed + needed - span.committed > self.plan.pages:
-                raise MemoryFault("memory_unavailable", f"slot {slot} needs {needed} pages, {self.free_pages} are free")
+            if more > self.free_pages:
+                raise MemoryFault("memory_unavailable", f"slot {slot} needs {more} pages, {self.free_pages} are free")
             fresh = span.match.groups > 0 and not span.committed
             if fresh:
                 self._adopt(slot)
@@ -123,8 +124,9 @@ class KvPool:
                     at = span.base + (len(span.pages) - 1) * self.plan.page_bytes
                     self._memory.copy(span.match.tail, at, span.match.size)
                     self._drop(span.held.pop())
-            self._committed += needed - span.committed
-            span.committed = needed
+            self.committed += more
+            span.promised += more
+            span.committed = max(needed, span.committed)
             self._feed(slot)
 
     def tokens_complete(self, slot: int) -> int:
@@ -142,13 +144,10 @@ class KvPool:
         with self._lock:
             span = self._spans[slot]
             self._offer(slot, chain)
-            self._committed -= span.committed
+            self.committed -= span.promised
             self._live -= 1
-            self._reusable += sum(page in self._owner for page in span.pages)
-            span.live, span.committed, span.goal, span.match = False, 0, 0, NO_MATCH
-            for page in span.pages:
-                if page in self._owner:
-                    self._state[page] = PageState.REUSABLE
+            self.idle_pages += sum(page in self._owner for page in span.pages)
+            span.live, span.committed, span.promised, span.goal, span.match = False, 0, 0, 0, NO_MATCH
             if span.held:
                 # The last page first: what comes later in a text is useless without what comes before it.
                 self._empty(slot)
@@ -157,6 +156,7 @@ class KvPool:
             self._add_idle(slot)
             self._hungry.pop(slot, None)
             self._work.notify()
+        self.store.tell(self)
 
     def premap(self) -> bool:
         """Map one page ahead of need, for the live sequence that lacks one longest, else for the next one to start.
@@ -166,8 +166,8 @@ class KvPool:
             slot = self._neediest()
             if slot is None:
                 return False
-            span = self._spans[slot]
-            page = self._free.pop() if self._free else self._reclaim()
+            span, page = self._spans[slot], self.store.untouched(self)
+            assert page is not None
             if span.live:
                 self._hungry.pop(slot)
                 self._map_next(slot, page)
@@ -198,16 +198,33 @@ class KvPool:
             self._thread.join()
 
     def close(self) -> None:
-        """End the background thread and give all memory back. No launched step may be left."""
+        """End the background thread and give all pages back. No launched step may be left."""
         self.stop_premapping()
-        self._memory.release()
+        with self._lock:
+            if self.store.leave(self):
+                for slot in range(self.plan.spans):
+                    self._empty(slot)
+                self.store.free += [*self._cache.uses, *self._forked]
+        self.store.tell(self)
+
+    @property
+    def least(self) -> int:
+        return 0 if self.resting else min(self.plan.span_pages, self.plan.pages)
+
+    @property
+    def oldest_use(self) -> int | None:
+        return self._cache.oldest_use
+
+    @property
+    def held_pages(self) -> set[int]:
+        return self._owner.keys() | self._cache.uses.keys() | self._forked.keys()
 
     def figures(self) -> PoolFigures:
         with self._lock:
             cached = self._cache.unused
-            mapped = len(self._owner) - self._reusable + len(self._cache) - cached
-            allocated = self.plan.pages - len(self._free) - len(self._owner) - len(self._cache)
-            states = (len(self._free), allocated, mapped, self._reusable, cached)
+            held = len(self._owner) + len(self._cache) + len(self._forked)
+            mapped = held - self.idle_pages - cached
+            states = (len(self.store.free), self.store.filling, mapped, self.idle_pages, cached)
             by_state = dict(zip(PageState, states, strict=True))
             return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps, self._evictions)
 
@@ -215,33 +232,8 @@ class KvPool:
         """Assert the invariants: every page has one state and one owner, and all counters agree. Raises
         InvariantBroken."""
         with self._lock:
-            counts = Counter(self._state.values())
-            placed = [(slot, page) for slot, span in enumerate(self._spans) for page in span.pages]
-            held = [(slot, page) for slot, page in placed if page not in self._cache]
-            uses = Counter(page for span in self._spans for page in span.held)
-            live = [span for span in self._spans if span.live]
-            _require(len(self._state) == self.plan.pages == sum(counts.values()), "states do not sum up to the pool")
-            _require({page: slot for slot, page in held} == self._owner, "a page is in a span that does not own it")
-            _require(len(held) == len(self._owner), "a page is in two places")
-            _require(len(set(self._free)) == len(self._free) == counts[PageState.FREE], "the free list is wrong")
-            _require(not self._owner.keys() & set(self._free), "a free page has an owner")
-            _require(self._cache.uses == {page: uses[page] for page in self._cache.uses}, "uses are miscounted")
-            _require(uses.keys() <= self._cache.uses.keys(), "a page in use is not cached any more")
-            _require(not self._cache.uses.keys() & {*self._free, *self._owner}, "a cached page is somebody's")
-            _require(counts[PageState.CACHED] == self._cache.unused, "cached pages are in the wrong state")
-            _require(all(page in self._spans[slot].held for slot, page in placed if page in self._cache), "unheld page")
-            for slot, page in held:
-                state = PageState.MAPPED if self._spans[slot].live else PageState.REUSABLE
-                _require(self._state[page] == state, f"page {page} is {self._state[page].name}, not {state.name}")
-            _require(counts[PageState.REUSABLE] == self._reusable, "reusable pages are miscounted")
-            _require(self._committed == sum(span.committed for span in live), "commitments are miscounted")
-            _require(self._committed <= self.plan.pages, "more is promised than there is")
-            _require(self._live == len(live), "live spans are miscounted")
-            idle = {(length, slot) for length, slots in self._idle.items() for slot in slots}
-            lengths = {(len(span.pages), slot) for slot, span in enumerate(self._spans) if not span.live}
-            _require(idle == lengths and all(self._idle.values()), "idle spans are misfiled")
-            for span in live:
-                _require(span.committed <= len(span.pages) <= self.plan.span_pages, "a committed page is not mapped")
+            self.store.check()
+            check_pool(self)
 
     def _cost_of(self, length: int, wanted: int) -> tuple[int, int, int]:
         """Order of idle spans for a demand: no unmapping first, then the fewest maps, then the least to spare.
@@ -250,7 +242,7 @@ class KvPool:
         cost a map and a zeroing, and make the pool touch memory it would never need.
         """
         missing, slack = max(0, wanted - length), max(0, length - wanted)
-        return max(0, missing - len(self._free)), missing, slack
+        return max(0, missing - len(self.store.free)), missing, slack
 
     def _take_idle(self, length: int) -> int:
         """The idle slot of that many pages that was used last: its caches are the warmest."""
@@ -265,43 +257,40 @@ class KvPool:
 
     def _map_next(self, slot: int, page: int) -> None:
         span = self._spans[slot]
-        self._state[page] = PageState.ALLOCATED
         try:
             self._memory.map(page, span.base + len(span.pages) * self.plan.page_bytes)
         except MemoryFault:
-            self._state[page] = PageState.FREE
-            self._free.append(page)
+            self._release(page)
             raise
-        self._state[page] = PageState.MAPPED if span.live else PageState.REUSABLE
-        self._reusable += not span.live
+        self.idle_pages += not span.live
         self._owner[page] = slot
         span.pages.append(page)
 
     def _take_page(self, slot: int) -> int:
-        """A page for a step that waits: free, else from an idle span, else from the cache, else one that another
-        sequence has ahead. When all is promised, what it was to copy from is left: it goes on in that page itself."""
-        if self._free:
-            return self._free.pop()
-        if self._reusable:
-            return self._reclaim()
-        if self._cache.unused:
-            self._evictions += 1
-            return self._cache.evict()
-        spare = (other for other, span in enumerate(self._spans) if span.live and other != slot)
-        richest = max(spare, key=self._ahead, default=slot)
-        if richest != slot and self._ahead(richest):
-            return self._unmap_last(richest)
-        return self._cache.take(self._spans[slot].held.pop())
+        """A page for a step that waits. When all are in use, it goes on in the very page it was to copy from."""
+        page = self.store.take(self, slot)
+        return self._cache.take(self._spans[slot].held.pop()) if page is None else page
 
-    def _reclaim(self) -> int:
-        """Take the last page of the shortest idle span: long spans stay whole for long sequences."""
+    def give_idle(self) -> int:
+        """The last page of the shortest idle span: long spans stay whole for long sequences."""
         slot = self._take_idle(min(length for length in self._idle if length))
         try:
             page = self._unmap_last(slot)
         finally:
             self._add_idle(slot)
-        self._reusable -= 1
+        self.idle_pages -= 1
         return page
+
+    def give_cached(self) -> int:
+        self._evictions += 1
+        return self._cache.evict()
+
+    def give_ahead(self, but: int = -1) -> int | None:
+        live = (slot for slot, span in enumerate(self._spans) if span.live and slot != but)
+        richest = max(live, key=self._ahead, default=but)
+        if richest == but or not self._ahead(richest):
+            return None
+        return self._unmap_last(richest)
 
     def _unmap_last(self, slot: int) -> int:
         span = self._spans[slot]
@@ -327,7 +316,7 @@ class KvPool:
         self._unmaps += bool(span.pages)
         for page in span.pages:
             if self._owner.pop(page, None) is not None:
-                self._reusable -= not span.live
+                self.idle_pages -= not span.live
                 self._release(page)
         span.pages = []
 
@@ -341,6 +330,8 @@ class KvPool:
 
     def _cache_page(self, slot: int, index: int, chain: Sequence[bytes]) -> None:
         span = self._spans[slot]
+        if span.pages[index] in self._forked:  # others have that text already, or nothing is cached
+            return
         added, gone = self._cache.add(span.pages[index], index, chain)
         if added:
             del self._owner[span.pages[index]]
@@ -350,14 +341,16 @@ class KvPool:
             self._release(page)
 
     def _drop(self, page: int) -> None:
-        if not self._cache.drop(page):
+        if page in self._forked:
+            self._forked[page] -= 1
+            if not self._forked[page]:
+                del self._forked[page]
+                self._release(page)
+        elif not self._cache.drop(page):
             self._release(page)
-        elif not self._cache.uses[page]:
-            self._state[page] = PageState.CACHED
 
     def _release(self, page: int) -> None:
-        self._state[page] = PageState.FREE
-        self._free.append(page)
+        self.store.free.append(page)
 
     def _ahead(self, slot: int) -> int:
         return len(self._spans[slot].pages) - self._spans[slot].committed
@@ -373,11 +366,11 @@ class KvPool:
             self._hungry.pop(slot, None)
 
     def _neediest(self) -> int | None:
-        if self._resting or not (self._free or self._reusable):
+        if self.resting:
             return None
-        if self._hungry:
+        if self._hungry and self.store.has_untouched():
             return next(iter(self._hungry))
-        if self._free and self._reusable < AHEAD_PAGES and 0 in self._idle:
+        if self.store.free and self.idle_pages < AHEAD_PAGES and 0 in self._idle:
             return self._idle[0][-1]
         return None
 
@@ -393,8 +386,3 @@ class KvPool:
             except MemoryFault:
                 # The step that needs the page will meet the same fault and report it; trying again would spin.
                 return
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvariantBroken(f"KV pool: {message}")

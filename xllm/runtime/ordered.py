@@ -28,6 +28,7 @@ class Ordered:
         self._falling = 0  # orders to sleep that are not carried out yet
         self._live: dict[str, Sequence] = {}
         self._refusal: RequestRefused | None = None
+        self._stuck = False  # the latest plan was none
 
     def pause(self, mode: Mode = "keep") -> Future[bool]:
         """Compute nothing from now on, until `resume`; requests that come meanwhile wait. "keep": those that run give
@@ -128,4 +129,12 @@ class Ordered:
         self._orders.refuse(refusal)
 
     def _next_step(self) -> tuple[Batch, tuple[Grant, ...]] | None:
-        return None if self._orders.holding else self._core.plan()
+        with self.pool.store.planning:
+            step = None if self._orders.holding else self._core.plan()
+        self._stuck = step is None
+        return step
+
+    @property
+    def _starved(self) -> bool:
+        """Nothing could run, as another model still has pages that are kept for this one."""
+        return self._stuck and self.pool.store.owed(self.pool)

@@ -39,6 +39,13 @@ class PoolPlan:
         """Most tokens of one sequence that `pages` pages hold."""
         return self.kv.tokens_in(pages * self.page_bytes)
 
+    def complete(self, tokens: int) -> range:
+        """Which pages of a span nothing writes to any more once `tokens` tokens are: not those of an incomplete group,
+        nor of state that changes with every token."""
+        first = -(-self.kv.fixed_bytes // self.page_bytes)
+        end = self.kv.fixed_bytes + tokens // self.kv.group_tokens * self.kv.group_bytes
+        return range(first, max(first, end // self.page_bytes))
+
     def waste_bytes(self, tokens: int) -> int:
         """Memory a sequence of `tokens` tokens is promised but does not use: always less than one page."""
         return self.pages_for(tokens) * self.page_bytes - self.kv.bytes_for(tokens)

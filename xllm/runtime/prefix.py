@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +49,15 @@ NO_MATCH = Match()
 
 class PrefixIndex:
     """Cached pages of one pool, which spans use them, and in which order the unused ones go. Not thread-safe. A page is
-    here from `add` until `evict` gives it back, or `drop` or `add` when nothing leads to it any more."""
+    here from `add` until `evict` gives it back, or `drop` or `add` when nothing leads to it any more. `clock` counts
+    uses, in all pools that share pages."""
 
-    def __init__(self, kv: KVSpec, page_bytes: int):
-        self.kv, self.page_bytes = kv, page_bytes
+    def __init__(self, kv: KVSpec, page_bytes: int, clock: Iterator[int]):
+        self.kv, self.page_bytes, self._clock = kv, page_bytes, clock
         self._pages: dict[tuple[bytes, int], int] = {}
         self._keys: dict[int, set[tuple[bytes, int]]] = {}  # of every cached page
         self.uses: dict[int, int] = {}  # spans that use each cached page
-        self._unused: OrderedDict[int, None] = OrderedDict()  # oldest use first
+        self._unused: OrderedDict[int, int] = OrderedDict()  # oldest use first, and when that was
         self._entries: dict[int, int] = {}  # of every cached page: how many were cached before it, since start
         self._added = 0
 
@@ -70,6 +71,11 @@ class PrefixIndex:
     def unused(self) -> int:
         """Cached pages that no span uses: any of them can go."""
         return len(self._unused)
+
+    @property
+    def oldest_use(self) -> int | None:
+        """When the last use of the page was that `evict` would take."""
+        return next(iter(self._unused.values()), None)
 
     def groups_of(self, index: int) -> range:
         """The groups that touch page `index` of a span; the page is complete when the last one is written."""
@@ -126,15 +132,15 @@ class PrefixIndex:
         self.uses[page] -= 1
         if self.uses[page]:
             return True
-        self._unused[page] = None
+        self._unused[page] = next(self._clock)
         if not self._keys[page]:
             self._remove(page)
         return page in self.uses
 
     def refresh(self, page: int) -> None:
         """A page that may be unused goes last."""
-        if page in self._unused:
-            self._unused.move_to_end(page)
+        if self._unused.pop(page, None) is not None:
+            self._unused[page] = next(self._clock)
 
     def evict(self) -> int:
         """Take the page whose last use is longest ago out of the cache; at least one must be unused."""

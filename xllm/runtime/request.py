@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.urgency import ORDINARY, Urgency
+
+if TYPE_CHECKING:
+    from xllm.runtime.beams import BeamParams, Found
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -103,6 +106,12 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -math.inf, math.inf, finite=True)
 
+    @property
+    def looks_back(self) -> bool:
+        """Does a draw depend on which tokens were generated before it, and not just on how many?"""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0.0, 0.0, 1.0) or bool(self.bad_words) or self.grammar is not None
+
 
 def _within(name: str, value: float, low: float, high: float, finite: bool = False) -> None:
     if not low <= value <= high or (finite and math.isinf(value)):
@@ -120,12 +129,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
+    """One text to generate. `id` is unique among live requests; `sample_index` tells the samples of one prompt
     apart for the random numbers; `arrival` is the time of the engine's clock in seconds, 0 for when the engine
     gets it (the order of arrival is that of `submit` all the same). Requests of different `cache_salt` (the tenant)
-    share no cached prefix. `urgency` decides how it is scheduled, and no token. `generated` tokens exist already: it
-    goes on behind them as if it had made them itself. Requests that say the same for `together` are submitted one after
-    the other and start in one step, if it can hold them."""
+    share no cached prefix. `urgency` decides how it is scheduled, and no token. With `beams` it is a search: what is
+    found comes whole, with its end."""
 
     id: str
     prompt: tuple[int, ...]
@@ -134,8 +142,7 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     group: Group | None = field(default=None, compare=False)
-    generated: tuple[int, ...] = ()
-    together: str = ""
+    beams: BeamParams | None = None
     urgency: Urgency = ORDINARY
 
 
@@ -192,7 +199,7 @@ class TokenOutput:
     finish_reason "stop". `token` is None when the end brings no token (cancelled, error). `error` is "code: message".
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
     `cached_tokens` of the prompt were found in the prefix cache. `weights`: the version that all of it was computed
-    with. `prompt` is with the first token, where asked for.
+    with. `prompt` is with the first token, where asked for. `found`: the results of a search, the best first.
     """
 
     request_id: str
@@ -207,3 +214,4 @@ class TokenOutput:
     row: np.ndarray | None = field(default=None, compare=False)
     weights: str = ""
     prompt: PromptLogprobs | None = field(default=None, compare=False)
+    found: tuple[Found, ...] = ()

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from xllm.runtime.errors import MemoryFault
 from xllm.runtime.kv import KvPool
 
 
 def forget(pool: KvPool) -> None:
     """Empty the prefix cache; its pages are free then."""
-    with pool._lock:
+    with pool.store.lock:
         _forget(pool)
 
 
 def give_back(pool: KvPool) -> None:
-    """Return the memory of all pages to the system, until `take_back`. Raises MemoryFault."""
-    with pool._lock:
-        pool._resting = True
-        pool._work.wait_for(lambda: not pool._filling)  # or what is loaded right now would be lost, and taken for known
+    """Leave all pages to the pools of other models until `take_back`, their memory to the system where there are none
+    that are awake. Raises MemoryFault."""
+    store = pool.store
+    with store.planning, store.lock:
+        pool.resting = True
+        store.filled.wait_for(lambda: not store.filling)  # or what is loaded now would be lost, and taken for known
         _forget(pool)
-        pool._memory.discard()
+        try:
+            store.rest()
+        except MemoryFault:
+            pool.resting = False
+            raise
+    store.tell(pool)
 
 
 def take_back(pool: KvPool) -> None:
-    """Raises MemoryFault when others have that memory now."""
-    with pool._lock:
-        pool._memory.reclaim()
-        pool._resting = False
+    """Raises MemoryFault when the system has no such memory any more. Pages that other models took in the meantime come
+    back as their sequences end or give way to each other."""
+    store = pool.store
+    with store.planning, store.lock:
+        store.rouse()
+        pool.resting = False
 
 
 def _forget(pool: KvPool) -> None:

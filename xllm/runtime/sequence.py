@@ -13,7 +13,6 @@ from collections.abc import Sequence as Ordered
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from xllm.runtime.errors import RequestRefused
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.request import FinishReason, PromptLogprobs, Request
 
@@ -34,7 +33,11 @@ class State(Enum):
 class Sequence:
     """Mutable, owned by the engine thread. `order` is the place of its submission among all (lower is older);
     `max_outputs` the most tokens it may generate, known at submission. `arrived` and `first_at` are when it came and
-    when its first token was known here, in seconds of the engine's clock."""
+    when its first token was known here, in seconds of the engine's clock.
+
+    It takes `rows` rows of a step, all of them alike, and `width` slots, which is one and one but for a group of beams
+    (see groups): 0 rows while it can't go on before a launched step has ended. Of the pages that a prompt fills `stem`
+    are in all of its slots."""
 
     __slots__ = (
         "arrived",
@@ -59,9 +62,12 @@ class Sequence:
         "publish_at",
         "recompute",
         "request",
+        "rows",
         "slot",
         "state",
+        "stem",
         "tokens",
+        "width",
         "written",
     )
 
@@ -70,7 +76,9 @@ class Sequence:
         self.order = order
         self.max_outputs = max_outputs
         self.prompt_tokens = len(request.prompt)
-        self.tokens = [*request.prompt, *request.generated]  # prompt and generated, as far as known
+        self.tokens = [*request.prompt]  # prompt and generated, as far as known
+        self.rows = self.width = 1
+        self.stem = 0
         self.state = State.WAITING
         self.finish: FinishReason | None = None
         self.arrived = request.arrival
@@ -106,7 +114,22 @@ class Sequence:
     def begun(self) -> bool:
         """It has tokens of its own, or others of its group have."""
         group = self.request.group
-        return len(self.tokens) > self.prompt_tokens or (group is not None and group.begun)
+        return self.first_at is not None or (group is not None and group.begun)
+
+    @property
+    def slots(self) -> Ordered[int]:
+        """All that it has; `slot` is where the first `computed` of its tokens are."""
+        return (self.slot,)
+
+    @property
+    def drawn(self) -> int:
+        """Rows of the result of its launched step, where that samples."""
+        return 1
+
+    @property
+    def open(self) -> bool:
+        """May more be launched?"""
+        return self.rows > 0 and self.outputs < self.max_outputs
 
     @property
     def generated(self) -> list[int]:
@@ -126,6 +149,25 @@ class Sequence:
     def decoding(self) -> bool:
         return self.computed >= self.prompt_tokens and self.remaining == 1
 
+    def pages_at(self, pool: PoolPlan, tokens: int) -> int:
+        """Pages it is promised when so many tokens are computed: from its whole prompt on in each of its slots, apart
+        from those that are in all of them."""
+        pages = pool.pages_for(tokens)
+        if self.width == 1 or tokens < self.prompt_tokens:
+            return pages
+        return self.stem + self.width * (pages - self.stem)
+
+    def tokens_in(self, pool: PoolPlan, pages: int) -> int:
+        """Most tokens that so many pages allow."""
+        if self.width == 1:
+            return pool.tokens_for(pages)
+        each = pool.tokens_for(self.stem + max(0, pages - self.stem) // self.width)
+        return each if each >= self.prompt_tokens else min(pool.tokens_for(pages), self.prompt_tokens - 1)
+
+    def pieces(self, count: int) -> list[tuple[int, int]]:
+        """What a cost model is told of its next `count` tokens, in each of its rows."""
+        return [(self.computed, count)] * self.rows
+
     def tokens_of(self, count: int) -> Ordered[int]:
         """Ids of the next `count` tokens; one in flight is named by its row of the previous step."""
         if self.pending:
@@ -141,40 +183,3 @@ class Sequence:
         if stops and (generated >= params.min_tokens or params.grammar is not None):
             return "stop"
         return "length" if generated >= self.max_outputs else None
-
-
-def new_sequence(request: Request, plan: PoolPlan, max_len: int, vocab: int) -> Sequence:
-    """A sequence for an acceptable request; its order is set when it is queued. Raises RequestRefused for one that can
-    never run."""
-    prompt, wanted = len(request.prompt), request.params.max_tokens
-    # The last token is never fed back, so its KV needs no room.
-    capacity = plan.tokens_for(plan.pages) + 1
-    if prompt == 0:
-        raise RequestRefused("empty_prompt", "the prompt has no tokens")
-    text = (*request.prompt, *request.generated)
-    if min(text) < 0 or max(text) >= vocab:
-        bad = next(token for token in text if not 0 <= token < vocab)
-        raise RequestRefused("token_out_of_range", f"token id {bad} is not in the vocabulary of {vocab}")
-    params = request.params
-    for field, named in (
-        ("logit_bias", params.logit_bias),
-        ("allowed_token_ids", params.allowed_token_ids or ()),
-        *(("bad_words", word) for word in params.bad_words),
-    ):
-        for token in named:
-            if not 0 <= token < vocab:
-                raise RequestRefused("token_out_of_range", f"{field} names token {token}, the vocabulary has {vocab}")
-    if prompt + (wanted or 1) > max_len:
-        asked = f"{prompt} prompt tokens" + (f" and max_tokens {wanted}" if wanted else " and one to generate")
-        raise RequestRefused("context_length_exceeded", f"{asked} exceed the context of {max_len} tokens")
-    if prompt + (wanted or 1) > capacity:
-        raise RequestRefused(
-            "exceeds_capacity",
-            f"{prompt} prompt tokens and {wanted or 1} to generate can never fit the KV pool of {capacity} tokens; "
-            "give the engine more memory",
-        )
-    most = wanted or min(max_len, capacity) - prompt
-    if len(request.generated) >= most:
-        text = f"{len(request.generated)} tokens are generated already, at most {most} may be"
-        raise RequestRefused("invalid_parameter", text)
-    return Sequence(request, most)

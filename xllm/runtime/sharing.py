@@ -74,7 +74,7 @@ class Sharing:
                 sequence.behind = older.order, older.publish_at
                 later.append(sequence)
                 continue
-            needed = self._pool.plan.pages_for(len(sequence.tokens))
+            needed = sequence.pages_at(self._pool.plan, len(sequence.tokens))
             if matched < groups and self._load(sequence, chain, matched, coming + needed <= room, coming > 0):
                 self._loads_ended = ended
                 later.append(sequence)
@@ -107,11 +107,6 @@ class Sharing:
         self._weights = "" if weights == self._first_weights else weights
         for sequence in waiting:
             sequence.chain, sequence.behind, sequence.load, sequence.kept = [], None, None, 0
-
-    def settle(self) -> None:
-        """Whoever the step admits has started."""
-        if self._tiers:
-            self._tiers.settle()
 
     def publish(self, sequence: Sequence) -> None:
         """Offer the pages that are complete to others."""
@@ -151,9 +146,8 @@ class Sharing:
         """Free pages that no admission may have (see scheduler)."""
         if not running:
             return 0
-        pages_for = self._pool.plan.pages_for
         prompts = (sequence for sequence in running if sequence.computed < sequence.prompt_tokens)
-        promised = sum(max(0, pages_for(len(sequence.tokens)) - sequence.pages) for sequence in prompts)
+        promised = sum(max(0, one.pages_at(self._pool.plan, len(one.tokens)) - one.pages) for one in prompts)
         return promised + self._pool.plan.pages - budget.admit_pages
 
     def tier_figures(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from xllm.runtime.arrival import new_sequence
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.core import Core
 from xllm.runtime.executor import Batch, KVSpec, Limits, StepResult
@@ -15,7 +16,7 @@ from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import plan_pool
 from xllm.runtime.policies.state import StepCost
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
-from xllm.runtime.sequence import new_sequence
+from xllm.runtime.store import PageStore
 from xllm.runtime.urgency import ORDINARY, Urgency
 from xllm.runtime.xtensor import PageTicket
 
@@ -76,7 +77,7 @@ def simulate(
     device = _Device(machine)
     kv, limits = device.kv, machine.limits
     plan = plan_pool(kv, limits.max_len, limits.max_seqs, config.kv_bytes, config.page_bytes)
-    core = Core(device, config, KvPool(plan, _NoMemory(plan.page_bytes)), lambda: device.now)
+    core = Core(device, config, KvPool(plan, PageStore(_NoMemory(plan.page_bytes), plan.pages)), lambda: device.now)
     firsts: dict[str, float] = {}
     served: list[Served] = []
     flight, due = None, 0
@@ -107,7 +108,7 @@ def _note(
 def _sequence(number: int, arrival: Arrival, machine: Machine, plan):
     params = SamplingParams(max_tokens=arrival.output, ignore_eos=True)
     request = Request(str(number), (0,) * arrival.prompt, params, arrival=arrival.at, urgency=arrival.urgency)
-    sequence = new_sequence(request, plan, machine.limits.max_len, machine.limits.vocab)
+    sequence = new_sequence(request, plan, machine.limits)
     sequence.order = number
     return sequence
 

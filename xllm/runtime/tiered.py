@@ -8,28 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.runtime.kv import KvPool
-from xllm.runtime.pages import PageState, PoolPlan
-from xllm.runtime.xtensor import PageMemory
 
 
 class TieredPool(KvPool):
-    """As KvPool; the methods it lacks are for one thread at a time, except `settle`, which is for the engine's."""
-
-    def __init__(self, plan: PoolPlan, memory: PageMemory):
-        super().__init__(plan, memory)
-        self._settling = False
-
-    def match(self, chain: Sequence[bytes]) -> int:
-        """As KvPool.match; what it found stays until `settle`."""
-        with self._lock:
-            self._settling = True
-            return self._cache.match(chain).groups
-
-    def settle(self) -> None:
-        """Those who were to start on what `match` found have started."""
-        with self._lock:
-            self._settling = False
-            self._work.notify_all()
+    """As KvPool; the methods it lacks are for one thread at a time."""
 
     def groups_of(self, index: int) -> range:
         """The groups of a text that touch page `index` of its span."""
@@ -57,13 +39,12 @@ class TieredPool(KvPool):
     def put_page(self, index: int, chain: Sequence[bytes], pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Cache page `index` of a text, of which `chain` is known; `pieces` are its bytes, each behind its offset. True
         when the text is cached to there. False: all pages are in use. Raises MemoryFault; no page is lost then."""
-        with self._lock:
-            self._work.wait_for(lambda: not self._settling)
-            if self._resting or not self._spare():
+        # Not while a step is planned, which may be about to start on the page that would go.
+        with self.store.planning, self._lock:
+            page = None if self.resting else self.store.spare(self)
+            if page is None:
                 return False
-            page = self._take_page(-1)
-            self._state[page] = PageState.ALLOCATED
-            self._filling = True
+            self.store.filling += 1
         try:
             self._memory.copy_in(page, pieces)
         except BaseException:
@@ -97,13 +78,6 @@ class TieredPool(KvPool):
         first, last = group * group_bytes // page_bytes, ((group + 1) * group_bytes - 1) // page_bytes
         return {index: self._cache.locate(digest, index) for index in range(first, last + 1)}
 
-    def _spare(self) -> bool:
-        return bool(self._free or self._reusable or self._cache.unused)
-
     def _filled(self) -> None:
-        self._filling = False
-        self._work.notify_all()
-
-    def _take_page(self, slot: int) -> int:
-        self._work.wait_for(lambda: not self._filling or self._spare())
-        return super()._take_page(slot)
+        self.store.filling -= 1
+        self.store.filled.notify_all()

@@ -34,7 +34,7 @@ class Load:
 
 
 class Tiers:
-    """Of one pool. `keep`, `refresh`, `has`, `load` and `settle` are for the engine's thread. `changed` is called, on
+    """Of one pool. `keep`, `refresh`, `has` and `load` are for the engine's thread. `changed` is called, on
     the background thread, when a load has ended. Without `start`, `work` does what that thread would."""
 
     def __init__(
@@ -105,10 +105,6 @@ class Tiers:
             self._work.notify()
         return load
 
-    def settle(self) -> None:
-        """The step is planned: pages it looked up and did not take may go."""
-        self._pool.settle()
-
     def figures(self) -> tuple[TierFigures, ...]:
         return tuple([store.figures() for store in self._stores])
 
@@ -123,7 +119,6 @@ class Tiers:
         with self._work:
             self._closing = True
             self._work.notify()
-        self._pool.settle()
         if self._thread is not None:
             self._thread.join(STUCK_SECONDS)
             if self._thread.is_alive():

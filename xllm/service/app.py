@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xllm import __version__
 from xllm.service import profiling
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
 from xllm.service.completions import Chat, Completions
-from xllm.service.control import Abort, sleeping
-from xllm.service.control import routes as control_routes
+from xllm.service.control import ABORT, ORDERS, Abort, sleeping
 from xllm.service.dispatch import Dispatcher, Engine
-from xllm.service.endpoint import Limits, Service
+from xllm.service.endpoint import Endpoint, Limits, Service, addressed, by_name
 from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
 from xllm.service.gate import EVERYBODY, PAGE, Access, App, Gate, Receive, Scope, Send, send_data, send_json
-from xllm.service.metrics import Recorder
+from xllm.service.metrics import Front, Recorder, expose
 from xllm.service.page import STATE, send_page, state
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from xllm.service.template import ChatTemplate
 
 MODELS = "/v1/models"
-ABORT = "/abort"  # of one's own requests: no order to the engine
 
 
 def load_service(
@@ -48,9 +46,11 @@ def load_service(
     limits: Limits,
     dialect: Dialect | None = None,
     batches: Batches | None = None,
+    front: Front | None = None,
 ) -> Service:
-    """Everything the routes share. The chat template is compiled by its first use; `dialect` is what it shows, or
-    what else its answers are read as; `batches` are what is kept on disk."""
+    """Everything the routes share of one model. The chat template is compiled by its first use; `dialect` is what it
+    shows, or what else its answers are read as; `batches` are what is kept on disk, `front` is what it shares with
+    other models."""
 
     @cache
     def template() -> ChatTemplate:
@@ -70,6 +70,8 @@ def load_service(
         return Grammars(codec, facts.vocab, facts.eos_ids)
 
     dispatcher.backlog = Backlog(limits.max_wait)
+    front = front or Front()
+    front.names.append(facts.name)
     return Service(
         facts=facts,
         codec=codec,
@@ -81,13 +83,15 @@ def load_service(
         limits=limits,
         dialect=dialect or choose(chat_template),
         batches=batches,
+        front=front,
     )
 
 
-def build_app(service: Service, access: Access = EVERYBODY) -> App:
-    """The ASGI application."""
+def build_app(services: Sequence[Service], access: Access = EVERYBODY) -> App:
+    """The ASGI application of models that share their front."""
+    front = services[0].front
 
-    def model() -> dict[str, object]:
+    def model(service: Service) -> dict[str, object]:
         body: dict[str, object] = {
             "id": service.facts.name,
             "object": "model",
@@ -107,25 +111,39 @@ def build_app(service: Service, access: Access = EVERYBODY) -> App:
             await send_json(send, 200, self._make(scope))
 
     def healthy(scope: Scope) -> dict[str, str]:
-        """Alive and able to answer: what fails here needs a restart."""
-        if refusal := service.engine.stats().refusal:
-            raise from_output(refusal)
+        """Alive and able to answer, all of them: what fails here needs a restart."""
+        for service in addressed(services, scope):
+            if refusal := service.engine.stats().refusal:
+                raise from_output(refusal)
         return {"status": "ok"}
 
     def ready(scope: Scope) -> dict[str, str]:
-        if service.draining:
+        if front.draining:
             raise draining()
-        if sleeping(service)["is_sleeping"]:
-            raise from_engine("asleep", "the engine sleeps")
+        for service in addressed(services, scope):
+            if sleeping(service)["is_sleeping"]:
+                raise from_engine("asleep", "the engine sleeps")
         return healthy(scope) | {"status": "ready"}
 
     def one_model(scope: Scope) -> dict[str, object]:
-        if scope["path"] != f"{MODELS}/{service.facts.name}":
-            raise ApiError(404, "model_not_found", f"this model is not served here; it serves {service.facts.name}")
-        return model()
+        for service in services:
+            if scope["path"] == f"{MODELS}/{service.facts.name}":
+                return model(service)
+        served = ", ".join(front.names)
+        raise ApiError(404, "model_not_found", f"this model is not served here; it serves {served}")
+
+    def asleep(scope: Scope) -> object:
+        return by_name({service.facts.name: sleeping(service) for service in addressed(services, scope)})
+
+    def route(make: Callable[[Service], Endpoint[Any]]) -> Endpoint[Any]:
+        """The endpoints of a route, one for each model: the first takes requests for all."""
+        endpoints = [make(service) for service in services]
+        for endpoint in endpoints:
+            endpoint.among = endpoints
+        return endpoints[0]
 
     async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
-        text = service.recorder.expose(service.engine.stats(), service.dispatcher.backlog)
+        text = expose(front, [(one.recorder, one.engine.stats(), one.dispatcher.backlog) for one in services])
         await send_data(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
 
     alive: dict[str, App] = {
@@ -136,36 +154,36 @@ def build_app(service: Service, access: Access = EVERYBODY) -> App:
         "/metrics": metrics,
         "/version": Json(lambda scope: {"version": __version__}),
     }
-    told: dict[str, App] = {"/is_sleeping": Json(lambda scope: sleeping(service))}
-    orders: dict[str, App] = {**control_routes(service), **profiling.routes(service)}
+    told: dict[str, App] = {"/is_sleeping": Json(asleep)}
+    orders: dict[str, App] = {**{path: route(order) for path, order in ORDERS.items()}, **profiling.routes(services)}
     read: dict[str, App] = {
         **alive,
-        MODELS: Json(lambda scope: {"object": "list", "data": [model()]}),
+        MODELS: Json(lambda scope: {"object": "list", "data": [*map(model, services)]}),
         f"{MODELS}/": Json(one_model),
-        STATE: Json(lambda scope: state(service)),
+        STATE: Json(lambda scope: state(addressed(services, scope)[0])),
         **dict.fromkeys(PAGE, send_page),
     }
     store = Store()
     asked: dict[str, App] = {
-        "/v1/completions": Completions(service),
-        "/v1/chat/completions": Chat(service),
-        RESPONSES: Responses(service, store),
-        "/v1/messages": Messages(service),
-        "/v1/messages/count_tokens": CountTokens(service),
-        "/v1/embeddings": Embeddings(service),
-        **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Rerank(service)),
-        **dict.fromkeys(("/v1/score", "/score"), Score(service)),
-        **dict.fromkeys(("/v1/classify", "/classify"), Classify(service)),
-        "/v1/sample": Sample(service),
-        "/tokenize": Tokenize(service),
-        "/detokenize": Detokenize(service),
-        ABORT: Abort(service),
+        "/v1/completions": route(Completions),
+        "/v1/chat/completions": route(Chat),
+        RESPONSES: route(lambda service: Responses(service, store)),
+        "/v1/messages": route(Messages),
+        "/v1/messages/count_tokens": route(CountTokens),
+        "/v1/embeddings": route(Embeddings),
+        **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), route(Rerank)),
+        **dict.fromkeys(("/v1/score", "/score"), route(Score)),
+        **dict.fromkeys(("/v1/classify", "/classify"), route(Classify)),
+        "/v1/sample": route(Sample),
+        "/tokenize": route(Tokenize),
+        "/detokenize": route(Detokenize),
+        ABORT: route(Abort),
     }
     if access.control_port is None:
         read, asked = read | told, asked | orders
     kept: dict[str, App] = {f"{RESPONSES}/": StoredResponses(store)}
 
-    stored = _stored(service, asked)
+    stored = _stored(services[0], asked)
 
     def openapi(scope: Scope) -> object:
         from xllm.service.openapi import document  # few ask for it
@@ -174,11 +192,11 @@ def build_app(service: Service, access: Access = EVERYBODY) -> App:
         return document(asked | makes, read, access.keys is not None)
 
     read["/openapi.json"] = Json(openapi)
-    gate = Gate(Routes(read, asked, kept, stored), service.recorder, access)
+    gate = Gate(Routes(read, asked, kept, stored), front, access)
     if access.control_port is None:
         return gate
     control = Routes(alive | told, orders | {ABORT: asked[ABORT]})
-    return ByPort(gate, access.control_port, Gate(control, service.recorder, access, control=True))
+    return ByPort(gate, access.control_port, Gate(control, front, access, control=True))
 
 
 def _stored(service: Service, asked: Mapping[str, App]) -> dict[str, Mapping[str, App]]:

@@ -44,8 +44,8 @@ class Backlog:
     def add(self, requests: Sequence[Request]) -> None:
         """These were asked for. Raises ApiError 429 when what is ahead of them takes too long. Offline ones are ahead
         of nobody, and wait as long as they have to."""
-        if all(request.urgency.offline or request.generated for request in requests):
-            return  # what was begun goes on
+        if all(request.urgency.offline for request in requests):
+            return
         self.check(0.0)
         for request in requests:
             self._ahead[request.id] = len(request.prompt)

@@ -121,7 +121,8 @@ class Batches:
         if body.endpoint not in self._endpoints:
             text = f"a batch is for one of {', '.join(ENDPOINTS)}"
             raise invalid("invalid_request", text, "endpoint")
-        check_task(self._service.facts, self._endpoints[body.endpoint].tasks, body.endpoint)
+        endpoint = self._endpoints[body.endpoint]
+        check_task(endpoint.of(b"").service.facts, endpoint.tasks, body.endpoint)
         self.files.find(tenant, body.input_file_id, "input_file_id")
         if len(self._open) >= MAX_OPEN:
             raise busy(f"{MAX_OPEN} batches wait or run already")
@@ -280,9 +281,10 @@ class Batches:
     async def _ask(self, batch: Batch, at: int, line: Line) -> Result:
         """Asks again as long as the server has no room for it. The engine puts such requests behind all others and
         takes their memory back; what it has not begun waits here until nobody else does."""
-        service, pause = self._service, PAUSE_SECONDS
+        service, pause = self._endpoints[line.url].of(bytes(line.body)).service, PAUSE_SECONDS
+        front = service.front
         while True:
-            if not service.draining and not (service.recorder.concurrent and service.engine.stats().waiting):
+            if not front.draining and not (front.concurrent and service.engine.stats().waiting):
                 status, request_id, body = await self._call(batch.tenant, line)
                 if status not in AGAIN:
                     return Result(at, line.custom_id, status, request_id, body)
@@ -292,7 +294,7 @@ class Batches:
     async def _call(self, tenant: str, line: Line) -> tuple[int, str, bytes]:
         """Asks what a client of the same key would ask the route, without taking the place of one: the status, the
         request's id, the body."""
-        endpoint, pool = self._endpoints[line.url], self._service.pool
+        endpoint, pool = self._endpoints[line.url].of(bytes(line.body)), self._service.pool
         entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=tenant, offline=True)
         status, data = 0, bytearray()
 
@@ -306,6 +308,7 @@ class Batches:
             data.extend(message.get("body", b""))
 
         try:
+            check_task(endpoint.service.facts, endpoint.tasks, line.url)
             job = await asyncio.get_running_loop().run_in_executor(pool, endpoint.plan, bytes(line.body), entry)
             await endpoint.run(job, entry, receive, send)
         except Exception as error:

@@ -1,12 +1,12 @@
-"""Decides how a beam search is answered: step by step through the engine, then whole."""
+"""Decides how a beam search is answered: whole, when the engine has found what there is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from xllm.runtime.beams import BeamSearch
+from xllm.runtime import TokenOutput
 from xllm.service.answer import Generate, report, requests_of, send_whole
-from xllm.service.errors import ApiError, from_output
+from xllm.service.errors import from_output
 from xllm.service.format import Usage, Whole
 from xllm.service.gate import Receive, Record, Send
 from xllm.service.generation import Choice
@@ -19,16 +19,17 @@ class Searched(Generate):
     async def run(self, job: Job, entry: Record, receive: Receive, send: Send) -> None:
         if job.beams is None:
             return await super().run(job, entry, receive, send)
-        first = requests_of(replace(job, best_of=1), entry)
-        searches = [BeamSearch(request, job.beams, self.service.facts.eos_ids) for request in first]
         form, results, choices = self.format(job), [], []
-        while live := [search for search in searches if search.live]:
-            weights = await self._step(live, receive, entry, form.id)
-            if form.weights not in ("", weights):
-                text = "the weights were updated in the middle of the search; ask again"
-                raise ApiError(503, "weights_updated", text, headers={"retry-after": "1"})
-            form.weights = weights
-        for found in (found for search in searches for found in search.results()):
+        requests = [replace(one, beams=job.beams) for one in requests_of(replace(job, best_of=1), entry)]
+        ends: dict[int, TokenOutput] = {}
+        async with self.submitted(requests, receive, entry, form.id) as subscription:
+            while len(ends) < len(requests):
+                for index, output in await subscription.next():
+                    if output.finish_reason in ("error", "cancelled"):
+                        raise from_output(output.error or "shutting_down: the request was cancelled by the server")
+                    ends[index] = output
+        form.weights = ends[0].weights
+        for found in (found for _, output in sorted(ends.items()) for found in output.found):
             choice, whole = Choice(self.service.codec, (), job.skip_special_tokens, job.reading), Whole()
             for output in found.outputs(job.params[0].logprobs):
                 if choice.finish_reason is None:
@@ -38,24 +39,9 @@ class Searched(Generate):
         usage = Usage(
             prompt_tokens=sum(map(len, job.prompts)),
             completion_tokens=sum(choice.tokens for choice in choices),
-            cached_tokens=sum(search.cached_tokens for search in searches),
+            cached_tokens=sum(output.cached_tokens for output in ends.values()),
             reasoning_tokens=sum(choice.reasoning_tokens for choice in choices),
         )
         entry.generated_tokens = usage.completion_tokens
         report(self.service.recorder, entry, job.prompts, [choice.finish_reason or "abort" for choice in choices])
         await send_whole(send, form.whole(results, usage), None, entry)
-
-    async def _step(self, searches: list[BeamSearch], receive: Receive, entry: Record, name: str) -> str:
-        """One token more for every beam of these. Returns the version of the weights that gave them."""
-        asked = [search.requests() for search in searches]
-        requests = [request for of_search in asked for request in of_search]
-        ends = {}
-        async with self.submitted(requests, receive, entry, name) as subscription:
-            while len(ends) < len(requests):
-                for _, output in await subscription.next():
-                    if output.finish_reason in ("error", "cancelled"):
-                        raise from_output(output.error or "shutting_down: the request was cancelled by the server")
-                    ends[output.request_id] = output
-        for search, of_search in zip(searches, asked, strict=True):
-            search.advance([ends[request.id] for request in of_search])
-        return next(iter(ends.values())).weights

@@ -1,10 +1,10 @@
-"""Decides how a running engine is controlled over HTTP: what is asked for, what is answered. The gate lets none but
-admins here, except to /abort, which ends what the caller asked for itself."""
+"""Decides how running engines are controlled over HTTP: what is asked for, of which model, what is answered. The gate
+lets none but admins here, except to /abort, which ends what the caller asked for itself."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,9 +13,9 @@ import msgspec
 
 from xllm.runtime import RequestRefused, RuntimeFault
 from xllm.service.body import OfModel
-from xllm.service.endpoint import Endpoint, Service, check_task, read_body
+from xllm.service.endpoint import Endpoint, Service, by_name, check_task, read_body
 from xllm.service.errors import ApiError, Hint, draining, from_engine, invalid
-from xllm.service.gate import App, Receive, Record, Scope, Send, record, send_json
+from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 
 Pausing = Literal["keep", "wait", "abort"]
 Leaving = Literal["wait", "abort"]
@@ -76,27 +76,39 @@ class AbortBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class OrderRoute(Endpoint[Any]):
-    """A route that is an order: takes no slot, and an empty body too."""
+    """A route that is an order: takes no slot, and an empty body too. One that names no model is for all that it can be
+    for."""
 
     refused: Mapping[str, tuple[Any, ...]] = {}
     body: type[OfModel] = OrderBody
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.service.draining:
+        if self.service.front.draining:
             raise draining()
         entry = record(scope)
         entry.kind = self.kind
-        check_task(self.service.facts, self.tasks, scope["path"])
-        data = await read_body(scope, receive, self.service.limits)
-        body = self.parse(data.strip() or b"{}", self.body)
-        try:
-            answer = await self.answer(body, entry)
-        except RuntimeFault as error:
-            raise from_engine(error.code, error.message) from None
-        await send_json(send, 200, answer)
+        data = (await read_body(scope, receive, self.service.limits)).strip() or b"{}"
+        chosen = self.of(data)
+        assert isinstance(chosen, OrderRoute)
+        check_task(chosen.service.facts, self.tasks, scope["path"])
+        body = chosen.parse(data, self.body)
+        told = [chosen] if body.model is not None else [o for o in self.among if o.service.facts.task in self.tasks]
+        await send_json(send, 200, await self.tell([one for one in told if isinstance(one, OrderRoute)], body, entry))
+
+    async def tell(self, routes: Sequence[OrderRoute], body: Any, entry: Record) -> dict[str, Any]:
+        """Gives the order to these models, one after the other. The answer of one, or of each by its name."""
+        answers: dict[str, Any] = {}
+        for route in routes:
+            name = route.service.facts.name
+            try:
+                answers[name] = await route.answer(body, entry)
+            except RuntimeFault as error:
+                whose = f"{name}: " if len(routes) > 1 else ""
+                raise from_engine(error.code, whose + error.message) from None
+        return by_name(answers)
 
     async def answer(self, body: Any, entry: Record) -> dict[str, Any]:
-        """Does it. Raises ApiError or RuntimeFault."""
+        """Does it, for this model. Raises ApiError or RuntimeFault."""
         raise NotImplementedError
 
     @property
@@ -153,6 +165,11 @@ class Update(OrderRoute):
 
     kind, body = "update", UpdateBody
 
+    async def tell(self, routes: Sequence[OrderRoute], body: UpdateBody, entry: Record) -> dict[str, Any]:
+        if len(routes) > 1:
+            raise invalid("missing_parameter", "say with `model_id` which model gets other weights", "model_id")
+        return await super().tell(routes, body, entry)
+
     async def answer(self, body: UpdateBody, entry: Record) -> dict[str, Any]:
         controls, path = self.controls, allowed(self.service.weights_folder, body.path)
         try:
@@ -169,10 +186,11 @@ class Abort(OrderRoute):
     kind, body = "abort", AbortBody
     tasks = ("generate", "embed", "classify")
 
-    async def answer(self, body: AbortBody, entry: Record) -> dict[str, Any]:
+    async def tell(self, routes: Sequence[OrderRoute], body: AbortBody, entry: Record) -> dict[str, Any]:
         if (body.request_id is None) != body.all:
             raise invalid("missing_parameter", "give either `request_id` or `all`: true", "request_id")
-        found = self.service.dispatcher.abort(body.request_id, None if entry.admin else entry.tenant)
+        whose = None if entry.admin else entry.tenant
+        found = sum(route.service.dispatcher.abort(body.request_id, whose) for route in routes)
         if not found and not body.all:
             raise ApiError(404, "request_not_found", "no request of this id runs for this key", "request_id")
         return {"aborted": found}
@@ -203,16 +221,14 @@ def allowed(folder: Path | None, path: str) -> Path:
     return found
 
 
-def routes(service: Service) -> dict[str, App]:
-    """The paths that are asked."""
-    wake = Wake(service)
-    return {
-        "/pause": Pause(service),
-        "/resume": Resume(service),
-        "/sleep": Sleep(service),
-        **dict.fromkeys(("/wakeup", "/wake_up"), wake),
-        "/update_weights": Update(service),
-    }
+ABORT = "/abort"  # of one's own requests: no order to the engine
+ORDERS: Mapping[str, type[OrderRoute]] = {
+    "/pause": Pause,
+    "/resume": Resume,
+    "/sleep": Sleep,
+    **dict.fromkeys(("/wakeup", "/wake_up"), Wake),
+    "/update_weights": Update,
+}
 
 
 def go_on(controls: Controls) -> None:

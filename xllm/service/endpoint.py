@@ -11,13 +11,16 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
 
 from xllm.runtime import Request
 from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
 from xllm.service.errors import GONE, ApiError, Hint, busy, draining
 from xllm.service.gate import Receive, Record, Scope, Send, record
-from xllm.service.metrics import Recorder
+from xllm.service.metrics import Front, Recorder
 from xllm.service.parsers.reading import NO_DIALECT, Dialect
 from xllm.service.sampling import ModelFacts
 from xllm.service.tokenizer import TextCodec
@@ -52,8 +55,8 @@ class Limits:
 
 @dataclass
 class Service:
-    """All that requests share. Belongs to the event loop; `pool` runs what takes long (JSON, templates,
-    tokenisation)."""
+    """All that requests to a model share. Belongs to the event loop; `pool` runs what takes long (JSON, templates,
+    tokenisation). `front`, `limits` and `batches` are those of all models of a server."""
 
     facts: ModelFacts
     codec: TextCodec
@@ -65,8 +68,8 @@ class Service:
     limits: Limits = Limits()
     dialect: Dialect = NO_DIALECT
     batches: Batches | None = None  # None: nothing is kept on disk
+    front: Front = field(default_factory=Front)
     created: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
     controls: Controls | None = None
     weights_folder: Path | None = None  # where other weights may lie
     profiling: Profiling | None = None  # where it is enabled
@@ -81,26 +84,28 @@ class Service:
     @contextmanager
     def slot(self) -> Iterator[None]:
         """One of max_concurrent_requests. Raises ApiError 429 when all are taken, 503 while draining."""
-        if self.draining:
+        front = self.front
+        if front.draining:
             raise draining()
         limit = self.limits.max_concurrent_requests
-        if limit and self.recorder.concurrent >= limit:
+        if limit and front.concurrent >= limit:
             hint = Hint("all slots are taken", "xllm serve --max-concurrent-requests", "retry, or raise the limit")
             raise busy(f"the server answers {limit} requests already", hint)
-        self.recorder.concurrent += 1
+        front.concurrent += 1
         try:
             yield
         finally:
-            self.recorder.concurrent -= 1
+            front.concurrent -= 1
 
 
 JobOf = TypeVar("JobOf")
 
 
 class Endpoint(Generic[JobOf]):
-    """One POST route. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is what it
-    takes, and `refused` are fields of its API that it does not, with the values that ask for nothing. queues: it asks
-    the engine for something, and waits its turn."""
+    """One POST route of one model. `kind` names it in metrics; `tasks` are those of artifacts that it is for; `body` is
+    what it takes, and `refused` are fields of its API that it does not, with the values that ask for nothing. queues:
+    it asks the engine for something, and waits its turn. `among` are those of all models on this route: any of them
+    takes its requests, each answers those that are for its model."""
 
     kind = ""
     tasks: tuple[str, ...] = ("generate",)
@@ -110,26 +115,39 @@ class Endpoint(Generic[JobOf]):
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.among: Sequence[Endpoint[JobOf]] = (self,)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self.service
-        with service.slot():
+        with self.service.slot():
             entry = record(scope)
             entry.kind = self.kind
-            check_task(service.facts, self.tasks, scope["path"])
-            data = await read_body(scope, receive, service.limits)
-            backlog, begin = service.dispatcher.backlog, time.monotonic()
-            hurries = self.queues and not entry.offline and OFFLINE not in data  # others wait as long as they have to
-            if hurries:
-                backlog.check()
-            with backlog.preparing(PREPARERS) as took:
-                timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
-                job, seconds = await timed
-                took(seconds)
-            service.recorder.tokenization_seconds += seconds
-            if hurries:
-                backlog.check(time.monotonic() - begin - seconds)
-            await self.run(job, entry, receive, send)
+            data = await read_body(scope, receive, self.service.limits)
+            await self.of(data)._answer(scope["path"], data, entry, receive, send)
+
+    async def _answer(self, path: str, data: bytes, entry: Record, receive: Receive, send: Send) -> None:
+        service = self.service
+        check_task(service.facts, self.tasks, path)
+        backlog, begin = service.dispatcher.backlog, time.monotonic()
+        hurries = self.queues and not entry.offline and OFFLINE not in data  # others wait as long as they have to
+        if hurries:
+            backlog.check()
+        with backlog.preparing(PREPARERS) as took:
+            timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
+            job, seconds = await timed
+            took(seconds)
+        service.recorder.tokenization_seconds += seconds
+        if hurries:
+            backlog.check(time.monotonic() - begin - seconds)
+        await self.run(job, entry, receive, send)
+
+    def of(self, data: bytes) -> Endpoint[JobOf]:
+        """The endpoint of the model that a body names; where it names none, of the first that the route is for. What no
+        model is found for is for that one to refuse."""
+        if len(self.among) == 1:
+            return self
+        name = named(data)
+        fitting = [one for one in self.among if one.service.facts.task in self.tasks] or self.among
+        return next((one for one in self.among if one.service.facts.name == name), fitting[0])
 
     def _timed_plan(self, data: bytes, entry: Record) -> tuple[JobOf, float]:
         """The job, and the seconds that it took without those of waiting."""
@@ -145,9 +163,9 @@ class Endpoint(Generic[JobOf]):
         raise NotImplementedError
 
     def parse(self, data: bytes, kind: type[Body]) -> Body:
-        """The body, which is for the model that is served. Raises ApiError 400, or 404 for another model."""
+        """The body, which is for this model. Raises ApiError 400, or 404 for another one."""
         body = parse(data, kind, self.refused)
-        _check_model(body.model, self.service.facts)
+        check_model(body.model, self.service)
         return body
 
     @asynccontextmanager
@@ -217,7 +235,40 @@ def check_task(facts: ModelFacts, tasks: Sequence[str], path: str) -> None:
     )
 
 
-def _check_model(name: str | None, facts: ModelFacts) -> None:
-    if name is not None and name != facts.name:
+class _Named(msgspec.Struct):
+    model: str | None = None
+    model_id: str | None = None
+
+
+def named(data: bytes) -> str | None:
+    """The model that a body names, if it is one."""
+    try:
+        body = msgspec.json.decode(data, type=_Named)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    return body.model or body.model_id
+
+
+def addressed(services: Sequence[Service], scope: Scope) -> Sequence[Service]:
+    """Those that `?model=NAME` names; without it, all. Raises ApiError 404."""
+    name = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
+    if name is None:
+        return services
+    found = [service for service in services if service.facts.name == name]
+    if not found:
+        check_model(name, services[0])
+    return found
+
+
+def by_name(answers: Mapping[str, Any]) -> Any:
+    """The answer of the one model that was asked, or of each by its name."""
+    [*each] = answers.values()
+    return each[0] if len(each) == 1 else {"models": answers}
+
+
+def check_model(name: str | None, service: Service) -> None:
+    """Raises ApiError 404 for the name of another model."""
+    if name is not None and name != service.facts.name:
         shown = name if name.isprintable() and len(name) <= 128 else "of this name"
-        raise ApiError(404, "model_not_found", f"the model {shown} is not served here; it serves {facts.name}", "model")
+        served = ", ".join(service.front.names)
+        raise ApiError(404, "model_not_found", f"the model {shown} is not served here; it serves {served}", "model")

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from xllm.service.errors import GONE, ApiError, Hint
-from xllm.service.metrics import Recorder
+from xllm.service.metrics import Front
 from xllm.service.sites import Sites
 
 Scope = MutableMapping[str, Any]
@@ -84,8 +84,8 @@ EVERYBODY = Access()
 class Gate:
     """The outermost application; `control` where it is that of the control port."""
 
-    def __init__(self, app: App, recorder: Recorder, access: Access, control: bool = False) -> None:
-        self._app, self._recorder, self._control, self._admin = app, recorder, control, access.admin
+    def __init__(self, app: App, front: Front, access: Access, control: bool = False) -> None:
+        self._app, self._front, self._control, self._admin = app, front, control, access.admin
         self._keys = access.admin if control else access.keys
         self._orders = CONTROL if control or access.control_port is None else ()  # that are routes here
         self._sites = Sites(access.origins, local=self._keys is None)
@@ -106,7 +106,7 @@ class Gate:
                 message["headers"] = [*message.get("headers", []), own, *self._sites.shared(headers)]
             await send(message)
 
-        self._recorder.requests_in += 1
+        self._front.requests_in += 1
         try:
             self._sites.check(scope["method"], headers)
             if (answer := self._sites.preflight(scope["method"], headers)) is not None:
@@ -122,7 +122,7 @@ class Gate:
                 await send_json(send_with_id, failure.status, body, failure.headers)
             entry.status = failure.status
         finally:
-            self._recorder.status(entry.status)
+            self._front.status(entry.status)
             _write_log(scope, entry)
 
     def _authorize(self, scope: Scope, headers: dict[bytes, str], entry: Record) -> None:

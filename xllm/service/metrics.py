@@ -60,14 +60,35 @@ class Histogram:
         return result, self._sum * scale
 
 
-class Recorder:
-    """The measurements of one server."""
+class Front:
+    """What requests meet before a model: the models' names, counters of the server, whether it still takes requests."""
 
-    def __init__(self, model: str) -> None:
-        self._labels = {"model_name": model, "engine": "0"}
+    def __init__(self) -> None:
+        self.names: list[str] = []
         self.requests_in = 0
         self.concurrent = 0
         self.statuses: Counter[str] = Counter()
+        self.draining = False
+
+    def status(self, status: int) -> None:
+        self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
+
+    def metrics(self) -> Iterator[Metric]:
+        yield _plain("server_request_in_total", "requests received", self.requests_in)
+        failed = sum(self.statuses.values()) - self.statuses["ok"] - self.statuses["resource_exhausted"]
+        yield _plain("server_request_total_ok", "requests answered", self.statuses["ok"])
+        yield _plain("server_request_total_limit", "requests refused by a limit", self.statuses["resource_exhausted"])
+        yield _plain("server_request_total_fail", "requests that failed", failed)
+        for name in STATUSES:
+            yield _plain(f"request_status_total_{name}", f"requests that ended as {name}", self.statuses[name])
+        yield _gauge("num_concurrent_requests", "requests being answered", self.concurrent)
+
+
+class Recorder:
+    """The measurements of one model."""
+
+    def __init__(self, model: str) -> None:
+        self._labels = {"model_name": model, "engine": "0"}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
         self.handling_seconds = defaultdict(float, chat=0.0, completion=0.0)
         self.tokenization_seconds = 0.0
@@ -80,46 +101,33 @@ class Recorder:
         self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
         self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
 
-    def status(self, status: int) -> None:
-        self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
-
-    def expose(self, engine: EngineStats, backlog: Backlog) -> bytes:
-        """The text of GET /metrics."""
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(self, engine, backlog))  # type: ignore[arg-type]
-        return generate_latest(registry)
-
     def metrics(self, engine: EngineStats, backlog: Backlog) -> Iterator[Metric]:
+        """All have the model's name as a label."""
+        for metric in self._all(engine, backlog):
+            for at, sample in enumerate(metric.samples):
+                metric.samples[at] = sample._replace(labels=sample.labels | {"model_name": self._labels["model_name"]})
+            yield metric
+
+    def _all(self, engine: EngineStats, backlog: Backlog) -> Iterator[Metric]:
         yield _gauge("num_backlog_tokens", "prompt tokens that wait for their first output", backlog.tokens)
         yield _gauge("backlog_seconds", "what a request that comes now would wait for its turn", backlog.seconds)
-        used = engine.total_pages - engine.free_pages
-        share = used / engine.total_pages if engine.total_pages else 0.0
-        yield from self._own(engine, used, share)
+        share = engine.used_pages / engine.total_pages if engine.total_pages else 0.0
+        yield from self._own(engine, share)
         yield from self._compatible(engine, share)
 
-    def _own(self, engine: EngineStats, used: int, share: float) -> Iterator[Metric]:
-        yield _plain("server_request_in_total", "requests received", self.requests_in)
-        failed = sum(self.statuses.values()) - self.statuses["ok"] - self.statuses["resource_exhausted"]
-        yield _plain("server_request_total_ok", "requests answered", self.statuses["ok"])
-        yield _plain("server_request_total_limit", "requests refused by a limit", self.statuses["resource_exhausted"])
-        yield _plain("server_request_total_fail", "requests that failed", failed)
-        for name in STATUSES:
-            yield _plain(f"request_status_total_{name}", f"requests that ended as {name}", self.statuses[name])
+    def _own(self, engine: EngineStats, share: float) -> Iterator[Metric]:
         for kind, seconds in sorted(self.handling_seconds.items()):
             yield _plain(f"request_handling_latency_seconds_{kind}", "time spent in requests", seconds)
         yield _plain("tokenization_latency_seconds", "time from body to token ids", self.tokenization_seconds)
         yield _plain("num_processing_tokens_total_prompt", "prompt tokens computed", engine.prompt_tokens)
         yield _plain("num_processing_tokens_total_generated", "tokens generated", engine.generated_tokens)
-        yield _gauge("num_concurrent_requests", "requests being answered", self.concurrent)
         yield _gauge("num_running_requests", "sequences in the batch", engine.running)
         yield _gauge("num_waiting_requests", "sequences waiting for admission", engine.waiting)
         for cause in CAUSES:
             told = "preemptions, by who needed what the victim had"
             yield _plain(f"num_{cause}_requests", told, getattr(engine, cause))
         yield _gauge("num_free_blocks", "free KV pages", engine.free_pages)
-        yield _gauge("num_used_blocks", "used KV pages", used)
+        yield _gauge("num_used_blocks", "used KV pages", engine.used_pages)
         yield _gauge("num_cached_blocks", "KV pages that only the prefix cache uses", engine.cached_pages)
         yield _plain("prefix_cache_evicted_blocks_total", "pages the prefix cache gave up", engine.evictions)
         yield from self._tiers(engine)
@@ -176,12 +184,29 @@ class Recorder:
         yield _histogram("vllm:request_params_n", "samples asked for", self.samples, 1, labels)
 
 
-class _Collector:
-    def __init__(self, recorder: Recorder, engine: EngineStats, backlog: Backlog) -> None:
-        self._recorder, self._engine, self._backlog = recorder, engine, backlog
+def expose(front: Front, models: Sequence[tuple[Recorder, EngineStats, Backlog]]) -> bytes:
+    """The text of GET /metrics."""
+    from prometheus_client import CollectorRegistry, generate_latest
 
-    def collect(self) -> Iterator[Metric]:
-        return self._recorder.metrics(self._engine, self._backlog)
+    found = list(front.metrics())
+    families: dict[str, Metric] = {}
+    for recorder, engine, backlog in models:
+        for metric in recorder.metrics(engine, backlog):
+            if metric.name in families:
+                families[metric.name].samples.extend(metric.samples)
+            else:
+                families[metric.name] = metric
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector([*found, *families.values()]))  # type: ignore[arg-type]
+    return generate_latest(registry)
+
+
+class _Collector:
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Sequence[Metric]:
+        return self._metrics
 
 
 def _plain(name: str, help_: str, value: float) -> Metric:

@@ -108,8 +108,8 @@ READ: Mapping[str, tuple[str, Schema]] = {
     IS_SLEEPING: ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
     "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
-    "/v1/models": ("The model that is served", closed(object=TEXT, data=many(MODEL))),
-    "/v1/models/{model}": ("The model that is served", MODEL),
+    "/v1/models": ("The models that are served", closed(object=TEXT, data=many(MODEL))),
+    "/v1/models/{model}": ("A model that is served", MODEL),
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),
     "/v1/responses/{response_id}/input_items": ("What a stored response was asked for, latest first", ITEMS),
 }
@@ -118,6 +118,7 @@ SWITCHES: Mapping[str, tuple[str, Schema]] = {  # POST without a body, or with a
     "/start_profile": ("Starts a profile, where the server was given a folder for them", SWITCHED),
     "/stop_profile": ("Ends it and writes its files", SWITCHED),
 }
+OF_MODELS = (*PUBLIC, "/is_sleeping", "/ui/state", *SWITCHES)  # take ?model=
 
 
 def document(asked: Mapping[str, App], read: Mapping[str, App], needs_key: bool) -> Schema:
@@ -194,6 +195,9 @@ def _operation(path: str, method: str, summary: str, content: Schema) -> Schema:
     if "{" in path:
         name = path[path.index("{") + 1 : path.index("}")]
         operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": TEXT}]
+    if path in OF_MODELS:
+        named = {"name": "model", "in": "query", "required": False, "schema": TEXT}
+        operation["parameters"] = [named | {"description": "one of the models; without it, all or the first"}]
     if path in PUBLIC:
         operation["security"] = []
     return operation

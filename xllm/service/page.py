@@ -39,10 +39,11 @@ def state(service: Service) -> dict[str, Any]:
     recorder = service.recorder
     return {
         "model": service.facts.name,
+        "models": list(service.front.names),
         "task": service.facts.task,
         "max_model_len": service.facts.max_len,
         "at": time.monotonic(),
-        "draining": service.draining,
+        "draining": service.front.draining,
         "engine": asdict(service.engine.stats()),
         "first_token": _quantiles(recorder.recent_first),
         "per_token": _quantiles(recorder.recent_rest),

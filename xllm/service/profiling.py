@@ -4,11 +4,11 @@ profiles, which no request can name; asking for what is so already changes nothi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from xllm.service.body import parse_json
-from xllm.service.endpoint import Service, read_body
+from xllm.service.endpoint import Service, addressed, by_name, read_body
 from xllm.service.errors import ApiError, Hint, invalid
 from xllm.service.gate import App, Receive, Scope, Send, send_json
 
@@ -23,30 +23,34 @@ class Profiling(Protocol):
     def stop(self) -> Answer: ...
 
 
-def routes(service: Service) -> dict[str, App]:
+def routes(services: Sequence[Service]) -> dict[str, App]:
     return {
-        "/start_profile": _Switch(service, lambda profiling: profiling.start()),
-        "/stop_profile": _Switch(service, lambda profiling: profiling.stop()),
+        "/start_profile": _Switch(services, lambda profiling: profiling.start()),
+        "/stop_profile": _Switch(services, lambda profiling: profiling.stop()),
     }
 
 
 class _Switch:
-    def __init__(self, service: Service, act: Callable[[Profiling], Answer]) -> None:
-        self._service, self._act = service, act
+    def __init__(self, services: Sequence[Service], act: Callable[[Profiling], Answer]) -> None:
+        self._services, self._act = services, act
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        profiling = self._service.profiling
-        if profiling is None:
+        services = addressed(self._services, scope)
+        if any(service.profiling is None for service in services):
             hint = Hint("it writes files", "xllm serve --profile-dir", "start the server with a folder for profiles")
             raise ApiError(403, "profiling_disabled", "profiling is not enabled on this server", hint=hint)
-        _check_empty(await read_body(scope, receive, self._service.limits))
+        _check_empty(await read_body(scope, receive, services[0].limits))
         loop = asyncio.get_running_loop()
+        answers: dict[str, Any] = {}
         try:
-            answer = await loop.run_in_executor(self._service.pool, self._act, profiling)
+            for service in services:
+                assert service.profiling is not None
+                name = service.facts.name
+                answers[name] = await loop.run_in_executor(service.pool, self._act, service.profiling)
         except OSError as error:
             message = f"the profile was not written ({error.strerror}); stop again to try again"
             raise ApiError(500, "profile_not_written", message) from None
-        await send_json(send, 200, answer)
+        await send_json(send, 200, by_name(answers))
 
 
 def _check_empty(data: bytes) -> None:

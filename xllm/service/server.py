@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -30,16 +30,16 @@ FORCED_EXIT_SECONDS = 1.0
 
 
 def serve(
-    service: Service,
+    services: Sequence[Service],
     listener: socket.socket,
     access: Access,
     on_listening: Callable[[str], None],
     loop: str = "uvloop",
     control: socket.socket | None = None,
 ) -> None:
-    """Answers until a signal ends it. `on_listening(url)` is called once requests are accepted. control: listens for
-    the control routes, on access.control_port."""
-    server = Server(service, access, loop)
+    """Answers for these models until a signal ends it. `on_listening(url)` is called once requests are accepted.
+    control: listens for the control routes, on access.control_port."""
+    server = Server(services, access, loop)
     server.on_listening = lambda: on_listening(url(listener))
     server.run(sockets=[listener] if control is None else [listener, control])
 
@@ -47,13 +47,13 @@ def serve(
 class Server(uvicorn.Server):
     """Uvicorn with a drain: it keeps listening until the last answer is complete, so that newcomers are told 503."""
 
-    def __init__(self, service: Service, access: Access = EVERYBODY, loop: Any = "uvloop") -> None:
-        self.service = service
+    def __init__(self, services: Sequence[Service], access: Access = EVERYBODY, loop: Any = "uvloop") -> None:
+        self.services, self.front = services, services[0].front
         self.on_listening: Callable[[], None] = lambda: None
         self._signals = 0
         super().__init__(
             uvicorn.Config(
-                build_app(service, access),
+                build_app(services, access),
                 loop=loop,
                 http=BoundedProtocol,
                 ws="none",
@@ -67,26 +67,30 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        self.service.dispatcher.bind(self.service.engine, loop)
+        for service in self.services:
+            service.dispatcher.bind(service.engine, loop)
         await super().startup(sockets)
         self.on_listening()
-        if self.service.batches is not None:
-            self.service.batches.resume()
+        if (batches := self.services[0].batches) is not None:
+            batches.resume()
         # Importing the sandbox costs tens of milliseconds, which neither the start nor the first request should pay.
-        loop.call_later(WARM_UP_SECONDS, loop.run_in_executor, self.service.pool, self.service.warm_up)
+        for service in self.services:
+            loop.call_later(WARM_UP_SECONDS, loop.run_in_executor, service.pool, service.warm_up)
 
     async def on_tick(self, counter: int) -> bool:
-        if self.service.draining and self.service.controls is not None and self.service.controls.paused:
-            go_on(self.service.controls)
-        if self.service.draining and self.service.recorder.concurrent == 0:
+        for service in self.services if self.front.draining else ():
+            if service.controls is not None and service.controls.paused:
+                go_on(service.controls)
+        if self.front.draining and self.front.concurrent == 0:
             self.should_exit = True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1
-        self.service.draining = True
+        self.front.draining = True
         if self._signals == 2:
-            self.service.dispatcher.fail_all(ApiError(503, "shutting_down", "the server was stopped"))
+            for service in self.services:
+                service.dispatcher.fail_all(ApiError(503, "shutting_down", "the server was stopped"))
             self.should_exit = self.force_exit = True
             timer = threading.Timer(FORCED_EXIT_SECONDS, os._exit, (128 + sig,))
             timer.daemon = True

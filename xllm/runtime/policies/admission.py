@@ -43,7 +43,7 @@ def gang(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | No
     if running:
         return "waits for the group that runs"
     group = (*step.admitted, sequence)
-    needed = sum(step.pool.pages_for(one.prompt_tokens + one.max_outputs - 1) for one in group)
+    needed = sum(one.pages_at(step.pool, one.prompt_tokens + one.max_outputs - 1) for one in group)
     return f"the group would need {needed} pages" if needed > step.pool.pages else None
 
 
@@ -88,5 +88,6 @@ def peak_pages(sequences: Iterable[Sequence], pool: PoolPlan, assumed: int, dela
     then = np.minimum(ends[:, None], left) + tokens - 1
     kv = pool.kv
     size = kv.fixed_bytes + -(-then // kv.group_tokens) * kv.group_bytes
-    pages = -(-size // pool.page_bytes) * (until >= ends[:, None])
-    return int(pages.sum(axis=1).max())
+    width, stem = np.array([one.width for one in held]), np.array([one.stem for one in held])
+    pages = stem + width * (-(-size // pool.page_bytes) - stem)
+    return int((pages * (until >= ends[:, None])).sum(axis=1).max())

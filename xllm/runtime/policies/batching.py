@@ -98,7 +98,7 @@ def _phases(running: Iterable[Sequence]) -> tuple[list[Sequence], list[Sequence]
     prompts: list[Sequence] = []
     for sequence in running:
         known = len(sequence.tokens) + sequence.pending
-        if known - sequence.prompt_tokens < sequence.max_outputs:
+        if sequence.rows and known - sequence.prompt_tokens < sequence.max_outputs:
             computed = sequence.computed
             decoding = known - computed == 1 and computed >= sequence.prompt_tokens
             (decodes if decoding else prompts).append(sequence)

@@ -114,21 +114,29 @@ class View:
     @cached_property
     def decodes(self) -> tuple[int, float]:
         """How many decode, and what all of them add to a step."""
-        rows = [(before, 1) for before in self.computed[self.decoding].astype(int).tolist()]
+        decoding = [self.everybody[at] for at in np.flatnonzero(self.decoding).tolist()]
+        rows = [piece for sequence in decoding for piece in sequence.pieces(1)]
         return len(rows), self.cost.seconds(rows) - self.curve.constant if rows else 0.0
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Of each in a step; a group of beams has several."""
+        return np.array([sequence.drawn for sequence in self.everybody], float)
 
     @cached_property
     def work(self) -> np.ndarray:
         """For what the model has not seen of each."""
         count, seconds = self.decodes
         one = seconds / max(1, count)
-        return np.maximum(np.where(self.decoding, one, self.curve.work(self.computed, self.known)), NEGLIGIBLE)
+        prompts = self.curve.work(self.computed, self.known)
+        return np.maximum(self.rows * np.where(self.decoding, one, prompts), NEGLIGIBLE)
 
     @cached_property
     def total(self) -> float:
         """Of all work."""
         prompts = ~self.decoding
-        return float(self.curve.work(self.computed[prompts], self.known[prompts]).sum()) + self.decodes[1]
+        each = self.rows[prompts] * self.curve.work(self.computed[prompts], self.known[prompts])
+        return float(each.sum()) + self.decodes[1]
 
     @cached_property
     def step_seconds(self) -> float:

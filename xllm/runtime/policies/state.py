@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.sequence import Sequence
 
-DEFAULT_STEP_SECONDS = 0.25  # of a timed step, where no request asks for less
+STEP_SECONDS = 0.15  # that prompts may keep waiting those who decode in their step, where no request asks for less
 DEFAULT_TOKEN_SECONDS = 1e-3  # of a token, until steps have been measured
 AGED_SECONDS = 30.0  # after so long the oldest request goes first
 OFFLINE_AGED = 10  # times as long for an offline one
@@ -82,7 +82,7 @@ class Budget:
     max_chunk: int
     admit_pages: int
     pool: PoolPlan
-    step_seconds: float = DEFAULT_STEP_SECONDS
+    step_seconds: float = STEP_SECONDS
     aged_seconds: float = AGED_SECONDS
     answer_tokens: int = ASSUMED_TOKENS
 
@@ -112,8 +112,8 @@ class Queues:
 
 
 class Grant(NamedTuple):
-    """`tokens` next tokens of a sequence, for which it will hold `pages` pages in all; `sample` if they are its
-    last."""
+    """`tokens` next tokens of a sequence, in each of its rows, for which it will hold `pages` pages in all; `sample` if
+    they are its last."""
 
     sequence: Sequence
     tokens: int

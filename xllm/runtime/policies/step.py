@@ -27,14 +27,14 @@ def chunk(done: int, total: int, limit: int, budget: int) -> int:
 
 class Step:
     """Reads the queues, changes nothing of them. `prompt_tokens` of its `tokens` may be of prompts; `seconds` is what
-    a timed step may take, infinity of others."""
+    a timed step may take, infinity of others. A group of beams has several rows, and gets the same tokens for each."""
 
     def __init__(self, queues: Queues, limits: Budget, free_pages: int, policy: Policy, cost: StepCost, seconds: float):
         self.queues, self.limits, self.policy, self.cost = queues, limits, policy, cost
         self.pool = limits.pool
         self.tokens = self.prompt_tokens = limits.tokens
         self.seconds = seconds
-        self.reserved: dict[int, tuple[int, int]] = {}  # rows of decodes that a timed step keeps time for, by order
+        self.reserved: dict[int, list[tuple[int, int]]] = {}  # of decodes that a timed step keeps time for, by order
         self.counts: tuple[float, ...] | None = None  # sizes of what is reserved and of the first `counted` grants
         self.counted = 0
         self.free = free_pages
@@ -60,26 +60,26 @@ class Step:
         grants, preempted = self.grants, self.preempted
         # The one loop over all sequences: properties are spelled out and the common case is dealt with in place.
         for sequence in running:
-            computed, known = sequence.computed, len(sequence.tokens) + sequence.pending
-            if known - sequence.prompt_tokens >= sequence.max_outputs:
+            computed, known, rows = sequence.computed, len(sequence.tokens) + sequence.pending, sequence.rows
+            if not rows or known - sequence.prompt_tokens >= sequence.max_outputs:
                 continue
             if known - computed > 1 or computed < sequence.prompt_tokens:
                 prefills.append(sequence)
-            elif computed < sequence.capacity and self.tokens > 0 and not preempted:
+            elif computed < sequence.capacity and self.tokens >= rows and not preempted:
                 grants[sequence.order] = Grant(sequence, 1, sequence.pages, True)
-                self.tokens -= 1
+                self.tokens -= rows
             else:
                 self.give_decode(sequence)
         self.prompt_tokens = min(self.prompt_tokens, self.tokens)
         return prefills
 
     def give_decode(self, sequence: Sequence) -> None:
-        if self.tokens < 1:
+        if self.tokens < sequence.rows:
             self.skipped += 1
             return
         if sequence.order in self.gone:
             return
-        pages = self.pool.pages_for(sequence.computed + 1)
+        pages = sequence.pages_at(self.pool, sequence.computed + 1)
         if pages > sequence.pages and not self.find_pages(sequence, pages - sequence.pages, "decode"):
             return
         self.grant(sequence, 1, pages)
@@ -93,10 +93,10 @@ class Step:
             return
         fitting = self.affordable(sequence, tokens)
         if fitting < 1:
-            if not self.find_pages(sequence, self.pool.pages_for(sequence.computed + 1) - sequence.pages, "prefill"):
+            if not self.find_pages(sequence, self.next_pages([sequence]), "prefill"):
                 return
             fitting = self.affordable(sequence, self.chunk(sequence))
-        self.grant(sequence, fitting, self.pool.pages_for(sequence.computed + fitting))
+        self.grant(sequence, fitting, sequence.pages_at(self.pool, sequence.computed + fitting))
 
     def admit(self, waiting: Ordered[Sequence], online: bool, reserved: int = 0) -> list[Sequence]:
         """As many as fit beside `reserved` pages. None overtakes: a request whose whole text has no room keeps the ones
@@ -114,10 +114,10 @@ class Step:
                 self.why.append(f"{sequence.id}: no tokens left in the step")
                 break
             yielding = self.queues.running[self.online : self.victims] if online else ()
-            if self.slots < 1 and not (yielding and self.take_slot()):
+            if self.slots < sequence.width and not (yielding and self.take_slots(sequence.width)):
                 self.why.append(f"{sequence.id}: no free slot")
                 break
-            needed = self.pool.pages_for(sequence.computed + sequence.remaining)
+            needed = sequence.pages_at(self.pool, sequence.computed + sequence.remaining)
             alone = not peers and not self.admitted
             limit = self.pool.pages if alone else self.limits.admit_pages
             used = self.pool.pages - self.free - self.coming - sum(other.pages for other in yielding)
@@ -134,9 +134,9 @@ class Step:
             if self.coming and (self.free < promised + needed or tokens < 1):
                 self.stall(sequence, needed)
                 break
-            pages = self.pool.pages_for(sequence.computed + tokens)
+            pages = sequence.pages_at(self.pool, sequence.computed + tokens)
             self.grant(sequence, tokens, pages)
-            self.slots -= 1
+            self.slots -= sequence.width
             promised += needed - pages
             admitted.append(sequence)
             self.admitted.append(sequence)
@@ -148,12 +148,12 @@ class Step:
             if min(self.tokens, self.prompt_tokens) < 1:
                 return
             grant = self.grants.get(sequence.order)
-            if grant is None or grant.sample:
+            if grant is None or grant.sample or sequence.rows > 1:
                 continue
             reserve = len(self.queues.running) + self.coming
             left = min(self.tokens, self.prompt_tokens)
             tokens = grant.tokens + chunk(grant.tokens, sequence.remaining, left, left)
-            pages = self.pool.pages_for(sequence.computed + tokens)
+            pages = sequence.pages_at(self.pool, sequence.computed + tokens)
             if self.free - (pages - grant.pages) < reserve:
                 self.why.append(f"{sequence.id}: keeps to its chunk, memory is scarce")
                 return
@@ -164,22 +164,25 @@ class Step:
         """Where each waits for what another holds, the first in rank takes it, whatever its class."""
         if self.grants or self.tokens < 1 or any(sequence.flights for sequence in self.queues.running):
             return
-        open_ended = (s for s in self.queues.running if s.outputs < s.max_outputs and s.order not in self.gone)
+        open_ended = (s for s in self.queues.running if s.open and s.order not in self.gone)
         first = next(open_ended, None)
         if first is None:
             return
         self.stalled = False
-        needed = self.pool.pages_for(first.computed + 1) - first.pages
+        needed = first.pages_at(self.pool, first.computed + 1) - first.pages
         while self.free < needed and self.queues.running[self.victims - 1] is not first:
             self.preempt(self.queues.running[self.victims - 1], self.needs(first, "prefill"))
         tokens = self.affordable(first, max(1, self.chunk(first)))
         if tokens:
-            self.grant(first, tokens, self.pool.pages_for(first.computed + tokens))
+            self.grant(first, tokens, first.pages_at(self.pool, first.computed + tokens))
 
     def chunk(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that this step has tokens and time for."""
-        left = min(self.tokens, self.prompt_tokens)
-        tokens = chunk(0, sequence.remaining, self.policy.chunking(self.limits), left)
+        """Tokens of a prompt that this step has tokens and time for; of each row, where it has several."""
+        left, limit = min(self.tokens, self.prompt_tokens), self.policy.chunking(self.limits)
+        if sequence.rows > 1:
+            # Decodes may leave prompts less than a group's next step needs, for as long as there are any.
+            left, limit = max(left // sequence.rows, self.tokens >= sequence.rows), max(1, limit // sequence.rows)
+        tokens = chunk(0, sequence.remaining, limit, left)
         return tokens if self.seconds == math.inf or tokens < 1 else self.in_time(sequence, tokens)
 
     def in_time(self, sequence: Sequence, tokens: int) -> int:
@@ -190,7 +193,7 @@ class Step:
         sizes, rows = self.sizes(), bool(self.grants or self.reserved)
 
         def seconds(count: int) -> float:
-            return self.cost.of(_sum(sizes, self.cost.sizes([(sequence.computed, count)] if count else [])))
+            return self.cost.of(_sum(sizes, self.cost.sizes(sequence.pieces(count) if count else [])))
 
         low, high = 0 if rows else min(tokens, LEAST_PIECE), tokens
         above = seconds(high)
@@ -215,9 +218,10 @@ class Step:
         """Of what a timed step has in it, the decodes it keeps time for included, as its cost goes by. Rows are counted
         once: those granted since the last call are added."""
         fresh = islice(self.grants.items(), self.counted, None)
-        rows = [(grant.sequence.computed, grant.tokens) for order, grant in fresh if order not in self.reserved]
+        granted = [grant.sequence.pieces(grant.tokens) for order, grant in fresh if order not in self.reserved]
+        rows = [piece for pieces in granted for piece in pieces]
         if self.counts is None:
-            rows += self.reserved.values()
+            rows += [piece for pieces in self.reserved.values() for piece in pieces]
             self.counts = self.cost.sizes(rows)
         elif rows:
             self.counts = _sum(self.counts, self.cost.sizes(rows))
@@ -230,7 +234,7 @@ class Step:
 
     def keep_time_for(self, decodes: Ordered[Sequence]) -> None:
         """Prompts get what these leave, and some in any case: a latency that cannot be kept stops nobody."""
-        self.reserved = {sequence.order: (sequence.computed, 1) for sequence in decodes}
+        self.reserved = {sequence.order: sequence.pieces(1) for sequence in decodes}
         self.recount()
         self.seconds = max(self.seconds, PATIENCE * self.cost.of(self.sizes()))
 
@@ -245,7 +249,7 @@ class Step:
         sizes, low, high = self.sizes(), 0, len(decodes)
         while low < high and self.seconds < math.inf:
             middle = (low + high + 1) // 2
-            added = _sum(sizes, self.cost.sizes([(sequence.computed, 1) for sequence in decodes[low:middle]]))
+            added = _sum(sizes, self.cost.sizes([piece for one in decodes[low:middle] for piece in one.pieces(1)]))
             if self.cost.of(added) <= self.seconds:
                 low, sizes = middle, added
             else:
@@ -255,31 +259,31 @@ class Step:
     def grant(self, sequence: Sequence, tokens: int, pages: int) -> None:
         pages = max(pages, sequence.pages)
         self.grants[sequence.order] = Grant(sequence, tokens, pages, tokens == sequence.remaining)
-        self.tokens -= tokens
-        self.prompt_tokens -= tokens
+        self.tokens -= tokens * sequence.rows
+        self.prompt_tokens -= tokens * sequence.rows
         self.free -= pages - sequence.pages
 
     def take_back(self, grant: Grant) -> None:
         self.recount()
-        self.tokens += grant.tokens
-        self.prompt_tokens += grant.tokens
+        self.tokens += grant.tokens * grant.sequence.rows
+        self.prompt_tokens += grant.tokens * grant.sequence.rows
         self.free += grant.pages - grant.sequence.pages
 
     def affordable(self, sequence: Sequence, tokens: int) -> int:
         """The part of a chunk that free pages can hold."""
-        room = self.pool.tokens_for(sequence.pages + self.free) - sequence.computed
+        room = sequence.tokens_in(self.pool, sequence.pages + self.free) - sequence.computed
         return max(0, min(tokens, room))
 
     def next_pages(self, decodes: Ordered[Sequence]) -> int:
         """Pages that these need for their next token."""
         ends = (sequence for sequence in decodes if sequence.computed >= sequence.capacity)
-        return sum(self.pool.pages_for(sequence.computed + 1) - sequence.pages for sequence in ends)
+        return sum(sequence.pages_at(self.pool, sequence.computed + 1) - sequence.pages for sequence in ends)
 
     def promise(self, sequence: Sequence) -> int:
         """Pages a prompt still needs for the tokens it is known to have."""
         grant = self.grants.get(sequence.order)
         held = grant.pages if grant else sequence.pages
-        return max(0, self.pool.pages_for(len(sequence.tokens)) - held)
+        return max(0, sequence.pages_at(self.pool, len(sequence.tokens)) - held)
 
     def needs(self, sequence: Sequence, phase: str) -> str:
         """Class and phase of who needs something, as causes spell it. The aged count as online."""
@@ -304,12 +308,18 @@ class Step:
             self.free, self.coming = 0, self.free + self.coming - pages
         self.why.append(f"{sequence.id}: waits for {pages} pages")
 
-    def take_slot(self) -> bool:
-        """An offline sequence gives its slot up to an online one that waits; False if it comes a step later."""
-        victim = self.queues.running[self.victims - 1]
-        self.preempt(victim, "online_prefill")
-        self.slots += not victim.flights
-        return self.slots > 0
+    def take_slots(self, count: int) -> bool:
+        """Offline sequences give their slots up to an online one that waits, when all of theirs suffice; False if they
+        come a step later."""
+        running, coming = self.queues.running, self.slots
+        if coming + sum(other.width for other in running[self.online : self.victims]) < count:
+            return False
+        while coming < count:
+            victim = running[self.victims - 1]
+            self.preempt(victim, "online_prefill")
+            coming += victim.width
+            self.slots += 0 if victim.flights else victim.width
+        return self.slots >= count
 
     def preempt(self, victim: Sequence, needs: str) -> None:
         self.victims -= 1

@@ -25,7 +25,10 @@ from xllm.runtime.urgency import Urgency
 
 SCHEMA = 1
 STEPS, BYTES = 10_000, 32 << 20  # a crowded step takes a hundred kilobytes
-_COUNTS = ("order", "prompt_tokens", "computed", "pending", "flights", "pages", "capacity", "max_outputs")
+_COUNTS = (
+    *("order", "prompt_tokens", "computed", "pending", "flights", "pages", "capacity", "max_outputs"),
+    *("rows", "width", "stem"),
+)
 
 
 class Trace:

@@ -33,13 +33,15 @@ from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.cpu.prompts import Prompts
 from xllm.targets.cpu.steps import Step, flatten
 from xllm.targets.modules import ModuleCall, kernels_of
+from xllm.targets.turns import Turns
 
 MAX_LOGPROBS = 512  # beams look at more than anybody is shown
 Piece = Callable[["Step"], None]
 
 
 class CpuExecutor:
-    """The executor of `xllm.runtime` for one artifact. Raises ArtifactError when this machine cannot run it."""
+    """The executor of `xllm.runtime` for one artifact. turns: of executors that run on the same cores. Raises
+    ArtifactError when this machine cannot run it."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class CpuExecutor:
         *,
         verify: bool = True,
         kernel_modules: Sequence[str] = (),
+        turns: Turns | None = None,
     ) -> None:
         manifest, plan = artifact.manifest, artifact.plan
         if plan.is_function:
@@ -64,6 +67,7 @@ class CpuExecutor:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
         self.kv = kv_of(plan)
         self._runner = cpu.Runner(threads, level)
+        self._turns = turns or Turns()
         self._sampler = None
         if samples:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
@@ -148,7 +152,9 @@ class CpuExecutor:
         while (item := self._steps.get()) is not None:
             batch, ticket = item
             try:
-                ticket.succeed(self._run(batch))
+                with self._turns:
+                    result = self._run(batch)
+                ticket.succeed(result)
             except Exception as error:  # the boundary to the engine: a fault is a value
                 # The step behind this one may refer to any row of it: its ids must be valid, its rows are dropped.
                 self._previous = np.zeros(self.limits.max_seqs, np.int32)

@@ -1,0 +1,176 @@
+"""The physical pages of a process: one store, from which the pools of all its models take and to which they give back.
+
+What a pool promised its sequences is its for as long as it wants; nobody is preempted for another model. All else may
+go to whoever needs a page, in this order: free pages, those in spans of no sequence, cached ones that no sequence uses
+(the oldest use first, whoever's), those mapped ahead. Each pool is kept room for the longest request of its model,
+which no other may be promised: so whoever is first in line in its own model can always go on, and no model starves.
+The rest is first come, first served. A pool that rests is kept no room.
+
+Bytes stay in a page that goes from one pool to another. Nobody reads them: kernels read what its present owner wrote,
+and what a pool knew about the text of a page is dropped when the page leaves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.xtensor import PageMemory
+
+
+class Holder(Protocol):
+    """A pool, as the store sees it. Whatever it gives is unmapped, and nobody's any more; None: there is no such
+    page."""
+
+    committed: int  # pages promised to its sequences
+    on_room: Callable[[], None] | None  # called, from any thread, when others may have left something for it
+
+    @property
+    def least(self) -> int:
+        """Pages of one longest request; 0 while the pool rests."""
+        ...
+
+    @property
+    def resting(self) -> bool: ...
+
+    @property
+    def idle_pages(self) -> int: ...
+
+    @property
+    def oldest_use(self) -> int | None:
+        """When the cached page was used that would go next, by the store's clock."""
+        ...
+
+    @property
+    def held_pages(self) -> set[int]:
+        """Every page it has; for checks."""
+        ...
+
+    def give_idle(self) -> int: ...
+
+    def give_cached(self) -> int: ...
+
+    def give_ahead(self, but: int = -1) -> int | None:
+        """A page beyond what the live sequences, but for this slot, were promised."""
+        ...
+
+
+class PageStore:
+    """`pages` pages of a memory, which ends with the last pool. `lock` guards them and all that pools know of theirs.
+    `planning` is held from reading `room_of` until the pages are promised, by whoever plans a step.
+    """
+
+    def __init__(self, memory: PageMemory, pages: int):
+        self.memory, self.pages = memory, pages
+        self.lock = threading.Lock()
+        self.planning = threading.Lock()
+        self.free = list(reversed(memory.create_pages(pages)))
+        self.filling = 0  # pages that a tier is writing to, which are in no pool
+        self.filled = threading.Condition(self.lock)
+        self.clock = itertools.count()
+        self._pools: tuple[Holder, ...] = ()
+        self._discarded = False
+
+    def join(self, pool: Holder) -> None:
+        """Raises MemoryFault (pool_too_small) when there is no room for the longest requests of all."""
+        with self.planning, self.lock:
+            needed = sum(other.least for other in self._pools) + pool.least
+            if needed > self.pages:
+                size = self.memory.page_bytes
+                raise MemoryFault(
+                    "pool_too_small",
+                    f"{self.pages * size} bytes of KV memory do not hold a longest request of every model, which take"
+                    f" {needed * size}; raise it",
+                )
+            self._pools += (pool,)
+
+    def leave(self, pool: Holder) -> bool:
+        """A pool ends: whether it has to give its pages back, as there are others; with the last one the memory goes.
+        The lock is held. Calling it again does nothing."""
+        if pool not in self._pools:
+            return False
+        self._pools = tuple([other for other in self._pools if other is not pool])
+        if not self._pools:
+            self.memory.release()
+        return bool(self._pools)
+
+    def room_of(self, pool: Holder) -> int:
+        """Pages that may be promised to a pool's sequences, beside those that are. Below zero after another one woke
+        up, for which there is no room yet."""
+        others = sum(max(other.committed, other.least) for other in self._pools if other is not pool)
+        return self.pages - others - pool.committed
+
+    def owed(self, pool: Holder) -> bool:
+        """Others still have what is kept for it: after it, or another one, woke up, until their sequences end or give
+        way to each other."""
+        return self.room_of(pool) < pool.least - pool.committed
+
+    def take(self, pool: Holder, slot: int) -> int | None:
+        """A page for a step that waits, of the pool's slot; None when all are in use. The lock is held."""
+        self.filled.wait_for(lambda: not self.filling or self.has_spare())
+        page = self.spare(pool)
+        if page is None:
+            page = pool.give_ahead(but=slot)
+        for other in self._pools if page is None else ():
+            if other is not pool and page is None:
+                page = other.give_ahead()
+        return page
+
+    def spare(self, pool: Holder) -> int | None:
+        """A page that no live sequence has. The lock is held."""
+        page = self.untouched(pool)
+        if page is None:
+            uses = [(used, at) for at, other in enumerate(self._pools) if (used := other.oldest_use) is not None]
+            page = self._pools[min(uses)[1]].give_cached() if uses else None
+        return page
+
+    def untouched(self, pool: Holder) -> int | None:
+        """A page that nobody knows the text of. The lock is held."""
+        if self.free:
+            return self.free.pop()
+        if pool.idle_pages:
+            return pool.give_idle()
+        richest = max(self._pools, key=lambda other: other.idle_pages)
+        return richest.give_idle() if richest.idle_pages else None
+
+    def has_untouched(self) -> bool:
+        """Would `untouched` find one?"""
+        return bool(self.free) or any(pool.idle_pages for pool in self._pools)
+
+    def has_spare(self) -> bool:
+        """Would `spare` find one?"""
+        return self.has_untouched() or any(pool.oldest_use is not None for pool in self._pools)
+
+    def tell(self, pool: Holder) -> None:
+        """The pool needs less than it did: say so to those who may wait for it. No lock is held."""
+        for other in self._pools:
+            if other is not pool and other.on_room is not None:
+                other.on_room()
+
+    def rest(self) -> None:
+        """A pool began to rest. When all do, the memory of all pages is the system's until one wakes; their bytes are
+        lost then. The lock is held. Raises MemoryFault."""
+        if not self._discarded and all(pool.resting for pool in self._pools):
+            self.memory.discard()
+            self._discarded = True
+
+    def rouse(self) -> None:
+        """Before a pool wakes up. The lock is held. Raises MemoryFault when others have the memory now."""
+        if self._discarded:
+            self.memory.reclaim()
+            self._discarded = False
+
+    def check(self) -> None:
+        """Assert that every page is in one place and that promises can be kept. The lock is held. Raises
+        InvariantBroken."""
+        held = [page for pool in self._pools for page in pool.held_pages]
+        everywhere = held + self.free
+        if len(set(everywhere)) != len(everywhere):
+            raise InvariantBroken("page store: a page is in two places")
+        if len(everywhere) + self.filling != self.pages:
+            raise InvariantBroken(f"page store: {len(everywhere)} of {self.pages} pages are anywhere")
+        if sum(pool.committed for pool in self._pools) > self.pages:
+            raise InvariantBroken("page store: more is promised than there is")
