@@ -40,6 +40,11 @@ from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor
 
 STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32", "int4.64", "int4.128")
+# Storage of weights, and what activations are rounded to beside it; the first is what others are held against.
+KINDS = (
+    ("bfloat16", ""), ("bfloat16", "bfloat16"), *((storage, "") for storage in STORAGES[1:]),
+    *((storage, "int8") for storage in STORAGES if storage.startswith("int8")),
+)  # fmt: skip
 SHAPE = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096,
@@ -58,6 +63,7 @@ class Compiled:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, V]; token by token, which gives the bits that any other cut gives."""
+        assert len(ids) <= self._executor.limits.max_len, "the state holds no more"
         self._executor.attach(0, Request("accuracy", tuple(ids), SamplingParams(temperature=0.0)), ())
         rows = []
         for at, token in enumerate(ids):
@@ -135,22 +141,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name, shape, tokens = ("accuracy-kv", SHAPES["qwen3-0.6b"], 256) if options.kv else ("accuracy", SHAPE, 64)
-    kinds = [("bfloat16", kv) for kv in KVS] if options.kv else [(storage, "bfloat16") for storage in STORAGES]
+    kinds = [(*kind, "bfloat16") for kind in KINDS]
+    if options.kv:
+        kinds = [("bfloat16", "", kv) for kv in KVS]
     weight = np.random.default_rng(0).standard_normal((256, 1024), np.float32)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made.xllm"
         folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", shape)
         reference = np.zeros(0)
-        for storage, kv in track(kinds, "measuring", console=console(), transient=True):
-            chosen = CompileOptions(weights=storage, kv=kv, max_len=512)
+        for storage, activations, kv in track(kinds, "measuring", console=console(), transient=True):
+            chosen = CompileOptions(weights=storage, activations=activations or None, kv=kv)
             found = {"loss": loss(made, chosen, options.conversations)}
             got = logits(folder, made, chosen, tokens)
             reference = reference if results else got
             found |= {"logits": relative(got, reference), "token_bytes": Artifact.open(made).plan.kv.token_bytes}
-            if storage != STORAGES[0]:
+            if storage != STORAGES[0] and not activations:
                 found["weights"], found["plain"] = rounding(storage, weight)
-            results[kv if options.kv else storage] = found
+            rounded = f"{storage}, activations {activations}" if activations else storage
+            results[kv if options.kv else rounded] = found
     of_kind = ("KV bytes a token",) if options.kv else ("weights", "by the greatest")
     out, view = console(), table(name, "storage", *of_kind, "logits", "held-out loss", "more")
     first = next(iter(results.values()))["loss"]

@@ -73,32 +73,37 @@ def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
-STORAGE = {"bf16": "bfloat16", "f32": "float32", "i8": "int8.32", "i4": "int4.32"}
+STORAGE = {
+    "linear.bf16": "bfloat16",
+    "linear_rounded.bf16": "bfloat16",
+    "linear.f32": "float32",
+    "linear.i8": "int8.32",
+    "linear_rounded.i8": "int8.32",
+    "linear.i4": "int4.32",
+}
 
 
-def linear(name: str, k: int, n: int, rows: int, suffix: str) -> Case:
-    size, kind = cpu.packed_bytes(n, k, STORAGE[suffix]), cpu.quantised(STORAGE[suffix])
+def linear(name: str, k: int, n: int, rows: int, kernel: str) -> Case:
+    size, kind = cpu.packed_bytes(n, k, STORAGE[kernel]), cpu.quantised(STORAGE[kernel])
     size = -(-size // 64) * 64
     copies = max(1, min(16, COLD_BYTES // size)) if rows <= 8 else 1
     weights, x, out = aligned(size * copies), floats(rows, k), floats(rows, n)
     weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in every type
     args = {"x": address(x), "bias": None, "out": address(out)}
     ints = {"k": k, "n": n}
-    scratch = aligned(kind.row_bytes(k) * rows) if kind else None
+    scratch = aligned(kind.row_bytes(k, "rounded" in kernel) * rows) if kind else None
     if kind and scratch is not None:
         args |= {"scratch_rows": address(scratch)}
         ints |= {"group": kind.group}
-    calls = [cpu.Call(f"linear.{suffix}", args | {"weight": address(weights) + i * size}, ints) for i in range(copies)]
+    calls = [cpu.Call(kernel, args | {"weight": address(weights) + i * size}, ints) for i in range(copies)]
     work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}
-    return Case(
-        f"linear.{suffix} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work
-    )
+    return Case(f"{kernel} {name} {k}x{n}, {rows} rows", calls, tokens(rows), keep=(weights, x, out, scratch), **work)
 
 
 def kv_group(kv_heads: int, dim: int, suffix: str) -> int:
     """Bytes of 16 tokens of a layer."""
     layer = LayerState(kv_heads, dim, dim)
-    return CpuTarget(cpu.level()).kv_layout((layer,), STORAGE[suffix].partition(".")[0]).group_bytes
+    return CpuTarget(cpu.level()).kv_layout((layer,), STORAGE[f"linear.{suffix}"].partition(".")[0]).group_bytes
 
 
 def attention(rows: int, context: int, suffix: str, heads: tuple[int, int, int]) -> Case:
@@ -149,11 +154,11 @@ def norm_rope_write(rows: int, suffix: str) -> Case:
 
 
 def cases(quick: bool) -> Iterator[Callable[[], Case]]:
-    for suffix in ("bf16", "i8", "i4") if quick else STORAGE:
+    for kernel in [kernel for kernel in STORAGE if not (quick and kernel == "linear.f32")]:
         for name, (k, n) in LINEARS.items():
             for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
-                yield lambda name=name, k=k, n=n, rows=rows, suffix=suffix: linear(name, k, n, rows, suffix)
-        yield lambda suffix=suffix: linear("head", HIDDEN, VOCAB, 1, suffix)
+                yield lambda name=name, k=k, n=n, rows=rows, kernel=kernel: linear(name, k, n, rows, kernel)
+        yield lambda kernel=kernel: linear("head", HIDDEN, VOCAB, 1, kernel)
     for suffix in ("bf16", "i8") if quick else ("bf16", "f32", "i8"):
         decodes = [(1, context) for context in ((1024,) if quick else (256, 1024, 4096, 16384))]
         for rows, context in [*decodes, *(((256, 256),) if quick else ((512, 512), (2048, 2048), (512, 2048)))]:

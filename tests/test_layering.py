@@ -40,7 +40,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         {"artifact", "errors", "frontend", "ir", "packing", "passes", "pipeline", "storage", "targets"},
         set(),
     ),
-    "pipeline": ({"", "artifact", "extensions", "ir", "passes", "plan", "targets"}, set()),
+    "pipeline": ({"", "artifact", "errors", "extensions", "ir", "passes", "plan", "storage", "targets"}, set()),
     "targets.cpu": ({"targets.base", "kernels"}, set()),
     "targets.cpu.arena": ({"artifact"}, {"numpy"}),
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
@@ -86,7 +86,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     ),
     "extensions": (set(), set()),
     "measure": (
-        {"artifact", "config", "kernels", "llm", "memory", "runtime", "targets"},
+        {"artifact", "config", "kernels", "llm", "memory", "runtime", "storage", "targets"},
         {"msgspec", "numpy"},
     ),
     "measure.commands": ({"artifact", "files", "inspection", "measure", "targets.fitted"}, set()),

@@ -23,10 +23,11 @@ from xllm.runtime.request import Request, SamplingParams, TokenOutput
 PROMPTS, NEW_TOKENS = 64, 12
 CONFIGS = {**FAMILIES, **HYBRIDS, **EXPERTS, **MLA}
 # Grouped heads, a window, a state of fixed size, experts, keys on a latent, and all of windows, sinks and experts; then
-# types of weights, and of keys and values where those have another.
+# types of weights, and of keys and values where those have another, and what activations are rounded to.
 MODELS = ("qwen3 float32", "mistral bfloat16", "qwen3-next float32", "qwen3-moe bfloat16", "deepseek-v3 float32",
           "gpt-oss float32", "qwen3 int8", "mistral int4", "qwen3-moe int4", "deepseek-v3 int8.row",
-          "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8")  # fmt: skip
+          "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8",
+          "mistral bfloat16 bfloat16 bfloat16", "qwen3 int8 int8 int8")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ SCHEDULES = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    name, weights, *kv = request.param.split()
+    name, weights, *more = request.param.split()
     dtype = "bfloat16" if weights.startswith("int") else weights
-    options = CompileOptions(weights=weights, kv=(kv or [dtype])[0], max_len=256)
+    kv, activations = (*more, *(dtype, None)[len(more) :])
+    options = CompileOptions(weights=weights, activations=activations, kv=kv, max_len=256)
     return Artifact.open(build(tmp_path_factory.mktemp("bits"), CONFIGS[name], dtype=dtype, options=options)[1])
 
 

@@ -150,6 +150,7 @@ def test_loading_is_compared_by_what_it_takes_here(artifact: Path, tmp_path: Pat
     monkeypatch.setattr("xllm.llm.disk_seconds", lambda *given: asked.append(given) or 5e-9)
     fitted = StepCost(Basis((1,), (1,), (0,)), (0.0, 0.0, 2e-3, 0.0, 0.0, 0.0))
     found = load_cost(held, str(tmp_path), fitted)
-    assert found == LoadCost(pytest.approx(2e-3), kv.token_bytes * 1e-9, kv.token_bytes * 5e-9, LOAD_WAIT_SECONDS)
+    assert found.compute == pytest.approx(2e-3)
+    assert found == LoadCost(found.compute, kv.token_bytes * 1e-9, kv.token_bytes * 5e-9, LOAD_WAIT_SECONDS)
     assert asked == [(kv.group_bytes,), (str(tmp_path), kv.group_bytes)] and tokens > 1
     assert load_cost(held, None).disk == 0 < load_cost(held, None).compute != found.compute

@@ -94,6 +94,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm compile ./Qwen3-0.6B -o qwen8.xllm --kv int8          longer texts in the same memory",
             "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached      after `xllm tune`",
             "xllm compile ./Qwen3-0.6B -o qwen4.xllm --weights int4 --group 64 --head-weights int8",
+            "xllm compile ./Qwen3-0.6B -o fast.xllm --weights int8 --activations int8",
             "xllm compile encoder.onnx -o encoder.xllm --dim batch=8 --dim seq=512",
         )
     )
@@ -177,6 +178,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         "weights": stored_as(arguments, "weights"),
         "head": stored_as(arguments, "head_weights"),
         "kv": arguments.kv,
+        "activations": arguments.activations,
         "max_seqs": arguments.max_seqs,
         "max_len": arguments.max_len,
         "max_batch_tokens": arguments.max_batch_tokens,

@@ -52,6 +52,7 @@ def compile_function(arguments: argparse.Namespace) -> None:
         arguments.out,
         dims,
         weights=stored_as(arguments, "weights") or "float32",
+        activations=arguments.activations or "",
         disable=tuple(arguments.disable_pass),
         pass_modules=tuple(arguments.pass_module),
         kernel_modules=tuple(arguments.kernel_module),

@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from xllm.artifact import PLANNED, UNFOLDED, ArtifactWriter, check_apart, previous_weights, share, writing
 from xllm.errors import CompileError
-from xllm.pipeline import Pipeline, fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
-from xllm.storage import FLOATS, INTS, KVS, STORAGES, full_word
+from xllm.pipeline import (
+    Pipeline,
+    check_activations,
+    fallback_lines,
+    made_by,
+    module_lines,
+    modules_of,
+    pass_lines,
+    pipeline_of,
+    sized,
+)  # fmt: skip
+from xllm.storage import ACTIVATIONS, FLOATS, INTS, KVS, STORAGES, full_word
 from xllm.targets.predicted import TUNING
 
 if TYPE_CHECKING:
@@ -31,7 +41,8 @@ class CompileOptions:
 
     weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the
     same of embeddings and the head, by default as weights. kv: storage of keys and values, one of KVS, by default as
-    weights in floating point, bfloat16 beside integers. max_seqs: sequences decoded together; max_len: tokens of one
+    weights in floating point, bfloat16 beside integers. activations: what rows are rounded to in products with weights
+    of that type, one of ACTIVATIONS or none. max_seqs: sequences decoded together; max_len: tokens of one
     sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
     others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
     machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by
@@ -42,6 +53,7 @@ class CompileOptions:
     weights: str | None = None
     head: str | None = None
     kv: str | None = None
+    activations: str | None = None
     max_seqs: int = 64
     max_len: int | None = None
     max_batch_tokens: int = 512
@@ -55,7 +67,9 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         stored = (*INTS, *STORAGES)
-        allowed_values = {"weights": stored, "head": stored, "kv": KVS, "target": ("cpu",), "task": TASKS}
+        allowed_values = {
+            "weights": stored, "head": stored, "kv": KVS, "activations": ACTIVATIONS, "target": ("cpu",), "task": TASKS,
+        }  # fmt: skip
         for name, allowed in allowed_values.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
@@ -188,8 +202,9 @@ def compile_checkpoint(
         quantised = Quantised(tensors, quantisation(checkpoint))
         kept = {tensors.dtype(name) for name in tensors} | quantised.dtypes
         asked, options = options.max_len, resolved(options, facts.max_len, kept)
+        check_activations(options.activations or "", str(options.weights), str(options.head))
         target = cpu.host_target(options.tuning)
-        storages = str(options.weights), str(options.head), str(options.kv)
+        storages = str(options.weights), str(options.head), str(options.kv), options.activations or ""
         context = Context(target, *storages, options.traffic, pipeline.providers)
         tell("capturing", 0, 0)
         program = capture(

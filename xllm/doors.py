@@ -58,6 +58,11 @@ def open_doors(arguments: argparse.Namespace) -> Doors:
         raise UsageError("--allow-origin * lets every site ask a server without keys: name sites, or give key files")
     listener = _bind(arguments.host, arguments.port, "--port")
     control = _bind(admin_host, arguments.admin_port, "--admin-port") if own else None
+    if control is not None and (port := control.getsockname()[1]) == listener.getsockname()[1]:
+        # They have two addresses; it is by its port that a connection shows what it may ask.
+        listener.close()
+        control.close()
+        raise UsageError(f"--admin-port {port} is the --port too: give it a port that no other address here has")
     return Doors(listener, control, keys, admin, origins)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from xllm import config
-from xllm.storage import FLOATS, GROUPS, INTS, KVS
+from xllm.storage import ACTIVATIONS, FLOATS, GROUPS, INTS, KVS
 
 
 def compile_flags(sub: argparse.ArgumentParser) -> None:
@@ -21,6 +21,11 @@ def compile_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--group", choices=GROUPS, help="inputs that share a scale (default 32)")
     sub.add_argument("--head-weights", choices=stored, help="of embeddings and the head (default: as --weights)")
+    sub.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="round rows to it in products with weights of that type (default: no)",
+    )
     sub.add_argument(
         "--kv", choices=KVS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"
     )

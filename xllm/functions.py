@@ -17,7 +17,16 @@ import numpy as np
 
 from xllm.artifact import PLANNED, check_apart, share, writing
 from xllm.errors import CompileError
-from xllm.pipeline import fallback_lines, made_by, module_lines, modules_of, pass_lines, pipeline_of, sized
+from xllm.pipeline import (
+    check_activations,
+    fallback_lines,
+    made_by,
+    module_lines,
+    modules_of,
+    pass_lines,
+    pipeline_of,
+    sized,
+)  # fmt: skip
 from xllm.plan import StoredWeight
 from xllm.storage import STORAGES, full_word
 
@@ -47,17 +56,19 @@ class FunctionReport:
 
 def compile_onnx(
     model: str | os.PathLike[str], out: str | os.PathLike[str], dims: Mapping[str, int], *,
-    weights: str = "float32", disable: tuple[str, ...] = (), pass_modules: tuple[str, ...] = (),
+    weights: str = "float32", activations: str = "", disable: tuple[str, ...] = (), pass_modules: tuple[str, ...] = (),
     kernel_modules: tuple[str, ...] = (), share_weights: str | os.PathLike[str] | None = None, debug: int = 0,
 ) -> FunctionReport:  # fmt: skip
     """Compiles an ONNX file into the function artifact `out`, whole or not at all.
 
     dims: the largest size of each dim its inputs name. weights: storage of product weights (see `xllm.storage`).
+    activations: what rows are rounded to in products with them, their own type or "".
     pass_modules, kernel_modules: files of others (see `xllm.extensions`). share_weights: a folder that keeps the weight
     file, for every artifact with the same weights to share. Raises CompileError or ArtifactError.
     """
     if (weights := full_word(weights)) not in STORAGES:
         raise CompileError(f"weights is {weights!r}", code="bad-option", try_="one of " + ", ".join(STORAGES))
+    check_activations(activations, weights)
     if debug > 4:
         raise CompileError(
             "numeric checks of rewrites run steps, which a function has not",
@@ -78,7 +89,7 @@ def compile_onnx(
     with writing(out) as writer:
         program, tensors = import_onnx(model, dims)
         target = cpu.host_target()
-        context = Context(target, weights, providers=pipeline.providers)
+        context = Context(target, weights, activations=activations, providers=pipeline.providers)
         ladder = Ladder(debug, target.name, lambda name, dump: writer.write(f"ir/{name}.ir", dump))
         ladder.captured(program)
         program, records = run_pipeline(program, pipeline.rewrites, context, ladder.observe)

@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import xllm
+from xllm.errors import CompileError
 from xllm.plan import Plan
+from xllm.storage import ACTIVATIONS
 
 if TYPE_CHECKING:
     from xllm.artifact import Written
@@ -46,6 +48,21 @@ def pipeline_of(
         tuple(Provider.of(module) for module in modules["kernels"]),
         {kind: [{"module": m.name, "digest": m.digest} for m in held] for kind, held in modules.items() if held},
     )
+
+
+def check_activations(activations: str, *storages: str) -> None:
+    """Raises CompileError where rows rounded to `activations` would meet no weights of that type in these storages."""
+    kinds = dict.fromkeys(storage.partition(".")[0] for storage in storages)
+    fitting = [kind for kind in kinds if kind in ACTIVATIONS]
+    if activations in ("", *fitting):
+        return
+    why = f"activations are rounded to {activations} for weights of that type only, weights are {' and '.join(kinds)}"
+    if activations == "int8" and "int4" in kinds:
+        why += " (int4 weights take int8 activations anyway)"
+    advice = [f"--activations {kind}" for kind in fitting]
+    if activations in ACTIVATIONS:
+        advice.append(f"--weights {activations}")
+    raise CompileError(why, code="bad-option", try_=" or ".join((*advice, "no --activations")))
 
 
 def describe_passes() -> str:
@@ -89,6 +106,7 @@ def made_by(
         "toolchain": {"xllm": xllm.__version__, **{name: _version(name) for name in ("torch", *packages)}},
         "target": {"name": context.target.name, "level": context.target.level, "architecture": cpu.architecture()},
         "weights_dtype": context.weights_dtype,
+        **({"activations": context.activations} if context.activations else {}),
         **({"head_dtype": context.head_dtype} if context.head_dtype not in ("", context.weights_dtype) else {}),
         "weights_header": written.header,
         "weights_checksum": written.checksum,

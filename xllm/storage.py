@@ -1,4 +1,4 @@
-"""How weights, keys and values can be stored, as a user says it.
+"""How weights, keys and values can be stored, and activations rounded, as a user says it.
 
 A storage is one word: float32, bfloat16, or int8 and int4 with the number of inputs that share a scale, as int8.32,
 int4.128, or int8.row where all inputs of an output do. What lies behind a word is for the kernels to say
@@ -11,6 +11,7 @@ FLOATS = ("float32", "bfloat16")
 INTS = ("int8", "int4")
 KVS = (*FLOATS, "int8")  # of keys and values: int8 with a scale for each token and KV head, of keys and of values
 GROUPS = ("32", "64", "128", "row")
+ACTIVATIONS = ("bfloat16", "int8")  # that rows can be rounded to in products with weights of that type
 STORAGES = (*FLOATS, *(f"{name}.{group}" for name in INTS for group in GROUPS))
 
 

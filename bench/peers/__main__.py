@@ -1,7 +1,7 @@
 """xllm beside other engines on the same random weights, prompts and threads, run in turns.
 
     python -m bench.peers [--shape qwen3-0.6b] [--peers llama.cpp openvino] [--workloads decode prefill-512] \
-        [--weights bfloat16 int8 int4] [--rounds 5] [--minutes 60] [--all-peers] [--fresh]
+        [--weights bfloat16 int8 int4] [--rounded] [--rounds 5] [--minutes 60] [--all-peers] [--fresh]
 
 Peers are installed under build/peers, each in an environment of its own; models are converted there too. Each figure is
 of a process of its own, and a round runs every contender once, so that what the machine does in between touches all
@@ -141,7 +141,7 @@ def prepare(options: argparse.Namespace, log: Log, say: Callable[[str], Any]) ->
                 try:
                     with say(f"preparing {entry.name} {weights}"):
                         install(contender)
-                        entries.append(replace(entry, model=convert(contender, options.shape, kind)))
+                        entries.append(replace(entry, model=convert(contender, options.shape, kind, options.rounded)))
                     continue
                 except (RuntimeError, OSError) as error:
                     log.add(cell, tools, Failure(last_line(str(error))))
@@ -186,7 +186,8 @@ def main() -> None:
         console.print(f"{lacking} of {len(cells)} cells have fewer rounds, those left out counted in", highlight=False)
     footer(console)
     settings = {
-        "shape": options.shape, "rounds": options.rounds, "threads": options.threads, "weights": options.weights,
+        "shape": options.shape, "rounded": options.rounded, "rounds": options.rounds, "threads": options.threads,
+        "weights": options.weights,
         "workloads": {name: WORKLOADS[name].asked for name in options.workloads},
         "contenders": {asked[cell].contender.name: one["version"] for cell, one in known.items()},
     }  # fmt: skip
@@ -222,6 +223,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=names, choices=names)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=tuple(WORKLOADS))
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
+    parser.add_argument("--rounded", action="store_true", help="ours with --activations of the type of its weights")
     parser.add_argument("--rounds", type=int, default=5, help="until every cell has so many, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after the measurement that passes these")
     parser.add_argument("--all-peers", action="store_true", help="later rounds too run peers that cannot be the best")

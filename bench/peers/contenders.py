@@ -18,6 +18,7 @@ from bench.checkpoints import SHAPES, write_checkpoint
 from bench.report import ROOT
 from xllm.artifact import digest
 from xllm.kernels import cpu
+from xllm.storage import ACTIVATIONS
 
 HOME = ROOT / "build" / "peers"
 TORCH = "torch>=2.11,<2.14"
@@ -121,9 +122,10 @@ def digest_of(*files: Path) -> str:
     return digest("".join(digest(file.read_bytes()) for file in files).encode())
 
 
-def convert(contender: Contender, shape: str, kind: str) -> Path:
+def convert(contender: Contender, shape: str, kind: str, rounded: bool = False) -> Path:
     """The checkpoint of `shape` as this contender reads it, made where it is not there yet; ours is compiled again when
-    `sources` have changed. Raises RuntimeError with the reason that a tool gave."""
+    `sources` have changed, `rounded` with rows of the type of the weights. Raises RuntimeError with the reason that a
+    tool gave."""
     folder = HOME / "models" / shape
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
@@ -131,17 +133,19 @@ def convert(contender: Contender, shape: str, kind: str) -> Path:
     if contender.as_it_is:
         return checkpoint
     out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
+    rounds = ("--activations", kind) if rounded and kind in ACTIVATIONS else ()
+    ours = f"{kind}-rounded" if rounds else f"{kind}-exact"
     if contender is XLLM:
-        out = out.with_name(f"{kind}-{sources()[:12]}.xllm")
+        out = out.with_name(f"{ours}-{sources()[:12]}.xllm")
     part = out.with_name(f"{out.name}.part")
     if out.exists():
         return out
     if contender is XLLM:
-        for stale in folder.glob(f"{kind}*.xllm"):
+        for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
         _run(
             contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", kind,
-            "--max-len", "8192", "--max-seqs", "32", "--quiet",
+            "--max-len", "8192", "--max-seqs", "32", "--quiet", *rounds,
         )  # fmt: skip
         return out
     if contender.adapter == "llamacpp":

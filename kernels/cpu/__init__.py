@@ -163,7 +163,8 @@ def levels() -> tuple[str, ...]:
 
 
 def level() -> str:
-    """The best level of this CPU: "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx" or "aarch64"."""
+    """The best level of this CPU: "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx" or
+    "aarch64"."""
     if not levels():
         raise KernelError("this CPU is older than x86-64-v2 (SSE4.2, popcnt), the least that the kernels are built for")
     return levels()[-1]

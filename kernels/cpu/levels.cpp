@@ -15,6 +15,7 @@
 namespace xk_v2 { const xk::Level &level(); }
 namespace xk_v3 { const xk::Level &level(); }
 namespace xk_v4 { const xk::Level &level(); }
+namespace xk_v4_bf16 { const xk::Level &level(); }
 #if defined(XK_KNOWS_TILES)
 namespace xk_v4_amx { const xk::Level &level(); }
 #endif
@@ -51,12 +52,13 @@ std::vector<const Level *> detect() {
                   bits(b7, bit_AVX2 | bit_BMI | bit_BMI2) && bits(cx, 1u << 5 /* lzcnt */);
   const bool v4 = v3 && bits(saved, 0xe6) && bits(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL) &&
                   bits(c7, bit_AVX512VNNI);  // the first CPUs with AVX-512 lack it and slow down for wide vectors: v3 serves them
-  const bool amx = v4 && bits(saved, 0x600e6) && bits(d7, 1u << 24 /* tiles */ | 1u << 25 /* int8 */ | 1u << 22 /* bf16 */) &&
-                   bits(a71, 1u << 5 /* bf16 vectors */);
+  const bool bf16 = v4 && bits(a71, 1u << 5);
+  const bool amx = bf16 && bits(saved, 0x600e6) && bits(d7, 1u << 24 /* tiles */ | 1u << 25 /* int8 */ | 1u << 22 /* bf16 */);
   std::vector<const Level *> found;
   if (v2) found.push_back(&xk_v2::level());
   if (v3) found.push_back(&xk_v3::level());
   if (v4) found.push_back(&xk_v4::level());
+  if (bf16) found.push_back(&xk_v4_bf16::level());
 #if defined(XK_KNOWS_TILES)
   if (amx && may_use_tiles()) found.push_back(&xk_v4_amx::level());
 #else

@@ -34,10 +34,12 @@ class Quantised(NamedTuple):
         padded = self.padded(k)
         return padded // (self.group or padded) * SCALE_BYTES + padded * 2 * self.bits
 
-    def row_bytes(self, k: int) -> int:
-        """Of a row of k activations as products take it: int16 and a scale, or int8 and two factors for every 32."""
+    def row_bytes(self, k: int, rounded: bool = False) -> int:
+        """Of a row of k activations as products take it: int16 and a scale, or int8 and two factors for every 32.
+        rounded: int8 beside int8 weights too; levels without products of bytes keep these in two bytes each."""
         padded = self.padded(k)
-        return -(-(2 * padded + 4 if self.bits == 8 else padded + padded // 32 * 8) // 64) * 64
+        factors = padded // 32 * 8 if rounded or self.bits == 4 else 4
+        return -(-(padded * self.bits // 4 + factors) // 64) * 64
 
 
 def quantised(storage: str) -> Quantised | None:

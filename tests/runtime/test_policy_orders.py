@@ -131,6 +131,22 @@ def test_recorded_decisions_are_taken_again(scheduler, overlap, tmp_path):
         next(recorded([json.dumps({"now": 1})]))
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        [],
+        {"schema": 0},
+        {"schema": 1, "scheduler": "chunked"},
+        {"schema": 1, "scheduler": ["chunked"], "modelled": False, "model": None},
+        {"schema": 1, "scheduler": "chunked", "modelled": True, "model": 1},
+        {"schema": 1, "scheduler": "chunked", "modelled": True, "model": {"basis": {"tokens": 5}}},
+    ],
+)
+def test_what_is_no_trace_is_told(head):
+    with pytest.raises(ValueError, match="not a schedule's trace"):
+        replay([json.dumps(head)])
+
+
 def number(sequence: Sequence) -> int:
     return sequence.order
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.test_parsers import CUTS, TEXT, TOOLS, calls_of, cut, read
+from xllm.service.parsers import values
 from xllm.service.parsers.growing import Arguments
 from xllm.service.parsers.parts import Call, Content
 from xllm.service.parsers.reading import Dialect
@@ -42,6 +43,11 @@ def test_a_call_whose_arguments_break_off_is_cut_there(name, arguments, sent, re
         parts = read(Dialect(name).reading("", TOOLS), pieces)
         assert [part.arguments for part in parts if isinstance(part, Call)] == [sent]
         assert "".join(part.text for part in parts if isinstance(part, Content)).lstrip() == rest.lstrip()
+        alone = Dialect(name).reading("", TOOLS, one_call=True).reader()
+        for piece in pieces:
+            alone.push(piece)
+        alone.finish()
+        assert alone.cut, "nothing to carry out, though it is all there may be"
 
 
 @given(st.dictionaries(TEXT, st.recursive(st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False), TEXT),
@@ -103,3 +109,21 @@ def test_calls_in_the_notation_of_python_are_literals(text, calls):
         parts = read(Dialect("pythonic").reading("", TOOLS), pieces)
         assert calls_of(parts) == calls
         assert calls or "".join(part[0] for part in parts) == text  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["pythonic", "glm45"])
+def test_half_of_a_pair_is_sent_as_its_escape(name):
+    """Models may write one, as may whoever leads them to it; no UTF-8 has bytes for it."""
+    text = {
+        "pythonic": r"[f(deep={'a': '\ud800'})]",
+        "glm45": r'<tool_call>f<arg_key>deep</arg_key><arg_value>{"a": "\ud800"}</arg_value></tool_call>',
+    }[name]
+    [call] = read(Dialect(name).reading("", {"f": {"properties": {"deep": {"type": "object"}}}}), [text])
+    assert isinstance(call, Call) and call.arguments.encode() == rb'{"deep": {"a": "\ud800"}}'
+    assert values.complete(call.arguments) == {"deep": {"a": "\N{REPLACEMENT CHARACTER}"}}
+    assert values.complete(r'{"a": "\ud83d\ude00"}') == {"a": "\N{GRINNING FACE}"}
+
+
+def test_python_says_nothing_of_what_a_model_wrote(recwarn):
+    read(Dialect("pythonic").reading("", TOOLS), ["[f(count=1if 1 else 2)]"])
+    assert not recwarn.list

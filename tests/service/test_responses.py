@@ -157,6 +157,15 @@ def test_a_response_follows_the_one_before(client, script, served):
                                              "function_call", "reasoning", "message"]  # fmt: skip
 
 
+def test_a_response_follows_one_whose_call_broke_off(client, script, served):
+    for name, tokens in (("broken", len(SCRIPTS["broken"])), ("invalid", 200)):
+        script.text = (SCRIPTS | {"invalid": SCRIPTS["broken"] + "</tool_call>"})[name]
+        first = ask(client, max_output_tokens=tokens)
+        assert first.output[-1].type == "function_call"
+        ask(client, input="Go on.", previous_response_id=first.id)
+        assert "assistant\n<think>c</think>Now:<|end|><|start|>user\nGo on." in prompt(served)
+
+
 def test_items_that_a_client_keeps_itself_are_one_conversation(client, script, served):
     script.text = f"a</think>Hm.{CALL}"
     first = ask(client, store=False)

@@ -161,6 +161,9 @@ def test_what_would_be_open_to_more_than_was_meant_is_refused(tmp_path):
         (("--allow-origin", "*"), "every site"),
         (("--allow-origin", "*", "--api-key-file", str(keys), "--admin-port", "0"), "every site"),
         (("--allow-origin", "example.com"), "is no origin"),
+        (("--allow-origin", "http://[::1"), "is no origin"),
+        (("--allow-origin", "http://[name]"), "is no origin"),
+        (("--allow-origin", "http://localhost:99999"), "is no origin"),
     ):
         with pytest.raises(UsageError, match=said):
             doors(*flags)
@@ -172,3 +175,12 @@ def test_what_would_be_open_to_more_than_was_meant_is_refused(tmp_path):
         assert found.access().control_port == int(taken)
         with pytest.raises(UsageError, match="--admin-port 0"):
             doors("--admin-port", taken, "--admin-host", "0.0.0.0", *admin)
+
+
+def test_one_port_of_two_addresses_is_not_both(tmp_path):
+    """Who comes by the one would be let in as by the other."""
+    with bind("127.0.0.1", 0) as free:
+        port = str(free.getsockname()[1])
+    for _ in range(2):  # neither is left open
+        with pytest.raises(UsageError, match=f"--admin-port {port} is the --port too"):
+            doors("--port", port, "--admin-port", port, "--admin-host", "127.0.0.2")

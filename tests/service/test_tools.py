@@ -138,6 +138,14 @@ def test_a_call_that_breaks_off_is_there_as_far_as_it_came_and_is_nothing_to_car
         assert [call.function.arguments for call in choice.message.tool_calls] == ['{"ci']
 
 
+def test_a_call_with_half_of_a_pair_can_be_told_again(client, script, served):
+    script.text = 'x</think><tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>'
+    [choice] = ask(client).choices
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "\\ud800"}'
+    ask(client, messages=[*SAY, choice.message.to_dict()])
+    assert "\N{REPLACEMENT CHARACTER}" in served[1].codec.decode(fake(served[1]).seen[-1].prompt)
+
+
 def test_one_call_ends_the_answer_where_calls_may_not_be_parallel(client, script, served):
     script.text = SCRIPTS["two"] + "x" * 500
     cancelled = fake(served[1]).cancelled

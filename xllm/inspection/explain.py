@@ -41,6 +41,7 @@ def _gathered(artifact: Artifact, report: Mapping[str, Any]) -> dict[str, Any]:
         "target": dict(manifest["target"]),
         "toolchain": dict(manifest["toolchain"]),
         "limits": dict(manifest["limits"]),
+        "activations": manifest.get("activations", ""),
         "notes": report["notes"],
         "pipeline": manifest["pipeline"],
         "extensions": manifest.get("extensions", {}),
@@ -144,9 +145,11 @@ def text(facts: Mapping[str, Any]) -> str:
 def _head(facts: Mapping[str, Any]) -> list[str]:
     model, target, limits = facts["model"], facts["target"], facts["limits"]
     tools = ", ".join(f"{name} {version}" for name, version in sorted(facts["toolchain"].items()))
+    rounded = facts["activations"]
     lines = [
         f"{model['name']} ({model['architecture']}) compiled for {target['name']} {target['level']} by {tools}",
         "limits: " + ", ".join(f"{name} {value:,}" for name, value in sorted(limits.items())),
+        *([f"activations: {rounded} in products with {rounded} weights (experts aside)"] if rounded else ()),
     ]
     for kind in ("passes", "kernels"):
         for module in facts["extensions"].get(kind, ()):

@@ -18,6 +18,7 @@ import numpy as np
 
 from xllm.kernels import cpu
 from xllm.measure.machine import WRITTEN, cache_bytes, state_memory
+from xllm.storage import ACTIVATIONS
 from xllm.targets import host
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget
@@ -52,6 +53,7 @@ class Case:
     weights: str = "float32"
     kv: str = "float32"
     cold: bool = True
+    activations: str = ""
 
 
 def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: None) -> Tuning:
@@ -81,10 +83,10 @@ def fastest_level(threads: int) -> str:
     same. Mostly the widest; not where wide vectors slow the clock down."""
     if len(cpu.levels()) == 1:
         return cpu.level()
-    taken = {}
+    taken, cases = {}, (linear("bfloat16"), linear("bfloat16", "bfloat16"), attention("bfloat16"))
     for level in cpu.levels():
         with cpu.Runner(threads, level) as runner:
-            found = [Bench(runner, CpuTarget(level), case) for case in (linear("bfloat16"), attention("bfloat16"))]
+            found = [Bench(runner, CpuTarget(level), case) for case in cases]
             taken[level] = sum(math.log(bench.seconds(step, 0.02)) for bench in found for step in (ONE, prompt(16)))
     return min(taken, key=lambda level: taken[level])
 
@@ -138,7 +140,7 @@ class Bench:
         self._state = state_memory(self._kv.group_bytes * (-(-self._context // 16) + 8) if "state" in once else 1)
 
     def _lower(self, kv: KVLayout, layer: int) -> Lowering:
-        found = self.target.lower(self.case.make(layer), kv, self.case.weights)
+        found = self.target.lower(self.case.make(layer), kv, self.case.weights, self.case.activations)
         if not isinstance(found, Lowering):
             raise NoKernel(f"{self.case.make(layer).op} of {self.case.weights}: {found.why}")
         return found
@@ -204,6 +206,8 @@ def cases() -> Iterator[Case]:
     """The kernels that steps of language models spend their time in, of every type of weights and of state."""
     for dtype in STORAGES:
         yield linear(dtype)
+        if (kind := dtype.partition(".")[0]) in ACTIVATIONS:
+            yield linear(dtype, kind)
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
     for dtype in KVS:
         yield attention(dtype)
@@ -216,13 +220,13 @@ def cases() -> Iterator[Case]:
     yield _rowwise("aten.add.Tensor", {"self": x, "other": x}, [WIDTH])
 
 
-def linear(dtype: str) -> Case:
+def linear(dtype: str, activations: str = "") -> Case:
     def make(n: int, k: int) -> Operation:
         args = {"x": _value(k), "weight": _weight(n, k), "bias": None}
         return Operation("linear", "xllm.linear", args, (_value(n),))
 
     points = tuple(prompt(rows) for rows in (1, 2, 4, 8, 16, 32, 64, 128, 512))
-    return Case(lambda _: make(INNER, WIDTH), (make(128, 16), ONE), points, weights=dtype)
+    return Case(lambda _: make(INNER, WIDTH), (make(128, 16), ONE), points, weights=dtype, activations=activations)
 
 
 def attention(dtype: str) -> Case:

@@ -94,8 +94,12 @@ class ChooseKernels(Pass):
         counted as the bytes in and out."""
         refused: list[tuple[str, str]] = []
         weights = (_is_head(operation) and context.head_dtype) or context.weights_dtype
-        for provider in (*context.providers, context.target):
-            answer = provider.lower(operation, kv, weights)
+        target = context.target
+        for provider in (*context.providers, target):
+            if provider is target:
+                answer = target.lower(operation, kv, weights, context.activations)
+            else:
+                answer = provider.lower(operation, kv, weights)
             if isinstance(answer, Lowering) and not function and (answer.extents or not _linear(answer.rows)):
                 answer = Refusal("its sizes or strides depend on more than one dim, as they may in functions only")
             if isinstance(answer, Lowering):

@@ -69,7 +69,7 @@ class Backlog:
 
         def took(seconds: float) -> None:
             share = seconds / workers
-            self._prepare_seconds += (share - self._prepare_seconds) * (RECENT if self._prepare_seconds else 1)
+            self._prepare_seconds += (share - self._prepare_seconds) * RECENT  # the first one loads what others find
 
         self._preparing += 1
         try:

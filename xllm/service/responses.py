@@ -21,6 +21,7 @@ from xllm.service.gate import Receive, Record, Scope, Send, record, send_json
 from xllm.service.generation import Delta
 from xllm.service.openai import token_logprob
 from xllm.service.params import Job
+from xllm.service.parsers import values
 from xllm.service.parsers.parts import Call, Content, More, Part
 from xllm.service.responses_body import NAMES, NOT_SUPPORTED, ResponsesBody, chat_body, items_of
 from xllm.service.tokenizer import TextCodec
@@ -256,7 +257,7 @@ class Responses(OfChat):
         if body.previous_response_id is not None:
             before = self._store.find(body.previous_response_id, entry.tenant, "previous_response_id")
             said = msgspec.json.decode(before.response)["output"]
-            items = [*msgspec.json.decode(before.items), *said, *items]
+            items = [*msgspec.json.decode(before.items), *filter(_is_whole, said), *items]
         return replace(self.chat_job(chat_body(body, items)), asked=Asked(body, items, entry.tenant))
 
     def format(self, job: Job) -> Format:
@@ -284,6 +285,11 @@ class StoredResponses:
         items = [{"id": f"item_{at}"} | item for at, item in enumerate(msgspec.json.decode(stored.items))][::-1]
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
         return await send_json(send, 200, {"object": "list", "data": items, "has_more": False} | ends)
+
+
+def _is_whole(item: dict[str, Any]) -> bool:
+    """Whether the next answer may go by it: a call that broke off is nothing that a template could show."""
+    return item["type"] != "function_call" or values.is_object(item["arguments"])
 
 
 def _kind(part: Part) -> str:

@@ -20,9 +20,16 @@ Headers = Mapping[bytes, str]
 def origins_of(given: Iterable[str]) -> frozenset[str]:
     """Origins as browsers write them. Raises ValueError for what no browser sends."""
     found = frozenset(text.lower().removesuffix("/") for text in given)
-    if wrong := sorted(text for text in found if text != ANY and not ORIGIN.fullmatch(text)):
+    if wrong := sorted(text for text in found if text != ANY and not _is_origin(text)):
         raise ValueError(f"{wrong[0]} is no origin: it is like https://chat.example.com or http://localhost:3000")
     return found
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        return ORIGIN.fullmatch(text) is not None and urlsplit(text).port != 0  # what is no address or port raises
+    except ValueError:
+        return False
 
 
 class Sites:

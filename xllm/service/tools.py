@@ -11,6 +11,7 @@ from typing import Any
 
 from xllm.service.body import ChatBody, Tool, ToolCall
 from xllm.service.errors import ApiError, Hint, invalid
+from xllm.service.parsers import values
 from xllm.service.parsers.parts import Tools
 from xllm.service.parsers.reading import Dialect
 
@@ -98,7 +99,7 @@ def _earlier(call: ToolCall, path: str) -> dict[str, Any]:
     if call.type != "function":
         raise invalid("unsupported_parameter", f"{path}.type is not function", f"{path}.type")
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = values.sendable(json.loads(call.function.arguments or "{}"))
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):

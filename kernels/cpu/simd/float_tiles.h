@@ -3,11 +3,25 @@
 // sums products with even and with odd inputs apart, each from zero, then both, then adds that; few rows, which wait for the weights,
 // do the same in vectors. So for any rows and panels together the bits are the same, but not those of the other levels.
 // Where float32 ends, so do the parts: from 3.396e38 on they are no numbers any more, below 2^-110 the smallest are zero. What kind of
-// NaN a NaN is, nobody promises.
+// NaN a NaN is, nobody promises. Of one part alone (Parts), the row is rounded to bf16, and all else is the same.
 #pragma once
 #include "tiles.h"
 
 namespace XK_LEVEL {
+
+#if defined(__AVX512BF16__)
+
+// Two inputs of a bf16 panel, of which the second may be missing, as units that multiply bf16 take them: [16 outputs][2].
+XK_INLINE __m512i lay_out_pair(const uint8_t *w, int64_t inputs) {
+  alignas(64) static const uint16_t order[32] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30,
+                                                 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+  __m512i pair = _mm512_setzero_si512();
+  if (inputs > 1) pair = _mm512_loadu_si512(w);
+  else if (inputs == 1) pair = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)w));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), pair);
+}
+
+#endif
 
 #if defined(__AMX_BF16__)
 
@@ -35,15 +49,15 @@ XK_TILE_PRODUCT(add_bf16, "tdpbf16ps")
 
 static inline int64_t whole_steps_of(int64_t inputs) { return (inputs + kStep - 1) / kStep * kStep; }
 
-// The parts of n inputs of a row, padded with zeros to whole steps: [three parts][kSplitDepth] of bf16 (or of float32, Wide), the
+// The parts of n inputs of a row, padded with zeros to whole steps: [Parts][kSplitDepth] of bf16 (or of float32, Wide), the
 // smallest first. Infinity and NaN have one part.
-template <bool Wide = false>
+template <int Parts, bool Wide = false>
 static void split_row(const float *x, int64_t n, void *to) {
   for (int64_t i = 0; i < whole_steps_of(n); i += 16) {
     const __m512 value = i < n ? (__m512)load_some(x + i, n - i).v[0] : _mm512_setzero_ps();
     const __mmask16 finite = ~_mm512_fpclass_ps_mask(value, 0x99);  // neither NaN nor infinite
     __m512 rest = value;
-    for (int part = 2; part >= 0; part--) {
+    for (int part = Parts - 1; part >= 0; part--) {
       const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(rest);
       const __m512 part_value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
       if (Wide) _mm512_store_ps((float *)to + part * kSplitDepth + i, part_value);
@@ -53,15 +67,7 @@ static void split_row(const float *x, int64_t n, void *to) {
   }
 }
 
-// Two inputs of a bf16 panel, of which the second may be missing, as tiles have them: [16 outputs][2].
-XK_INLINE __m512i lay_out_pair(const uint8_t *w, int64_t inputs) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30,
-                                                 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-  __m512i pair = _mm512_setzero_si512();
-  if (inputs > 1) pair = _mm512_loadu_si512(w);
-  else if (inputs == 1) pair = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)w));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), pair);
-}
+// The same of many inputs, padded with zeros to whole steps.
 static inline void lay_out_bf16(const uint8_t *w, int64_t inputs, uint8_t *to) {
   int64_t i = 0;
   for (; i + 2 <= inputs; i += 2) _mm512_store_si512(to + i * 32, lay_out_pair(w + i * 32, 2));
@@ -69,7 +75,7 @@ static inline void lay_out_bf16(const uint8_t *w, int64_t inputs, uint8_t *to) {
 }
 
 // R tiles of rows times P panels: tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights. `next` are weights to be fetched meanwhile.
-template <int R, int P>
+template <int Parts, int R, int P>
 static void float_tile(const uint8_t *x, const uint8_t *w, int64_t inputs, bool resume, float *c, int64_t c_panel,
                        const uint8_t *next = nullptr, int64_t next_panel = 0) {
   constexpr int64_t tile = kTileHeight * 16, down = kTileHeight * kSplitStride;
@@ -88,7 +94,7 @@ static void float_tile(const uint8_t *x, const uint8_t *w, int64_t inputs, bool 
       for (int64_t line = 0; line < kStep * 32; line += 64)
         for (int p = 0; p < P; p++) __builtin_prefetch(next + p * next_panel + i * 32 + line, 0, 2);
 #pragma GCC unroll 3
-    for (int part = 0; part < 3; part++) {
+    for (int part = 0; part < Parts; part++) {
       const uint8_t *from = x + (part * kSplitDepth + i) * 2;
       load_tile<4>(from, kSplitStride);
       add_bf16<0, 4, 6>();
@@ -105,6 +111,7 @@ static void float_tile(const uint8_t *x, const uint8_t *w, int64_t inputs, bool 
 
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][float_rows(rows)][16].
 static inline int64_t float_rows(int64_t rows) { return rows < kTileHeight ? rows : (rows + kTileHeight - 1) / kTileHeight * kTileHeight; }
+template <int Parts>
 static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   const int64_t all = float_rows(rows), c_panel = all * 16;
   const unsigned control = _mm_getcsr();
@@ -114,7 +121,7 @@ static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint
     const int64_t inputs = min(kSplitDepth, k - begin);
     for (int64_t r = 0; r < all; r++) {
       uint8_t *to = memory.rows + r * kSplitStride;
-      if (r < rows) split_row(x + r * stride + begin, inputs, to);
+      if (r < rows) split_row<Parts>(x + r * stride + begin, inputs, to);
       else if (!begin) memset(to, 0, kSplitStride);
     }
     for (int64_t p = 0; p < panels; p += 2) {
@@ -126,10 +133,10 @@ static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint
         const uint8_t *from = memory.rows + r * kSplitStride;
         float *c = memory.sums + p * c_panel + r * 16;
         const bool four = r + kTileHeight < all;
-        if (four && two) float_tile<2, 2>(from, memory.weights, inputs, begin, c, c_panel);
-        else if (four) float_tile<2, 1>(from, memory.weights, inputs, begin, c, c_panel);
-        else if (two) float_tile<1, 2>(from, memory.weights, inputs, begin, c, c_panel, next, k * 32);
-        else float_tile<1, 1>(from, memory.weights, inputs, begin, c, c_panel, next);
+        if (four && two) float_tile<Parts, 2, 2>(from, memory.weights, inputs, begin, c, c_panel);
+        else if (four) float_tile<Parts, 2, 1>(from, memory.weights, inputs, begin, c, c_panel);
+        else if (two) float_tile<Parts, 1, 2>(from, memory.weights, inputs, begin, c, c_panel, next, k * 32);
+        else float_tile<Parts, 1, 1>(from, memory.weights, inputs, begin, c, c_panel, next);
       }
     }
   }
@@ -139,8 +146,8 @@ static void float_tiles(const float *x, int64_t stride, int64_t rows, const uint
 
 // --- few rows ---
 
-// R rows times P panels in vectors. parts: [R][three parts][kSplitDepth]; c: [P][R][16].
-template <int R, int P>
+// R rows times P panels in vectors. parts: [R][Parts][kSplitDepth]; c: [P][R][16].
+template <int Parts, int R, int P>
 static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int64_t inputs, bool resume, float *c) {
   const __m512i high = _mm512_set1_epi32((int)0xffff0000);
   __m512 sums[P][R];
@@ -149,13 +156,13 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) sums[p][r] = resume ? _mm512_loadu_ps(c + (p * R + r) * 16) : _mm512_setzero_ps();
   for (int64_t begin = 0; begin < inputs; begin += kStep) {
-    __m512 even[P][R][3], odd[P][R][3];
+    __m512 even[P][R][Parts], odd[P][R][Parts];
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-        for (int part = 0; part < 3; part++) even[p][r][part] = odd[p][r][part] = _mm512_setzero_ps();
+        for (int part = 0; part < Parts; part++) even[p][r][part] = odd[p][r][part] = _mm512_setzero_ps();
     for (int64_t i = begin; i < begin + kStep; i += 2) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; p++) {
@@ -166,8 +173,8 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-          for (int part = 0; part < 3; part++) {
-            const float *x = parts + (r * 3 + part) * kSplitDepth + i;
+          for (int part = 0; part < Parts; part++) {
+            const float *x = parts + (r * Parts + part) * kSplitDepth + i;
             even[p][r][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[0]), first, even[p][r][part]);
             odd[p][r][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[1]), second, odd[p][r][part]);
           }
@@ -178,7 +185,7 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-        for (int part = 0; part < 3; part++) sums[p][r] = _mm512_add_ps(sums[p][r], _mm512_add_ps(even[p][r][part], odd[p][r][part]));
+        for (int part = 0; part < Parts; part++) sums[p][r] = _mm512_add_ps(sums[p][r], _mm512_add_ps(even[p][r][part], odd[p][r][part]));
   }
 #pragma GCC unroll 2
   for (int p = 0; p < P; p++)
@@ -186,41 +193,43 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
     for (int r = 0; r < R; r++) _mm512_storeu_ps(c + (p * R + r) * 16, sums[p][r]);
 }
 
-template <int R>
+template <int Parts, int R>
 static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   constexpr int wide = R == 1 ? 2 : 1;
   const unsigned control = _mm_getcsr();
   _mm_setcsr(control | kFlush);
   for (int64_t begin = 0; begin < k; begin += kSplitDepth) {
     const int64_t inputs = min(kSplitDepth, k - begin);
-    for (int r = 0; r < R; r++) split_row<true>(x + r * stride + begin, inputs, memory.few + r * 3 * kSplitDepth);
+    for (int r = 0; r < R; r++) split_row<Parts, true>(x + r * stride + begin, inputs, memory.few + r * Parts * kSplitDepth);
     for (int64_t p = 0; p < panels;) {
       const uint8_t *from = w + (p * k + begin) * 32;
       float *c = memory.sums + p * R * 16;
-      if (p + wide <= panels) few_rows<R, wide>(memory.few, from, k * 32, inputs, begin, c), p += wide;
-      else few_rows<R, 1>(memory.few, from, k * 32, inputs, begin, c), p++;
+      if (p + wide <= panels) few_rows<Parts, R, wide>(memory.few, from, k * 32, inputs, begin, c), p += wide;
+      else few_rows<Parts, R, 1>(memory.few, from, k * 32, inputs, begin, c), p++;
     }
   }
   _mm_setcsr(control);
 }
+template <int Parts>
 static void float_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   switch (rows) {
-    case 1: return few_panels<1>(x, stride, w, k, panels, memory);
-    case 2: return few_panels<2>(x, stride, w, k, panels, memory);
-    case 3: return few_panels<3>(x, stride, w, k, panels, memory);
-    default: return float_tiles(x, stride, rows, w, k, panels, memory);
+    case 1: return few_panels<Parts, 1>(x, stride, w, k, panels, memory);
+    case 2: return few_panels<Parts, 2>(x, stride, w, k, panels, memory);
+    case 3: return few_panels<Parts, 3>(x, stride, w, k, panels, memory);
+    default: return float_tiles<Parts>(x, stride, rows, w, k, panels, memory);
   }
 }
 
 #else
 
 constexpr bool kFloatTiles = false;
-constexpr int64_t kFewSplit = 0;
+constexpr int64_t kFewSplit = kTileRows;
 constexpr int64_t kPanelsOfTiles = kPanelGroup;
 struct FloatTileMemory {
   float sums[1];
 };
 static inline int64_t float_rows(int64_t rows) { return rows; }
+template <int Parts>
 static inline void float_product(const float *, int64_t, int64_t, const uint8_t *, int64_t, int64_t, FloatTileMemory &) {}
 
 #endif

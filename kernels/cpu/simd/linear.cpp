@@ -2,7 +2,7 @@
 // x[rows, heads, k] with a weight of its own, [heads][n/16][k][16]. Few rows: one pass, bound by the bandwidth of the weights. Many
 // rows: k in blocks, so that a panel block stays in L1. Quantised weights (quantised.h): a first stage quantises the rows of x.
 #include "common.h"
-#include "float_tiles.h"
+#include "rounded.h"
 
 namespace XK_LEVEL {
 namespace {
@@ -18,20 +18,20 @@ const char *check(const Call &c) {
 }
 
 int64_t panels_of(const Call &c) { return (c.ints[kN] + 15) / 16; }
-constexpr int64_t kUnitsOfTiles = 24;  // to keep threads busy
+constexpr int64_t kUnitsOfMany = 24;  // of many panels each, to keep threads busy
 int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
 // A unit is some panels times some rows. Few rows: as many panels as make about kUnitBytes of weights, so that threads end together.
-// Many rows: kPanelGroup panels and a block of rows that stays in L2.
-int64_t panels_of_unit(const Call &c, int64_t rows, bool tiles = false) {
-  if (tiles && rows > kFewSplit) return max(kPanelGroup, min(kPanelsOfTiles, panels_of(c) * row_blocks(rows) / kUnitsOfTiles));
+// Many rows: kPanelGroup panels and a block of rows that stays in L2; up to `most` panels where rows are converted for all of them.
+int64_t panels_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) {
+  if (most > kPanelGroup && rows > kFewSplit) return max(kPanelGroup, min(most, panels_of(c) * row_blocks(rows) / kUnitsOfMany / kPanelGroup * kPanelGroup));
   return rows > kTileRows || XK_VECTOR_BYTES == 64 ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
-Cut cut_of(const Call &c, const Step &s, int64_t unit, bool tiles = false) {
-  const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, tiles), groups = (panels_of(c) + each - 1) / each;
+Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup) {
+  const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, most), groups = (panels_of(c) + each - 1) / each;
   const int64_t block = unit % blocks, row = all * block / blocks, first = unit / blocks % groups * each;
   return {row, all * (block + 1) / blocks - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
@@ -52,9 +52,9 @@ struct Sums {  // of a thread
 template <class Memory>
 int64_t scratch(const Call &) { return sizeof(Memory); }
 
-template <bool Heads, bool Tiles = false>
+template <bool Heads, int64_t Most = kPanelGroup>
 int64_t units(const Call &c, const Step &s) {
-  const int64_t each = panels_of_unit(c, c.rows(s), Tiles);
+  const int64_t each = panels_of_unit(c, c.rows(s), Most);
   return (Heads ? c.ints[kHeads] : 1) * ((panels_of(c) + each - 1) / each) * row_blocks(c.rows(s));
 }
 
@@ -70,12 +70,14 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
            c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }
 
-// bf16 weights where there is a matrix unit.
-void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
+// bf16 weights and a product that converts the rows of a unit, at most `Most` panels of it: where there is a matrix unit, or where
+// rows are rounded.
+template <class Memory, int64_t Most, void (*Multiply)(const float *, int64_t, int64_t, const uint8_t *, int64_t, int64_t, Memory &)>
+void run_converted(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN];
-  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, true);
-  FloatTileMemory *scratch = (FloatTileMemory *)memory;
-  float_product(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
+  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, Most);
+  Memory *scratch = (Memory *)memory;
+  Multiply(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
   put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n, float_rows(rows) - rows);
 }
 
@@ -126,9 +128,12 @@ constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = 
 const Kernel linear_kernels[] = {
     {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelF32, false>},
     {"linear.bf16", "x weight bias? out", "k n", "", check<false>, kFloatTiles ? scratch<FloatTileMemory> : scratch<Sums>,
-     units<false, kFloatTiles>, kFloatTiles ? run_tiles : run<PanelBf16, false>},
+     units<false, kPanelsOfTiles>, kFloatTiles ? run_converted<FloatTileMemory, kPanelsOfTiles, float_product<3>> : run<PanelBf16, false>},
+    {"linear_rounded.bf16", "x weight bias? out", "k n", "", check<false>, scratch<RoundedMemory>, units<false, kPanelsOfRounded>,
+     run_converted<RoundedMemory, kPanelsOfRounded, rounded_product>},
     {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
     {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
+    {"linear_rounded.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8Bytes>, &quantised<Int8Bytes>},
     {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelF32, true>},
     {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelBf16, true>},
     {},

@@ -5,11 +5,15 @@
 
 namespace XK_LEVEL {
 
-struct PanelF32 {
+struct Multiplied {  // an element of x with one of each output
+  XK_INLINE f32x16 spread(const float *x) { return set1(*x); }
+  XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) { return fma(x, w, sum); }
+};
+struct PanelF32 : Multiplied {
   static constexpr int64_t bytes = 64;  // of one k
   XK_INLINE f32x16 load(const uint8_t *p) { return XK_LEVEL::load(p); }
 };
-struct PanelBf16 {
+struct PanelBf16 : Multiplied {
   static constexpr int64_t bytes = 32;
   XK_INLINE f32x16 load(const uint8_t *p) { return load_bf16_panel(p); }
 };
@@ -51,9 +55,9 @@ static void product_tile(const Product &t) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const f32x16 b = set1(Gather ? row[r][i] : x[r * x_stride + i]);
+      const f32x16 b = Panel::spread((Gather ? row[r] : x + r * x_stride) + i);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) acc[r][p] = fma(b, column[p], acc[r][p]);
+      for (int p = 0; p < P; p++) acc[r][p] = Panel::add(acc[r][p], b, column[p]);
     }
   }
 #pragma GCC unroll 16

@@ -2,7 +2,7 @@
 // numbers, which is exact and so has no order; stretches are added in order along k as float32. So for any rows and panels together
 // the bits of an output are the same.
 //   int8 weights: activations are int16 under one scale a row, a stretch is a group (of at most 128 inputs).
-//   int4 weights: activations are int8 under a scale for every 32 inputs, which are a stretch.
+//   int8 weights, activations too (bytes.h), and int4 weights: activations are int8 under a scale for every 32 inputs, a stretch.
 //
 // A panel of 16 outputs is, group after group: 16 scales as float16, then the group's inputs.
 //   int8: [two inputs][16 outputs][2] bytes.
@@ -15,7 +15,7 @@
 namespace XK_LEVEL {
 
 constexpr int64_t kScaleBytes = 32;  // of one panel's scales
-constexpr int64_t kStretch4 = 32;    // inputs of an int4 stretch
+constexpr int64_t kStretch4 = 32;    // inputs of a stretch of int8 activations
 constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 128 * 32767 stays below 2^31
 
 struct QuantisedRows {
@@ -78,17 +78,14 @@ struct Int8 {
 #endif
   }
 
+  // Sums of a stretch, whose int16 activations begin at x.
   template <int R, int P>
-  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
-    vi sum[R][P][kParts];
-    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
-    const uint8_t *x[R], *w = s.w;
+  XK_INLINE void sum_pairs(const Stretch &s, const uint8_t *const *x, bool first, vi sum[R][P][kParts]) {
+    const uint8_t *w = s.w;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      x[r] = t.x_row(row + r) + 2 * s.at;
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vi){};
-    }
     for (int64_t k = 0; k < s.inputs; k += 2, w += 32) {
       vs line[P][kParts];
 #pragma GCC unroll 4
@@ -103,17 +100,50 @@ struct Int8 {
         for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_pairs(sum[r][p][i], pair, line[p][i]);
       }
     }
+  }
+
+  template <int R, int P>
+  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
+    vi sum[R][P][kParts];
+    const uint8_t *x[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) x[r] = t.x_row(row + r) + 2 * s.at;
+    sum_pairs<R, P>(s, x, row == 0, sum);  // the first tile waits for memory; the others find the panel in a cache
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       const f32x16 scale = load_f16(s.scales + p * s.w_stride);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        float *to = s.c + (row + r) * s.c_row + p * s.c_stride;
-        store(to, fma(to_float(sum[r][p]), scale, s.at ? load(to) : zero()));
-      }
+      for (int r = 0; r < R; r++) c[r][p] = fma(to_float(sum[r][p]), scale, c[r][p]);
     }
   }
 };
+
+// One stretch of a row as int8 (or as int16 of the same values): returns their sum. `some` inputs are left of the row.
+template <class To>
+static int32_t quantise_stretch(const float *x, int64_t some, To *to, float &step) {
+  some = max(0, min(kStretch4, some));
+  const Span span = span_of(x, some, 127.0f);
+  int32_t whole[kStretch4], sum = 0;
+  for (int64_t h = 0; h < kStretch4; h += 16) whole_steps(h < some && span.finite ? load_some(x + h, some - h) : zero(), span.steps, whole + h);
+  typedef To narrow __attribute__((vector_size(16 * sizeof(To)), aligned(sizeof(To)), may_alias));
+  typedef int32_t wide __attribute__((vector_size(64), aligned(4), may_alias));
+  for (int64_t h = 0; h < kStretch4; h += 16) *(narrow *)(to + h) = __builtin_convertvector(*(const wide *)(whole + h), narrow);
+  for (int64_t i = 0; i < kStretch4; i++) sum += whole[i];
+  step = span.step;
+  return sum;
+}
+
+// Sums of a stretch of int8 activations, scaled, to those of the stretches before.
+template <class Type, int R, int P>
+XK_INLINE void add_stretch(const IntProduct &t, const Stretch &s, int64_t row, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++) {
+    const f32x16 scale = load_f16(s.scales + p * s.w_stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+      c[r][p] = fma(Type::scaled(to_float(sum[r][p]), Type::factors(t.x_row(row + r), t.x.k, s.at)), scale, c[r][p]);
+  }
+}
 
 struct Int4 {
   static constexpr int64_t bits = 4;
@@ -122,26 +152,19 @@ struct Int4 {
   static int64_t stretch(int64_t) { return kStretch4; }
 
   // int8 values, then for every stretch what a step is worth, and that times 8 and the sum of the values.
+  static const float *factors(const uint8_t *row, int64_t padded, int64_t at) { return (const float *)(row + padded) + at / kStretch4 * 2; }
+  XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return fma(sum, set1(factors[0]), set1(factors[1])); }
   static int64_t row_bytes(int64_t padded) { return (padded + padded / kStretch4 * 8 + 63) / 64 * 64; }
   static void quantise(const float *x, int64_t k, int64_t padded, bool, uint8_t *to) {
     float *factors = (float *)(to + padded);
     for (int64_t j = 0; j < padded; j += kStretch4, factors += 2) {
-      const int64_t some = max(0, min(kStretch4, k - j));
-      const Span span = span_of(x + j, some, 127.0f);
-      int32_t whole[kStretch4], sum = 0;
-      for (int64_t h = 0; h < kStretch4; h += 16)
-        whole_steps(h < some && span.finite ? load_some(x + j + h, some - h) : zero(), span.steps, whole + h);
-      for (int64_t i = 0; i < kStretch4; i++) {
-        to[j + i] = (uint8_t)(int8_t)whole[i];
-        sum += whole[i];
-      }
-      factors[0] = span.step;
-      factors[1] = -8.0f * (float)sum * span.step;
+      const int32_t sum = quantise_stretch(x + j, k - j, (int8_t *)to + j, factors[0]);
+      factors[1] = -8.0f * (float)sum * factors[0];
     }
   }
 
   template <int R, int P>
-  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row) {
+  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
     ByteSums sum[R][P][kParts];
     const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
     const uint8_t *x[R], *w = s.w;
@@ -173,18 +196,12 @@ struct Int4 {
         }
       }
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) {
-      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
+    vi steps[R][P][kParts];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const float *factors = (const float *)(t.x_row(row + r) + t.x.k) + s.at / kStretch4 * 2;
-        float *to = s.c + (row + r) * s.c_row + p * s.c_stride;
-        vi steps[kParts];
-        XK_PARTS steps[i] = whole(sum[r][p][i]);
-        store(to, fma(fma(to_float(steps), set1(factors[0]), set1(factors[1])), scale, s.at ? load(to) : zero()));
-      }
-    }
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) XK_PARTS steps[r][p][i] = whole(sum[r][p][i]);
+    add_stretch<Int4, R, P>(t, s, row, steps, c);
   }
 };
 
@@ -209,27 +226,39 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
 template <class Type, int R, int P>
 static void int_rows(const IntProduct &t, Stretch s, int64_t row, int64_t end) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
+  f32x16 c[R][P];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) c[r][p] = s.at ? load(s.c + (row + r) * s.c_row + p * s.c_stride) : zero();
   for (int64_t left = group - s.at % group; s.at < end; left = left ? left : group) {
     if (left == group) s.scales = s.w, s.w += kScaleBytes;
     s.inputs = min(stretch, min(left, end - s.at));
-    Type::template add<R, P>(t, s, row);
+    Type::template add<R, P>(t, s, row, c);
     s.at += s.inputs, left -= s.inputs, s.w += weight_bytes<Type>(s.inputs);
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) store(s.c + (row + r) * s.c_row + p * s.c_stride, c[r][p]);
 }
 
-// Panels that a tile of rows takes together: as many as the registers hold beside their weights.
-constexpr int int_panels(int rows) { return kAccumulators >= 24 ? tile_panels(rows) : rows == 1 && kAccumulators >= 4 ? 2 : 1; }
+// Panels that a tile of rows takes together. Where there are many registers: those of a tile that reads them once, from memory, as
+// products with float weights take; else as many as leave registers for the scaled sums.
+constexpr int int_panels(int rows, bool once) {
+  return kAccumulators >= 24 ? (once || rows <= 4 ? tile_panels(rows) : 2) : rows == 1 && kAccumulators >= 4 ? 2 : 1;
+}
 
-template <class Type, int R = kTileRows>
+template <class Type, bool Once, int R = kTileRows>
 static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int64_t end, int64_t panels) {
   if (rows == R) {
-    constexpr int wide = int_panels(R);
+    constexpr int wide = int_panels(R, Once);
     const auto step = [&](int count) { s.w += count * t.w_stride, s.scales += count * t.w_stride, s.c += count * t.c_stride, panels -= count; };
     for (; panels >= wide; step(wide)) int_rows<Type, R, wide>(t, s, row, end);
     if (wide > 2 && panels >= 2) int_rows<Type, R, (wide > 2 ? 2 : 1)>(t, s, row, end), step(2);
     for (; panels > 0; step(1)) int_rows<Type, R, 1>(t, s, row, end);
   } else if constexpr (R > 1) {
-    int_tile<Type, R - 1>(t, s, row, rows, end, panels);
+    int_tile<Type, Once, R - 1>(t, s, row, rows, end, panels);
   }
 }
 
@@ -238,8 +267,9 @@ static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int6
 template <class Type>
 static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
   const int64_t group = t.group ? t.group : t.x.k, group_bytes = kScaleBytes + weight_bytes<Type>(group);
-  const bool once = rows <= kTileRows;
-  const int64_t depth = once ? t.x.k : kDepthBlock, block = once ? panels : int_panels(kTileRows);
+  const int64_t all = (rows + kTileRows - 1) / kTileRows;
+  const bool once = all == 1;
+  const int64_t depth = once ? t.x.k : kDepthBlock, block = once ? panels : int_panels((int)((rows + all - 1) / all), false);
   for (int64_t p = 0; p < panels; p += block)
     for (int64_t begin = 0; begin < t.x.k; begin += depth) {
       const int64_t end = min(begin + depth, t.x.k), inside = begin % group;
@@ -248,7 +278,8 @@ static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
                          t.c + p * t.c_stride, t.c_row, t.c_stride};
       for (int64_t row = 0; row < rows;) {
         const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-        int_tile<Type>(t, s, row, (int)height, end, min(block, panels - p));
+        if (once) int_tile<Type, true>(t, s, row, (int)height, end, min(block, panels - p));
+        else int_tile<Type, false>(t, s, row, (int)height, end, min(block, panels - p));
         row += height;
       }
     }

@@ -1,7 +1,7 @@
 // Products of whole numbers on the matrix unit (AMX), sixteen rows at a time: the same exact sums as elsewhere, scaled in the same
 // order, so the same bits. Weights are laid out anew ([four inputs][16 outputs][4] bytes), once for all rows of a unit.
 #pragma once
-#include "quantised.h"
+#include "bytes.h"
 
 namespace XK_LEVEL {
 
@@ -64,12 +64,10 @@ XK_TILE_PRODUCT(add_unsigned_weights, "tdpbsud")
 
 // Weights as a tile has them. Returns where the next ones go.
 XK_INLINE uint8_t *lay_out(Int8, const uint8_t *w, int64_t inputs, uint8_t *to) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  for (int64_t i = 0; i < inputs; i += 4, w += 64, to += 64)
-    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(w)));
+  for (int64_t i = 0; i < inputs; i += 4, w += 64, to += 64) _mm512_store_si512(to, lay_out_four(w));
   return to;
 }
+XK_INLINE uint8_t *lay_out(Int8Bytes, const uint8_t *w, int64_t inputs, uint8_t *to) { return lay_out(Int8(), w, inputs, to); }
 XK_INLINE uint8_t *lay_out(Int4, const uint8_t *w, int64_t inputs, uint8_t *to) {
   const __m512i low = _mm512_set1_epi8(15);
   for (int64_t i = 0; i < inputs; i += 8, w += 64, to += 128) {
@@ -102,12 +100,13 @@ XK_INLINE void sum_tile(Int8, const TileStretch &s, int64_t inputs, int64_t widt
   store_tile<2 * Turn>(memory.sums[Turn][0]);
   store_tile<2 * Turn + 1>(memory.sums[Turn][1]);
 }
-template <int Turn>
-XK_INLINE void sum_tile(Int4, const TileStretch &s, int64_t, int64_t, TileMemory &memory) {
+template <int Turn, class Type>
+XK_INLINE void sum_tile(Type, const TileStretch &s, int64_t, int64_t, TileMemory &memory) {
   zero_tile<Turn>();
   load_tile<6 + Turn>(s.w, 64);
   load_tile<4 + Turn>(s.x, s.stride);
-  add_unsigned_weights<Turn, 4 + Turn, 6 + Turn>();
+  if constexpr (Type::bits == 8) add_signed<Turn, 4 + Turn, 6 + Turn>();
+  else add_unsigned_weights<Turn, 4 + Turn, 6 + Turn>();
   store_tile<Turn>(memory.sums[Turn][0]);
 }
 
@@ -123,8 +122,8 @@ XK_INLINE void add_tile(const TileStretch &s, const TileMemory &memory, int coun
       c[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales, c[r]);
     } else {
       const float *factors = (const float *)((const uint8_t *)s.factors + r * s.stride);
-      const __m512 steps = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factors[0]), _mm512_set1_ps(factors[1]));
-      c[r] = _mm512_fmadd_ps(steps, scales, c[r]);
+      const vi whole = (vi)sum;
+      c[r] = _mm512_fmadd_ps((__m512)Type::scaled(to_float(&whole), factors).v[0], scales, c[r]);
     }
   }
 }

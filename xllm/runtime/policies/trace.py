@@ -16,6 +16,7 @@ from xllm.runtime.errors import RuntimeFault
 from xllm.runtime.executor import KVSpec
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.policies import choose
+from xllm.runtime.policies.policy import Policy
 from xllm.runtime.policies.state import Budget, Decision, Queues, Scaled, StepCost, TokenCost
 from xllm.runtime.request import Request
 from xllm.runtime.scheduler import decide
@@ -108,14 +109,17 @@ def replay(lines: Iterable[str], model: StepCost | None = None) -> Replayed:
     source = iter(lines)
     head = _head(next(source, ""))
     count, differing, first = 0, 0, ""
-    for queues, budget, free_pages, now, cost, decided in recorded(source, model or _model(head)):
-        again = summary(decide(queues, budget, free_pages, now, choose(head["scheduler"]), cost))
+    model = model or head.model
+    if head.modelled and model is None:
+        raise ValueError("decisions went by a cost model that is not in the trace: give it")
+    for queues, budget, free_pages, now, cost, decided in recorded(source, model):
+        again = summary(decide(queues, budget, free_pages, now, head.policy, cost))
         if again != decided:
             name = next(name for name in decided if again.get(name) != decided[name])
             first = first or f"decision {count} at {now:.3f} s, {name}: was {decided[name]}, is {again.get(name)}"
             differing += 1
         count += 1
-    return Replayed(head["scheduler"], count, differing, first)
+    return Replayed(head.policy.name, count, differing, first)
 
 
 def recorded(
@@ -139,23 +143,28 @@ def recorded(
             raise ValueError(f"not a line of a schedule's trace: {error}") from None
 
 
-def _head(line: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Head:
+    """modelled: decisions went by a cost model, and it is here unless it was somebody else's."""
+
+    policy: Policy
+    modelled: bool
+    model: StepCost | None
+
+
+def _head(line: str) -> _Head:
     try:
         head = json.loads(line)
         if head["schema"] != SCHEMA:
             raise ValueError(f"it is not of schema {SCHEMA}")
-        choose(head["scheduler"])
-        return head
-    except (KeyError, TypeError, ValueError, RuntimeFault) as error:
+        return _Head(choose(head["scheduler"]), head["modelled"], _model(head["model"]))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeFault) as error:
         raise ValueError(f"not a schedule's trace: {error}") from None
 
 
-def _model(head: dict[str, Any]) -> StepCost | None:
-    if head["modelled"] and head["model"] is None:
-        raise ValueError("decisions went by a cost model that is not in the trace: give it")
-    if not head["modelled"]:
+def _model(held: dict[str, Any] | None) -> StepCost | None:
+    if held is None:
         return None
-    held = head["model"]
     basis = fitted.Basis(**{name: tuple(figures) for name, figures in held["basis"].items()})
     return fitted.StepCost(basis, tuple(held["seconds_of"]))
 

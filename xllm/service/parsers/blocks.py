@@ -80,6 +80,7 @@ class Calls:
             return []
         before = self._growing.at
         self._growing.push(text, final)
+        self.cut |= self._growing.broken  # at once: where one call is all there may be, nobody comes to its end
         more = text[before : self._growing.at]
         return [More(len(self._ids) - 1, more)] if more else []
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
+import warnings
 from typing import Any
 
+from xllm.service.parsers import values
 from xllm.service.parsers.blocks import Found
 from xllm.service.parsers.parts import Tools
 
@@ -19,7 +20,9 @@ def calls(body: str, tools: Tools) -> tuple[list[Found], str] | None:
     if len(body) > MAX_CHARS:
         return None
     try:
-        tree = ast.parse(body.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python would tell an author of code, with the text in it
+            tree = ast.parse(body.strip(), mode="eval").body
         if not isinstance(tree, ast.List) or not tree.elts:
             return None
         return [_call(node) for node in tree.elts], ""
@@ -33,7 +36,7 @@ def _call(node: ast.expr) -> Found:
     arguments = {word.arg: _value(word.value) for word in node.keywords}
     if None in arguments or len(arguments) < len(node.keywords):
         raise ValueError("an argument without a name, or one that is there twice")
-    return Found(_name(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    return Found(_name(node.func), values.written(arguments))
 
 
 def _name(node: ast.expr) -> str:
@@ -56,8 +59,8 @@ def _value(node: ast.expr) -> Any:
             return NAMES[name]
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
-        case ast.Dict(keys=keys, values=values) if None not in keys:
+        case ast.Dict(keys=keys, values=items) if None not in keys:
             names = [_value(key) for key in keys if key is not None]
             if all(isinstance(name, str) for name in names):
-                return dict(zip(names, map(_value, values), strict=True))
+                return dict(zip(names, map(_value, items), strict=True))
     raise ValueError("no literal that JSON has")

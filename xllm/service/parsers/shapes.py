@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -113,7 +112,7 @@ def _tagged(begin: str, parameter: str, end: str, trim: bool = False) -> Body:
             arguments[key] = _value(value, key, match.groupdict().get("raw"), schema)
         if not last.fullmatch(text, at):
             return None
-        return [Found(head["name"], json.dumps(arguments, ensure_ascii=False))], ""
+        return [Found(head["name"], values.written(arguments))], ""
 
     return body
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 REFERENCES = 8  # followed from one schema to the next
+HALF = re.compile("[\ud800-\udfff]")  # of a pair: an escape can say it, UTF-8 has no bytes for it
 
 
 def _refuse(name: str) -> Any:
@@ -72,8 +74,20 @@ def members(text: str, at: int = 0) -> tuple[dict[str, str], int]:
     return found, end
 
 
+def written(value: Any) -> str:
+    """A value as JSON that can be sent. Raises ValueError for one that JSON does not have."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return HALF.sub(lambda half: f"\\u{ord(half[0]):x}", text)
+
+
+def sendable(value: Any) -> Any:
+    """The same without halves of pairs, which a value, unlike its text, can't be sent with."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(HALF.sub("\N{REPLACEMENT CHARACTER}", text)) if HALF.search(text) else value
+
+
 def complete(text: str) -> dict[str, Any]:
-    """The object that a text is; of one that breaks off, the members that are whole."""
+    """The object that a text is, sendable; of one that breaks off, the members that are whole."""
     found: dict[str, Any] = {}
     at = skip(text, skip(text, 0) + 1)
     try:
@@ -87,7 +101,7 @@ def complete(text: str) -> dict[str, Any]:
             at = skip(text, at + 1) if text[at : at + 1] == "," else at
     except ValueError:
         pass
-    return found
+    return sendable(found)
 
 
 def typed(text: str, name: str, schema: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from xllm.targets.cpu.tuning import ROUND, Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
+ROUNDED: Mapping[str, Rule] = linear.ROUNDED  # before RULES, for weights of the type that activations are rounded to
 REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
 ANY_TYPE = frozenset({*strided.RULES, *typed.RULES, *elementwise.ANY_TYPE})  # operators whose rules look at types
 LINE_BYTES = 64
@@ -48,8 +49,11 @@ class CpuTarget:
     pads: bool = False
     tuning: Tuning = ROUND
 
-    def lower(self, operation: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
-        rule = RULES.get(operation.op)
+    def lower(
+        self, operation: Operation, kv: KVLayout, weights_dtype: str, activations: str = ""
+    ) -> Lowering | Refusal:
+        rounded = ROUNDED if activations == weights_dtype.partition(".")[0] else RULES
+        rule = rounded.get(operation.op) or RULES.get(operation.op)
         if rule is None:
             return Refusal(f"no {self.name} kernel computes {operation.op}")
         bad = [result.name for result in operation.results if result.dtype != "float32"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from xllm.kernels.cpu import packed_bytes
 from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
@@ -22,7 +23,7 @@ from xllm.targets.cpu.rules import (
 )
 
 
-def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+def _linear(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = False) -> Lowering | Refusal:
     x, weight, bias = op.args["x"], op.args["weight"], op.args["bias"]
     if weight.kind != "weight" or (bias is not None and bias.kind != "weight"):
         return Refusal("its weight is not a weight of the program")
@@ -30,9 +31,9 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refus
         return Refusal("it does not multiply rows of float32")
     n, k = ints(weight.shape)
     moved = rows.times(4 * (n + k)).plus(packed_bytes(n, k, weights_dtype))
-    scratch = rows_scratch(op, "rows", rows, k, weights_dtype)
+    scratch = rows_scratch(op, "rows", rows, k, weights_dtype, rounded)
     return Lowering(
-        kernel_of("linear", weights_dtype),
+        kernel_of("linear_rounded" if rounded else "linear", weights_dtype),
         {"x": x, "weight": weight, "bias": bias, "out": op.results[0], **scratch},
         {"k": k, "n": n, **group_of(weights_dtype)},
         rows=rows,
@@ -59,10 +60,12 @@ def _heads_linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering |
     )
 
 
-def _linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
+def _linear_reach(
+    sizes: Mapping[str, int], element: int, rounded: bool = False
+) -> tuple[dict[str, int], dict[str, int]]:
     n, k = sizes["n"], sizes["k"]
     rows, once = {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element, sizes), "bias": 4 * n}
-    return rows | scratch_reach("rows", k, element, sizes), once
+    return rows | scratch_reach("rows", k, element, sizes, rounded), once
 
 
 def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -71,4 +74,10 @@ def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[st
 
 
 RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads_linear}
-REACH: Mapping[str, Reach] = {"linear": _linear_reach, "heads_linear": _heads_linear_reach}
+# Where rows of activations are rounded to the type of the weights.
+ROUNDED: Mapping[str, Rule] = {"xllm.linear": partial(_linear, rounded=True)}
+REACH: Mapping[str, Reach] = {
+    "linear": _linear_reach,
+    "linear_rounded": partial(_linear_reach, rounded=True),
+    "heads_linear": _heads_linear_reach,
+}

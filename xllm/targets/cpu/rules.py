@@ -98,15 +98,18 @@ def stored_bytes(shape: tuple[int, ...], layout: Layout) -> int:
     return math.prod(shape[:-2]) * packed_bytes(shape[-2], shape[-1], layout.dtype)
 
 
-def rows_scratch(op: Operation, name: str, rows: Extent, k: int, storage: str) -> dict[str, Tensor]:
-    """Where a kernel keeps the rows it multiplies with quantised weights, quantised themselves; by argument."""
+def rows_scratch(
+    op: Operation, name: str, rows: Extent, k: int, storage: str, rounded: bool = False
+) -> dict[str, Tensor]:
+    """Where a kernel keeps the rows it multiplies with quantised weights, quantised themselves; by argument. rounded:
+    to int8 beside int8 weights."""
     kind = quantised(storage)
     if kind is None:
         return {}
-    return {f"scratch_{name}": Tensor(f"{op.node}.{name}", "value", (rows, kind.row_bytes(k) // 4), "int32")}
+    return {f"scratch_{name}": Tensor(f"{op.node}.{name}", "value", (rows, kind.row_bytes(k, rounded) // 4), "int32")}
 
 
-def scratch_reach(name: str, k: int, element: int, sizes: Mapping[str, int]) -> dict[str, int]:
+def scratch_reach(name: str, k: int, element: int, sizes: Mapping[str, int], rounded: bool = False) -> dict[str, int]:
     """Bytes of a row in that scratch, from the same."""
     kind = quantised(_storage(element, sizes))
-    return {f"scratch_{name}": kind.row_bytes(k) if kind else 0}
+    return {f"scratch_{name}": kind.row_bytes(k, rounded) if kind else 0}

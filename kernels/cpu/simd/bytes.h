@@ -1,0 +1,84 @@
+// Products of int8 weights with rows of int8, under a scale for every 32 inputs. The same exact sums at every level: fours of bytes
+// where the machine multiplies those, with weights made unsigned (+ 128) and a start that takes it back; pairs of int16 elsewhere.
+#pragma once
+#include "quantised.h"
+
+namespace XK_LEVEL {
+
+#if defined(__AVX512VNNI__)
+
+// Four inputs of an int8 panel, as units that multiply bytes take them: [16 outputs][4].
+XK_INLINE __m512i lay_out_four(const uint8_t *w) {
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(w));
+}
+
+#endif
+
+struct Int8Bytes {
+  static constexpr int64_t bits = 8;
+  static constexpr bool kRowScale = false;
+  static int64_t stretch(int64_t) { return kStretch4; }
+
+#if defined(__AVX512VNNI__)
+  typedef int8_t Value;
+#else
+  typedef int16_t Value;
+#endif
+
+  // Values, then for every stretch what a step is worth, and the sum of its values times -128 (int32).
+  static const float *factors(const uint8_t *row, int64_t padded, int64_t at) {
+    return (const float *)(row + padded * (int64_t)sizeof(Value)) + at / kStretch4 * 2;
+  }
+  XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return sum * set1(factors[0]); }
+  static int64_t row_bytes(int64_t padded) { return (padded * (int64_t)sizeof(Value) + padded / kStretch4 * 8 + 63) / 64 * 64; }
+  static void quantise(const float *x, int64_t k, int64_t padded, bool, uint8_t *to) {
+    uint8_t *factors = to + padded * (int64_t)sizeof(Value);
+    for (int64_t j = 0; j < padded; j += kStretch4, factors += 8) {
+      float step;
+      const int32_t start = -128 * quantise_stretch(x + j, k - j, (Value *)to + j, step);
+      memcpy(factors, &step, 4);
+      memcpy(factors + 4, &start, 4);
+    }
+  }
+
+  template <int R, int P>
+  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
+    vi sum[R][P][kParts];
+    const uint8_t *x[R];
+    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) x[r] = t.x_row(row + r) + s.at * (int64_t)sizeof(Value);
+#if defined(__AVX512VNNI__)
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    const uint8_t *w = s.w;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const vi start = broadcast32(factors(t.x_row(row + r), t.x.k, s.at) + 1);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) sum[r][p][0] = start;
+    }
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kStretch4; k += 4, w += 64) {
+      vb line[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) {
+        line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
+        if (first) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const vb four = (vb)broadcast32(x[r] + k);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) sum[r][p][0] = add_bytes(sum[r][p][0], line[p], four);
+      }
+    }
+#else
+    Int8::sum_pairs<R, P>(s, x, first, sum);
+#endif
+    add_stretch<Int8Bytes, R, P>(t, s, row, sum, c);
+  }
+};
+
+}  // namespace XK_LEVEL

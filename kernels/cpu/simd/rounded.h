@@ -1,0 +1,97 @@
+// Products of rows rounded to bf16 (to nearest even) with bf16 weights, summed in float32. Where the machine multiplies bf16, an
+// element of a row or a panel is a pair of inputs: the second product of a pair is added first, then the first, each rounded as
+// by FMA (so on Zen 4), and what is too small for a normal exponent is zero. Elsewhere the same rows are multiplied as float32, one input after
+// the other. For any rows and panels together the bits are the same; levels differ from each other by the order of sums.
+#pragma once
+#include "float_tiles.h"
+
+namespace XK_LEVEL {
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kPanelsOfRounded = kPanelsOfTiles;
+typedef FloatTileMemory RoundedMemory;
+static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
+  float_product<1>(x, stride, rows, w, k, panels, memory);
+}
+
+#else
+
+constexpr int64_t kPanelsOfRounded = 16;  // most of one unit: rows are rounded once for all of them
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t kInputs = 2;  // of one element
+
+struct PanelRounded {
+  static constexpr int64_t bytes = 64;
+  XK_INLINE f32x16 load(const uint8_t *p) {
+    f32x16 r;
+    r.v[0] = (vf)lay_out_pair(p, 2);
+    return r;
+  }
+  XK_INLINE f32x16 spread(const float *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    f32x16 r;
+    r.v[0] = (vf)_mm512_set1_epi32(pair);
+    return r;
+  }
+  XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) {
+    sum.v[0] = (vf)_mm512_dpbf16_ps((__m512)sum.v[0], (__m512bh)x.v[0], (__m512bh)w.v[0]);
+    return sum;
+  }
+};
+
+XK_INLINE void round16(const float *x, int64_t n, float *to) {
+  _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)load_some(x, n).v[0]));
+}
+
+#else
+
+constexpr int64_t kInputs = 1;
+typedef PanelBf16 PanelRounded;
+
+XK_INLINE void round16(const float *x, int64_t n, float *to) {
+  f32x16 value = load_some(x, n);
+  XK_PARTS {
+    const vu bits = (vu)value.v[i], nearest = bits + 0x7fffu + (bits >> 16 & 1);
+    value.v[i] = (vf)(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : nearest) & 0xffff0000u);
+  }
+  store(to, value);
+}
+
+#endif
+
+constexpr int64_t kRoundedDepth = 256;                  // elements of many rows that are rounded at once
+constexpr int64_t kRoundedStride = kRoundedDepth + 16;  // between rows: off the powers of two that share cache sets
+
+struct RoundedMemory {
+  float sums[kPanelsOfRounded * kRowBlock * 16];
+  float rows[kRowBlock * kRoundedStride];
+  uint8_t last[kPanelsOfRounded * PanelRounded::bytes];  // of an odd number of inputs, for each panel
+};
+
+// Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16].
+static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
+  const bool few = rows <= kTileRows;  // these read the weights once, at best from end to end
+  const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide;
+  const int64_t apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride, depth = (apart - 16) * kInputs;
+  for (int64_t begin = 0; begin < k; begin += depth) {
+    const int64_t inputs = min(depth, k - begin), whole = inputs / kInputs;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * apart + i / kInputs);
+    Product t = {memory.rows, apart, w + begin * PanelBf16::bytes, w_stride, whole, memory.sums, 16, rows * 16, begin > 0};
+    for (int64_t p = 0; p < panels; p += group, t.w += group * w_stride, t.c += group * t.c_stride)
+      product<PanelRounded>(t, rows, min(group, panels - p));
+    if (inputs % kInputs) {
+      memset(memory.last, 0, sizeof memory.last);
+      for (int64_t p = 0; p < panels; p++) memcpy(memory.last + p * PanelRounded::bytes, w + p * w_stride + (k - 1) * PanelBf16::bytes, PanelBf16::bytes);
+      product<PanelRounded>({memory.rows + whole, apart, memory.last, PanelRounded::bytes, 1, memory.sums, 16, rows * 16, true}, rows, panels);
+    }
+  }
+}
+
+#endif
+
+}  // namespace XK_LEVEL
