@@ -290,8 +290,8 @@ def test_groups_beside_others_end_with_their_text_under_any_policy(source, prese
             assert_as_alone(rig, one)
     rig.assert_baseline()
     chosen = choose(preset, order)
-    for queues, budget, free, now, cost, decided in recorded(trace.lines):
-        assert summary(decide(queues, budget, free, now, chosen, cost)) == decided
+    for queues, limit, free, now, cost, decided in recorded(trace.lines):
+        assert summary(decide(queues, limit, free, now, chosen, cost)) == decided
 
 
 @pytest.mark.parametrize("fixed_bytes", [0, 5000])

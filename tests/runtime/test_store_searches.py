@@ -99,7 +99,7 @@ def test_a_group_is_promised_its_pages_until_it_has_given_all_of_them_up():
     assert seen == [True] * 3 + [False]
 
 
-def test_nothing_is_mapped_ahead_while_a_step_waits_for_the_last_page():
+def test_nothing_is_mapped_ahead_while_a_step_waits_for_the_last_page(monkeypatch):
     """A tier that fills it gives it back; the background would map it for the waiting slot, and the step find none."""
     store, (pool,) = make_pools(4, one=4)
     first, waits = pool.start(32), pool.start(16)
@@ -117,6 +117,6 @@ def test_nothing_is_mapped_ahead_while_a_step_waits_for_the_last_page():
         assert not pool.premap()
         store.lock.acquire()
 
-    store.filled.wait_for = wait_for
+    monkeypatch.setattr(store.filled, "wait_for", wait_for)
     pool.grow(waits, 16)
     pool.check()
