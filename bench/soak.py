@@ -160,9 +160,11 @@ async def _sample(server: Server, requests: int) -> Sample:
 
 
 def _metrics(url: str) -> dict[str, float]:
+    """By name: the figures of the server, and those of its one model."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if "{" not in name}
+    pairs = (line.rpartition(" ") for line in lines)
+    return {name.partition("{")[0]: float(value) for name, _, value in pairs if "," not in name}
 
 
 if __name__ == "__main__":
