@@ -22,6 +22,7 @@ from xllm.artifact import Artifact, ArtifactError
 from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.embedded import checkpoint_path
 from xllm.memory import plan_models
+from xllm.serving import _file_part
 
 NAMES = ("chat", "long", "embed")
 ADMIN = {"authorization": "Bearer admin"}
@@ -170,3 +171,8 @@ def test_names_are_one_for_each_model(artifacts: Mapping[str, Path], capsys: pyt
     assert "two models are called" in capsys.readouterr().err
     assert cli.main(["serve", path, path, "--served-model-name", "a", "--port", "0"]) == 2
     assert "once for each model" in capsys.readouterr().err
+
+
+def test_names_become_parts_of_files_in_one_folder() -> None:
+    names = {"a/b": "a_b", "..": "_", "../c": "_c", "Qwen3-0.6B": "Qwen3-0.6B"}
+    assert {name: _file_part(name) for name in names} == names

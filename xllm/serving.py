@@ -120,8 +120,11 @@ def _open(
     if not generating:
         _check_rows_flags(arguments, artifacts[0])
     names = arguments.served_model_name or [artifact.name for artifact in artifacts]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"two models are called {twice}: name each of them, in their order, with --served-model-name")
+    parts = [*map(_file_part, names)]
+    if twice := next((name for name, part in zip(names, parts, strict=True) if parts.count(part) > 1), None):
+        raise UsageError(
+            f"two models are called {twice}, or nearly so: name each of them, in their order, with --served-model-name"
+        )
     options = engine_options(arguments) | {"max_seqs": arguments.max_seqs}
     options |= {"scheduler": arguments.scheduler or "chunked", "order": arguments.order}
     tiers = _tiers(arguments)
@@ -159,6 +162,11 @@ def _check_rows_flags(arguments: argparse.Namespace, artifact: Artifact) -> None
             raise UsageError(f"--{name} is for artifacts that generate; {artifact.name} has task {artifact.task}")
 
 
+def _file_part(name: str) -> str:
+    """A model's name as part of a file's: no other folder, nothing hidden."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "_"
+
+
 def _observers(arguments: argparse.Namespace, name: str | None) -> Observers:
     """Of one model: where there are several, each has files of its own name."""
     from xllm.watch.observers import Observers
@@ -168,7 +176,7 @@ def _observers(arguments: argparse.Namespace, name: str | None) -> Observers:
     trace: Path | None = arguments.trace_decisions
     try:
         if name is not None:
-            part = name.replace("/", "_")
+            part = _file_part(name)
             trace = trace and trace.with_name(f"{trace.stem}-{part}{trace.suffix}")
             traffic = traffic and traffic.with_name(f"{traffic.stem}-{part}{traffic.suffix}")
             if profiles is not None and profiles.is_dir():
