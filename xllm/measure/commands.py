@@ -50,6 +50,7 @@ def add(command: Callable[..., Any], positive: Callable[[str], int], count: Call
         "xllm compile ./Qwen3-0.6B -o qwen.xllm --tuning cached",
     )
     tune.add_argument("--threads", type=positive, metavar="N", help="compute threads (default: the cores there are)")
+    tune.add_argument("--level", default="", metavar="LEVEL", help="instruction set level (default: the fastest)")
     tune.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there")
 
 
@@ -113,7 +114,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from xllm.measure.tune import tune
 
     _say_if_busy()
-    table = tune(arguments.threads, _tell)
+    table = tune(arguments.threads, _tell, arguments.level)
     file = arguments.output or table_path(table.cpu, table.threads)
     write_whole(file, table.to_json())
     caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in table.cache_bytes.items())

@@ -56,11 +56,15 @@ class Case:
     activations: str = ""
 
 
-def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: None) -> Tuning:
-    """The table of this machine, for its fastest instruction set level."""
+def tune(threads: int | None = None, tell: Callable[[str], None] = lambda _: None, level: str = "") -> Tuning:
+    """The table of this machine, for `level`, by default its fastest instruction set level. Raises ValueError for a
+    level that does not run here."""
     count = host.threads(threads).count
-    tell("instruction set levels")
-    level = fastest_level(count)
+    if level and level not in cpu.levels():
+        raise ValueError(f"CPU level {level} does not run here, {', '.join(cpu.levels())} do")
+    if not level:
+        tell("instruction set levels")
+        level = fastest_level(count)
     curves = {}
     with cpu.Runner(count, level) as runner:
         tell(f"limits of {count} threads")

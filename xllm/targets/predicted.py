@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from xllm.artifact import Artifact, ArtifactError
 from xllm.targets.cpu import CpuTarget
-from xllm.targets.cpu.tuning import ROUND, Tuning
+from xllm.targets.cpu.tuning import Tuning
 
 TUNING = "tuning.json"
 
 
 def target_of(artifact: Artifact) -> CpuTarget:
-    """Predicts times from the artifact's own table, from round figures where it has none. Raises ArtifactError for a
+    """Predicts times from the artifact's own table, from what is usual where it has none. Raises ArtifactError for a
     table that is none."""
-    tuning = ROUND
+    tuning = None
     if TUNING in artifact.manifest["files"]:
         try:
             tuning = Tuning.from_json(artifact.read(TUNING))

@@ -26,8 +26,9 @@ from xllm.targets.cpu import (
     strided,
     typed,
 )
+from xllm.targets.cpu.rates import usual
 from xllm.targets.cpu.rules import ELEMENT_BYTES, GROUP_TOKENS, PANEL_ROWS, Reach, Rule, kv_bytes
-from xllm.targets.cpu.tuning import ROUND, Tuning
+from xllm.targets.cpu.tuning import Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
@@ -39,15 +40,15 @@ LINE_BYTES = 64
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """One instruction set level of one architecture. Times are predicted from `tuning`, by default round figures of a
-    desktop core pair."""
+    """One instruction set level of one architecture. Times are predicted from `tuning`, by default from what is usual
+    at that level."""
 
     level: str
     name: str = "cpu"
     streams: tuple[str, ...] = ("compute", "host")
     fuses: frozenset[str] = frozenset({"gated_delta_mixed", "qk_norm_rope_write"})
     pads: bool = False
-    tuning: Tuning = ROUND
+    tuning: Tuning | None = None
 
     def lower(
         self, operation: Operation, kv: KVLayout, weights_dtype: str, activations: str = ""
@@ -80,7 +81,7 @@ class CpuTarget:
         return KVLayout(dtype, GROUP_TOKENS, at or LINE_BYTES, tuple(offsets), fixed, tuple(fixed_offsets))
 
     def seconds(self, cost: Cost, sizes: Mapping[str, int], kernel: str = "") -> float:
-        return self.tuning.seconds(kernel, cost.bytes.at(sizes), cost.flops.at(sizes))
+        return (self.tuning or usual(self.level)).seconds(kernel, cost.bytes.at(sizes), cost.flops.at(sizes))
 
 
 def _fits_plans(found: Lowering) -> bool:
