@@ -295,7 +295,7 @@ class Rig:
 
     def assert_baseline(self) -> None:
         """Nothing is held any more."""
-        assert self.engine.pool.committed == 0
+        assert self.engine.pool.promises.total == 0
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 

@@ -90,7 +90,7 @@ class Engine(Ordered):
     def submit(self, request: Request) -> None:
         """Accept a request, from any thread. Raises RequestRefused (the codes are listed there)."""
         rows = min(self.pool.plan.spans, self._core.budget.tokens)
-        plan = replace(self.pool.plan, pages=min(self.pool.plan.pages, self.pool.store.most(self.pool)))
+        plan = replace(self.pool.plan, pages=self.pool.promises.most)
         sequence = new_sequence(request, plan, self._limits, rows, self._config.eos_ids)
         with self._lock:
             if self._refusal is not None:

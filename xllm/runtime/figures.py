@@ -20,7 +20,7 @@ def figures_of(core: Core) -> EngineStats:
         waiting=len(core.waiting),
         oldest_wait_s=core._oldest_wait,
         free_pages=max(0, core.pool.free_pages),
-        used_pages=core.pool.committed,
+        used_pages=core.pool.promises.total,
         total_pages=plan.pages,
         page_bytes=plan.page_bytes,
         steps=core._steps,

@@ -136,7 +136,7 @@ class Ordered:
             self._seen = store.changes
             step = None if self._orders.holding else core.plan()
             self._stuck = step is None and not (core.leaving or any(sequence.flights for sequence in core.running))
-            waits = self._stuck and not (self._orders.holding or core.loading or store.owed(self.pool))
+            waits = self._stuck and not (self._orders.holding or core.loading or self.pool.promises.owed)
             searches = waits and any(isinstance(one, BeamGroup) for one in (*core.running, *core.waiting))
             if searches and not store.claim(self.pool):
                 core.preempt_all()  # a search of another model has claimed what this one needs
@@ -146,8 +146,8 @@ class Ordered:
     def _starved(self) -> bool:
         """Nothing could run, as another model still has pages that are kept for this one, or has claimed the rest; and
         none has given anything up since."""
-        store = self.pool.store
-        return self._stuck and not self._outdated and (store.owed(self.pool) or store.claimed(self.pool))
+        promises = self.pool.promises
+        return self._stuck and not self._outdated and (promises.owed or promises.shut_out)
 
     @property
     def _outdated(self) -> bool:
