@@ -149,8 +149,8 @@ def written() -> str:
     lines = [
         "# Metrics", "", "Made by `python -m tests.service.test_metrics > docs/metrics.md`. `GET /metrics` has them in",
         "Prometheus' text format; those of a model have its name as the label `model_name`. Names that start with",
-        "`vllm:` are for dashboards made for vLLM, their label `engine` is always 0. Times are in seconds, or in what the",
-        "name says. Counters start at 0 with the server.", "", "| name | type | what it is |", "|---|---|---|",
+        "`vllm:` are for dashboards made for vLLM, their label `engine` is always 0. Times are in seconds, or in what",
+        "the name says. Counters start at 0 with the server.", "", "| name | type | what it is |", "|---|---|---|",
     ]  # fmt: skip
     for metric in shown():
         counts = metric.type == "counter" or (metric.type == "unknown")
