@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 # What a core does, in the order of a step: it decides, after it has looked up pages of the prefix cache; gets spans and
 # pages; hands the batch over; takes what it gave; offers pages that are complete to others.
-PHASES = ("schedule", "match", "allocate", "prepare", "take", "insert")
+PHASES: tuple[str, ...] = ("schedule", "match", "allocate", "prepare", "take", "insert")
 STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
