@@ -152,17 +152,18 @@ def test_a_model_that_rests_holds_up_its_own_lines_only(served, http):
 
 def test_a_large_body_is_looked_through_beside_the_others(http, monkeypatch):
     """While its name is looked for, somebody else is answered."""
-    answered, read = threading.Event(), endpoint.named
+    begun, answered, read = threading.Event(), threading.Event(), endpoint.named
 
     def slow(data: bytes) -> str | None:
         if len(data) > 1 << 20:
+            begun.set()
             assert answered.wait(20), "nobody was answered meanwhile"
         return read(data)
 
     monkeypatch.setattr(endpoint, "named", slow)
     with ThreadPoolExecutor(1) as pool:
         large = pool.submit(complete, http, model="two", prompt=["hi", "x" * (2 << 20)])
-        assert complete(http, model="one").status_code == 200
+        assert begun.wait(20) and complete(http, model="one").status_code == 200
         answered.set()
         assert large.result().json()["error"]["code"] == "context_length_exceeded"
 
