@@ -207,8 +207,8 @@ def test_the_limit_of_requests_is_for_all_together(served, http):
 
 
 def test_state_health_and_orders_take_the_name(http):
-    state = http.get("/ui/state?model=two").json()
-    assert (state["model"], state["models"]) == ("two", NAMES) and http.get("/ui/state").json()["model"] == "one"
+    for query, names in (("", NAMES), ("?model=two", ["two"])):
+        assert [model["model"] for model in http.get(f"/ui/state{query}").json()["models"]] == names
     assert http.get("/ready?model=rows").json()["status"] == "ready"
     assert http.get("/health?model=three").status_code == 404
     asleep = http.get("/is_sleeping", headers=ADMIN).json()["models"]
