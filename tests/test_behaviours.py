@@ -17,7 +17,6 @@ WAITING = {
     29: "encoders of images",
     30: "pages of one size for each layer; pages of all layers together are test_pages_and_tokens_are_inverse",
     31: "pools made of several; windows of layers",
-    37: "a file of settings",
 }
 NAMED = re.compile(r"def test_behaviours?_(\d+)(?:_and_(\d+))?_")
 
