@@ -1,6 +1,6 @@
 // Query rows (token x head) of one KV head against one block of its keys and values on the matrix unit (AMX), as kv_attend.h does it
 // with vectors. Keys and values are bf16, or steps of int8, which bf16 holds; queries and weights are the sum of three bf16 parts, or
-// rounded to one. Sums are in the unit's order (float_tiles.h), for 32 dims or tokens at a time, whatever the other rows are and
+// rounded to one; exact attention over int8 stays with vectors, since three parts cost its decoding more than is saved. Sums are in the unit's order (float_tiles.h), for 32 dims or tokens at a time, whatever the other rows are and
 // however few. Keys or values that are infinite make NaN of the rows that see them.
 #pragma once
 #include "float_tiles.h"
@@ -11,7 +11,7 @@ namespace XK_LEVEL {
 #if defined(__AMX_BF16__)
 
 template <class Kv>
-constexpr int kAttendParts = Kv::kRounded ? 1 : sizeof(typename Kv::Element) < 4 ? 3 : 0;  // 0: vectors compute
+constexpr int kAttendParts = Kv::kRounded ? 1 : sizeof(typename Kv::Element) == 2 ? 3 : 0;  // 0: vectors compute
 
 constexpr int64_t kFewAttend = 4;  // rows for which vectors are faster: they wait for memory
 constexpr int64_t kTileSlots = kQueryRows + kTileHeight;  // rows of a whole tile may lie beyond the last: what they hold is not read
