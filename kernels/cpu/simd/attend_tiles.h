@@ -1,7 +1,7 @@
 // Query rows (token x head) of one KV head against one block of its keys and values on the matrix unit (AMX), as kv_attend.h does it
 // with vectors. Keys and values are bf16, or steps of int8, which bf16 holds; queries and weights are the sum of three bf16 parts, or
-// rounded to one; exact attention over int8 stays with vectors, since three parts cost its decoding more than is saved. Sums are in the unit's order (float_tiles.h), for 32 dims or tokens at a time, whatever the other rows are and
-// however few. Keys or values that are infinite make NaN of the rows that see them.
+// rounded to one. Exact attention over int8 stays with vectors: three parts would double the time of its decoding. Sums are in the
+// unit's order (float_tiles.h), for 32 dims or tokens at a time, whatever the other rows are and however few. Keys or values that are infinite make NaN of the rows that see them.
 #pragma once
 #include "float_tiles.h"
 #include "kv_attend.h"
