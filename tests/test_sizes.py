@@ -19,8 +19,8 @@ BUDGET = {
     "xllm/targets": 3475,  # logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
     "xllm/runtime": 6700,
-    # three APIs of generation, parsers, batches, control, the page, who may ask; several models
-    "xllm/service": 8950,
+    # three APIs of generation, parsers, batches, control, the page, who may ask; several models; eager tools
+    "xllm/service": 9010,
     "xllm/artifact": 1460,  # exchange of weights
     "xllm/embedded": 1300,
     "xllm/inspection": 1060,
