@@ -19,7 +19,7 @@ BUDGET = {
     "xllm/targets": 3475,  # logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
     "xllm/runtime": 6775,  # where steps spend their time (60)
-    # three APIs of generation, parsers, batches, control, the page, who may ask; several models; metrics (130); eager (70)
+    # three APIs of generation, parsers, batches, control, the page, who may ask, models; metrics (130); eager (70)
     "xllm/service": 9160,
     "xllm/artifact": 1460,  # exchange of weights
     "xllm/embedded": 1300,
@@ -30,7 +30,7 @@ BUDGET = {
     "kernels": 7120,  # the matrix unit (600), int8 keys and values (70), rows rounded to bfloat16 or int8 (230)
     # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served), tiers
     "bench": 5870,
-    "tests": 29700,  # of which pages and models that share them 600, rounded activations 240, work of parsers counted 250
+    "tests": 29700,  # of which pages and models that share them 600, rounded activations 240, work of parsers 250
 }
 
 

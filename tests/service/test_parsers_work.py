@@ -38,7 +38,7 @@ class Text(str):
         return found
 
     def find(self, what: str, *span: int) -> int:  # pyright: ignore
-        Work.characters += len(range(*slice(*(span or (0,)), *((None,) if len(span) < 2 else ())).indices(len(self))))
+        Work.characters += len(range(*slice(*span).indices(len(self)))) if len(span) > 1 else len(self) - sum(span)
         return str.find(self, what, *span)
 
     def lstrip(self, *chars: str) -> Text:  # pyright: ignore
