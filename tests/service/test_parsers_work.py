@@ -68,13 +68,13 @@ class Pattern:
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._own, name)
 
-        def counted(*args: Any) -> Any:
-            found = call(*args)
+        def counted(text: str, *more: Any) -> Any:
+            found = call(text, *more)
             if name in ("search", "match", "fullmatch"):
-                start = args[1] if len(args) > 1 else 0
-                Work.characters += max(0, (found.end() if found and name != "fullmatch" else len(args[0])) - start)
+                start = more[0] if more else 0
+                Work.characters += max(0, (found.end() if found and name != "fullmatch" else len(text)) - start)
             else:
-                Work.characters += len(args[-1])
+                Work.characters += len(more[-1] if more else text)
             return found
 
         return counted
