@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -157,6 +158,37 @@ def test_the_loop_s_own_lag_is_not_the_client_s(tmp_path):
         assert loop is not None
         loop.call_soon_threadsafe(time.sleep, 0.5)
         assert answer.result().status_code == 200
+
+
+def test_connections_do_not_wait_for_a_turn_of_the_loop_each(tmp_path):
+    """Where nobody counts them: a busy loop has few turns a second."""
+    service = fake_service(tmp_path)
+    come, accepted = threading.Event(), threading.Event()
+    turns = 0
+    with running(service) as (base, server):
+        parts = urlsplit(base)
+        loop = service.dispatcher._loop
+        assert loop is not None
+
+        def turn() -> None:
+            nonlocal turns
+            if len(server.server_state.connections) == 32:
+                accepted.set()
+            elif turns < 1000:
+                turns += 1
+                loop.call_soon(turn)
+
+        def busy() -> None:
+            come.wait(20)
+            loop.call_soon(turn)
+
+        loop.call_soon_threadsafe(busy)
+        clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(32)]
+        come.set()
+        assert accepted.wait(20)
+        for client in clients:
+            client.close()
+    assert turns <= 8
 
 
 def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypatch):
@@ -348,7 +380,7 @@ def test_metrics_have_both_names_and_only_grow(tmp_path):
     assert after['inter_token_latency_milliseconds_count{model_name="fake"}'] == 2
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="fake"}'] == 1
     assert after['num_free_blocks{model_name="fake"}'] == 100
-    gauges = ("num_", "kv_cache", "vllm:num_requests", "vllm:kv")
+    gauges = ("num_", "backlog_", "kv_cache", "vllm:num_requests", "vllm:kv")
     grown = {name for name in before if not name.startswith(gauges)}
     assert all(after[name] >= before[name] for name in grown)
 

@@ -65,6 +65,7 @@ class Front:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.backlogs: list[Backlog] = []
         self.requests_in = 0
         self.concurrent = 0
         self.statuses: Counter[str] = Counter()
@@ -111,6 +112,7 @@ class Recorder:
     def _all(self, engine: EngineStats, backlog: Backlog) -> Iterator[Metric]:
         yield _gauge("num_backlog_tokens", "prompt tokens that wait for their first output", backlog.tokens)
         yield _gauge("backlog_seconds", "what a request that comes now would wait for its turn", backlog.seconds)
+        yield _gauge("backlog_seconds_ratio", "seconds that one of the cost model took of late", backlog.ratio)
         share = engine.used_pages / engine.total_pages if engine.total_pages else 0.0
         yield from self._own(engine, share)
         yield from self._compatible(engine, share)
