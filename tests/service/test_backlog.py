@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -202,3 +205,34 @@ def test_a_request_that_would_wait_too_long_is_told_when_to_come_again(tmp_path)
         assert first.result().status_code == 200
         assert ask(base, prompt=[65]).status_code == 200
         assert service.dispatcher.backlog.tokens == 0
+
+
+def test_connections_do_not_wait_for_a_turn_of_the_loop_each(tmp_path):
+    """Where nobody counts them: a busy loop has few turns a second."""
+    service = fake_service(tmp_path)
+    come, accepted = threading.Event(), threading.Event()
+    turns = 0
+    with running(service) as (base, server):
+        parts = urlsplit(base)
+        loop = service.dispatcher._loop
+        assert loop is not None
+
+        def turn() -> None:
+            nonlocal turns
+            if len(server.server_state.connections) == 32:
+                accepted.set()
+            elif turns < 1000:
+                turns += 1
+                loop.call_soon(turn)
+
+        def busy() -> None:
+            come.wait(20)
+            loop.call_soon(turn)
+
+        loop.call_soon_threadsafe(busy)
+        clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(32)]
+        come.set()
+        assert accepted.wait(20)
+        for client in clients:
+            client.close()
+    assert turns <= 8

@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,7 +45,7 @@ def raw_request(base: str, body: dict, receive_buffer: int | None = None, route:
     return connection
 
 
-def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
+def test_behaviour_62_every_route_needs_a_key_unless_it_is_public(tmp_path):
     with running(fake_service(tmp_path), Keys(["one", "two"])) as (base, server):
         app: Any = server.config.app
         routes = [(method, path) for path, (_, methods) in app._app.table.items() for method in methods]
@@ -160,37 +159,6 @@ def test_the_loop_s_own_lag_is_not_the_client_s(tmp_path):
         assert answer.result().status_code == 200
 
 
-def test_connections_do_not_wait_for_a_turn_of_the_loop_each(tmp_path):
-    """Where nobody counts them: a busy loop has few turns a second."""
-    service = fake_service(tmp_path)
-    come, accepted = threading.Event(), threading.Event()
-    turns = 0
-    with running(service) as (base, server):
-        parts = urlsplit(base)
-        loop = service.dispatcher._loop
-        assert loop is not None
-
-        def turn() -> None:
-            nonlocal turns
-            if len(server.server_state.connections) == 32:
-                accepted.set()
-            elif turns < 1000:
-                turns += 1
-                loop.call_soon(turn)
-
-        def busy() -> None:
-            come.wait(20)
-            loop.call_soon(turn)
-
-        loop.call_soon_threadsafe(busy)
-        clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(32)]
-        come.set()
-        assert accepted.wait(20)
-        for client in clients:
-            client.close()
-    assert turns <= 8
-
-
 def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypatch):
     monkeypatch.setattr("xllm.service.server.HEADER_SECONDS", 0.2)
     with running(fake_service(tmp_path)) as (base, _):
@@ -202,7 +170,7 @@ def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypa
             assert connection.recv(65536) == b""
 
 
-def test_too_many_requests(tmp_path):
+def test_behaviour_32_a_full_server_is_429_until_one_ends(tmp_path):
     service = fake_service(tmp_path, Limits(max_concurrent_requests=2), tick=0.001)
     with running(service) as (base, _):
         busy = [raw_request(base, ENDLESS) for _ in range(2)]
