@@ -16,11 +16,12 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    "xllm/targets": 3510,  # costs of steps from the calls (35); logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
+    # costs of steps from the calls (35)
+    "xllm/targets": 3510,  # logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
     "xllm/runtime": 6870,  # where steps spend their time (60), prices of prompts (95)
-    # three APIs of generation, parsers, batches, control, the page, who may ask; several models; metrics (130); prices (140)
-    "xllm/service": 9230,
+    # three APIs of generation, parsers, batches, control, the page, who may ask; several models; metrics (130)
+    "xllm/service": 9230,  # prices of what waits (140)
     "xllm/artifact": 1460,  # exchange of weights
     "xllm/embedded": 1300,
     "xllm/inspection": 1060,
