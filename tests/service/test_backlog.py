@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.fakes import fake_service, running
@@ -63,6 +63,7 @@ def test_a_burst_at_the_start_is_refused_by_its_price():
         backlog.add([request("one more", 500)])
 
 
+@settings(deadline=None, max_examples=25)
 @given(st.floats(0.05, 20.0), st.integers(1, 400), st.integers(1, 40))
 def test_prices_of_another_machine_are_corrected(slower, tokens, waiting):
     clock = Clock()
