@@ -51,7 +51,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
     "targets.fitted": ({"artifact", "runtime.cost", "targets"}, {"msgspec"}),
-    "targets.predicted": ({"artifact", "targets"}, set()),
+    "targets.predicted": ({"artifact", "runtime.cost", "targets"}, set()),
     "targets.modules": ({"", "artifact", "extensions", "plan", "targets.arrays", "targets.base"}, {"numpy"}),
     "targets.fallback": ({"artifact", "ir", "plan", "targets.arrays", "targets.base"}, {"numpy", "torch"}),
     "kernels": (set(), {"numpy"}),

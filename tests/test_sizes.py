@@ -16,12 +16,13 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    "xllm/targets": 3550,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
+    # costs of steps from the calls (35)
+    "xllm/targets": 3585,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
-    "xllm/runtime": 6810,  # where steps spend their time (60); pages reserved beside other models (35)
+    "xllm/runtime": 6905,  # where steps spend their time (60); pages reserved beside other models (35); prices (95)
     # three APIs of generation, parsers, batches, control, the page, who may ask; all metrics (130); several models,
     # whose requests and lines leave others room (60), eager tools (70)
-    "xllm/service": 9220,
+    "xllm/service": 9360,  # prices of what waits (140)
     "xllm/artifact": 1460,  # exchange of weights
     "xllm/embedded": 1300,
     "xllm/inspection": 1065,  # rounded attention
@@ -32,8 +33,8 @@ BUDGET = {
     # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served), tiers
     "bench": 5870,
     # of which pages and models that share them 600, what several models keep and share 550, rounded activations 240
-    # work of parsers 250
-    "tests": 30270,
+    # work of parsers 250, prices 100
+    "tests": 30370,
 }
 
 

@@ -20,6 +20,7 @@ from xllm.commands import UsageError, artifact_folder, engine_options, facts_of,
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
     from xllm.memory import Ledger, MemoryPlan, RowsLedger
+    from xllm.runtime.cost import StepCost
     from xllm.runtime.engine import Engine
     from xllm.runtime.rows import RowEngine
     from xllm.service.dispatch import Dispatcher
@@ -98,11 +99,12 @@ def serve(arguments: argparse.Namespace) -> None:
         for model, codec in zip(models, codecs, strict=True):
             artifact, whose = model.artifact, f" of {model.name}" if len(models) > 1 else ""
             dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
+            cost, why = cost_of(artifact, chosen.count)
             if artifact.task == "generate":
-                print(f"step times{whose}: {cost_of(artifact, chosen.count)[1]}", flush=True)
+                print(f"step times{whose}: {why}", flush=True)
                 told = f"calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}"
                 print(f"answers{whose}: {told}", flush=True)
-            services.append(_service(model, codec, dialect, front, arguments))
+            services.append(_service(model, codec, dialect, front, cost, arguments))
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
         if arguments.state_dir is not None:
@@ -200,8 +202,11 @@ def _observers(arguments: argparse.Namespace, name: str | None) -> Observers:
         raise UsageError(str(error)) from None
 
 
-def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: argparse.Namespace) -> Service:
+def _service(
+    model: Model, codec: Any, dialect: Any, front: Front, cost: StepCost | None, arguments: argparse.Namespace
+) -> Service:
     from xllm.control import EngineControl
+    from xllm.llm import prices_of
     from xllm.runtime.engine import Engine
     from xllm.service.app import load_service
     from xllm.service.endpoint import Limits
@@ -221,6 +226,7 @@ def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: ar
         ),
         dialect=dialect,
         front=front,
+        prices=prices_of(artifact, engine, cost),
     )
     service.profiling = model.observers.profiling
     service.recorder.memory = model.ledger.sizes

@@ -350,7 +350,7 @@ def test_metrics_have_both_names_and_only_grow(tmp_path):
     assert after['inter_token_latency_milliseconds_count{model_name="fake"}'] == 2
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="fake"}'] == 1
     assert after['num_free_blocks{model_name="fake"}'] == 100
-    gauges = ("num_", "kv_cache", "vllm:num_requests", "vllm:kv")
+    gauges = ("num_", "backlog_", "kv_cache", "vllm:num_requests", "vllm:kv")
     grown = {name for name in before if not name.startswith(gauges)}
     assert all(after[name] >= before[name] for name in grown)
 

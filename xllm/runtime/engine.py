@@ -23,6 +23,7 @@ from xllm.runtime.groups import BeamGroup
 from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
+from xllm.runtime.policies.state import Budget
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.store import PageStore
@@ -78,6 +79,11 @@ class Engine(Ordered):
     @property
     def executor(self) -> Executor:
         return self._core.executor
+
+    @property
+    def budget(self) -> Budget:
+        """Limits of a step, as they are now."""
+        return self._core.budget
 
     def start(self) -> None:
         """Start the engine thread. Requests may be submitted before."""

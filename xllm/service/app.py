@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from xllm import __version__
+from xllm.runtime.pricing import Prices
 from xllm.service import profiling
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
@@ -48,10 +49,11 @@ def load_service(
     dialect: Dialect | None = None,
     batches: Batches | None = None,
     front: Front | None = None,
+    prices: Prices | None = None,
 ) -> Service:
     """Everything the routes share of one model. The chat template is compiled by its first use; `dialect` is what it
     shows, or what else its answers are read as; `batches` are what is kept on disk, `front` is what it shares with
-    other models."""
+    other models, whose steps take turns with these; `prices` say what requests take (see Backlog)."""
 
     @cache
     def template() -> ChatTemplate:
@@ -70,8 +72,9 @@ def load_service(
 
         return Grammars(codec, facts.vocab, facts.eos_ids)
 
-    dispatcher.backlog = Backlog(limits.max_wait)
     front = front or Front()
+    dispatcher.backlog = Backlog(limits.max_wait, prices, front.backlogs)
+    front.backlogs.append(dispatcher.backlog)
     front.names.append(facts.name)
     return Service(
         facts=facts,

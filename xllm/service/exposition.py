@@ -76,6 +76,7 @@ def _of_model(recorder: Recorder, engine: EngineStats, backlog: Backlog) -> Iter
     """All have the model's name as a label."""
     shown = [_gauge("num_backlog_tokens", "prompt tokens that wait for their first output", backlog.tokens)]
     shown.append(_gauge("backlog_seconds", "what a request that comes now would wait for its turn", backlog.seconds))
+    shown.append(_gauge("backlog_seconds_ratio", "seconds that one of the cost model took of late", backlog.ratio))
     for part in (_requests(recorder), _engine(engine), _time(recorder, engine), _memory(recorder, engine)):
         shown += part
     shown += [*_tiers(engine), *_compatible(recorder, engine)]

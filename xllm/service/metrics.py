@@ -7,6 +7,10 @@ from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xllm.service.backlog import Backlog
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
@@ -57,6 +61,7 @@ class Front:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.backlogs: list[Backlog] = []
         self.requests_in = 0
         self.concurrent = 0
         self.statuses: Counter[str] = Counter()
