@@ -31,10 +31,11 @@ int64_t panels_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) 
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
-Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup) {
+Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup, int64_t together = 1) {
   const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, most), groups = (panels_of(c) + each - 1) / each;
-  const int64_t block = unit % blocks, row = all * block / blocks, first = unit / blocks % groups * each;
-  return {row, all * (block + 1) / blocks - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
+  const int64_t lots = (all + together - 1) / together, block = unit % blocks, first = unit / blocks % groups * each;  // lots of rows
+  const int64_t row = lots * block / blocks * together, end = min(all, lots * (block + 1) / blocks * together);
+  return {row, end - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
 
 // Sums [panel][row][16] to the columns from `column` on of rows `stride` apart, with their biases.
@@ -145,18 +146,19 @@ struct IntScratch : Sums {
   TileMemory tiles;
 };
 
-int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), c.ints[kK]); }
+constexpr int64_t kQuantiseWork = 4;  // of an element, beside that of other kernels on rows
+int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), kQuantiseWork * c.ints[kK]); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK];
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows_of(unit, c.rows(s), k));
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows_of(unit, c.rows(s), kQuantiseWork * k));
 }
 
 template <class Type>
 void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN], group = c.ints[kGroup], padded = padded_inputs(k, group);
-  const Cut cut = cut_of(c, s, unit);
+  const Cut cut = cut_of(c, s, unit, kPanelGroup, tiled(c, s) ? kTileHeight : 1);
   const QuantisedRows x = {c.arg<const uint8_t>(kScratchRows, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
   IntScratch *scratch = (IntScratch *)memory;

@@ -98,10 +98,14 @@ XK_INLINE int32_t greatest_bits(const float *x, int64_t n) {
       most[i] = bits > most[i] ? bits : most[i];
     }
   }
+#if XK_VECTOR_BYTES == 64
+  return _mm512_reduce_max_epi32((__m512i)most[0]);
+#else
   int32_t lanes[16], greatest = 0;
   memcpy(lanes, most, sizeof lanes);
   for (int i = 0; i < 16; i++) greatest = lanes[i] > greatest ? lanes[i] : greatest;
   return greatest;
+#endif
 }
 
 // Whole steps of x * steps, to nearest even; |x * steps| is below 2^22.
