@@ -60,7 +60,6 @@ static inline int64_t split_bytes(int64_t k) { return steps_of(k) * kStep * 2 * 
 // Of 32 inputs, of which `left` are there: [Parts], `apart` bytes from each other, the smallest first. Infinity and NaN have one part.
 template <int Parts>
 XK_INLINE void split_step(const float *x, int64_t left, uint8_t *to, int64_t apart) {
-  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
   __m512 rest[2];
   for (int h = 0; h < 2; h++) rest[h] = left > 16 * h ? (__m512)load_some(x + 16 * h, left - 16 * h).v[0] : _mm512_setzero_ps();
   __mmask16 finite[2];
@@ -72,7 +71,7 @@ XK_INLINE void split_step(const float *x, int64_t left, uint8_t *to, int64_t apa
     if (!part) break;
     for (int h = 0; h < 2; h++) {
       const __m512i wide = _mm512_cvtepu16_epi32(h ? _mm512_extracti64x4_epi64(both, 1) : _mm512_castsi512_si256(both));
-      rest[h] = _mm512_maskz_sub_ps(finite[h], rest[h], _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(wide, 16), high)));
+      rest[h] = _mm512_maskz_sub_ps(finite[h], rest[h], _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
     }
   }
 }
@@ -114,7 +113,7 @@ struct Strip {  // one or two tiles of rows, from a step on
 struct FloatPanels {  // weights of a stretch of inputs
   const uint8_t *w;
   int64_t stride, inputs;  // bytes between panels
-  uint8_t *laid;           // [step, modulo kRing][panel]: tiles
+  uint8_t *laid;           // [step, modulo what fits][panel]: tiles
   const uint8_t *next;     // weights that come after these, or null
 };
 
@@ -235,7 +234,7 @@ static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uin
         Strip s = {{from + begin / kStep * Parts * above * 64, from + kTileHeight * row_bytes + begin / kStep * Parts * under * 64},
                          {above * 64, under * 64},
                          {}};
-        s.next[0] = s.x[0] + (strip + 1 < strips ? kStripRows * row_bytes : 0), s.next[1] = s.x[1] + (strip + 1 < strips ? kStripRows * row_bytes : 0);
+        for (int i = 0; i < 2; i++) s.next[i] = s.x[i] + (strip + 1 < strips ? kStripRows * row_bytes : 0);
         float *c = memory.sums + (p * rows + row) * 16;
         const int64_t lines = kTileBytes / 64, line = strip * lines / strips, end = (strip + 1) * lines / strips;
         if (strip) float_panels<Parts, false>(wide, s, t, line, end, begin, c, rows * 16);

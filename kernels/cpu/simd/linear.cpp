@@ -87,13 +87,14 @@ void run_split(const Call &c, const Step &s, int64_t unit, uint8_t *) {
 int64_t split_units(const Call &c, const Step &s) { return units_of_split(c.rows(s), c.ints[kK]); }
 
 // Few rows wait for the weights: kPanelGroup panels. Many: a block of rows that stays in L2, and panels for which it is read once.
+constexpr int64_t kUnitsOfTiles = 16;  // at least, where there are panels for them
 struct TileCut {
   int64_t strips, blocks, each;
 };
 TileCut tile_cut(const Call &c, const Step &s) {
   const int64_t strips = (c.rows(s) + kStripRows - 1) / kStripRows, blocks = (strips + kStrips - 1) / kStrips;
-  const int64_t most = strips == 1 ? kPanelGroup : kPanelsOfTiles;
-  return {strips, blocks, max(min(most, 2), min(most, panels_of(c) * blocks / kUnitsOfMany / 2 * 2))};
+  const int64_t many = min(kPanelsOfTiles, panels_of(c) * blocks / kUnitsOfTiles / 2 * 2);
+  return {strips, blocks, strips == 1 ? kPanelGroup : max(2, many)};
 }
 int64_t tile_units(const Call &c, const Step &s) {
   const TileCut cut = tile_cut(c, s);
@@ -104,7 +105,8 @@ template <int Parts>
 void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN];
   const auto [strips, blocks, each] = tile_cut(c, s);
-  const int64_t block = unit % blocks, row = strips * block / blocks * kStripRows, rows = min(c.rows(s), strips * (block + 1) / blocks * kStripRows) - row;
+  const int64_t block = unit % blocks, row = strips * block / blocks * kStripRows;
+  const int64_t rows = min(c.rows(s), strips * (block + 1) / blocks * kStripRows) - row;
   const int64_t first = unit / blocks * each, panels = min(each, panels_of(c) - first);
   FloatTileMemory *scratch = (FloatTileMemory *)memory;
   float_tiles<Parts>(c.arg<const uint8_t>(kScratchRows, s), row, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels,
@@ -152,7 +154,8 @@ int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK];
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows_of(unit, c.rows(s), kQuantiseWork * k));
+  const Rows rows = rows_of(unit, c.rows(s), kQuantiseWork * k);
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows);
 }
 
 template <class Type>
