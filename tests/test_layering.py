@@ -97,9 +97,10 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "inspection.commands": ({"artifact", "commands", "diagnose", "inspection", "measure.record"}, set()),
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
     "flags": ({"", "config", "service.parsers", "storage"}, set()),
+    "settings": ({"commands"}, set()),
     "cli": (
         {"", "artifact", "commands", "compiler", "config", "doctor", "flags", "inspection", "measure", "pipeline"}
-        | {"service.parsers", "serving", "traffic"},
+        | {"service.parsers", "serving", "settings", "traffic"},
         {"rich"},
     ),
     "": ({"offline", "runtime", "session"}, set()),

@@ -19,7 +19,7 @@ from xllm.commands import UsageError, artifact_folder, engine_options, facts_of,
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
-    from xllm.memory import MemoryPlan
+    from xllm.memory import Ledger, MemoryPlan, RowsLedger
     from xllm.runtime.engine import Engine
     from xllm.runtime.rows import RowEngine
     from xllm.service.dispatch import Dispatcher
@@ -39,6 +39,7 @@ class Model:
     dispatcher: Dispatcher
     observers: Observers
     engine: Engine | RowEngine
+    ledger: Ledger | RowsLedger
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -149,7 +150,7 @@ def _open(
             own = process_options(arguments) | common | {"ledger": ledger}
             engine, _ = open_rows(artifact, dispatcher.sink, **own)
         ending.callback(engine.stop)
-        models.append(Model(name, artifact, dispatcher, observers, engine))
+        models.append(Model(name, artifact, dispatcher, observers, engine, ledger))
     return models, memory
 
 
@@ -210,6 +211,7 @@ def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: ar
         front=front,
     )
     service.profiling = model.observers.profiling
+    service.recorder.memory = model.ledger.sizes
     if isinstance(engine, Engine):
         service.controls = EngineControl(engine, artifact, arguments.require_signature)
         service.weights_folder = arguments.weights_dir

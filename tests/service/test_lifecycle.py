@@ -45,7 +45,7 @@ def raw_request(base: str, body: dict, receive_buffer: int | None = None, route:
     return connection
 
 
-def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
+def test_behaviour_62_every_route_needs_a_key_unless_it_is_public(tmp_path):
     with running(fake_service(tmp_path), Keys(["one", "two"])) as (base, server):
         app: Any = server.config.app
         routes = [(method, path) for path, (_, methods) in app._app.table.items() for method in methods]
@@ -170,7 +170,7 @@ def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypa
             assert connection.recv(65536) == b""
 
 
-def test_too_many_requests(tmp_path):
+def test_behaviour_32_a_full_server_is_429_until_one_ends(tmp_path):
     service = fake_service(tmp_path, Limits(max_concurrent_requests=2), tick=0.001)
     with running(service) as (base, _):
         busy = [raw_request(base, ENDLESS) for _ in range(2)]

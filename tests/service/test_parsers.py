@@ -201,7 +201,7 @@ def without_space(text: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
-def test_any_cut_of_any_text_gives_the_same(name, data):
+def test_behaviour_36_any_cut_of_any_text_gives_the_same(name, data):
     """And what is no call is all there, less markers and white space."""
     text = "".join(data.draw(GARBAGE[name]))
     reasoning = data.draw(st.sampled_from(["none", "qwen3", "deepseek-r1", "kimi"]))

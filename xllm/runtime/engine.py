@@ -155,10 +155,11 @@ class Engine(Ordered):
         """A snapshot, from any thread."""
         figures = self._core.stats()
         with self._lock:
-            waiting = figures.waiting + len(self._submitted)
+            pending = len(self._submitted)
             refusal = str(self._refusal) if self._refusal is not None else None
             told = {"paused": self._orders.paused, "asleep": self._orders.asleep}
-            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, **told)
+            waiting = figures.waiting + pending
+            return replace(figures, accepted=self._accepted, waiting=waiting, pending=pending, refusal=refusal, **told)
 
     @property
     def why(self) -> tuple[str, ...]:

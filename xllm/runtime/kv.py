@@ -230,7 +230,8 @@ class KvPool:
             mapped = held - self.idle_pages - cached
             states = (len(self.store.free), self.store.filling, mapped, self.idle_pages, cached)
             by_state = dict(zip(PageState, states, strict=True))
-            return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self._unmaps, self._evictions)
+            counts = self._critical_maps, self._hidden_maps, self._unmaps, self._evictions
+            return PoolFigures(by_state, *counts, len(self._cache))
 
     def check(self) -> None:
         """Assert the invariants: every page has one state and one owner, and all counters agree. Raises

@@ -15,8 +15,9 @@ from xllm.service.control import ABORT, ORDERS, Abort, sleeping
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.endpoint import Endpoint, Limits, Service, addressed, by_name
 from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
+from xllm.service.exposition import expose
 from xllm.service.gate import EVERYBODY, PAGE, Access, App, Gate, Receive, Scope, Send, send_data, send_json
-from xllm.service.metrics import Front, Recorder, expose
+from xllm.service.metrics import Front, Recorder
 from xllm.service.page import STATE, send_page, state
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score

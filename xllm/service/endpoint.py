@@ -81,6 +81,14 @@ class Service:
         with suppress(ApiError):
             self.chat_template()
 
+    def render(self, *arguments: Any, **named: Any) -> str:
+        """As ChatTemplate.render, in the pool; the time that it takes is counted."""
+        begin = time.monotonic()
+        try:
+            return self.chat_template().render(*arguments, **named)
+        finally:
+            self.recorder.template_seconds += time.monotonic() - begin
+
     @contextmanager
     def slot(self) -> Iterator[None]:
         """One of max_concurrent_requests. Raises ApiError 429 when all are taken, 503 while draining."""
@@ -135,7 +143,7 @@ class Endpoint(Generic[JobOf]):
             timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
             job, seconds = await timed
             took(seconds)
-        service.recorder.tokenization_seconds += seconds
+        service.recorder.preparing_seconds += seconds
         if hurries:
             backlog.check(time.monotonic() - begin - seconds)
         await self.run(job, entry, receive, send)

@@ -174,10 +174,10 @@ class CpuExecutor:
         calls = bound.run(step) if times is None else bound.timed(step)
         began = time.perf_counter()
         result = self._result(slots, masks, bound.bucket)
+        ended = time.perf_counter()
         if times is not None and calls is not None:
-            ended = time.perf_counter()
             times.append(StepTimes(len(step.ids), calls, ended - began, ended, batch.step))
-        return replace(result, seconds=began - started, prompts=prompts)
+        return replace(result, seconds=began - started, sampling=ended - began, prompts=prompts)
 
     def _bound_for(self, step: Step) -> BoundPlan:
         self._last_bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
