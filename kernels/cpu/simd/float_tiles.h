@@ -34,6 +34,8 @@ constexpr int64_t kSplitDepth = 1024;  // inputs of one unit of the first stage
 constexpr int64_t kStripRows = 2 * kTileHeight;
 constexpr int64_t kStrips = 8;         // most of one unit
 constexpr int64_t kPanelsOfTiles = 16; // most of one unit
+constexpr int64_t kFewSplit = 3;       // rows that read weights faster in vectors, without a first stage
+constexpr int64_t kFewDepth = 256;     // inputs of them that are split at once
 #ifndef RA
 #define RA 2
 #endif
@@ -45,6 +47,7 @@ constexpr unsigned kFlush = 0x8040;  // numbers too small for a normal exponent 
 struct FloatTileMemory {
   alignas(64) float sums[kPanelsOfTiles * kStrips * kStripRows * 16];
   alignas(64) uint8_t weights[32 * kTileBytes];
+  alignas(64) float few[kFewSplit * 3 * kFewDepth];
 };
 
 XK_TILE_PRODUCT(add_bf16, "tdpbf16ps")
@@ -242,6 +245,90 @@ static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uin
       }
     }
   release_tiles();
+}
+
+// --- few rows ---
+
+// The parts of n inputs of a row, padded with zeros to whole steps: [Parts][kFewDepth], the smallest first.
+template <int Parts>
+static void split_wide(const float *x, int64_t n, float *to) {
+  alignas(64) uint16_t parts[Parts][kStep];
+  for (int64_t i = 0; i < n; i += kStep) {
+    split_step<Parts>(x + i, n - i, (uint8_t *)parts, kStep * 2);
+    for (int part = 0; part < Parts; part++)
+      for (int h = 0; h < kStep; h += 16) store(to + part * kFewDepth + i + h, load_bf16(parts[part] + h));
+  }
+}
+
+// R rows times P panels in vectors. parts: [R][Parts][kFewDepth]; c: [P][R][16].
+template <int Parts, int R, int P>
+static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int64_t inputs, bool resume, float *c) {
+  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+  __m512 sums[P][R];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) sums[p][r] = resume ? _mm512_loadu_ps(c + (p * R + r) * 16) : _mm512_setzero_ps();
+  for (int64_t begin = 0; begin < inputs; begin += kStep) {
+    __m512 even[P][R][Parts], odd[P][R][Parts];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+        for (int part = 0; part < Parts; part++) even[p][r][part] = odd[p][r][part] = _mm512_setzero_ps();
+    for (int64_t i = begin; i < begin + kStep; i += 2) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++) {
+        const uint8_t *from = w + p * w_stride + i * 32;
+        const __m512i pair = lay_out_pair(from, inputs - i);
+        __builtin_prefetch(from + kFetchAhead, 0, kFetchInto);
+        const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+          for (int part = 0; part < Parts; part++) {
+            const float *x = parts + (r * Parts + part) * kFewDepth + i;
+            even[p][r][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[0]), first, even[p][r][part]);
+            odd[p][r][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[1]), second, odd[p][r][part]);
+          }
+      }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+        for (int part = 0; part < Parts; part++) sums[p][r] = _mm512_add_ps(sums[p][r], _mm512_add_ps(even[p][r][part], odd[p][r][part]));
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) _mm512_storeu_ps(c + (p * R + r) * 16, sums[p][r]);
+}
+
+template <int Parts, int R>
+static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
+  constexpr int wide = R == 1 ? 2 : 1;
+  const unsigned control = _mm_getcsr();
+  _mm_setcsr(control | kFlush);
+  for (int64_t begin = 0; begin < k; begin += kFewDepth) {
+    const int64_t inputs = min(kFewDepth, k - begin);
+    for (int r = 0; r < R; r++) split_wide<Parts>(x + r * stride + begin, inputs, memory.few + r * Parts * kFewDepth);
+    for (int64_t p = 0; p < panels;) {
+      const uint8_t *from = w + (p * k + begin) * 32;
+      float *c = memory.sums + p * R * 16;
+      if (p + wide <= panels) few_rows<Parts, R, wide>(memory.few, from, k * 32, inputs, begin, c), p += wide;
+      else few_rows<Parts, R, 1>(memory.few, from, k * 32, inputs, begin, c), p++;
+    }
+  }
+  _mm_setcsr(control);
+}
+template <int Parts>
+static void float_few(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
+  if (rows == 1) few_panels<Parts, 1>(x, stride, w, k, panels, memory);
+  else if (rows == 2) few_panels<Parts, 2>(x, stride, w, k, panels, memory);
+  else few_panels<Parts, 3>(x, stride, w, k, panels, memory);
 }
 
 #else

@@ -84,7 +84,7 @@ template <int Parts>
 void run_split(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   split_rows<Parts>(c.arg<const float>(kX, s), c.rows(s), c.ints[kK], unit, c.arg<uint8_t>(kScratchRows, s));
 }
-int64_t split_units(const Call &c, const Step &s) { return units_of_split(c.rows(s), c.ints[kK]); }
+int64_t split_units(const Call &c, const Step &s) { return c.rows(s) > kFewSplit ? units_of_split(c.rows(s), c.ints[kK]) : 0; }
 
 // Few rows wait for the weights: kPanelGroup panels. Many: a block of rows that stays in L2, and panels for which it is read once.
 constexpr int64_t kUnitsOfTiles = 16;  // at least, where there are panels for them
@@ -109,8 +109,9 @@ void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t rows = min(c.rows(s), strips * (block + 1) / blocks * kStripRows) - row;
   const int64_t first = unit / blocks * each, panels = min(each, panels_of(c) - first);
   FloatTileMemory *scratch = (FloatTileMemory *)memory;
-  float_tiles<Parts>(c.arg<const uint8_t>(kScratchRows, s), row, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels,
-                     *scratch);
+  const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes;
+  if (c.rows(s) <= kFewSplit) float_few<Parts>(c.arg<const float>(kX, s), k, rows, weight, k, panels, *scratch);
+  else float_tiles<Parts>(c.arg<const uint8_t>(kScratchRows, s), row, rows, weight, k, panels, *scratch);
   put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n);
 }
 
