@@ -219,7 +219,7 @@ static void float_panels(int64_t wide, const Strip &s, const FloatPanels &t, int
 template <int Parts>
 static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
   const int64_t strips = (rows + kStripRows - 1) / kStripRows, row_bytes = split_bytes<Parts>(k);
-  const int64_t most = rows <= kTileHeight ? kFewPanels : 2;
+  const int64_t most = rows <= kTileHeight && Parts == 1 ? kFewPanels : 2;  // fewer streams from memory where more is done with each
   // Panels that one strip passes need be laid out but in part; else as much as stays in L1 while the strips pass, and as keeps the
   // rows in L2 while the panels pass.
   const int64_t depth = strips == 1 ? k : Parts == 1 ? 8 * kStep : 4 * kStep;
