@@ -68,7 +68,11 @@ def serve(arguments: argparse.Namespace) -> None:
 
         @_lap(took, "artifact")
         def open_artifacts() -> list[Artifact]:
-            return [open_model(folder, arguments.require_signature) for folder in folders]
+            opened = []
+            for folder in folders:
+                with _said_of(str(folder)):
+                    opened.append(open_model(folder, arguments.require_signature))
+            return opened
 
         with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
             opened = opener.submit(open_artifacts)
@@ -80,7 +84,10 @@ def serve(arguments: argparse.Namespace) -> None:
                 from xllm.service.tokenizer import TextCodec
             artifacts = opened.result()
             with _lap(took, "tokenizer"):
-                codecs = [TextCodec.from_artifact(artifact.tokenizer, artifact.path) for artifact in artifacts]
+                codecs = []
+                for artifact in artifacts:
+                    with _said_of(str(artifact.path)):
+                        codecs.append(TextCodec.from_artifact(artifact.tokenizer, artifact.path))
             models, memory = opening.result()
         host.trim()  # what loading took
         chosen = host.threads(arguments.threads)
@@ -143,12 +150,17 @@ def _open(
         dispatcher, observers = Dispatcher(), _observers(arguments, name if len(artifacts) > 1 else None)
         ending.callback(observers.close)  # after the engine
         common: dict[str, Any] = {"watch": observers.watch, "turns": turns}
-        if isinstance(ledger, Ledger):
-            own = options | tiers | common | {"ledger": ledger, "pages": pages, "trace": observers.trace}
-            engine, _ = open_engine(artifact, dispatcher.sink, **own)
-        else:
-            own = process_options(arguments) | common | {"ledger": ledger}
-            engine, _ = open_rows(artifact, dispatcher.sink, **own)
+        with _said_of(name):
+            if isinstance(ledger, Ledger):
+                own = options | tiers | common | {"ledger": ledger, "pages": pages, "trace": observers.trace}
+                if "disk_cache" in tiers and artifact.manifest["digest"] in [
+                    one.artifact.manifest["digest"] for one in models
+                ]:
+                    own["disk_cache"] = tiers["disk_cache"] / _file_part(name)  # a folder has one owner
+                engine, _ = open_engine(artifact, dispatcher.sink, **own)
+            else:
+                own = process_options(arguments) | common | {"ledger": ledger}
+                engine, _ = open_rows(artifact, dispatcher.sink, **own)
         ending.callback(engine.stop)
         models.append(Model(name, artifact, dispatcher, observers, engine, ledger))
     return models, memory
@@ -216,6 +228,19 @@ def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: ar
         service.controls = EngineControl(engine, artifact, arguments.require_signature)
         service.weights_folder = arguments.weights_dir
     return service
+
+
+@contextmanager
+def _said_of(model: str) -> Iterator[None]:
+    """What is wrong with a model is said with its name."""
+    from xllm.artifact import ArtifactError
+    from xllm.runtime import RuntimeFault
+
+    try:
+        yield
+    except (ArtifactError, RuntimeFault) as error:
+        message = error.message if isinstance(error, RuntimeFault) else str(error)
+        raise UsageError(message if model in message else f"{model}: {message}") from error
 
 
 @contextmanager

@@ -258,12 +258,14 @@ def test_the_first_signal_drains(tmp_path):
         with httpx.stream("POST", base + COMPLETIONS, json=ENDLESS | {"max_tokens": 200}) as answer:
             pieces = answer.iter_text()
             text = next(pieces)
+            fake(service).paused = True  # or it might end before all of this was asked
             server.handle_exit(signal.SIGTERM, None)
             for path, status in (("/ready", 503), ("/livez", 200)):
                 assert httpx.get(base + path).status_code == status
             refused = ask(base)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert refused.headers["retry-after"]
+            fake(service).paused = False
             last = events(text + "".join(pieces))[-1]
             assert last["choices"][0]["finish_reason"] == "length"
         wait_for(lambda: server.should_exit)

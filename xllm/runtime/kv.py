@@ -49,7 +49,7 @@ class KvPool:
     def __init__(self, plan: PoolPlan, store: PageStore):
         self.plan, self.store = plan, store
         self._memory, self._lock = store.memory, store.lock
-        self.committed = 0
+        self.committed = self.reserved = 0
         self.on_room: Callable[[], None] | None = None
         self._closing = self.resting = False  # resting: no page is to be touched
         span_bytes = plan.span_pages * plan.page_bytes

@@ -3,10 +3,10 @@
 What a pool promised its sequences is its for as long as it wants; nobody is preempted for another model. All else may
 go to whoever needs a page, in this order: free pages, those in spans of no sequence, cached ones that no sequence uses
 (the oldest use first, whoever's), those mapped ahead. Each pool is kept room for the longest request of its model,
-which no other may be promised: so whoever is first in line in its own model can always go on, and no model starves.
-The rest is first come, first served. A pool that rests is kept no room. A search may need more than a longest request:
-when it can't go on for that, its pool claims all that the others are not kept, until it has ended. One does at a time;
-another one's search gives its pages up then.
+which no other may be promised: so whoever is first in line in its own model can always go on, and no model starves. The
+rest is first come, first served; a pool may reserve some of it for what its sequences will need. A pool that rests is
+kept no room. A search may need more than a longest request: when it can't go on for that, its pool claims all that the
+others are not kept, until it has ended. One does at a time; another one's search gives its pages up then.
 
 Bytes stay in a page that goes from one pool to another. Nobody reads them: kernels read what its present owner wrote,
 and what a pool knew about the text of a page is dropped when the page leaves.
@@ -28,6 +28,7 @@ class Holder(Protocol):
     page."""
 
     committed: int  # pages promised to its sequences
+    reserved: int  # pages that these will need in all; see PageStore.reserve
     on_room: Callable[[], None] | None  # called, from any thread, when others may have left something for it
 
     @property
@@ -112,8 +113,21 @@ class PageStore:
     def room_of(self, pool: Holder) -> int:
         """Pages that may be promised to a pool's sequences, beside those that are. Below zero after another one woke
         up, for which there is no room yet."""
-        others = sum(max(other.committed, self._kept(other)) for other in self._pools if other is not pool)
-        return self.pages - others - pool.committed
+        others = [other for other in self._pools if other is not pool]
+        kept = sum(max(other.committed, self._kept(other), self._reserved(other)) for other in others)
+        return self.pages - kept - pool.committed
+
+    @property
+    def shared(self) -> bool:
+        return len(self._pools) > 1
+
+    def reserve(self, pool: Holder, pages: int) -> None:
+        """Promise no other what a pool's sequences, of which there are some, will need in all, as far as it is free
+        now. `planning` is held."""
+        before = self._reserved(pool)
+        pool.reserved = min(pages, pool.committed + max(0, self.room_of(pool)))
+        if self._reserved(pool) < before:
+            self.tell(pool)
 
     def most(self, pool: Holder) -> int:
         """Pages that a pool has for sure in the end, whoever else is awake."""
@@ -206,6 +220,10 @@ class PageStore:
         if self._claimant is not pool:
             return pool.least
         return self.pages - sum(other.least for other in self._pools if other is not pool)
+
+    def _reserved(self, pool: Holder) -> int:
+        """A search comes before what will be needed, and nothing is when there are no sequences."""
+        return pool.reserved if pool.committed and self._claimant in (None, pool) else 0
 
     def check(self) -> None:
         """Assert that every page is in one place and that promises can be kept. The lock is held. Raises

@@ -161,7 +161,7 @@ def build_app(services: Sequence[Service], access: Access = EVERYBODY) -> App:
         **alive,
         MODELS: Json(lambda scope: {"object": "list", "data": [*map(model, services)]}),
         f"{MODELS}/": Json(one_model),
-        STATE: Json(lambda scope: state(addressed(services, scope)[0])),
+        STATE: Json(lambda scope: state(addressed(services, scope))),
         **dict.fromkeys(PAGE, send_page),
     }
     store = Store()

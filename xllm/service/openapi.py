@@ -112,7 +112,7 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/version": ("The version of the server", closed(version=TEXT)),
     IS_SLEEPING: ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
-    "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
+    "/ui/state": ("The figures that the page at / draws", closed(draining=FLAG, models=many(SOME))),
     "/v1/models": ("The models that are served", closed(object=TEXT, data=many(MODEL))),
     "/v1/models/{model}": ("A model that is served", MODEL),
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),

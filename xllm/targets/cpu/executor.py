@@ -67,7 +67,7 @@ class CpuExecutor:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
         self.kv = kv_of(plan)
         self._runner = cpu.Runner(threads, level)
-        self._turns = turns or Turns()
+        self._turn = (turns or Turns()).join()
         self._sampler = None
         if samples:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
@@ -152,7 +152,7 @@ class CpuExecutor:
         while (item := self._steps.get()) is not None:
             batch, ticket = item
             try:
-                with self._turns:
+                with self._turn:
                     result = self._run(batch)
                 ticket.succeed(result)
             except Exception as error:  # the boundary to the engine: a fault is a value
