@@ -91,9 +91,10 @@ def linear(name: str, k: int, n: int, rows: int, kernel: str) -> Case:
     weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in every type
     args = {"x": address(x), "bias": None, "out": address(out)}
     ints = {"k": k, "n": n}
-    scratch = aligned(kind.row_bytes(k, "rounded" in kernel) * rows) if kind else None
-    if kind and scratch is not None:
+    scratch = aligned(cpu.rows_bytes(k, STORAGE[kernel], "rounded" in kernel) * rows)
+    if kernel != "linear.f32":
         args |= {"scratch_rows": address(scratch)}
+    if kind:
         ints |= {"group": kind.group}
     calls = [cpu.Call(kernel, args | {"weight": address(weights) + i * size}, ints) for i in range(copies)]
     work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}

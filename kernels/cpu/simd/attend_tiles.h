@@ -15,8 +15,9 @@ constexpr int kAttendParts = Kv::kRounded ? 1 : sizeof(typename Kv::Element) == 
 
 constexpr int64_t kFewAttend = 4;  // rows for which vectors are faster: they wait for memory
 constexpr int64_t kTileSlots = kQueryRows + kTileHeight;  // rows of a whole tile may lie beyond the last: what they hold is not read
-constexpr int64_t kTileBytes = kStep * 32;
 constexpr int64_t kWeightBytes = kKeyBlock * 2, kLaidValues = kKeyBlock * 32;  // of a row; of sixteen dims
+
+static inline int64_t whole_steps_of(int64_t inputs) { return steps_of(inputs) * kStep; }
 
 struct AttendMemory {
   uint8_t *query, *weights, *keys, *values;  // [parts][rows][dims], [parts][rows][tokens]; a block laid out
