@@ -98,7 +98,7 @@ def test_pages_ahead_of_one_do_not_stand_in_the_way_of_another():
 
 
 def test_a_pool_that_rests_leaves_its_share_and_has_it_again():
-    store, (one, other) = make_pools(8, one=4, other=4)
+    _, (one, other) = make_pools(8, one=4, other=4)
     give_back(one)
     assert other.free_pages == 8
     slots = fill(other, 8)

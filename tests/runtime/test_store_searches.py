@@ -37,7 +37,6 @@ def test_a_claim_ends_with_its_search_or_a_pause(ends):
     searcher, other = two_rigs(14)
     for at in range(4):
         other.engine.submit(request(f"long{at}", 60, 58, ignore_eos=True))
-    store = searcher.engine.pool.store
     while other.engine.pool.promises.total < 8:
         other.turn()
     searcher.engine.submit(search("wide", 60, 40, 4, ignore_eos=True))

@@ -23,6 +23,7 @@ from xllm.runtime.groups import BeamGroup
 from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
+from xllm.runtime.policies.state import Budget
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.store import PageStore
@@ -61,7 +62,11 @@ class Engine(Ordered):
             pool = KvPool(plan, store)
         else:
             pool = TieredPool(plan, store)
-            self._tiers = open_tiers(config.tiers, pool, self._wake)
+            try:
+                self._tiers = open_tiers(config.tiers, pool, self._wake)
+            except BaseException:
+                pool.close()  # or others would leave it room for ever
+                raise
         super().__init__(Core(executor, config, pool, clock, self._tiers))
         pool.on_room = self._wake
         self._limits = limits
@@ -78,6 +83,11 @@ class Engine(Ordered):
     @property
     def executor(self) -> Executor:
         return self._core.executor
+
+    @property
+    def budget(self) -> Budget:
+        """Limits of a step, as they are now."""
+        return self._core.budget
 
     def start(self) -> None:
         """Start the engine thread. Requests may be submitted before."""
@@ -155,10 +165,11 @@ class Engine(Ordered):
         """A snapshot, from any thread."""
         figures = self._core.stats()
         with self._lock:
-            waiting = figures.waiting + len(self._submitted)
+            pending = len(self._submitted)
             refusal = str(self._refusal) if self._refusal is not None else None
             told = {"paused": self._orders.paused, "asleep": self._orders.asleep}
-            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, **told)
+            waiting = figures.waiting + pending
+            return replace(figures, accepted=self._accepted, waiting=waiting, pending=pending, refusal=refusal, **told)
 
     @property
     def why(self) -> tuple[str, ...]:

@@ -46,6 +46,12 @@ def figures_of(core: Core) -> EngineStats:
         cached_pages=figures.states[PageState.CACHED],
         evictions=figures.evictions,
         weights=core.weights,
+        preempted=sum(one.queued is not None for one in list(core.waiting)),
+        sequences=core._taken,
+        seconds=core.spent.seconds,
+        step_sizes=core.spent.steps,
+        prefix_pages=figures.prefix_pages,
+        block_tokens=core.executor.kv.group_tokens,
         **core._sharing.tier_figures(),
     )
     return replace(stats, **core._causes)

@@ -192,7 +192,8 @@ class KvPool:
             mapped = self.spans.count - idle - cached
             states = (len(self.store.free), self.store.filling, mapped, idle, cached)
             by_state = dict(zip(PageState, states, strict=True))
-            return PoolFigures(by_state, self._critical_maps, self._hidden_maps, self.spans.unmaps, self._evictions)
+            counts = self._critical_maps, self._hidden_maps, self.spans.unmaps, self._evictions
+            return PoolFigures(by_state, *counts, len(self.spans.cache))
 
     def check(self) -> None:
         """Assert the invariants: every page has one state and one owner, and all counters agree. Raises

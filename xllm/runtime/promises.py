@@ -1,11 +1,12 @@
-"""Promises: how many pages each sequence may have whenever it asks. Counts alone decide what fits; which pages these are
-is the pool's, whose they were before is the store's.
+"""Promises: how many pages each sequence may have whenever it asks. Counts alone decide what fits; which pages these
+are is the pool's, whose they were before is the store's.
 
 Pages are promised to a slot. A group of beams has one promise for all of its slots, in one of them: each has one page
 more at most at every place where they differ, whoever forks from whom. Each pool is kept the share of a longest request
 of its model, which no other may be promised: so whoever is first in line in its own model can always go on. The rest is
 first come, first served. A pool that rests is kept nothing. A search may need more than a share: its pool then claims
-all that is no share of others, until it has ended; one at a time.
+all that is no share of others, until it has ended; one at a time. A pool may reserve what its sequences will need in
+all: no other is promised that, but for a search.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Promises:
     def __init__(self, ledger: Ledger, pages: int, longest: int):
         self._ledger, self._pages, self._longest = ledger, pages, longest
         self._of: dict[int, int] = {}
-        self.total = 0
+        self.total = self._reserved = 0
         self.resting = False  # no page is to be touched
 
     def of(self, slot: int) -> int:
@@ -60,11 +61,21 @@ class Promises:
         """What one slot was promised is another's from now on."""
         self._of[target] = self._of.pop(source, 0) + self.of(target)
 
+    def reserve(self, pages: int) -> bool:
+        """What its sequences will need in all, as far as there is room now. Is that less than before?"""
+        before = self.reserved
+        self._reserved = min(pages, self.total + max(0, self.room))
+        return self.reserved < before
+
+    @property
+    def reserved(self) -> int:
+        """Pages that its sequences will need. A search comes before that, and nothing is when there are none."""
+        return self._reserved if self.total and not self.shut_out else 0
+
     @property
     def room(self) -> int:
         """Pages that may be promised still. Below zero after another pool woke up, for which there is no room yet."""
-        others = sum(max(other.total, other.kept) for other in self._others)
-        return min(self._pages, self._ledger.pages - others) - self.total
+        return min(self._pages, self._ledger.pages - self._held_by_others) - self.total
 
     @property
     def share(self) -> int:
@@ -86,13 +97,16 @@ class Promises:
     def owed(self) -> bool:
         """Others still have what is kept for it: after it claimed that, or it or another one woke up, until their
         sequences end or give way to each other."""
-        others = sum(max(other.total, other.kept) for other in self._others)
-        return self._ledger.pages - others < self.kept
+        return self._ledger.pages - self._held_by_others < self.kept
 
     @property
     def shut_out(self) -> bool:
         """Does another one claim all that is not its share?"""
         return self._ledger.claimant not in (None, self)
+
+    @property
+    def _held_by_others(self) -> int:
+        return sum(max(other.total, other.kept, other.reserved) for other in self._others)
 
     @property
     def _others(self) -> list[Promises]:

@@ -1,5 +1,5 @@
-"""Which page lies where in whose span: pages of one span alone, pages that several have because one forked from another,
-and those of the prefix cache, which nobody writes to any more (see prefix).
+"""Which page lies where in whose span: pages of one span alone, pages that several have because one forked from
+another, and those of the prefix cache, which nobody writes to any more (see prefix).
 
 A slot is a virtual span of max_len tokens. Its pages are mapped from the front; the first `backed` ones are the
 sequence's, later ones are mapped ahead and may be taken back. Finished spans keep their pages mapped (Reusable) for the

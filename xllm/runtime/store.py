@@ -92,6 +92,16 @@ class PageStore:
             self.memory.release()
         return bool(self._pools)
 
+    @property
+    def shared(self) -> bool:
+        return len(self._pools) > 1
+
+    def reserve(self, pool: Holder, pages: int) -> None:
+        """Promise no other what a pool's sequences, of which there are some, will need in all, as far as it is free
+        now. `planning` is held."""
+        if pool.promises.reserve(pages):
+            self.tell(pool)
+
     def claim(self, pool: Holder) -> bool:
         """Keep a pool all that it may have, for a sequence that waits for that. False: another one has claimed it.
         `planning` is held."""
