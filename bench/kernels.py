@@ -91,9 +91,10 @@ def linear(name: str, k: int, n: int, rows: int, kernel: str) -> Case:
     weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in every type
     args = {"x": address(x), "bias": None, "out": address(out)}
     ints = {"k": k, "n": n}
-    scratch = aligned(kind.row_bytes(k, "rounded" in kernel) * rows) if kind else None
-    if kind and scratch is not None:
+    scratch = aligned(cpu.rows_bytes(k, STORAGE[kernel], "rounded" in kernel) * rows)
+    if kernel != "linear.f32":
         args |= {"scratch_rows": address(scratch)}
+    if kind:
         ints |= {"group": kind.group}
     calls = [cpu.Call(kernel, args | {"weight": address(weights) + i * size}, ints) for i in range(copies)]
     work = {"bytes": float(size)} if rows <= 8 else {"operations": 2.0 * rows * k * n}
@@ -106,8 +107,9 @@ def kv_group(kv_heads: int, dim: int, suffix: str) -> int:
     return CpuTarget(cpu.level()).kv_layout((layer,), STORAGE[f"linear.{suffix}"].partition(".")[0]).group_bytes
 
 
-def attention(rows: int, context: int, suffix: str, heads: tuple[int, int, int]) -> Case:
+def attention(rows: int, context: int, kernel: str, heads: tuple[int, int, int]) -> Case:
     """heads: query heads, KV heads, and the dims of a head."""
+    suffix = kernel.partition(".")[2]
     q_heads, kv_heads, dim = heads
     group = kv_group(kv_heads, dim, suffix)
     copies = max(1, min(16, COLD_BYTES // (group * context // 16))) if rows == 1 else 1
@@ -117,11 +119,11 @@ def attention(rows: int, context: int, suffix: str, heads: tuple[int, int, int])
     ints |= dict.fromkeys(("key_dim", "value_dim"), dim)
     args = {"q": address(q), "sinks": None, "out": address(out), "scratch_parts": address(parts)}
     scale = {"scale": dim**-0.5, "softcap": 0.0}
-    calls = [cpu.Call(f"attention.{suffix}", args, ints | {"layer_offset": group * i}, scale) for i in range(copies)]
+    calls = [cpu.Call(kernel, args, ints | {"layer_offset": group * i}, scale) for i in range(copies)]
     start = context - rows
     seen = rows * start + rows * (rows + 1) / 2
     work = {"bytes": float(group * context / 16)} if rows == 1 else {"operations": 4.0 * seen * q_heads * dim}
-    name = f"attention.{suffix} {q_heads}/{kv_heads} x {dim}, {rows} of {context} tokens"
+    name = f"{kernel} {q_heads}/{kv_heads} x {dim}, {rows} of {context} tokens"
     return Case(name, calls, tokens(rows, start, span), keep=(span, q, out, parts), **work)
 
 
@@ -159,12 +161,14 @@ def cases(quick: bool) -> Iterator[Callable[[], Case]]:
             for rows in (1, 128) if quick else (1, 4, 8, 16, 64, 512):
                 yield lambda name=name, k=k, n=n, rows=rows, kernel=kernel: linear(name, k, n, rows, kernel)
         yield lambda kernel=kernel: linear("head", HIDDEN, VOCAB, 1, kernel)
-    for suffix in ("bf16", "i8") if quick else ("bf16", "f32", "i8"):
+    kernels = [f"{name}.{suffix}" for suffix in ("bf16", "i8", "f32") for name in ("attention", "attention_rounded")]
+    for kernel in kernels[:4] if quick else kernels:
         decodes = [(1, context) for context in ((1024,) if quick else (256, 1024, 4096, 16384))]
-        for rows, context in [*decodes, *(((256, 256),) if quick else ((512, 512), (2048, 2048), (512, 2048)))]:
+        prompts = ((256, 256),) if quick else ((8, 4096), (128, 4096), (512, 512), (2048, 2048), (512, 2048))
+        for rows, context in [*decodes, *prompts]:
             for heads in (HEADS,) if quick else (HEADS, WIDER):
-                yield lambda rows=rows, context=context, suffix=suffix, heads=heads: attention(
-                    rows, context, suffix, heads
+                yield lambda rows=rows, context=context, kernel=kernel, heads=heads: attention(
+                    rows, context, kernel, heads
                 )
     for rows in (1, 512):
         row, gated = (rows, HIDDEN), (rows, INTERMEDIATE)

@@ -32,6 +32,7 @@ from xllm.llm import load_cost, open_engine
 from xllm.runtime.config import LoadCost
 from xllm.runtime.prefix import extend_chain
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.runtime.rest import forget
 from xllm.runtime.tiered import TieredPool
 from xllm.targets.cpu.executor import state_identity
 from xllm.targets.fitted import cost_of
@@ -71,9 +72,7 @@ class Timed:
     def load(self, prompt: Sequence[int], way: str) -> float:
         """Seconds of a load into an empty cache. Raises RuntimeError where it was not all of the prompt."""
         pool, chain, ended = self.pool, list[bytes](), threading.Event()
-        with pool._lock:
-            while pool._cache.unused:  # a text that needs all of the pool would take minutes to compute
-                pool._release(pool._cache.evict())
+        forget(pool)  # a text that needs all of the pool would take minutes to compute
         extend_chain(chain, prompt, GROUP, self._identity)
         self._tiers._stores = [store for store in self._stores if store.name in way]
         self._tiers._changed = ended.set

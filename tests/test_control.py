@@ -99,7 +99,7 @@ DRAWN = {"temperature": 1.0, "seed": 7, "logprobs": 2, "presence_penalty": 0.5, 
 FORMED = {"temperature": 1.0, "seed": 8, "structured_outputs": {"regex": "([a-z]{3} ){900,999}"}, "ignore_eos": None}
 
 
-def test_pause_keep_and_resume_give_the_same_text(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+def test_behaviour_11_pause_keep_and_resume_give_the_same_text(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
     """Sampled with a seed, with penalties and logprobs, and in a given form: numbers and grammars go on where they
     were."""
     ways = {"a": DRAWN, "b": FORMED}
@@ -123,7 +123,7 @@ def test_pause_keep_and_resume_give_the_same_text(client: httpx.Client, pool: Th
     assert late.result().status_code == 200
 
 
-def test_pause_abort_and_pause_wait(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+def test_behaviour_12_pause_abort_and_pause_wait(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
     asked = running(client, pool, "ab", max_tokens=8000)
     assert client.post("/pause", json={"mode": "abort"}).json()["status"] == "paused"
     for answer in asked:
@@ -194,7 +194,7 @@ def test_who_waits_in_a_pause_is_answered_before_the_server_ends(folder: Path, p
         assert alone.process.wait(20) == 0
 
 
-def test_sleep_and_wake(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
+def test_behaviour_55_sleep_and_wake(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
     expected = ask(client, "abc", max_tokens=20).json()["choices"]
     [answer] = running(client, pool, "a")
     busy = client.post("/sleep", json={})
@@ -291,8 +291,10 @@ def test_other_weights_take_the_place_of_those_that_are_served(folder: Path, tmp
         assert llm.update_weights(folder / "tiny.xllm") and llm.generate(prompts, **ask) == answers["tiny"]
 
 
-def test_no_answer_mixes_weights_that_are_updated_under_load(client: httpx.Client, pool: ThreadPoolExecutor) -> None:
-    """Behaviour 56: each answer, with all its choices, is to the token that of the version it names. There are more
+def test_behaviour_56_no_answer_mixes_weights_that_are_updated_under_load(
+    client: httpx.Client, pool: ThreadPoolExecutor
+) -> None:
+    """Each answer, with all its choices, is to the token that of the version it names. There are more
     sequences than slots, so that an answer's own wait for each other."""
     prompts, expected = ["abcdefgh" * 8 + end for end in "xyz"], {}
 

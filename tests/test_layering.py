@@ -51,7 +51,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "targets.cpu.tuning": (set(), {"msgspec"}),
     "targets.arrays": (set(), {"numpy"}),
     "targets.fitted": ({"artifact", "runtime.cost", "targets"}, {"msgspec"}),
-    "targets.predicted": ({"artifact", "targets"}, set()),
+    "targets.predicted": ({"artifact", "runtime.cost", "targets"}, set()),
     "targets.modules": ({"", "artifact", "extensions", "plan", "targets.arrays", "targets.base"}, {"numpy"}),
     "targets.fallback": ({"artifact", "ir", "plan", "targets.arrays", "targets.base"}, {"numpy", "torch"}),
     "kernels": (set(), {"numpy"}),
@@ -97,9 +97,10 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "inspection.commands": ({"artifact", "commands", "diagnose", "inspection", "measure.record"}, set()),
     "diagnose": ({"compiler", "errors", "frontend", "passes", "targets"}, set()),
     "flags": ({"", "config", "service.parsers", "storage"}, set()),
+    "settings": ({"commands"}, set()),
     "cli": (
         {"", "artifact", "commands", "compiler", "config", "doctor", "flags", "inspection", "measure", "pipeline"}
-        | {"service.parsers", "serving", "traffic"},
+        | {"service.parsers", "serving", "settings", "traffic"},
         {"rich"},
     ),
     "": ({"offline", "runtime", "session"}, set()),

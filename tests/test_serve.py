@@ -82,6 +82,24 @@ def test_reasoning_that_was_asked_for_is_told_apart(artifact: Path) -> None:
     assert whole.usage.completion_tokens_details.reasoning_tokens == 24
 
 
+def test_the_time_of_steps_is_told_by_phase(server: Server, client: openai.OpenAI) -> None:
+    model = client.models.list().data[0].id
+    client.completions.create(model=model, prompt="one two three four five six", max_tokens=8, temperature=0)
+    steps = server.metric("num_model_execution_total_eager")
+    assert steps == server.metric("vllm:iteration_tokens_total_count") >= 8
+    prompts, generated = (server.metric(f"num_processing_tokens_total_{kind}") for kind in ("prompt", "generated"))
+    # The last token of an answer is not computed with, nor is what the prefix cache had; a step too many may run.
+    assert 0 < server.metric("vllm:iteration_tokens_total_sum") <= prompts + 2 * generated
+    parts = ("scheduling", "allocate_blocks", "prepare_input")
+    names = [f"{part}_latency_seconds" for part in parts]
+    names += ["execution_latency_seconds_model", "execution_latency_seconds_sampling"]
+    names += ["prefix_cache_latency_seconds_match"]
+    spent = {name: server.metric(name) for name in names}
+    assert all(seconds > 0 for seconds in spent.values()), spent
+    assert server.metric("engine_latency_seconds") >= sum(spent.values())
+    assert server.metric("total_memory_size_in_kilobytes") > server.metric("weight_size_in_kilobytes") > 0
+
+
 def test_seed_gives_the_same_samples_in_any_company(client: openai.OpenAI) -> None:
     prompt = list(range(300, 340))
     ask = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "seed": 7, "temperature": 1.0, "n": 3, "logprobs": 2}

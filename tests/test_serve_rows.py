@@ -53,7 +53,7 @@ def expected(artifact: Path, texts: list[str]) -> np.ndarray:
         return llm.embed(texts)
 
 
-def test_embeddings_are_those_of_this_process(embedder: Server, artifacts: Mapping[str, Path]) -> None:
+def test_behaviour_57_embeddings_are_those_of_this_process(embedder: Server, artifacts: Mapping[str, Path]) -> None:
     wanted = expected(artifacts["bert"], TEXTS)
     with client(embedder) as ask:
         answer = ask.embeddings.create(model="bert", input=TEXTS)
@@ -81,7 +81,7 @@ def test_one_text_ids_and_lists_of_ids(embedder: Server, artifacts: Mapping[str,
         assert bare.usage.prompt_tokens == len(ids) - 2
 
 
-def test_dimensions_cut_and_are_of_length_1(embedder: Server, artifacts: Mapping[str, Path]) -> None:
+def test_behaviour_57_dimensions_cut_and_are_of_length_1(embedder: Server, artifacts: Mapping[str, Path]) -> None:
     wanted = expected(artifacts["bert"], TEXTS)
     with client(embedder) as ask:
         cut = ask.embeddings.create(model="bert", input=TEXTS, dimensions=7)
@@ -132,7 +132,7 @@ def sigmoid(logits: np.ndarray) -> list[float]:
     return (1 / (1 + np.exp(-logits.astype(np.float64)))).tolist()
 
 
-def test_a_classifier_reranks_by_its_probability(reranker: Server, artifacts: Mapping[str, Path]) -> None:
+def test_behaviour_58_a_classifier_reranks_by_its_probability(reranker: Server, artifacts: Mapping[str, Path]) -> None:
     with LLM(artifacts["bert-reranker"], threads=1) as llm:
         wanted = sigmoid(llm.score([("who?", text) for text in TEXTS])[:, 0])
         pairs = sum(len(llm.codec.encode_pair("who?", text)) for text in TEXTS)

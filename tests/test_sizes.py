@@ -16,21 +16,27 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    "xllm/targets": 3475,  # logits of prompts; fitted costs; weights that leave; turns of steps; rounded rows
-    # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
-    "xllm/runtime": 6700,
-    # three APIs of generation, parsers, batches, control, the page, who may ask; several models
-    "xllm/service": 8950,
+    # costs of steps from the calls (35)
+    "xllm/targets": 3585,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
+    # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models,
+    # reserved ones (35), promises (135); where steps spend their time (60); prices (95)
+    "xllm/runtime": 7000,
+    # three APIs of generation, parsers, batches, control, the page, who may ask; all metrics (130); several models,
+    # whose requests and lines leave others room (60), eager tools (70)
+    "xllm/service": 9360,  # prices of what waits (140)
     "xllm/artifact": 1460,  # exchange of weights
     "xllm/embedded": 1300,
-    "xllm/inspection": 1060,
+    "xllm/inspection": 1065,  # rounded attention
     "xllm/measure": 1150,  # tuning places the scratch of kernels; the fit of step times
-    # modules at the top, of which offline.py is what Python users see; who watches steps; several models; doors
-    "xllm": 4680,
-    "kernels": 7120,  # the matrix unit (600), int8 keys and values (70), rows rounded to bfloat16 or int8 (230)
+    # modules at the top, of which offline.py is what Python users see; who watches steps; models; doors; settings
+    "xllm": 4870,
+    # the matrix unit (800, and of attention 390), int8 keys and values (70), rows rounded to bfloat16 or int8 (230)
+    "kernels": 7840,
     # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served), tiers
     "bench": 5870,
-    "tests": 29000,  # of which pages and models that share them 600, rounded activations 240
+    # of which pages and models that share them 600, what several models keep and share 550, rounded activations 240
+    # work of parsers 250, prices 100
+    "tests": 30450,
 }
 
 

@@ -64,7 +64,9 @@ def stored(server: Server, groups: int) -> None:
     assert server.metric("kv_tier_stored_total") >= groups
 
 
-def test_with_the_pool_s_cache_emptied_the_host_tier_has_it(artifact: Path, least: tuple[str, str]) -> None:
+def test_behaviour_61_with_the_pool_s_cache_emptied_the_host_tier_has_it(
+    artifact: Path, least: tuple[str, str]
+) -> None:
     with serving(artifact, *least, "--host-cache", "64MiB") as server:
         assert "host cache" in server.said and "beside --memory" in server.said
         nothing, computed = ask(server, PROMPT)

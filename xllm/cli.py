@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         debug = config.environment().debug
         arguments = _parser().parse_args(argv)
+        if getattr(arguments, "models", None) == [] or getattr(arguments, "config", None) is not None:
+            arguments = _with_settings(arguments, sys.argv[1:] if argv is None else argv)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -51,7 +53,8 @@ def _one_line(error: Exception) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        command = self.prog.partition(":")[0]  # a file of settings may stand behind it
+        print(f"{self.prog}: {message}; see {command} --help", file=sys.stderr)
         raise SystemExit(EXIT_INPUT)
 
 
@@ -108,6 +111,7 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
             "xllm serve qwen.xllm --host 0.0.0.0 --api-key-file keys.txt",
             "xllm serve qwen.xllm --admin-port 9000                       control is there, and nowhere else",
             "xllm serve qwen.xllm bge.xllm --memory 4GiB      requests choose by `model`, KV pages are shared",
+            "xllm serve --config qwen.json --port 8001                    flags from a file",
         )
     )
     generate_flags(
@@ -151,6 +155,16 @@ environment: XLLM_CACHE, folder of artifacts that `serve CHECKPOINT` compiles; X
     sign.add_argument("artifact", type=Path, nargs="?", metavar="ARTIFACT")
     sign.add_argument("--key", type=Path, metavar="FILE", help="private key in PEM")
     sign.add_argument("--new-key", type=Path, metavar="FILE", help="write a new private key, and FILE.pub")
+    settings = command(
+        "config",
+        _config,
+        "check a file of settings, or write one: what flags of `xllm serve` say beyond the defaults",
+        "xllm config dump qwen.xllm --memory 4GiB --scheduler mix > qwen.json",
+        "xllm config check qwen.json",
+        "xllm serve --config qwen.json --port 8001",
+    )
+    settings.add_argument("what", choices=("check", "dump"))
+    settings.add_argument("rest", nargs=argparse.REMAINDER, metavar="FILE | FLAGS")
     command("doctor", _doctor, "check this machine and this installation", "xllm doctor")
     return parser
 
@@ -203,6 +217,27 @@ def _compile(arguments: argparse.Namespace) -> int:
         report = compile_checkpoint(arguments.checkpoint, out, options, show, **places)
     print(report.text())
     return 0
+
+
+def _with_settings(arguments: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+    from xllm.commands import UsageError
+    from xllm.settings import with_file
+
+    if arguments.config is None:
+        raise UsageError("say what to serve: xllm serve ARTIFACT")
+    return with_file(_parser, argv, arguments.config)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from xllm.commands import UsageError
+    from xllm.settings import read, written
+
+    if arguments.what == "dump":
+        print(written(_parser, arguments.rest))
+        return
+    if len(arguments.rest) != 1:
+        raise UsageError("say which file to check: xllm config check FILE")
+    print(f"{arguments.rest[0]}: {len(read(_parser, Path(arguments.rest[0])))} settings, all of them known")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

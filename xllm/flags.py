@@ -60,7 +60,10 @@ def engine_flags(sub: argparse.ArgumentParser) -> None:
 def serve_flags(sub: argparse.ArgumentParser) -> None:
     from xllm.service.parsers import REASONING_PARSERS, TOOL_PARSERS
 
-    sub.add_argument("models", type=Path, nargs="+", metavar="ARTIFACT_OR_CHECKPOINT", help="each is one model")
+    sub.set_defaults(flags=sub)
+    sub.add_argument("models", type=Path, nargs="*", metavar="ARTIFACT_OR_CHECKPOINT", help="each is one model")
+    told = "a JSON object of these flags; what the command line says goes before it (`xllm config --help`)"
+    sub.add_argument("--config", type=Path, metavar="FILE", help=told)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     sub.add_argument("--port", type=port, default=8000, help="port (default 8000; 0 takes a free one)")
     engine_flags(sub)

@@ -22,6 +22,7 @@ from xllm.runtime.pace import FEWEST
 from xllm.runtime.policies import choose
 from xllm.runtime.policies.state import STEP_SECONDS
 from xllm.runtime.policies.trace import Trace
+from xllm.runtime.pricing import Prices
 from xllm.runtime.request import TokenOutput
 from xllm.runtime.rows import RowEngine
 from xllm.runtime.store import PageStore
@@ -29,7 +30,7 @@ from xllm.runtime.tier_speed import disk_seconds, host_seconds
 from xllm.targets import host
 from xllm.targets.base import USUAL_CONTEXT, StepSizes
 from xllm.targets.fitted import cost_of
-from xllm.targets.predicted import target_of
+from xllm.targets.predicted import predicted_cost, target_of
 from xllm.targets.turns import Turns
 
 INSTEAD = {
@@ -97,7 +98,7 @@ def open_engine(
     config = engine_config(artifact, ledger, chunk, async_scheduling, cost)
     config = replace(config, scheduler=scheduler, order=order, trace=trace)
     if pages is not None:
-        config = replace(config, kv_bytes=pages.pages * ledger.pool.page_bytes)
+        config = replace(config, kv_bytes=pages.ledger.pages * ledger.pool.page_bytes)
     if host_cache or disk_cache is not None:
         disk = None if disk_cache is None else os.fspath(disk_cache)
         tiers = TierConfig(
@@ -169,6 +170,19 @@ def load_cost(artifact: Artifact, disk: str | None, cost: StepCost | None = None
         *(1e3 * each for each in (found.compute, found.host, found.disk)),
     )
     return found
+
+
+def prices_of(artifact: Artifact, engine: Engine | RowEngine, cost: StepCost | None) -> Prices:
+    """What requests to the engine take: by the model that was fitted on this machine, or else by the costs of the
+    artifact's calls."""
+    cost = cost or predicted_cost(artifact)
+    if isinstance(engine, RowEngine):
+        limits = engine.limits
+        return Prices(cost, limits.max_tokens_per_step, limits.max_tokens_per_step, limits.max_seqs, answer=0)
+    budget = engine.budget
+    pool = budget.pool
+    kv_tokens = pool.tokens_for(pool.pages)
+    return Prices(cost, budget.tokens, min(budget.tokens, budget.beside_decodes), pool.spans, kv_tokens)
 
 
 def _step_seconds(artifact: Artifact, tokens: int) -> float:

@@ -51,6 +51,16 @@ class Ledger:
     def total(self) -> int:
         return self.own + self.kv
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """For those who watch: by what it is for."""
+        return {
+            "total_memory": self.total,
+            "weight": self.weights,
+            "total_kv_cache": self.kv,
+            "total_activation": self.arena,
+        }
+
     def rows(self) -> list[tuple[str, int, str]]:
         token_bytes = self.pool.kv.group_bytes // self.pool.kv.group_tokens
         rows = _fixed(self.weights, self.arena)
@@ -91,6 +101,10 @@ class RowsLedger:
     @property
     def total(self) -> int:
         return self.own
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"total_memory": self.total, "weight": self.weights, "total_activation": self.arena + self.state}
 
     def rows(self) -> list[tuple[str, int, str]]:
         return [*_fixed(self.weights, self.arena), ("state of a step", self.state, "")]

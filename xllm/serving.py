@@ -19,7 +19,8 @@ from xllm.commands import UsageError, artifact_folder, engine_options, facts_of,
 
 if TYPE_CHECKING:
     from xllm.artifact import Artifact
-    from xllm.memory import MemoryPlan
+    from xllm.memory import Ledger, MemoryPlan, RowsLedger
+    from xllm.runtime.cost import StepCost
     from xllm.runtime.engine import Engine
     from xllm.runtime.rows import RowEngine
     from xllm.service.dispatch import Dispatcher
@@ -39,6 +40,7 @@ class Model:
     dispatcher: Dispatcher
     observers: Observers
     engine: Engine | RowEngine
+    ledger: Ledger | RowsLedger
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -67,7 +69,11 @@ def serve(arguments: argparse.Namespace) -> None:
 
         @_lap(took, "artifact")
         def open_artifacts() -> list[Artifact]:
-            return [open_model(folder, arguments.require_signature) for folder in folders]
+            opened = []
+            for folder in folders:
+                with _said_of(str(folder)):
+                    opened.append(open_model(folder, arguments.require_signature))
+            return opened
 
         with ThreadPoolExecutor(1, thread_name_prefix="xllm-open") as opener:
             opened = opener.submit(open_artifacts)
@@ -79,7 +85,10 @@ def serve(arguments: argparse.Namespace) -> None:
                 from xllm.service.tokenizer import TextCodec
             artifacts = opened.result()
             with _lap(took, "tokenizer"):
-                codecs = [TextCodec.from_artifact(artifact.tokenizer, artifact.path) for artifact in artifacts]
+                codecs = []
+                for artifact in artifacts:
+                    with _said_of(str(artifact.path)):
+                        codecs.append(TextCodec.from_artifact(artifact.tokenizer, artifact.path))
             models, memory = opening.result()
         host.trim()  # what loading took
         chosen = host.threads(arguments.threads)
@@ -90,11 +99,12 @@ def serve(arguments: argparse.Namespace) -> None:
         for model, codec in zip(models, codecs, strict=True):
             artifact, whose = model.artifact, f" of {model.name}" if len(models) > 1 else ""
             dialect = choose(artifact.chat_template, arguments.tool_call_parser, arguments.reasoning_parser)
+            cost, why = cost_of(artifact, chosen.count)
             if artifact.task == "generate":
-                print(f"step times{whose}: {cost_of(artifact, chosen.count)[1]}", flush=True)
+                print(f"step times{whose}: {why}", flush=True)
                 told = f"calls of tools as {dialect.tools}, reasoning as {dialect.reasoning}"
                 print(f"answers{whose}: {told}", flush=True)
-            services.append(_service(model, codec, dialect, front, arguments))
+            services.append(_service(model, codec, dialect, front, cost, arguments))
         laps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in took.items())
         logging.getLogger("xllm.start").info("%s", laps)
         if arguments.state_dir is not None:
@@ -142,14 +152,19 @@ def _open(
         dispatcher, observers = Dispatcher(), _observers(arguments, name if len(artifacts) > 1 else None)
         ending.callback(observers.close)  # after the engine
         common: dict[str, Any] = {"watch": observers.watch, "turns": turns}
-        if isinstance(ledger, Ledger):
-            own = options | tiers | common | {"ledger": ledger, "pages": pages, "trace": observers.trace}
-            engine, _ = open_engine(artifact, dispatcher.sink, **own)
-        else:
-            own = process_options(arguments) | common | {"ledger": ledger}
-            engine, _ = open_rows(artifact, dispatcher.sink, **own)
+        with _said_of(name):
+            if isinstance(ledger, Ledger):
+                own = options | tiers | common | {"ledger": ledger, "pages": pages, "trace": observers.trace}
+                if "disk_cache" in tiers and artifact.manifest["digest"] in [
+                    one.artifact.manifest["digest"] for one in models
+                ]:
+                    own["disk_cache"] = tiers["disk_cache"] / _file_part(name)  # a folder has one owner
+                engine, _ = open_engine(artifact, dispatcher.sink, **own)
+            else:
+                own = process_options(arguments) | common | {"ledger": ledger}
+                engine, _ = open_rows(artifact, dispatcher.sink, **own)
         ending.callback(engine.stop)
-        models.append(Model(name, artifact, dispatcher, observers, engine))
+        models.append(Model(name, artifact, dispatcher, observers, engine, ledger))
     return models, memory
 
 
@@ -187,8 +202,11 @@ def _observers(arguments: argparse.Namespace, name: str | None) -> Observers:
         raise UsageError(str(error)) from None
 
 
-def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: argparse.Namespace) -> Service:
+def _service(
+    model: Model, codec: Any, dialect: Any, front: Front, cost: StepCost | None, arguments: argparse.Namespace
+) -> Service:
     from xllm.control import EngineControl
+    from xllm.llm import prices_of
     from xllm.runtime.engine import Engine
     from xllm.service.app import load_service
     from xllm.service.endpoint import Limits
@@ -208,12 +226,27 @@ def _service(model: Model, codec: Any, dialect: Any, front: Front, arguments: ar
         ),
         dialect=dialect,
         front=front,
+        prices=prices_of(artifact, engine, cost),
     )
     service.profiling = model.observers.profiling
+    service.recorder.memory = model.ledger.sizes
     if isinstance(engine, Engine):
         service.controls = EngineControl(engine, artifact, arguments.require_signature)
         service.weights_folder = arguments.weights_dir
     return service
+
+
+@contextmanager
+def _said_of(model: str) -> Iterator[None]:
+    """What is wrong with a model is said with its name."""
+    from xllm.artifact import ArtifactError
+    from xllm.runtime import RuntimeFault
+
+    try:
+        yield
+    except (ArtifactError, RuntimeFault) as error:
+        message = error.message if isinstance(error, RuntimeFault) else str(error)
+        raise UsageError(message if model in message else f"{model}: {message}") from error
 
 
 @contextmanager

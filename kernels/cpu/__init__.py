@@ -15,7 +15,7 @@ import numpy as np
 
 from ._library import CBatch, CCall, library
 from .errors import KernelError
-from .packing import pack_grid, pack_panels, packed_bytes, quantised
+from .packing import pack_grid, pack_panels, packed_bytes, quantised, rows_bytes
 
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
@@ -262,4 +262,5 @@ __all__ = [
     "pack_panels",
     "packed_bytes",
     "quantised",
+    "rows_bytes",
 ]

@@ -55,6 +55,14 @@ def quantised(storage: str) -> Quantised | None:
     raise KernelError(f"weights are stored as one of {', '.join(words)}, not {storage!r}")
 
 
+def rows_bytes(k: int, storage: str, rounded: bool = False) -> int:
+    """Of a row of k activations as a product with such weights takes it. bfloat16 on a matrix unit: three parts in
+    bfloat16, rounded: one; other levels leave that alone. float32: nothing."""
+    if kind := quantised(storage):
+        return kind.row_bytes(k, rounded)
+    return -(-k // 32) * 64 * (1 if rounded else 3) if storage == "bfloat16" else 0
+
+
 def packed_bytes(n: int, k: int, storage: str) -> int:
     """Size of an [n, k] weight in panels. Raises KernelError where a size or the word is none."""
     if n < 1 or k < 1:

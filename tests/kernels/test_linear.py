@@ -12,8 +12,10 @@ ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 25, 97, 200)
 
 def linear(run, x, packed, bias, n, suffix):
     out = np.full((len(x), n), np.nan, np.float32)
-    ints = {"k": x.shape[1], "n": n}
-    run(f"linear.{suffix}", {"x": x, "weight": packed, "bias": bias, "out": out}, ints, rows=len(x))
+    args = {"x": x, "weight": packed, "bias": bias, "out": out}
+    if suffix == "bf16":
+        args["scratch_rows"] = aligned(cpu.rows_bytes(x.shape[1], DTYPES[suffix]) * len(x))
+    run(f"linear.{suffix}", args, {"k": x.shape[1], "n": n}, rows=len(x))
     return out
 
 

@@ -13,12 +13,11 @@ FMA_LEVELS = [level for level in cpu.levels() if level != "x86-64-v2"]
 
 
 def linear(run, x, packed, bias, n, storage):
-    k, args, ints = x.shape[1], {}, {}
-    if kind := cpu.quantised(storage):
-        args, ints = {"scratch_rows": aligned(kind.row_bytes(k, rounded=True) * len(x))}, {"group": kind.group}
-    out = np.full((len(x), n), np.nan, np.float32)
-    args |= {"x": x, "weight": packed, "bias": bias, "out": out}
-    run(f"linear_rounded.{'i8' if kind else 'bf16'}", args, {"k": k, "n": n, **ints}, rows=len(x))
+    k, kind = x.shape[1], cpu.quantised(storage)
+    out, scratch = np.full((len(x), n), np.nan, np.float32), aligned(cpu.rows_bytes(k, storage, rounded=True) * len(x))
+    args = {"x": x, "weight": packed, "bias": bias, "out": out, "scratch_rows": scratch}
+    ints = {"k": k, "n": n, **({"group": kind.group} if kind else {})}
+    run(f"linear_rounded.{'i8' if kind else 'bf16'}", args, ints, rows=len(x))
     return out
 
 

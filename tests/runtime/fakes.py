@@ -227,6 +227,7 @@ class Rig:
     async_scheduling: bool = True
     admit_below: float = 0.95
     queue_limit: int = 1000
+    group_tokens: int = 16
     fixed_bytes: int = 0
     real_memory: bool = False
     premap: bool = False
@@ -242,7 +243,7 @@ class Rig:
         if self.store is not None:
             self.memory = self.store.memory
         limits = Limits(self.max_tokens_per_step, self.max_seqs, self.max_len, self.vocab)
-        self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes, fixed_bytes=self.fixed_bytes))
+        self.executor = FakeExecutor(self.memory, limits, KVSpec(self.group_bytes, self.group_tokens, self.fixed_bytes))
         config = EngineConfig(
             kv_bytes=self.pages * self.page_bytes,
             page_bytes=self.page_bytes,
@@ -295,7 +296,7 @@ class Rig:
 
     def assert_baseline(self) -> None:
         """Nothing is held any more."""
-        assert self.engine.pool.committed == 0
+        assert self.engine.pool.promises.total == 0
         assert not self.executor.sequences and not self.executor.queue and not self.engine._live
 
 

@@ -96,7 +96,7 @@ def test_preemption_by_recompute_changes_no_token(overlap):
 
 
 @BOTH_LOOPS
-def test_cancel_frees_within_one_step(overlap):
+def test_behaviour_51_cancel_frees_within_one_step(overlap):
     rig = Rig(async_scheduling=overlap)
     rig.engine.submit(request("a", 30, ignore_eos=True))
     rig.engine.submit(request("b", 30, max_tokens=30, ignore_eos=True))

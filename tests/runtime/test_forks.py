@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.runtime.fakes import FakeMemory, state_of
 from xllm.runtime import KVSpec
-from xllm.runtime.forks import fork
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import PageState, PoolPlan
 from xllm.runtime.prefix import extend_chain
@@ -75,7 +74,7 @@ class ForkMachine(RuleBasedStateMachine):
             targets.append(self.pool.start(0))
         if targets:
             target = targets[-1] if len(targets) > len(family.texts) - 1 else data.draw(st.sampled_from(targets))
-            fork(self.pool, source, target, len(family.texts[source]))
+            self.pool.fork(source, target, len(family.texts[source]))
             family.texts[target] = list(family.texts[source])
 
     @precondition(lambda self: self.families and not self.kv.fixed_bytes)
@@ -95,6 +94,13 @@ class ForkMachine(RuleBasedStateMachine):
             self.pool.finish(slot, chain)
         self.families.remove(family)
 
+    @precondition(lambda self: self.families)
+    @rule(data=st.data())
+    def hand_on(self, data):
+        family = data.draw(st.sampled_from(self.families))
+        before, family.root = family.root, data.draw(st.sampled_from(sorted(family.texts)))
+        self.pool.promises.hand_on(before, family.root)
+
     @rule()
     def premap(self):
         self.pool.premap()
@@ -102,6 +108,8 @@ class ForkMachine(RuleBasedStateMachine):
     @invariant()
     def holds(self):
         self.pool.check()
+        promised = {family.root: family.promised for family in self.families}
+        assert {slot: self.pool.promises.of(slot) for slot in range(SPANS)} == dict.fromkeys(range(SPANS), 0) | promised
         assert sum(self.pool.figures().states.values()) == PAGES - self.elsewhere()[0]
         assert self.pool.figures().states[PageState.ALLOCATED] == 0
         assert self.pool.free_pages == self.free()
@@ -118,7 +126,7 @@ class ForkMachine(RuleBasedStateMachine):
                 self.pool.finish(slot)
         self.families.clear()
         self.pool.check()
-        assert self.pool.free_pages == self.free() and not self.pool._forked
+        assert self.pool.free_pages == self.free() and not self.pool.spans.forked
 
     def free(self) -> int:
         return PAGES - self.elsewhere()[1] - sum(family.promised for family in self.families)
@@ -207,7 +215,7 @@ class SharedForkMachine(ForkMachine):
             assert {self.memory.read(self.other.base(slot) + page * PAGE) for page in range(pages)} == {100 + slot}
 
     def elsewhere(self) -> tuple[int, int]:
-        return len(self.other.held_pages), max(self.other.committed, self.other.least)
+        return len(self.other.held_pages), max(self.other.promises.total, self.other.promises.share)
 
     def teardown(self):
         super().teardown()
@@ -230,9 +238,9 @@ def test_a_fork_drops_shared_pages_behind_the_text_it_takes_over():
     pool = KvPool(PoolPlan(KVSpec(PAGE), PAGE, PAGES, 8, SPANS), PageStore(memory, PAGES))
     first, longer, short = pool.start(48), pool.start(0), pool.start(0)
     pool.grow(first, 48, 9)
-    fork(pool, first, longer, 48)
-    fork(pool, first, short, 16)
-    fork(pool, short, longer, 16)
+    pool.fork(first, longer, 48)
+    pool.fork(first, short, 16)
+    pool.fork(short, longer, 16)
     pool.grow(longer, 32, 0)
     memory.write(pool.base(longer) + PAGE, 1)
     pool.check()

@@ -98,15 +98,15 @@ def test_pages_ahead_of_one_do_not_stand_in_the_way_of_another():
 
 
 def test_a_pool_that_rests_leaves_its_share_and_has_it_again():
-    store, (one, other) = make_pools(8, one=4, other=4)
+    _, (one, other) = make_pools(8, one=4, other=4)
     give_back(one)
     assert other.free_pages == 8
     slots = fill(other, 8)
     take_back(one)
     assert (one.free_pages, other.free_pages) == (0, -4)
-    assert store.owed(one) and store.owed(other) is False
+    assert one.promises.owed and other.promises.owed is False
     told = []
-    one.on_room = lambda: told.append(store.owed(one))
+    one.on_room = lambda: told.append(one.promises.owed)
     for slot in slots:
         other.finish(slot)
     assert told == [True] * 3 + [False] * 5 and one.free_pages == 4
@@ -136,7 +136,7 @@ def test_memory_that_cannot_be_given_back_leaves_the_pool_awake():
     store.memory.discard = refuse
     with pytest.raises(MemoryFault):
         give_back(one)
-    assert one.least == 4 and not one.resting
+    assert one.promises.share == 4 and not one.promises.resting
 
 
 def test_a_pool_that_ends_leaves_all_its_pages():
@@ -170,6 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = PageStore(self.memory, PAGES)
         sizes = ((KVSpec(1500), 6), (KVSpec(5000), 5))
         self.pools = [KvPool(PoolPlan(kv, PAGE, PAGES, span, 5), self.store) for kv, span in sizes]
+        self.upset = False  # somebody woke up or claimed, and may be owed pages that others still have
         self.live: list[dict[int, tuple[int, int]]] = [{}, {}]  # slot -> text, tokens written
         self.chains = [{text: chain_of(text, 16 * 16) for text in range(3)} for _ in self.pools]
 
@@ -180,7 +181,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(at=st.integers(0, 1), text=st.integers(0, 2), more=st.integers(1, 90), limit=st.integers(0, 14))
     def start(self, at, text, more, limit):
         pool = self.pools[at]
-        if pool.resting or len(self.live[at]) == 5:
+        if pool.promises.resting or len(self.live[at]) == 5:
             return
         chain = self.chains[at][text][:limit]
         chain = chain[: pool.match(chain)]
@@ -219,10 +220,22 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, 1))
     def sleep_or_wake(self, at):
-        if self.pools[at].resting:
+        if self.pools[at].promises.resting:
             take_back(self.pools[at])
+            self.upset = True
         elif not self.live[at]:
+            self.store.unclaim(self.pools[at])
             give_back(self.pools[at])
+
+    @rule(at=st.integers(0, 1), ends=st.booleans())
+    def claim(self, at, ends):
+        one, other = self.pools[at], self.pools[1 - at]
+        if ends:
+            self.store.unclaim(one)
+        elif not one.promises.resting and self.store.claim(one):
+            self.upset = True
+            assert other.promises.shut_out and not one.promises.shut_out
+            assert other.free_pages + other.promises.total <= other.promises.share, "more than its share"
 
     def draw(self, data) -> tuple[int, int]:
         return data.draw(st.sampled_from([(at, slot) for at in (0, 1) for slot in sorted(self.live[at])]))
@@ -241,11 +254,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self):
+        owed = [pool.promises.owed for pool in self.pools]
+        self.upset = self.upset and any(owed)
+        assert self.upset or not any(owed), "promises ate into what is kept"
         for at, pool in enumerate(self.pools):
             pool.check()
-            assert pool.committed == sum(pool.plan.pages_for(tokens) for _, tokens in self.live[at].values())
-            owed = any(self.store.owed(other) for other in self.pools)
-            assert owed or pool.resting or pool.free_pages + pool.committed >= pool.least, "not kept its room"
+            promises = {slot: pool.promises.of(slot) for slot in range(5)}
+            live = {slot: pool.plan.pages_for(tokens) for slot, (_, tokens) in self.live[at].items()}
+            assert promises == dict.fromkeys(range(5), 0) | live and pool.promises.total == sum(live.values())
+            assert self.upset or pool.free_pages + pool.promises.total >= pool.promises.kept, "not kept its room"
             for slot, (text, tokens) in self.live[at].items():
                 read = [self.memory.read(self.address(at, slot, position)) - 10_000 * at for position in range(tokens)]
                 assert read == text_of(text)[:tokens]
@@ -315,7 +332,7 @@ def test_who_woke_up_waits_until_others_end_or_give_way(overlap):
         other.engine.submit(each)
     for _ in range(40):
         other.turn()
-    assert other.engine.pool.committed > 14 - 4
+    assert other.engine.pool.promises.total > 14 - 4
     woken = sleeper.engine.wake(lambda: None)
     sleeper.turn()
     assert woken.result(0)
@@ -337,7 +354,7 @@ def test_a_pause_of_one_leaves_the_other_alone():
     held.engine.pause("keep")
     for _ in range(5):
         held.turn()
-    assert held.engine.pool.committed == 0
+    assert held.engine.pool.promises.total == 0
     asked = [request(f"r{n}", tuple([n + 1] * 50), 20, ignore_eos=True) for n in range(6)]
     for each in asked:
         other.engine.submit(each)

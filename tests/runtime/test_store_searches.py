@@ -29,7 +29,7 @@ def test_a_search_larger_than_a_longest_request_waits_for_other_models(overlap):
     together(rigs)
     for rig, each in asked:
         assert_as_alone(rig, each)
-    assert other.engine.pool.free_pages == 14 - searcher.engine.pool.least, "nothing is claimed any more"
+    assert other.engine.pool.free_pages == 14 - searcher.engine.pool.promises.share, "nothing is claimed any more"
 
 
 @pytest.mark.parametrize("ends", ["cancel", "pause", "stop"])
@@ -37,11 +37,10 @@ def test_a_claim_ends_with_its_search_or_a_pause(ends):
     searcher, other = two_rigs(14)
     for at in range(4):
         other.engine.submit(request(f"long{at}", 60, 58, ignore_eos=True))
-    store = searcher.engine.pool.store
-    while other.engine.pool.committed < 8:
+    while other.engine.pool.promises.total < 8:
         other.turn()
     searcher.engine.submit(search("wide", 60, 40, 4, ignore_eos=True))
-    while not store.claimed(other.engine.pool):
+    while not other.engine.pool.promises.shut_out:
         assert searcher.busy, "it waits without a claim"
         searcher.turn()
     if ends == "stop":
@@ -49,7 +48,7 @@ def test_a_claim_ends_with_its_search_or_a_pause(ends):
     else:
         searcher.engine.cancel("wide") if ends == "cancel" else searcher.engine.pause("keep")
         searcher.turn()
-    assert not store.claimed(other.engine.pool)
+    assert not other.engine.pool.promises.shut_out
     other.finish()
 
 
@@ -91,7 +90,7 @@ def test_a_group_is_promised_its_pages_until_it_has_given_all_of_them_up():
 
     def look() -> None:
         rig.engine.pool.check()
-        seen.append(rig.engine.pool.committed > 0)
+        seen.append(rig.engine.pool.promises.total > 0)
 
     other.engine.pool.on_room = look
     rig.engine.submit(search("wide", 60, 40, 4, ignore_eos=True))

@@ -299,6 +299,35 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         ),
     },
 }
+EAGER = {"eager_input_streaming": True}
+
+
+def events_with(text: str) -> Callable[[Seen], int]:
+    """Events that say this: of calls whose arguments are `{}`, each has one, or one of each brace."""
+    return lambda seen: seen.raw.text.count(text)
+
+
+# Members of fields that the clients do not have everywhere: the field and the member, and what that changes.
+INSIDE: dict[str, dict[str, Effect]] = {
+    "/v1/chat/completions": {
+        "tools.eager_input_streaming": Effect(
+            [FUNCTION | EAGER], events_with('"arguments"'), 6, {"stream": True, "tools": [FUNCTION]}
+        ),
+    },
+    "/v1/responses": {
+        "tools.eager_input_streaming": Effect(
+            [PLAIN_FUNCTION | EAGER],
+            events_with("event: response.function_call_arguments.delta"),
+            4,
+            {"stream": True, "tools": [PLAIN_FUNCTION]},
+        ),
+    },
+    "/v1/messages": {
+        "tools.eager_input_streaming": Effect(
+            [CUSTOM | EAGER], events_with("input_json_delta"), 6, {"stream": True, "tools": [CUSTOM]}
+        ),
+    },
+}
 # Taken, because clients send them and nothing is lost, and without any effect: a value for each.
 IDLE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"user": "u"},

@@ -16,6 +16,7 @@ from xllm.runtime import Batch, EngineStats, KVSpec, Request, RequestRefused, St
 from xllm.runtime import Limits as ExecutorLimits
 from xllm.runtime.beams import Beam, Found
 from xllm.runtime.encoding import Encoder
+from xllm.runtime.pricing import Prices
 from xllm.runtime.request import Matcher
 from xllm.runtime.rows import RowEngine
 from xllm.service.app import load_service
@@ -215,6 +216,7 @@ def fake_service(
     template: str | None = CHAT_TEMPLATE,
     name: str = "fake",
     front: Front | None = None,
+    prices: Prices | None = None,
     **engine,
 ) -> Service:
     """A service over a fake engine. It must be bound to a loop before the first request."""
@@ -225,7 +227,9 @@ def fake_service(
     special = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     engine_ = FakeEngine(dispatcher.sink, **engine)
     codec = TextCodec.from_file(path)
-    return load_service(facts, codec, template, special, engine_, dispatcher, limits or Limits(), front=front)
+    return load_service(
+        facts, codec, template, special, engine_, dispatcher, limits or Limits(), front=front, prices=prices
+    )
 
 
 def fake(service: Service) -> FakeEngine:

@@ -108,16 +108,25 @@ def test_turns_reach_the_template(claude, script, served):
     assert rest == "".join(f"<|start|>{turn}<|end|>" for turn in shown) + "<|start|>assistant\n<think>"
 
 
-def test_input_comes_as_it_is_written_and_is_whole_in_the_end(claude, script):
+@pytest.mark.parametrize("eager", [False, True])
+def test_input_comes_when_it_is_whole_or_as_it_is_written_where_a_tool_says_so(claude, script, eager):
     script.text = f"a</think>{CALL}"
-    with claude.messages.stream(model="fake", max_tokens=200, messages=SAY, tools=TOOLS) as stream:
-        pieces = [event.partial_json for event in stream if event.type == "input_json"]
-        final = stream.get_final_message()
-    assert "".join(pieces) == '{"city": "Zürich 😀"}' and max(map(len, pieces)) <= 2
+    tools: list[Any] = [tool | {"eager_input_streaming": eager} for tool in TOOLS]
+
+    def streamed() -> tuple[list[str], Any]:
+        with claude.messages.stream(model="fake", max_tokens=200, messages=SAY, tools=tools) as stream:
+            pieces = [event.partial_json for event in stream if event.type == "input_json"]
+            return pieces, stream.get_final_message()
+
+    pieces, final = streamed()
+    assert "".join(pieces) == '{"city": "Zürich 😀"}' and (max(map(len, pieces)) <= 2 if eager else len(pieces) == 1)
     assert final.content[-1].input == {"city": "Zürich 😀"} and final.stop_reason == "tool_use"
-    script.text = 'a</think><tool_call>{"name": "weather", "arguments": {"city": "Bern", "at": 12'
-    cut = ask(claude)
-    assert (cut.content[-1].input, cut.stop_reason) == ({"city": "Bern"}, "end_turn")
+    body = '{"name": "weather", "arguments": {"city": "Bern", "at": 12'
+    script.text = f"a</think><tool_call>{body}"
+    pieces, final = streamed()
+    assert "".join(pieces) == (body[body.index('{"city') :] if eager else "") and final.stop_reason == "end_turn"
+    for message in [ask(claude, tools=tools)] + [final] * (not eager):
+        assert blocks(message)[1:] == [{"type": "text", "text": body}] and message.stop_reason == "end_turn"
 
 
 def test_choices_of_tools(claude, script):

@@ -20,7 +20,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from tokenizers.processors import TemplateProcessing
 
-from tests.service.effects import EFFECTS, IDLE, SAY, START, TEMPLATE, Seen, reply
+from tests.service.effects import EFFECTS, IDLE, INSIDE, SAY, START, TEMPLATE, Seen, reply
 from tests.service.fakes import byte_tokenizer, fake_service, rows_service, running
 from xllm.service.anthropic import Messages
 from xllm.service.completions import Chat, Completions
@@ -86,12 +86,15 @@ def least(path: str, beside: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name != "input" or "messages" not in beside}
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path in ROUTES for name in sorted(EFFECTS[path])])
+ALL = {path: EFFECTS[path] | INSIDE.get(path, {}) for path in ROUTES}
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in ROUTES for name in sorted(ALL[path])])
 def test_a_field_has_its_effect(servers, path, name):
-    effect = EFFECTS[path][name]
+    effect = ALL[path][name]
     value = effect.value(servers[False][0]) if callable(effect.value) else effect.value
     without = effect.look(ask(servers, path, least(path, effect.beside)))
-    given = ask(servers, path, least(path, {**effect.beside, name: value}))
+    given = ask(servers, path, least(path, {**effect.beside, name.partition(".")[0]: value}))
     assert name == "model" or given.status == 200, given.raw.text
     found = effect.look(given)
     assert found != without, "it changes nothing"
@@ -135,7 +138,8 @@ def written() -> str:
         "`GET /openapi.json` has every route.", "",
         "Fields that are taken without any effect are named so. Inside of others it is these: `is_error` of a tool's",
         "result, and the descriptions and names of formats. `prompt_cache_key`, `safety_identifier` and `user` of",
-        "responses are repeated in the answer, and no more.",
+        "responses are repeated in the answer, and no more. Beyond the clients', `eager_input_streaming` of messages'",
+        "tools is taken beside `type` of the tools of chats and of responses ([calls](calls.md)).",
     ]  # fmt: skip
     for path, route in ROUTES.items():
         found = fields(path)

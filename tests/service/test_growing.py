@@ -1,5 +1,5 @@
-"""Arguments of calls that leave as they are written: all that is JSON so far, whatever the cut; what breaks off stays
-cut there. And arguments in the notation of Python, which wait until all is there."""
+"""Arguments of calls: whole, or no call; of eager tools as they are written: all that is JSON so far, whatever the
+cut; what breaks off stays cut. And arguments in the notation of Python, which wait until all is there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.service.test_parsers import CUTS, TEXT, TOOLS, calls_of, cut, read
+from tests.service.test_parsers import CUTS, EAGER, TEXT, TOOLS, calls_of, cut, read
 from xllm.service.parsers import values
-from xllm.service.parsers.growing import Arguments
+from xllm.service.parsers.growing import Arguments, is_whole
 from xllm.service.parsers.parts import Call, Content
 from xllm.service.parsers.reading import Dialect
 
@@ -32,7 +32,7 @@ BROKEN = [  # arguments, how far they are arguments, what is content
 
 @pytest.mark.parametrize("name", ["qwen25", "kimi_k2", "harmony"])
 @pytest.mark.parametrize(("arguments", "sent", "rest"), BROKEN)
-def test_a_call_whose_arguments_break_off_is_cut_there(name, arguments, sent, rest):
+def test_arguments_that_break_off_are_no_call_and_of_an_eager_tool_cut_there(name, arguments, sent, rest):
     before, after = {
         "qwen25": ('<tool_call>{"name": "f", "arguments": ', "</tool_call>"),
         "kimi_k2": ("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
@@ -40,10 +40,13 @@ def test_a_call_whose_arguments_break_off_is_cut_there(name, arguments, sent, re
     }[name]
     text = before + arguments + after
     for pieces in ([text], [*text]):
-        parts = read(Dialect(name).reading("", TOOLS), pieces)
+        whole = Dialect(name).reading("", TOOLS, eager=frozenset({"look_up"}))  # which is another one
+        marker = before if name == "harmony" else before[: before.index(">") + 1]
+        assert read(whole, pieces) == [Content(text.removeprefix(marker).removesuffix(after))]
+        parts = read(Dialect(name).reading("", TOOLS, eager=EAGER), pieces)
         assert [part.arguments for part in parts if isinstance(part, Call)] == [sent]
         assert "".join(part.text for part in parts if isinstance(part, Content)).lstrip() == rest.lstrip()
-        alone = Dialect(name).reading("", TOOLS, one_call=True).reader()
+        alone = Dialect(name).reading("", TOOLS, one_call=True, eager=EAGER).reader()
         for piece in pieces:
             alone.push(piece)
         alone.finish()
@@ -55,34 +58,32 @@ def test_a_call_whose_arguments_break_off_is_cut_there(name, arguments, sent, re
        st.sampled_from([None, 1]), st.booleans())  # fmt: skip
 def test_arguments_leave_as_they_are_written(value, places, indent, escaped):
     text = json.dumps(value, indent=indent, ensure_ascii=escaped).replace("Infinity", "1e99") + " tail"
-    growing, seen = Arguments(0), 0
+    growing, seen, left = Arguments(), 0, ""
     for piece in cut(text, places):
         seen += len(piece)
-        growing.push(text[:seen])
-        assert growing.at <= seen
-        held = text[growing.at : min(seen, len(text) - len(" tail"))]
+        left += growing.push(piece)
+        assert text.startswith(left) and growing.taken == len(left) <= seen
+        held = text[growing.taken : min(seen, len(text) - len(" tail"))]
         assert growing.done or not held or re.fullmatch(r"[-+\w.]+|\\(u\w{0,3})?", held), "only what is undecided stays"
-    growing.push(text, final=True)
-    assert growing.done and not growing.broken and growing.at == len(text) - len(" tail")
+    left += growing.push("", final=True)
+    assert growing.done and not growing.broken and left == text.removesuffix(" tail") and is_whole(left)
 
 
 @given(st.text('{}[]:,"\\a1-. \n\tefu0', max_size=30), CUTS)
 def test_what_leaves_is_json_or_its_beginning(text, places):
     text = "{" + text
-    whole, cuts, seen = Arguments(0), Arguments(0), 0
-    whole.push(text, final=True)
-    for piece in cut(text, places):
-        seen += len(piece)
-        cuts.push(text[:seen])
-    cuts.push(text, final=True)
-    assert (whole.at, whole.done, whole.broken) == (cuts.at, cuts.done, cuts.broken)
+    whole, cuts = Arguments(), Arguments()
+    once = whole.push(text, final=True)
+    left = [cuts.push(piece) for piece in cut(text, places)]
+    assert "".join([*left, cuts.push("", final=True)]) == once == text[: whole.taken]
+    assert (whole.taken, whole.done, whole.broken) == (cuts.taken, cuts.done, cuts.broken)
     if whole.done:
-        assert isinstance(json.loads(text[: whole.at]), dict)
+        assert isinstance(json.loads(once), dict)
     try:
         found = json.JSONDecoder().raw_decode(text)
     except ValueError:
         return
-    assert whole.done and whole.at == found[1]
+    assert whole.done and whole.taken == found[1]
 
 
 @pytest.mark.parametrize(

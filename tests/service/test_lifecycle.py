@@ -45,7 +45,7 @@ def raw_request(base: str, body: dict, receive_buffer: int | None = None, route:
     return connection
 
 
-def test_every_route_needs_a_key_unless_it_is_public(tmp_path):
+def test_behaviour_62_every_route_needs_a_key_unless_it_is_public(tmp_path):
     with running(fake_service(tmp_path), Keys(["one", "two"])) as (base, server):
         app: Any = server.config.app
         routes = [(method, path) for path, (_, methods) in app._app.table.items() for method in methods]
@@ -170,7 +170,7 @@ def test_bytes_that_begin_no_request_do_not_keep_a_connection(tmp_path, monkeypa
             assert connection.recv(65536) == b""
 
 
-def test_too_many_requests(tmp_path):
+def test_behaviour_32_a_full_server_is_429_until_one_ends(tmp_path):
     service = fake_service(tmp_path, Limits(max_concurrent_requests=2), tick=0.001)
     with running(service) as (base, _):
         busy = [raw_request(base, ENDLESS) for _ in range(2)]
@@ -258,12 +258,14 @@ def test_the_first_signal_drains(tmp_path):
         with httpx.stream("POST", base + COMPLETIONS, json=ENDLESS | {"max_tokens": 200}) as answer:
             pieces = answer.iter_text()
             text = next(pieces)
+            fake(service).paused = True  # or it might end before all of this was asked
             server.handle_exit(signal.SIGTERM, None)
             for path, status in (("/ready", 503), ("/livez", 200)):
                 assert httpx.get(base + path).status_code == status
             refused = ask(base)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert refused.headers["retry-after"]
+            fake(service).paused = False
             last = events(text + "".join(pieces))[-1]
             assert last["choices"][0]["finish_reason"] == "length"
         wait_for(lambda: server.should_exit)
@@ -348,7 +350,7 @@ def test_metrics_have_both_names_and_only_grow(tmp_path):
     assert after['inter_token_latency_milliseconds_count{model_name="fake"}'] == 2
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="fake"}'] == 1
     assert after['num_free_blocks{model_name="fake"}'] == 100
-    gauges = ("num_", "kv_cache", "vllm:num_requests", "vllm:kv")
+    gauges = ("num_", "backlog_", "kv_cache", "vllm:num_requests", "vllm:kv")
     grown = {name for name in before if not name.startswith(gauges)}
     assert all(after[name] >= before[name] for name in grown)
 

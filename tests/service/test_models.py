@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from tests.service.fakes import EOS, fake, fake_service, ids, rows_service, running, wait_for
-from xllm.service.batches import Batches
+from xllm.service import endpoint
+from xllm.service.batches import LINES, Batches
 from xllm.service.endpoint import Limits
 from xllm.service.gate import Keys
 from xllm.service.metrics import Front
@@ -126,6 +128,62 @@ def test_each_line_of_a_batch_goes_to_its_model(http):
     assert codes == {"rows": "wrong_task", "three": "model_not_found"}
 
 
+def test_a_model_that_rests_holds_up_its_own_lines_only(served, http):
+    """More of them than a batch asks at a time come first; the others' are answered meanwhile."""
+    names = ["two"] * (2 * LINES) + ["one"] * 20
+    asked = [
+        {"custom_id": f"{at}", "method": "POST", "url": "/v1/completions", "body": {"model": name, "prompt": "hi"}}
+        for at, name in enumerate(names)
+    ]
+    data = "\n".join(map(json.dumps, asked)).encode()
+    engine = fake(served[1][1])
+    engine.paused = True
+    try:
+        file = http.post("/v1/files", files={"file": ("lines.jsonl", data)}, data={"purpose": "batch"}).json()["id"]
+        made = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = http.post("/v1/batches", json=made).json()["id"]
+        wait_for(lambda: http.get(f"/v1/batches/{batch}").json()["request_counts"]["completed"] == 20)
+        assert engine.stats().running == LINES
+    finally:
+        engine.paused = False
+    wait_for(lambda: http.get(f"/v1/batches/{batch}").json()["status"] == "completed")
+    assert http.get(f"/v1/batches/{batch}").json()["request_counts"]["completed"] == len(names)
+
+
+def test_a_large_body_is_looked_through_beside_the_others(http, monkeypatch):
+    """While its name is looked for, somebody else is answered."""
+    begun, answered, read = threading.Event(), threading.Event(), endpoint.named
+
+    def slow(data: bytes) -> str | None:
+        if len(data) > 1 << 20:
+            begun.set()
+            assert answered.wait(20), "nobody was answered meanwhile"
+        return read(data)
+
+    monkeypatch.setattr(endpoint, "named", slow)
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(complete, http, model="two", prompt=["hi", "x" * (2 << 20)])
+        assert begun.wait(20) and complete(http, model="one").status_code == 200
+        answered.set()
+        assert large.result().json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_requests_for_one_model_leave_slots_to_the_others(tmp_path):
+    front, limits = Front(), Limits(max_concurrent_requests=8)
+    one, two = (fake_service(tmp_path, limits, name=name, front=front) for name in ("one", "two"))
+    with running(one, others=[two]) as (base, _), httpx.Client(base_url=base, timeout=30) as http:
+        fake(one).paused = True
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(complete, http, model="one") for _ in range(6)]
+            wait_for(lambda: front.concurrent == 6)
+            refused = complete(http, model="one")
+            assert refused.status_code == 429 and "one answers 6 requests" in refused.json()["error"]["message"]
+            assert complete(http, model="two").status_code == 200
+            fake(one).paused = False
+            assert [each.result().status_code for each in asked] == [200] * 6
+        assert (one.answering, two.answering, front.concurrent) == (0, 0, 0)
+
+
 def test_metrics_say_of_whom_they_are(http):
     complete(http, model="two")
     text = http.get("/metrics").text
@@ -149,8 +207,8 @@ def test_the_limit_of_requests_is_for_all_together(served, http):
 
 
 def test_state_health_and_orders_take_the_name(http):
-    state = http.get("/ui/state?model=two").json()
-    assert (state["model"], state["models"]) == ("two", NAMES) and http.get("/ui/state").json()["model"] == "one"
+    for query, names in (("", NAMES), ("?model=two", ["two"])):
+        assert [model["model"] for model in http.get(f"/ui/state{query}").json()["models"]] == names
     assert http.get("/ready?model=rows").json()["status"] == "ready"
     assert http.get("/health?model=three").status_code == 404
     asleep = http.get("/is_sleeping", headers=ADMIN).json()["models"]

@@ -22,7 +22,7 @@ def test_models(client):
 
 
 @pytest.mark.parametrize("prompt", ["hello", ids("hello")])
-def test_completion(client, prompt):
+def test_behaviour_33_a_completion_has_its_usage(client, prompt):
     answer = client.completions.create(model="fake", prompt=prompt)
     assert answer.choices[0].text == "hello"
     assert answer.choices[0].finish_reason == "stop"
@@ -99,7 +99,7 @@ def test_streamed_chat_with_samples(client):
     assert usage.completion_tokens == 3 * (len(PROMPT_OF_SAY.encode()) + 1)
 
 
-def test_text_parts_and_roles(client):
+def test_behaviour_34_text_parts_are_joined(client):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages: list[Any] = [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="fake", messages=messages)

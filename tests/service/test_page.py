@@ -15,8 +15,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
 from tests.browser import launch
-from tests.service.fakes import CHAT_TEMPLATE, EOS, Script, fake, fake_service, ids, running, wait_for
+from tests.service.fakes import CHAT_TEMPLATE, EOS, Script, fake, fake_service, ids, rows_service, running, wait_for
 from xllm.service.gate import PAGE, Keys
+from xllm.service.metrics import Front
 
 expect.set_options(timeout=20_000)  # milliseconds; how long things take is not tested here
 THINKS = CHAT_TEMPLATE + "{# <think></think> #}"  # what its answers are read by
@@ -155,13 +156,56 @@ def test_the_engine_is_drawn_as_it_runs(tmp_path, visit):
         page.keyboard.press("Escape")
         expect(page.locator("#first-p50")).to_contain_text("ms")
         expect(page.locator("#token-p99")).to_contain_text("ms")
-        expect(page.locator("#bar")).to_have_attribute("aria-label", "7 in use, 20 cached, 3 reusable, 70 free")
+        expect(page.locator(".bar")).to_have_attribute("aria-label", "7 in use, 20 cached, 3 reusable, 70 free")
         expect(page.locator("#hit")).to_have_text("25 %")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.emulate_media(color_scheme="dark")
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(15, 18, 23)"
         fake(service).refusal = "engine_failed: the engine failed and must be restarted"
         expect(page.locator("#health")).to_contain_text("engine_failed")
+
+
+def test_several_models_are_asked_and_drawn_each_and_together(tmp_path, visit):
+    front = Front()
+    one, two = (
+        fake_service(tmp_path, name=name, front=front, template=template, reply=lambda _, name=name: [*ids(name), EOS])
+        for name, template in (("one", CHAT_TEMPLATE), ("two", None))
+    )
+    rows = rows_service(tmp_path, name="<b>rows</b>", front=front)[0]
+    with running(rows, others=[one, two]) as (base, _):
+        page = visit(base, viewport={"width": 1280, "height": 900})
+        asked, shown = page.locator("#asked-model"), page.locator("#shown-model")
+        expect(asked.locator("option")).to_have_text(["one", "two"])
+        expect(shown.locator("option")).to_have_text(["all", "<b>rows</b>", "one", "two"])
+        say(page, "hi")
+        expect(page.locator("p.note").last).to_contain_text("one · ")
+        asked.select_option("two")
+        say(page, "and")
+        expect(page.locator("p.note").last).to_contain_text("two · ")
+        expect(page.get_by_text("it continues your text")).to_have_count(1)
+        assert page.locator(".said").all_text_contents() == ["one", "two"]
+        assert [len(fake(each).seen) for each in (one, two)] == [1, 1]
+
+        fake(one).paused = True
+        asked.select_option("one")
+        say(page, "wait")
+        expect(page.locator("#now-requests")).to_have_text("1")
+        row = page.get_by_role("row").filter(has_text="one")
+        expect(row.get_by_role("cell").first).to_have_text("1")
+        said = [bar.get_attribute("aria-label") for bar in page.locator(".bar").all()]
+        assert said == [f"{name}: 7 in use, 20 cached, 3 reusable" for name in ("one", "two")]
+        expect(page.locator("#states")).to_contain_text("free40")
+        expect(page.locator("#latency")).to_be_hidden()
+        shown.select_option("two")
+        expect(page.locator("#now-requests")).to_have_text("0")
+        expect(page.locator("#latency")).to_be_visible()
+        shown.select_option("<b>rows</b>")
+        expect(page.locator("#cache")).to_be_hidden()
+        fake(one).paused = False
+        expect(page.locator(".said").last).to_have_text("one")
+        fake(two).refusal = "engine_failed: it failed"
+        expect(page.locator("#health")).to_have_text("two: engine_failed: it failed")
+        assert page.locator("b").count() == 0, "a name is text"
 
 
 ASK = """async ([url, mode, type]) => {

@@ -98,7 +98,7 @@ def test_defaults_come_from_the_generation_config():
     assert plan(b'{"prompt":"hi"}').params[0].temperature == 1.0
 
 
-def test_ignore_eos_passes_stop_ids_but_not_stop_strings():
+def test_behaviour_27_ignore_eos_passes_stop_ids_but_not_stop_strings():
     job = plan(b'{"prompt":"hi","ignore_eos":true,"stop_token_ids":[5],"stop":"x"}')
     assert job.params[0].stop_token_ids == ()
     assert job.stops == ("x",)

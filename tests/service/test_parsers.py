@@ -33,6 +33,8 @@ SCHEMA = {
     "$defs": {"Deep": {"type": "object"}},
 }
 TOOLS = {"look_up": SCHEMA, "f": SCHEMA}
+EAGER = frozenset(TOOLS)
+SOME = st.sampled_from([frozenset(), EAGER, frozenset({"f"})])
 NAMES = sorted((*SHAPES, "harmony"))
 Calls = list[tuple[str, dict]]
 
@@ -166,15 +168,15 @@ BEFORE = WORDS.map(str.strip)
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=50, deadline=None)
-@given(BEFORE, CALLS, CUTS)
-def test_calls_are_read_as_they_were_written(name, before, calls, places):
+@given(BEFORE, CALLS, CUTS, SOME)
+def test_calls_are_read_as_they_were_written(name, before, calls, places, eager):
     final = f"<|channel|>final<|message|>{before}<|end|><|start|>assistant" if name == "harmony" else f"{before}\n"
     text = (final if before else "") + WRITE[name](calls)
-    parts = read(Dialect(name).reading("", TOOLS), cut(text, places))
+    parts = read(Dialect(name).reading("", TOOLS, eager=eager), cut(text, places))
     assert calls_of(parts) == calls
     assert "".join(part.text for part in parts if isinstance(part, Content)) == before
     assert [part.index for part in parts if isinstance(part, Call)] == list(range(len(calls)))
-    one = read(Dialect(name).reading("", TOOLS, one_call=True), cut(text, places))
+    one = read(Dialect(name).reading("", TOOLS, one_call=True, eager=eager), cut(text, places))
     assert calls_of(one) == calls[:1]
 
 
@@ -201,11 +203,12 @@ def without_space(text: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
-def test_any_cut_of_any_text_gives_the_same(name, data):
-    """And what is no call is all there, less markers and white space."""
+def test_behaviour_36_any_cut_of_any_text_gives_the_same(name, data):
+    """And what is no call is all there, less markers and white space. Arguments are whole where no tool is eager."""
     text = "".join(data.draw(GARBAGE[name]))
     reasoning = data.draw(st.sampled_from(["none", "qwen3", "deepseek-r1", "kimi"]))
-    reading = Dialect(name, "none" if name == "harmony" else reasoning).reading("", TOOLS)
+    eager = data.draw(SOME)
+    reading = Dialect(name, "none" if name == "harmony" else reasoning).reading("", TOOLS, eager=eager)
     parts = read(reading, [text])
     assert read(reading, cut(text, data.draw(CUTS))) == parts
     assert read(reading, [*text]) == parts
@@ -213,7 +216,33 @@ def test_any_cut_of_any_text_gives_the_same(name, data):
         left = Markers(shape(name).markers).remove(text)
         assert without_space("".join(part[0] for part in parts)) == without_space(left)  # pyright: ignore
     for call in parts:
-        assert not isinstance(call, Call) or (call.name in TOOLS and call.arguments.startswith("{"))
+        if isinstance(call, Call):
+            assert call.name in TOOLS and call.arguments.startswith("{")
+            assert call.name in eager or isinstance(json.loads(call.arguments), dict)
+
+
+# What a text must have of a call that is complete, where that is no brace.
+LAST = {"glm45": "</tool_call>", "qwen3_coder": "</function>", "pythonic": "]"}
+LAST |= dict.fromkeys(("deepseekv32", "deepseekv4"), f"</{BAR}DSML{BAR}invoke>")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_call_that_is_not_complete_is_content(name, data):
+    """Wherever max_tokens ended it, and where another call begins in place of its end."""
+    text, last = WRITE[name](data.draw(CALLS)[:1]), LAST.get(name, "}")
+    begin = text.index("<|message|>") + 11 if name == "harmony" else 0  # a header that is cut off says nothing
+    text = text[: data.draw(st.integers(begin, text.rindex(last) + len(last) - 1))]
+    if name != "harmony" and data.draw(st.booleans()):
+        text += shape(name).open
+    reading = Dialect(name).reading("", TOOLS, eager=data.draw(st.sampled_from([frozenset(), frozenset({"other"})])))
+    parts = read(reading, [text])
+    assert not any(isinstance(part, Call) for part in parts)
+    assert read(reading, cut(text, data.draw(CUTS))) == read(reading, [*text]) == parts
+    shown = "".join(part.text for part in parts if isinstance(part, Content))
+    left = text.partition("<|message|>")[2] if name == "harmony" else Markers(shape(name).markers).remove(text)
+    assert without_space(shown) == without_space(left)
 
 
 @given(WORDS, TEXT, CUTS)
@@ -278,12 +307,16 @@ def test_forms_beside_the_usual_one():
         ("qwen25", '<tool_call>{"name": "f", "arguments": "{\\"text\\": \\"</tool_call>\\"}"}</tool_call>'),
         ("qwen25", '<tool_call>{"name": "f", "arguments": {"text": "</tool_call>"}}\n<tool_call>'),
         ("llama3_json", '{"name": "f", "parameters": {"text": "</tool_call>"}}'),
+        ("llama3_json", '{"type": "function", "name": "f", "parameters": {"text": "</tool_call>"}}'),
+        ("llama3_json", '<|python_start|><|python_end|>\n{"name": "f", "parameters": {"text": "</tool_call>"}}'),
+        ("llama3_json", '<|python_start|>{"name": "f", "parameters": {"text": "</tool_call>"}}<|python_end|>'),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"text": "</tool_call>"}, "id": "abcdefghi"}]'),
         ("mistral", '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"text": "</tool_call>"}'),
         ("json", ' [{"name": "f", "arguments": {"text": "</tool_call>"}}]'),
     ):
-        parts = read(Dialect(name).reading("", TOOLS), [text])
-        assert calls_of(parts) == [("f", {"text": "</tool_call>"})], text
+        for pieces, eager in (([text], frozenset()), ([*text], frozenset()), ([*text], EAGER)):
+            parts = read(Dialect(name).reading("", TOOLS, eager=eager), pieces)
+            assert calls_of(parts) == [("f", {"text": "</tool_call>"})], text
 
 
 def test_the_ids_of_a_model_are_kept_once_each():
@@ -319,6 +352,8 @@ TEMPLATES = {
     f"<{BAR}DSML{BAR}function_calls>": ("deepseekv32", "none"),
     f"<{BAR}DSML{BAR}tool_calls>": ("deepseekv4", "none"),
     '{"name": function name, "parameters": dictionary of argument name and its value}': ("llama3_json", "none"),
+    '<|python_start|> {"name": .., "parameters": dictionary of argument name and its value}': ("llama3_json", "none"),
+    "<|python_start|>": ("pythonic", "none"),
     "{{ messages }}": ("none", "none"),
 }
 

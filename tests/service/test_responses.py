@@ -20,6 +20,7 @@ TOOLS: list[Any] = [
     {"type": "function", "name": "weather", "description": "now", "parameters": SCHEMA},
     {"type": "function", "name": "clock"},
 ]
+EAGER: list[Any] = [tool | {"eager_input_streaming": True} for tool in TOOLS]
 KEYS = "one", "other"
 
 
@@ -84,9 +85,12 @@ def test_the_events_add_up_to_the_whole(client, script, name):
     assert final.output_text == whole.output_text
 
 
-def test_events_are_numbered_and_say_where_they_belong(client, script):
+@pytest.mark.parametrize("eager", [False, True])
+def test_events_are_numbered_and_say_where_they_belong(client, script, eager):
     script.text = SCRIPTS["two"]
-    events = list(ask(client, stream=True))
+    events = list(ask(client, stream=True, tools=EAGER if eager else TOOLS))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == '{"city": "Zürich 😀"}{}' and (max(map(len, deltas)) <= 2 if eager else len(deltas) == 2)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [kind for kind, _ in itertools.groupby(event.type.removeprefix("response.") for event in events)]
     texts = [
@@ -160,9 +164,12 @@ def test_a_response_follows_the_one_before(client, script, served):
 def test_a_response_follows_one_whose_call_broke_off(client, script, served):
     for name, tokens in (("broken", len(SCRIPTS["broken"])), ("invalid", 200)):
         script.text = (SCRIPTS | {"invalid": SCRIPTS["broken"] + "</tool_call>"})[name]
-        first = ask(client, max_output_tokens=tokens)
-        assert first.output[-1].type == "function_call"
-        ask(client, input="Go on.", previous_response_id=first.id)
+        whole = ask(client, max_output_tokens=tokens)
+        assert [item.type for item in whole.output] == ["reasoning", "message"]
+        assert whole.output_text == 'Now: {"name": "weather", "arguments": {"ci'
+        *_, last = ask(client, max_output_tokens=tokens, tools=EAGER, stream=True)
+        assert last.response.output[-1].type == "function_call"
+        ask(client, input="Go on.", previous_response_id=last.response.id)
         assert "assistant\n<think>c</think>Now:<|end|><|start|>user\nGo on." in prompt(served)
 
 

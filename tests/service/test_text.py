@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from tests.service.fakes import TOKENIZER, ids
 from xllm.service.text import REPLACEMENT, WINDOW_TOKENS, Detokenizer, StopStrings
@@ -143,3 +143,17 @@ def test_every_byte_has_a_token():
     codec = TextCodec(TOKENIZER)
     data = bytes(range(256))
     assert sorted(b"".join(codec.token_bytes(token) for token in range(256))) == sorted(data)
+
+
+def test_behaviour_38_the_ends_come_once_and_settings_of_a_training_run_are_left_out():
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 256), ("<|end|>", 257)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=32)
+    codec = TextCodec.from_bytes(tokenizer.to_str().encode())
+    text = ids("more than four")
+    assert codec.encode("more than four", True) == [256, *text, 257]
+    assert codec.encode("more than four", False) == text
+    assert codec.encode("<|start|>more than four", False) == [256, *text]

@@ -28,6 +28,7 @@ SAY: list[Any] = [{"role": "user", "content": "weather?"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "now", "parameters": SCHEMA}}
 TOOLS: list[Any] = [WEATHER, {"type": "function", "function": {"name": "clock"}}]
+EAGER: list[Any] = [tool | {"eager_input_streaming": True} for tool in TOOLS]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 😀"}}\n</tool_call>'
 CLOCK = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 SCRIPTS = {
@@ -96,9 +97,11 @@ def test_calls(client, script):
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("a</think>")
 
 
-def test_deltas_have_the_form_that_clients_add_up(client, script):
+@pytest.mark.parametrize("eager", [False, True])
+def test_deltas_have_the_form_that_clients_add_up(client, script, eager):
+    """A call is one delta; of an eager tool, its arguments come as the model writes them, a token at a time."""
     script.text = SCRIPTS["two"]
-    chunks = [chunk.choices[0] for chunk in ask(client, stream=True)]
+    chunks = [chunk.choices[0] for chunk in ask(client, stream=True, tools=EAGER if eager else TOOLS)]
     assert (chunks[0].delta.role, chunks[0].delta.content) == ("assistant", None)
     calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
     begun = [call for call in calls if call.function.name]
@@ -108,7 +111,7 @@ def test_deltas_have_the_form_that_clients_add_up(client, script):
     assert [call.index for call in calls] == sorted(call.index for call in calls)
     weather = [call.function.arguments for call in calls if call.index == 0]
     assert "".join(weather) == '{"city": "Zürich 😀"}'
-    assert max(map(len, weather)) <= 2, "as the model writes it, a token at a time"
+    assert (len(weather) == 1) if not eager else (max(map(len, weather)) <= 2)
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
     assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see."
 
@@ -117,6 +120,7 @@ def test_what_is_no_call_is_content(client, script):
     for name, content in (
         ("text", "No calls { here."),
         ("early", 'Now: {"name": "weather", "argum'),
+        ("broken", 'Now: {"name": "weather", "arguments": {"ci'),
         ("unknown", '{"name": "other", "arguments": {}}'),
     ):
         script.text = SCRIPTS[name]
@@ -130,12 +134,29 @@ def test_what_is_no_call_is_content(client, script):
     assert (choice.message.content, choice.finish_reason) == (None, "length")
 
 
-def test_a_call_that_breaks_off_is_there_as_far_as_it_came_and_is_nothing_to_carry_out(client, script):
-    script.text = SCRIPTS["broken"]
+def test_no_call_that_breaks_off_is_seen_but_by_who_asked_for_it(client, script):
+    """That one is there as far as it came, in a stream, and nothing to carry out."""
+    script.text, text = SCRIPTS["broken"], 'Now: {"name": "weather", "arguments": {"ci'
+    lazy = [tool | {"eager_input_streaming": given} for tool, given in zip(TOOLS, (False, None), strict=True)]
     for tokens, reason in ((200, "stop"), (len(script.text), "length")):
-        [choice] = ask(client, max_tokens=tokens).choices
-        assert (choice.message.content, choice.finish_reason) == ("Now:", reason)
-        assert [call.function.arguments for call in choice.message.tool_calls] == ['{"ci']
+        for tools, streamed in ((TOOLS, text), (lazy, text), (EAGER, "Now:")):
+            [choice] = ask(client, max_tokens=tokens, tools=tools).choices
+            assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, reason)
+            chunks = [chunk.choices[0] for chunk in ask(client, max_tokens=tokens, tools=tools, stream=True)]
+            assert "".join(chunk.delta.content or "" for chunk in chunks) == streamed
+            assert chunks[-1].finish_reason == reason
+            calls = [call.function.arguments for chunk in chunks for call in chunk.delta.tool_calls or ()]
+            assert "".join(calls) == ('{"ci' if tools is EAGER else "")
+
+
+def test_a_call_that_must_come_is_whole_or_content(client, script):
+    script.text = 'so</think>[{"name": "clock", "arguments": {}}, {"name": "weather", "arguments": {"city": "Ulm"'
+    forced: dict[str, Any] = {"tool_choice": "required", "max_tokens": len(ids(script.text))}
+    [choice] = ask(client, **forced).choices
+    assert (choice.message.content, choice.message.tool_calls) == (script.text.removeprefix("so</think>"), None)
+    chunks = [chunk.choices[0].delta for chunk in ask(client, **forced | {"tools": EAGER}, stream=True)]
+    calls = [call for delta in chunks for call in delta.tool_calls or ()]
+    assert "".join(call.function.arguments for call in calls if not call.index) == "{}"
 
 
 def test_a_call_with_half_of_a_pair_can_be_told_again(client, script, served):

@@ -12,7 +12,7 @@ from xllm.artifact import Artifact, ArtifactError, ArtifactWriter
 from xllm.targets.base import TOKENS, Cost, LayerState, Lowering, Operation, StepSizes, Tensor, within
 from xllm.targets.cpu import CpuTarget
 from xllm.targets.cpu.tuning import ROUND, Curve, Tuning
-from xllm.targets.predicted import TUNING, target_of
+from xllm.targets.predicted import TUNING, predicted_cost, target_of
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 4, 7, 100])
@@ -137,3 +137,13 @@ def test_an_artifact_predicts_from_the_table_in_it(tmp_path) -> None:
                 target_of(Artifact.open(path))
         else:
             assert target_of(Artifact.open(path)) == CpuTarget("x86-64-v3", tuning=table())
+
+
+def test_what_stands_in_for_a_fitted_model_says_what_the_calls_cost(tmp_path) -> None:
+    artifact = Artifact.open(write_small(tmp_path))
+    target, most = target_of(artifact), artifact.plan.buckets[-1].T
+    cost = predicted_cost(artifact)
+    for tokens in (1, most):
+        sizes = StepSizes([(tokens, 0)], 1)
+        whole = sum(target.seconds(call.cost, sizes, call.kernel) for call in artifact.plan.calls)
+        assert cost.seconds([(0, tokens)], 1) == pytest.approx(whole, rel=0.1)

@@ -149,7 +149,11 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{model['name']} ({model['architecture']}) compiled for {target['name']} {target['level']} by {tools}",
         "limits: " + ", ".join(f"{name} {value:,}" for name, value in sorted(limits.items())),
-        *([f"activations: {rounded} in products with {rounded} weights (experts aside)"] if rounded else ()),
+        *(
+            [f"activations: {rounded} in products with {rounded} weights (experts aside), of bfloat16 in attention"]
+            if rounded
+            else ()
+        ),
     ]
     for kind in ("passes", "kernels"):
         for module in facts["extensions"].get(kind, ()):

@@ -215,6 +215,7 @@ def cases() -> Iterator[Case]:
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
     for dtype in KVS:
         yield attention(dtype)
+        yield attention(dtype, "bfloat16")
         yield _write(dtype)
     x, norm = _value(WIDTH), {"weight": _weight(WIDTH), "eps": 1e-6}
     yield _rowwise("xllm.rms_norm", {"x": x, **norm}, [WIDTH])
@@ -233,7 +234,7 @@ def linear(dtype: str, activations: str = "") -> Case:
     return Case(lambda _: make(INNER, WIDTH), (make(128, 16), ONE), points, weights=dtype, activations=activations)
 
 
-def attention(dtype: str) -> Case:
+def attention(dtype: str, activations: str = "") -> Case:
     def make(layer: int) -> Operation:
         args = {
             "q": _value(HEADS, HEAD_DIM), "sinks": None, "kv_heads": KV_HEADS, "value_dim": HEAD_DIM, "window": 0,
@@ -242,7 +243,8 @@ def attention(dtype: str) -> Case:
         return Operation("attention", "xllm.attention", args, (_value(HEADS, HEAD_DIM),))
 
     points = (prompt(1, 255), prompt(4, 252), prompt(16, 240), prompt(64, 192), prompt(512), prompt(512, 512))
-    return Case(make, (make(0), ONE), points, kv=dtype)
+    weights = activations or "float32"
+    return Case(make, (make(0), ONE), points, weights, kv=dtype, activations=activations)
 
 
 def _write(dtype: str) -> Case:

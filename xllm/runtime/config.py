@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from xllm.runtime.errors import RuntimeFault
 from xllm.runtime.policies import choose
@@ -149,6 +150,9 @@ class EngineStats:
     tokens that were gone before they were copied. refusal: "code: message" once no request is taken any more (stopping,
     draining, failed). paused: no step is computed, asleep: the level, see Engine.pause and Engine.sleep. weights: the
     version that steps compute with.
+    pending: requests that the engine thread has not taken over yet; preempted: of those that wait, who had begun;
+    sequences: slots that are taken; prefix_pages: pages in the prefix cache, used or not; block_tokens: tokens of its
+    units. seconds: by what they went into; step_sizes: counts of steps by tokens; of both see spent.
     """
 
     running: int = 0
@@ -194,3 +198,10 @@ class EngineStats:
     paused: bool = False
     asleep: str = ""
     weights: str = ""
+    pending: int = 0
+    preempted: int = 0
+    sequences: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    step_sizes: tuple[int, ...] = ()
+    prefix_pages: int = 0
+    block_tokens: int = 0

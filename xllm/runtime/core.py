@@ -15,7 +15,7 @@ import numpy as np
 
 from xllm.runtime.config import EngineConfig, EngineStats
 from xllm.runtime.errors import MemoryFault, StepError
-from xllm.runtime.executor import Batch, Executor, Handle, Row, StepResult
+from xllm.runtime.executor import Batch, Executor, Handle, StepResult
 from xllm.runtime.figures import figures_of
 from xllm.runtime.groups import BeamGroup
 from xllm.runtime.invariants import check
@@ -30,6 +30,7 @@ from xllm.runtime.request import FinishReason, TokenOutput, joined
 from xllm.runtime.scheduler import Budget, Decision, Grant, Queues, decide
 from xllm.runtime.sequence import Sequence, State
 from xllm.runtime.sharing import Sharing
+from xllm.runtime.spent import Spent
 from xllm.runtime.tiers import Tiers
 
 _FAULTS = {
@@ -90,6 +91,7 @@ class Core:
         self.only_begun = False  # of those that wait, admit only who has begun
         self._oldest_wait = 0.0
         self._clock = clock
+        self.spent = Spent(clock)
         self._check = config.check
         self._sharing = Sharing(pool, executor.kv, config, tiers)
         self._eos = frozenset(config.eos_ids)
@@ -141,10 +143,13 @@ class Core:
         slots = self.pool.plan.spans - self._taken
         waiting = [sequence for sequence in self.waiting if sequence.begun] if self.only_begun else self.waiting
         cost, now = self._pace.cost(self._cost), self._clock() + self._ahead
+        self.spent.begin()
         queues = Queues(self.running, waiting, slots)
         if self._offline or not self._policy.plain:
             queues = rank(self.running, waiting, slots, self._policy.order, self.budget, cost, now)
+        self.spent.on("schedule")
         found, queues = self._sharing.look_up(queues, self.budget)
+        self.spent.on("match")
         decision = decide(queues, self.budget, self.pool.free_pages, now, self._policy, cost)
         if self._trace is not None:
             self._trace.add(queues, self.budget, self.pool.free_pages, now, cost, decision)
@@ -156,18 +161,13 @@ class Core:
         for victim, cause in zip(decision.preempted, decision.causes, strict=True):
             self._causes[cause] += 1
             self._preempt(victim)
+        self.spent.on("schedule")
         self._admit(decision)
         grants = tuple([grant for grant in decision.grants if self._prepare(grant)])
+        self.spent.on("allocate")
         if not grants:
             return None
-        rows: list[Row] = []
-        for grant in grants:
-            sequence = grant.sequence
-            if isinstance(sequence, BeamGroup):
-                rows += sequence.step_rows(self.pool, grant.tokens, grant.sample)
-            else:
-                base, tokens = self.pool.base(sequence.slot), sequence.tokens_of(grant.tokens)
-                rows.append(Row(sequence.slot, base, sequence.computed, tokens, grant.sample))
+        rows = [row for grant in grants for row in grant.sequence.step_rows(self.pool, grant.tokens, grant.sample)]
         return Batch(self._steps, tuple(rows)), grants
 
     def launch(self, planned: tuple[Batch, tuple[Grant, ...]] | None) -> Flight | None:
@@ -191,6 +191,7 @@ class Core:
         self._rows += len(batch.rows)
         try:
             flight = Flight(self.executor.launch(batch), grants, self._planned)
+            self.spent.launched(sum(len(row.tokens) for row in batch.rows))
             self._ahead += flight.seconds
             return flight
         except StepError as error:
@@ -207,7 +208,9 @@ class Core:
         except StepError as error:
             self._fail(flight.rows, error)
         else:
+            self.spent.begin()
             self._accept(flight.rows, result)
+            self.spent.taken(result.seconds, result.sampling)
             self._pace.compare(flight.seconds, result.seconds)
             self.budget = self._pace.follow(self.budget, [grant.tokens for grant in flight.rows], result.seconds)
         if self._check:
@@ -228,6 +231,8 @@ class Core:
         for sequence in decision.admitted:
             self.waiting.remove(sequence)
             found = sequence.computed
+            if sequence.queued is None:
+                sequence.queued = self._clock() - sequence.arrived
             self._sharing.start(sequence)
             sequence.state = State.RUNNING
             insort(self.running, sequence, key=_order)
@@ -277,7 +282,9 @@ class Core:
             if sequence.finish is None:
                 sequence.written += count
                 if sequence.written >= sequence.publish_at and not fault:
+                    self.spent.on("take")
                     self._sharing.publish(sequence)
+                    self.spent.on("insert")
             if sequence.finish is not None:
                 self._wasted_rows += (after - first) * sample
             elif fault:
@@ -296,20 +303,9 @@ class Core:
         reason = sequence.end_reason(token, self._eos)
         wanted = sequence.request.params.logprobs is not None
         self._count(sequence, 1)
-        self.outputs.append(
-            TokenOutput(
-                sequence.id,
-                token,
-                index,
-                logprob if wanted else None,
-                best,
-                reason,
-                cached_tokens=sequence.cached,
-                prompt_tokens=sequence.prompt_tokens,
-                weights=self.weights,
-                prompt=joined(sequence.prompted) if sequence.prompted else None,
-            )
-        )
+        told = logprob if wanted else None
+        prompt = joined(sequence.prompted) if sequence.prompted else None
+        self.outputs.append(sequence.output(token, index, reason, self.weights, None, told, best, prompt))
         sequence.prompted = []
         if reason is not None:
             self._finish(sequence, reason)
@@ -321,8 +317,7 @@ class Core:
             return
         found = tuple(group.search.results())
         reason = found[0].finish_reason
-        known = {"cached_tokens": group.cached, "prompt_tokens": group.prompt_tokens, "weights": self.weights}
-        self.outputs.append(TokenOutput(group.id, None, group.outputs, finish_reason=reason, found=found, **known))
+        self.outputs.append(group.output(None, group.outputs, reason, self.weights, found=found))
         self._finish(group, reason)
 
     def _count(self, sequence: Sequence, tokens: int) -> None:
@@ -347,8 +342,7 @@ class Core:
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """End without a further token."""
         index = len(sequence.tokens) - sequence.prompt_tokens
-        known = (sequence.cached, sequence.prompt_tokens)
-        self.outputs.append(TokenOutput(sequence.id, None, index, None, (), reason, error, *known))
+        self.outputs.append(sequence.output(None, index, reason, error=error))
         self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:

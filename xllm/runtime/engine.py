@@ -23,6 +23,7 @@ from xllm.runtime.groups import BeamGroup
 from xllm.runtime.kv import KvPool
 from xllm.runtime.ordered import Ordered
 from xllm.runtime.pages import plan_pool
+from xllm.runtime.policies.state import Budget
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 from xllm.runtime.sequence import Sequence
 from xllm.runtime.store import PageStore
@@ -61,7 +62,11 @@ class Engine(Ordered):
             pool = KvPool(plan, store)
         else:
             pool = TieredPool(plan, store)
-            self._tiers = open_tiers(config.tiers, pool, self._wake)
+            try:
+                self._tiers = open_tiers(config.tiers, pool, self._wake)
+            except BaseException:
+                pool.close()  # or others would leave it room for ever
+                raise
         super().__init__(Core(executor, config, pool, clock, self._tiers))
         pool.on_room = self._wake
         self._limits = limits
@@ -79,6 +84,11 @@ class Engine(Ordered):
     def executor(self) -> Executor:
         return self._core.executor
 
+    @property
+    def budget(self) -> Budget:
+        """Limits of a step, as they are now."""
+        return self._core.budget
+
     def start(self) -> None:
         """Start the engine thread. Requests may be submitted before."""
         if self._config.premap:
@@ -90,7 +100,7 @@ class Engine(Ordered):
     def submit(self, request: Request) -> None:
         """Accept a request, from any thread. Raises RequestRefused (the codes are listed there)."""
         rows = min(self.pool.plan.spans, self._core.budget.tokens)
-        plan = replace(self.pool.plan, pages=min(self.pool.plan.pages, self.pool.store.most(self.pool)))
+        plan = replace(self.pool.plan, pages=self.pool.promises.most)
         sequence = new_sequence(request, plan, self._limits, rows, self._config.eos_ids)
         with self._lock:
             if self._refusal is not None:
@@ -155,10 +165,11 @@ class Engine(Ordered):
         """A snapshot, from any thread."""
         figures = self._core.stats()
         with self._lock:
-            waiting = figures.waiting + len(self._submitted)
+            pending = len(self._submitted)
             refusal = str(self._refusal) if self._refusal is not None else None
             told = {"paused": self._orders.paused, "asleep": self._orders.asleep}
-            return replace(figures, accepted=self._accepted, waiting=waiting, refusal=refusal, **told)
+            waiting = figures.waiting + pending
+            return replace(figures, accepted=self._accepted, waiting=waiting, pending=pending, refusal=refusal, **told)
 
     @property
     def why(self) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ class StepResult:
     id -1 where the distribution has no more.
 
     rows: float32 [S, N] of a program that gives embeddings or scores; nothing is sampled then. seconds: what the step
-    computed for, without sampling and any wait; 0 where that is not known.
+    computed for, without sampling and any wait, sampling: what that took; 0 where that is not known.
     prompts: by slot, the logprobs of what was computed of prompts, where they are asked for."""
 
     tokens: np.ndarray
@@ -86,6 +86,7 @@ class StepResult:
     top_logprobs: np.ndarray
     rows: np.ndarray | None = None
     seconds: float = 0.0
+    sampling: float = 0.0
     prompts: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
     def best(self, row: int, count: int | None) -> tuple[tuple[int, float], ...]:

@@ -20,7 +20,7 @@ def figures_of(core: Core) -> EngineStats:
         waiting=len(core.waiting),
         oldest_wait_s=core._oldest_wait,
         free_pages=max(0, core.pool.free_pages),
-        used_pages=core.pool.committed,
+        used_pages=core.pool.promises.total,
         total_pages=plan.pages,
         page_bytes=plan.page_bytes,
         steps=core._steps,
@@ -46,6 +46,12 @@ def figures_of(core: Core) -> EngineStats:
         cached_pages=figures.states[PageState.CACHED],
         evictions=figures.evictions,
         weights=core.weights,
+        preempted=sum(one.queued is not None for one in list(core.waiting)),
+        sequences=core._taken,
+        seconds=core.spent.seconds,
+        step_sizes=core.spent.steps,
+        prefix_pages=figures.prefix_pages,
+        block_tokens=core.executor.kv.group_tokens,
         **core._sharing.tier_figures(),
     )
     return replace(stats, **core._causes)

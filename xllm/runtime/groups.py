@@ -17,7 +17,6 @@ from dataclasses import replace
 
 from xllm.runtime.beams import BeamParams, BeamSearch, asked
 from xllm.runtime.executor import Executor, Row
-from xllm.runtime.forks import fork, hand_on
 from xllm.runtime.kv import KvPool
 from xllm.runtime.pages import PoolPlan
 from xllm.runtime.request import Request
@@ -77,7 +76,7 @@ class BeamGroup(Sequence):
             place = before[parent]
             if place in places:
                 place = left.pop()
-                fork(pool, before[parent], place, self.computed)
+                pool.fork(before[parent], place, self.computed)
             places.append(place)
         anew = self._gathering or self.request.params.looks_back
         self._spans, self._spares, self._parents, self._gathering = places, left, None, False
@@ -122,7 +121,7 @@ class BeamGroup(Sequence):
         for slot in self._attached:
             executor.detach(slot)
         if self._root != self.slot:  # or others might be promised pages that are not given up yet
-            hand_on(pool, self._root, self.slot)
+            pool.promises.hand_on(self._root, self.slot)
         for slot in self.slots:
             if slot != self.slot:
                 pool.finish(slot)

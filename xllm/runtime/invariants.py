@@ -24,7 +24,7 @@ def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leavin
     problems = {
         "a slot has two sequences": len(set(slots)) < len(slots),
         "a running sequence has no slot": any(slot < 0 for slot in slots),
-        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.committed,
+        "pages are miscounted": sum(sequence.pages for sequence in holders) != pool.promises.total,
         "tokens lie beyond the pages": any(sequence.computed > sequence.capacity for sequence in holders),
         "running is out of order": running != sorted(running, key=by_order),
         "waiting is out of order": waiting != sorted(waiting, key=by_order),
@@ -44,33 +44,32 @@ def check(pool: KvPool, running: list[Sequence], waiting: list[Sequence], leavin
 def check_pool(pool: KvPool) -> None:
     """Every page has one state, and one owner or several that share it; all counters agree. The pool's lock is held.
     Raises InvariantBroken."""
-    placed = [(slot, page) for slot, span in enumerate(pool._spans) for page in span.pages]
-    shared = {*pool._cache.uses, *pool._forked}
+    spans, cache = pool.spans, pool.spans.cache
+    placed = [(slot, page) for slot, span in enumerate(spans.all) for page in span.pages]
+    shared = {*cache.uses, *spans.forked}
     held = [(slot, page) for slot, page in placed if page not in shared]
-    uses = Counter(page for span in pool._spans for page in span.held)
-    live = [span for span in pool._spans if span.live]
-    fixed = {page for span in live for page in span.pages[: span.committed]}
-    unused = sum(not count for count in pool._cache.uses.values())
-    idle = sum(not pool._spans[slot].live for slot, _ in held)
-    _require({page: slot for slot, page in held} == pool._owner, "a page is in a span that does not own it")
-    _require(len(held) == len(pool._owner), "a page is in two places")
-    _require(pool._cache.uses == {page: uses[page] for page in pool._cache.uses}, "uses are miscounted")
-    _require(pool._forked == {page: uses[page] for page in pool._forked}, "forks are miscounted")
-    _require(all(pool._forked.values()), "a page is of no fork any more")
+    uses = Counter(page for span in spans.all for page in span.held)
+    live = [spans[slot] for slot in spans.live]
+    backed = {page for span in live for page in span.pages[: span.backed]}
+    idle = sum(slot not in spans.live for slot, _ in held)
+    _require({page: slot for slot, page in held} == spans.owner, "a page is in a span that does not own it")
+    _require(len(held) == len(spans.owner), "a page is in two places")
+    _require(cache.uses == {page: uses[page] for page in cache.uses}, "uses are miscounted")
+    _require(spans.forked == {page: uses[page] for page in spans.forked}, "forks are miscounted")
+    _require(all(spans.forked.values()), "a page is of no fork any more")
     _require(uses.keys() <= shared, "a page in use is neither cached nor forked")
-    _require(len(shared) == len(pool._cache) + len(pool._forked), "a page is cached and forked")
-    _require(not shared & pool._owner.keys(), "a shared page is somebody's")
-    _require(unused == pool._cache.unused, "unused cached pages are miscounted")
-    _require(all(page in pool._spans[slot].held for slot, page in placed if page in shared), "unheld page")
-    _require(idle == pool.idle_pages, "pages of idle spans are miscounted")
-    _require(pool.committed == sum(span.promised for span in live), "promises are miscounted")
-    _require(len(fixed) <= pool.committed <= pool.plan.pages, "more is promised than there is, or less than is used")
-    _require(pool._live == len(live), "live spans are miscounted")
-    filed = {(length, slot) for length, slots in pool._idle.items() for slot in slots}
-    lengths = {(len(span.pages), slot) for slot, span in enumerate(pool._spans) if not span.live}
-    _require(filed == lengths and all(pool._idle.values()), "idle spans are misfiled")
+    _require(len(shared) == len(cache) + len(spans.forked), "a page is cached and forked")
+    _require(not shared & spans.owner.keys(), "a shared page is somebody's")
+    _require(sum(not count for count in cache.uses.values()) == cache.unused, "unused cached pages are miscounted")
+    _require(all(page in spans[slot].held for slot, page in placed if page in shared), "unheld page")
+    _require(idle == spans.idle_pages, "pages of idle spans are miscounted")
+    pool.promises.check(spans.live)
+    _require(len(backed) <= pool.promises.total, "less is promised than is used")
+    filed = {(length, slot) for length, slots in spans.idle.items() for slot in slots}
+    lengths = {(len(span.pages), slot) for slot, span in enumerate(spans.all) if slot not in spans.live}
+    _require(filed == lengths and all(spans.idle.values()), "idle spans are misfiled")
     for span in live:
-        _require(span.committed <= len(span.pages) <= pool.plan.span_pages, "a committed page is not mapped")
+        _require(span.backed <= len(span.pages) <= pool.plan.span_pages, "a backed page is not mapped")
 
 
 def _require(condition: bool, message: str) -> None:

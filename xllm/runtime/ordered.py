@@ -6,12 +6,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from xllm.runtime.core import Core
 from xllm.runtime.errors import RequestRefused
 from xllm.runtime.executor import Batch
 from xllm.runtime.groups import BeamGroup
 from xllm.runtime.orders import Mode, Order, Orders, Recall, busy
+from xllm.runtime.policies.admission import peak_of, zero_evict
 from xllm.runtime.rest import forget, give_back, take_back
 from xllm.runtime.scheduler import Grant
 from xllm.runtime.sequence import Sequence
@@ -134,9 +136,14 @@ class Ordered:
         store, core = self.pool.store, self._core
         with store.planning:
             self._seen = store.changes
+            if store.shared:
+                room = self.pool.promises.total + max(0, self.pool.free_pages)
+                core.budget = replace(core.budget, reach_pages=min(self.pool.plan.pages, room))
             step = None if self._orders.holding else core.plan()
+            if store.shared and core._policy.admission is zero_evict:
+                store.reserve(self.pool, peak_of(core.running, core.budget) if core.running else 0)
             self._stuck = step is None and not (core.leaving or any(sequence.flights for sequence in core.running))
-            waits = self._stuck and not (self._orders.holding or core.loading or store.owed(self.pool))
+            waits = self._stuck and not (self._orders.holding or core.loading or self.pool.promises.owed)
             searches = waits and any(isinstance(one, BeamGroup) for one in (*core.running, *core.waiting))
             if searches and not store.claim(self.pool):
                 core.preempt_all()  # a search of another model has claimed what this one needs
@@ -146,8 +153,8 @@ class Ordered:
     def _starved(self) -> bool:
         """Nothing could run, as another model still has pages that are kept for this one, or has claimed the rest; and
         none has given anything up since."""
-        store = self.pool.store
-        return self._stuck and not self._outdated and (store.owed(self.pool) or store.claimed(self.pool))
+        promises = self.pool.promises
+        return self._stuck and not self._outdated and (promises.owed or promises.shut_out)
 
     @property
     def _outdated(self) -> bool:

@@ -75,3 +75,4 @@ class PoolFigures:
     hidden_maps: int
     unmaps: int
     evictions: int = 0
+    prefix_pages: int = 0  # in the prefix cache, used or not

@@ -200,6 +200,7 @@ class TokenOutput:
     `row` is float32 [N], all that a request to a program of embeddings or scores gets, with finish_reason "stop".
     `cached_tokens` of the prompt were found in the prefix cache. `weights`: the version that all of it was computed
     with. `prompt` is with the first token, where asked for. `found`: the results of a search, the best first.
+    `queued`: seconds until it was admitted to a step.
     """
 
     request_id: str
@@ -215,3 +216,4 @@ class TokenOutput:
     weights: str = ""
     prompt: PromptLogprobs | None = field(default=None, compare=False)
     found: tuple[Found, ...] = ()
+    queued: float = field(default=0.0, compare=False)

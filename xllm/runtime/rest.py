@@ -9,7 +9,7 @@ from xllm.runtime.kv import KvPool
 def forget(pool: KvPool) -> None:
     """Empty the prefix cache; its pages are free then."""
     with pool.store.lock:
-        _forget(pool)
+        pool.spans.forget()
 
 
 def give_back(pool: KvPool) -> None:
@@ -17,13 +17,13 @@ def give_back(pool: KvPool) -> None:
     that are awake. Raises MemoryFault."""
     store = pool.store
     with store.planning, store.lock:
-        pool.resting = True
+        pool.promises.resting = True
         store.filled.wait_for(lambda: not store.filling)  # or what is loaded now would be lost, and taken for known
-        _forget(pool)
+        pool.spans.forget()
         try:
             store.rest()
         except MemoryFault:
-            pool.resting = False
+            pool.promises.resting = False
             raise
     store.tell(pool)
 
@@ -34,9 +34,4 @@ def take_back(pool: KvPool) -> None:
     store = pool.store
     with store.planning, store.lock:
         store.rouse()
-        pool.resting = False
-
-
-def _forget(pool: KvPool) -> None:
-    while pool._cache.unused:
-        pool._release(pool._cache.evict())
+        pool.promises.resting = False

@@ -16,6 +16,7 @@ import numpy as np
 from xllm.runtime.config import EngineStats
 from xllm.runtime.encoding import Encoder, check_prompt
 from xllm.runtime.errors import RequestRefused, RuntimeFault, StepError
+from xllm.runtime.executor import Limits
 from xllm.runtime.policies.state import AGED_SECONDS, OFFLINE_AGED
 from xllm.runtime.request import FinishReason, Request, TokenOutput
 
@@ -50,6 +51,11 @@ class RowEngine:
         self._refusal: RequestRefused | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="xllm-rows", daemon=True)
+
+    @property
+    def limits(self) -> Limits:
+        """Of a step."""
+        return self._encoder.executor.limits
 
     def start(self) -> None:
         """Start the engine's thread. Requests may be submitted before."""

@@ -13,10 +13,13 @@ from collections.abc import Sequence as Ordered
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from xllm.runtime.executor import Row
 from xllm.runtime.pages import PoolPlan
-from xllm.runtime.request import FinishReason, PromptLogprobs, Request
+from xllm.runtime.request import FinishReason, PromptLogprobs, Request, TokenOutput
 
 if TYPE_CHECKING:
+    from xllm.runtime.beams import Found
+    from xllm.runtime.kv import KvPool
     from xllm.runtime.tiers import Load
 
 
@@ -60,6 +63,7 @@ class Sequence:
         "prompt_tokens",
         "prompted",
         "publish_at",
+        "queued",
         "recompute",
         "request",
         "rows",
@@ -82,6 +86,7 @@ class Sequence:
         self.state = State.WAITING
         self.finish: FinishReason | None = None
         self.arrived = request.arrival
+        self.queued: float | None = None  # seconds until it was admitted first
         self.first_at: float | None = None
         self.slot = -1
         self.facts = b""  # what ranking needs of it and does not change, once it was asked
@@ -125,6 +130,10 @@ class Sequence:
     def drawn(self) -> int:
         """Rows of the result of its launched step, where that samples."""
         return 1
+
+    def step_rows(self, pool: KvPool, tokens: int, sample: bool) -> list[Row]:
+        """What it adds to a step that computes so many of its tokens."""
+        return [Row(self.slot, pool.base(self.slot), self.computed, self.tokens_of(tokens), sample)]
 
     @property
     def open(self) -> bool:
@@ -173,6 +182,25 @@ class Sequence:
         if self.pending:
             return (-1 - self.pending_row,)
         return self.tokens[self.computed : self.computed + count]
+
+    def output(
+        self,
+        token: int | None,
+        index: int,
+        reason: FinishReason | None,
+        weights: str = "",
+        error: str | None = None,
+        logprob: float | None = None,
+        best: tuple[tuple[int, float], ...] = (),
+        prompt: PromptLogprobs | None = None,
+        found: tuple[Found, ...] = (),
+    ) -> TokenOutput:
+        """A token of it, or its end."""
+        known = self.cached, self.prompt_tokens
+        queued = self.queued or 0.0
+        return TokenOutput(
+            self.id, token, index, logprob, best, reason, error, *known, None, weights, prompt, found, queued
+        )
 
     def end_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
         """Does the token just appended end the sequence, and how? EOS and stop ids count from min_tokens on, or

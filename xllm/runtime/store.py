@@ -1,12 +1,8 @@
 """The physical pages of a process: one store, from which the pools of all its models take and to which they give back.
 
-What a pool promised its sequences is its for as long as it wants; nobody is preempted for another model. All else may
-go to whoever needs a page, in this order: free pages, those in spans of no sequence, cached ones that no sequence uses
-(the oldest use first, whoever's), those mapped ahead. Each pool is kept room for the longest request of its model,
-which no other may be promised: so whoever is first in line in its own model can always go on, and no model starves.
-The rest is first come, first served. A pool that rests is kept no room. A search may need more than a longest request:
-when it can't go on for that, its pool claims all that the others are not kept, until it has ended. One does at a time;
-another one's search gives its pages up then.
+Pages that are promised to a sequence are its own for as long as it wants (see promises); nobody is preempted for
+another model. All else may go to whoever needs a page, in this order: free pages, those in spans of no sequence, cached
+ones that no sequence uses (the oldest use first, whoever's), those mapped ahead.
 
 Bytes stay in a page that goes from one pool to another. Nobody reads them: kernels read what its present owner wrote,
 and what a pool knew about the text of a page is dropped when the page leaves.
@@ -20,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xllm.runtime.errors import InvariantBroken, MemoryFault
+from xllm.runtime.promises import Ledger, Promises
 from xllm.runtime.xtensor import PageMemory
 
 
@@ -27,21 +24,8 @@ class Holder(Protocol):
     """A pool, as the store sees it. Whatever it gives is unmapped, and nobody's any more; None: there is no such
     page."""
 
-    committed: int  # pages promised to its sequences
+    promises: Promises
     on_room: Callable[[], None] | None  # called, from any thread, when others may have left something for it
-
-    @property
-    def least(self) -> int:
-        """Pages of one longest request; 0 while the pool rests."""
-        ...
-
-    @property
-    def longest(self) -> int:
-        """The same, also while it rests."""
-        ...
-
-    @property
-    def resting(self) -> bool: ...
 
     @property
     def idle_pages(self) -> int: ...
@@ -67,11 +51,11 @@ class Holder(Protocol):
 
 class PageStore:
     """`pages` pages of a memory, which ends with the last pool. `lock` guards them and all that pools know of theirs.
-    `planning` is held from reading `room_of` until the pages are promised, by whoever plans a step.
+    `planning` is held from reading what there is room for until it is promised, by whoever plans a step.
     """
 
     def __init__(self, memory: PageMemory, pages: int):
-        self.memory, self.pages = memory, pages
+        self.memory, self.ledger = memory, Ledger(pages)
         self.lock = threading.Lock()
         self.planning = threading.Lock()
         self.free = list(reversed(memory.create_pages(pages)))
@@ -81,21 +65,21 @@ class PageStore:
         self.clock = itertools.count()
         self._pools: tuple[Holder, ...] = ()
         self._discarded = False
-        self._claimant: Holder | None = None
         self.changes = 0  # that may let somebody go on who could not
 
     def join(self, pool: Holder) -> None:
         """Raises MemoryFault (pool_too_small) when there is no room for the longest requests of all."""
         with self.planning, self.lock:
-            needed = sum(other.least for other in self._pools) + pool.least
-            if needed > self.pages:
+            needed, pages = sum(other.promises.share for other in (*self._pools, pool)), self.ledger.pages
+            if needed > pages:
                 size = self.memory.page_bytes
                 raise MemoryFault(
                     "pool_too_small",
-                    f"{self.pages * size} bytes of KV memory do not hold a longest request of every model, which take"
+                    f"{pages * size} bytes of KV memory do not hold a longest request of every model, which take"
                     f" {needed * size}; raise it",
                 )
             self._pools += (pool,)
+            self.ledger.open(pool.promises)
 
     def leave(self, pool: Holder) -> bool:
         """A pool ends: whether it has to give its pages back, as there are others; with the last one the memory goes.
@@ -103,44 +87,34 @@ class PageStore:
         if pool not in self._pools:
             return False
         self._pools = tuple([other for other in self._pools if other is not pool])
-        if self._claimant is pool:
-            self._claimant = None
+        self.ledger.close(pool.promises)
         if not self._pools:
             self.memory.release()
         return bool(self._pools)
 
-    def room_of(self, pool: Holder) -> int:
-        """Pages that may be promised to a pool's sequences, beside those that are. Below zero after another one woke
-        up, for which there is no room yet."""
-        others = sum(max(other.committed, self._kept(other)) for other in self._pools if other is not pool)
-        return self.pages - others - pool.committed
+    @property
+    def shared(self) -> bool:
+        return len(self._pools) > 1
 
-    def most(self, pool: Holder) -> int:
-        """Pages that a pool has for sure in the end, whoever else is awake."""
-        return self.pages - sum(other.longest for other in self._pools if other is not pool)
+    def reserve(self, pool: Holder, pages: int) -> None:
+        """Promise no other what a pool's sequences, of which there are some, will need in all, as far as it is free
+        now. `planning` is held."""
+        if pool.promises.reserve(pages):
+            self.tell(pool)
 
     def claim(self, pool: Holder) -> bool:
         """Keep a pool all that it may have, for a sequence that waits for that. False: another one has claimed it.
         `planning` is held."""
-        if self._claimant is None:
-            self._claimant = pool
+        if self.ledger.claimant is None:
+            self.ledger.claimant = pool.promises
             self.tell(pool)
-        return self._claimant is pool
+        return self.ledger.claimant is pool.promises
 
     def unclaim(self, pool: Holder) -> None:
         """That sequence has ended, or may wait. No lock is held."""
-        if self._claimant is pool:
-            self._claimant = None
+        if self.ledger.claimant is pool.promises:
+            self.ledger.claimant = None
             self.tell(pool)
-
-    def owed(self, pool: Holder) -> bool:
-        """Others still have what is kept for it: after it claimed that, or it or another one woke up, until their
-        sequences end or give way to each other."""
-        return self.room_of(pool) < self._kept(pool) - pool.committed
-
-    def claimed(self, pool: Holder) -> bool:
-        """Does another one claim all that is not kept for this one?"""
-        return self._claimant not in (None, pool)
 
     def take(self, pool: Holder, slot: int) -> int | None:
         """A page for a step that waits, of the pool's slot; None when all are in use. The lock is held."""
@@ -191,7 +165,7 @@ class PageStore:
     def rest(self) -> None:
         """A pool began to rest. When all do, the memory of all pages is the system's until one wakes; their bytes are
         lost then. The lock is held. Raises MemoryFault."""
-        if not self._discarded and all(pool.resting for pool in self._pools):
+        if not self._discarded and all(pool.promises.resting for pool in self._pools):
             self.memory.discard()
             self._discarded = True
 
@@ -201,12 +175,6 @@ class PageStore:
             self.memory.reclaim()
             self._discarded = False
 
-    def _kept(self, pool: Holder) -> int:
-        """Pages that no other pool may be promised."""
-        if self._claimant is not pool:
-            return pool.least
-        return self.pages - sum(other.least for other in self._pools if other is not pool)
-
     def check(self) -> None:
         """Assert that every page is in one place and that promises can be kept. The lock is held. Raises
         InvariantBroken."""
@@ -214,7 +182,6 @@ class PageStore:
         everywhere = held + self.free
         if len(set(everywhere)) != len(everywhere):
             raise InvariantBroken("page store: a page is in two places")
-        if len(everywhere) + self.filling != self.pages:
-            raise InvariantBroken(f"page store: {len(everywhere)} of {self.pages} pages are anywhere")
-        if sum(pool.committed for pool in self._pools) > self.pages:
-            raise InvariantBroken("page store: more is promised than there is")
+        if len(everywhere) + self.filling != self.ledger.pages:
+            raise InvariantBroken(f"page store: {len(everywhere)} of {self.ledger.pages} pages are anywhere")
+        self.ledger.check()

@@ -15,7 +15,7 @@ class TieredPool(KvPool):
 
     def groups_of(self, index: int) -> range:
         """The groups of a text that touch page `index` of its span."""
-        return self._cache.groups_of(index)
+        return self.spans.cache.groups_of(index)
 
     def pieces_of(self, index: int, group: int) -> tuple[int, slice]:
         """Where the part of a group that lies in page `index` begins there, and which of the group's bytes it is."""
@@ -41,7 +41,7 @@ class TieredPool(KvPool):
         when the text is cached to there. False: all pages are in use. Raises MemoryFault; no page is lost then."""
         # Not while a step is planned, which may be about to start on the page that would go.
         with self.store.planning, self._lock:
-            page = None if self.resting else self.store.spare(self)
+            page = None if self.promises.resting else self.store.spare(self)
             if page is None:
                 return False
             self.store.filling += 1
@@ -50,33 +50,30 @@ class TieredPool(KvPool):
         except BaseException:
             with self._lock:
                 self._filled()
-                self._release(page)
+                self.store.free.append(page)
             raise
         with self._lock:
             self._filled()
-            added, gone = self._cache.add(page, index, chain)
-            if added:
-                self._cache.hold(page)
-                self._drop(page)
+            if self.spans.cache_page(page, index, chain):
+                self.spans.cache.hold(page)
+                self.spans.cache.drop(page)
             else:
-                self._release(page)
-            for old in gone:
-                self._release(old)
+                self.store.free.append(page)
             return True
 
     def refresh(self, chain: Sequence[bytes]) -> int:
         """Use what is cached of a text, without starting on it: it goes after everything else. The groups found."""
         with self._lock:
-            match = self._cache.match(chain)
+            match = self.spans.cache.match(chain)
             for page in (*([match.tail] if match.size else []), *reversed(match.shared)):
-                self._cache.refresh(page)
+                self.spans.cache.refresh(page)
             return match.groups
 
     def _places(self, digest: bytes, group: int) -> dict[int, tuple[int, int] | None]:
         """By index: the page that has it, and since when."""
         page_bytes, group_bytes = self.plan.page_bytes, self.plan.kv.group_bytes
         first, last = group * group_bytes // page_bytes, ((group + 1) * group_bytes - 1) // page_bytes
-        return {index: self._cache.locate(digest, index) for index in range(first, last + 1)}
+        return {index: self.spans.cache.locate(digest, index) for index in range(first, last + 1)}
 
     def _filled(self) -> None:
         self.store.filling -= 1

@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from xllm.runtime import Group, Request, SamplingParams, TokenOutput
 from xllm.runtime.request import PromptLogprobs
@@ -18,11 +18,8 @@ from xllm.service.errors import GONE, ApiError
 from xllm.service.format import Format, Usage, Whole
 from xllm.service.gate import Receive, Record, Send
 from xllm.service.generation import Choice, Delta
-from xllm.service.metrics import Recorder
+from xllm.service.metrics import Course, Recorder
 from xllm.service.params import Job
-
-if TYPE_CHECKING:
-    pass
 
 # A client that takes nothing for so long is gone, and a failed stream waits only so long to say why.
 STALL_SECONDS = 60.0
@@ -74,9 +71,9 @@ class _Answer:
         self._choices = [
             Choice(service.codec, job.stops, job.skip_special_tokens, job.reading) for _ in subscription.ids
         ]
-        self._first = [entry.started] * len(self._choices)
+        self._courses = [Course(entry.started) for _ in self._choices]
         self._prompts: dict[int, PromptLogprobs] = {}  # by prompt
-        self._last = [entry.started] * len(self._choices)
+        self._kind = "stream" if job.stream else "non_stream"
 
     async def whole(self, send: Send) -> None:
         results, prompts = [Whole() for _ in self._choices], self._job.prompts
@@ -87,7 +84,8 @@ class _Answer:
             shown = [self._format.prompt(self._prompts.get(at), prompt) for at, prompt in enumerate(prompts)]
             for index, result in enumerate(results):
                 result.prompt = shown[index // self._job.best_of]
-        data = self._format.whole([results[index] for index in self._chosen()], self._usage)
+        with self._responding():
+            data = self._format.whole([results[index] for index in self._chosen()], self._usage)
         await send_whole(send, data, self._subscription, self._entry, self._headers)
 
     async def stream(self, send: Send) -> None:
@@ -100,9 +98,10 @@ class _Answer:
                 self._subscription.on_failure = lambda: patience.reschedule(loop.time() + FAREWELL_SECONDS)
                 data = self._format.first(len(self._choices), self._usage)
                 while True:
-                    data += b"".join(self._format.chunk(index, delta) for index, delta in pending if _shows(delta))
-                    if self._done:
-                        data += self._format.last(self._usage)
+                    with self._responding():
+                        data += b"".join(self._format.chunk(index, delta) for index, delta in pending if _shows(delta))
+                        if self._done:
+                            data += self._format.last(self._usage)
                     if data:
                         patience.reschedule(loop.time() + STALL_SECONDS)
                         await send({"type": "http.response.body", "body": data, "more_body": not self._done})
@@ -136,11 +135,15 @@ class _Answer:
         """Writes what happened into the record of the request and the metrics."""
         self._entry.generated_tokens = sum(choice.tokens for choice in self._choices)
         reasons = [choice.finish_reason or "abort" for choice in self._choices]
-        self._service.recorder.samples.observe(self._job.n)
-        for choice, first, last in zip(self._choices, self._first, self._last, strict=True):
-            if choice.tokens > 1:
-                self._service.recorder.recent_rest.append((last - first) / (choice.tokens - 1))
-        report(self._service.recorder, self._entry, self._job.prompts, reasons)
+        recorder, job = self._service.recorder, self._job
+        recorder.samples.observe(job.n)
+        for index, (course, choice) in enumerate(zip(self._courses, self._choices, strict=True)):
+            course.prompt, course.cached = len(job.prompts[index // job.best_of]), choice.cached_tokens
+            recorder.ended(course)
+        for params in job.params:
+            if params.max_tokens is not None:
+                recorder.max_tokens.observe(params.max_tokens)
+        report(recorder, self._entry, job.prompts, reasons)
 
     def _chosen(self) -> list[int]:
         """The sequences that are the choices: of each prompt's the n likeliest, the likeliest first."""
@@ -167,6 +170,12 @@ class _Answer:
             reasoning_tokens=sum(choice.reasoning_tokens for choice in self._choices),
         )
 
+    @contextmanager
+    def _responding(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self._service.recorder.responding_seconds[self._kind] += time.monotonic() - begin
+
     def _take(self, outputs: Sequence[tuple[int, TokenOutput]]) -> list[tuple[int, Delta]]:
         now = time.monotonic()
         deltas = []
@@ -174,18 +183,15 @@ class _Answer:
             choice = self._choices[index]
             if choice.finish_reason is not None:  # steps that were on their way when a stop string hit
                 continue
-            recorder = self._service.recorder
-            (recorder.inter_token if choice.tokens else recorder.first_token).observe(now - self._last[index])
-            if not choice.tokens:
-                recorder.recent_first.append(now - self._last[index])
-                self._first[index] = now
-            self._last[index] = now
+            if output.token is not None:
+                self._service.recorder.token(self._courses[index], now, output.queued)
             if output.prompt is not None:
                 self._prompts[index // self._job.best_of] = output.prompt
             deltas.append((index, choice.push(output)))
             self._format.weights = choice.weights
             if choice.cut:
                 self._service.dispatcher.cancel(self._subscription, output.request_id)
+        self._service.recorder.detokenization_seconds[self._kind] += time.monotonic() - now
         return deltas
 
 

@@ -58,6 +58,7 @@ class CustomTool(msgspec.Struct, forbid_unknown_fields=True):
     description: str | None = None
     type: str | None = None
     strict: bool | None = None
+    eager_input_streaming: bool | None = None
     cache_control: dict[str, Any] | None = None  # prefixes are kept whether it is asked for or not
 
 
@@ -177,7 +178,8 @@ def _tool(tool: CustomTool, path: str) -> Tool:
     if tool.type not in (None, "custom"):
         text = f"{path}.type is {tool.type[:64]!r}: this server runs no tools of its own, only custom ones are taken"
         raise invalid("unsupported_parameter", text, f"{path}.type")
-    return Tool("function", Function(tool.name, tool.description, tool.input_schema, tool.strict))
+    function = Function(tool.name, tool.description, tool.input_schema, tool.strict)
+    return Tool("function", function, tool.eager_input_streaming)
 
 
 def _choice(choice: Choice) -> str | dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from xllm import __version__
+from xllm.runtime.pricing import Prices
 from xllm.service import profiling
 from xllm.service.anthropic import CountTokens, Messages
 from xllm.service.backlog import Backlog
@@ -15,8 +16,9 @@ from xllm.service.control import ABORT, ORDERS, Abort, sleeping
 from xllm.service.dispatch import Dispatcher, Engine
 from xllm.service.endpoint import Endpoint, Limits, Service, addressed, by_name
 from xllm.service.errors import ApiError, Hint, draining, from_engine, from_output, invalid
+from xllm.service.exposition import expose
 from xllm.service.gate import EVERYBODY, PAGE, Access, App, Gate, Receive, Scope, Send, send_data, send_json
-from xllm.service.metrics import Front, Recorder, expose
+from xllm.service.metrics import Front, Recorder
 from xllm.service.page import STATE, send_page, state
 from xllm.service.parsers.reading import Dialect, choose
 from xllm.service.relevance import Classify, Rerank, Score
@@ -47,10 +49,11 @@ def load_service(
     dialect: Dialect | None = None,
     batches: Batches | None = None,
     front: Front | None = None,
+    prices: Prices | None = None,
 ) -> Service:
     """Everything the routes share of one model. The chat template is compiled by its first use; `dialect` is what it
     shows, or what else its answers are read as; `batches` are what is kept on disk, `front` is what it shares with
-    other models."""
+    other models, whose steps take turns with these; `prices` say what requests take (see Backlog)."""
 
     @cache
     def template() -> ChatTemplate:
@@ -69,8 +72,9 @@ def load_service(
 
         return Grammars(codec, facts.vocab, facts.eos_ids)
 
-    dispatcher.backlog = Backlog(limits.max_wait)
     front = front or Front()
+    dispatcher.backlog = Backlog(limits.max_wait, prices, front.backlogs)
+    front.backlogs.append(dispatcher.backlog)
     front.names.append(facts.name)
     return Service(
         facts=facts,
@@ -160,7 +164,7 @@ def build_app(services: Sequence[Service], access: Access = EVERYBODY) -> App:
         **alive,
         MODELS: Json(lambda scope: {"object": "list", "data": [*map(model, services)]}),
         f"{MODELS}/": Json(one_model),
-        STATE: Json(lambda scope: state(addressed(services, scope)[0])),
+        STATE: Json(lambda scope: state(addressed(services, scope))),
         **dict.fromkeys(PAGE, send_page),
     }
     store = Store()

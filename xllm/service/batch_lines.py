@@ -4,7 +4,7 @@ the batch runs and that say, after any end of the process, which lines are done.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -177,18 +177,21 @@ class Journal:
 
 
 class Reader:
-    """The lines of a checked file that are not done yet, one after the other."""
+    """The lines of a checked file that are not done yet, one after the other; `mine` says which of them, all without
+    it."""
 
-    def __init__(self, path: Path, max_bytes: int, journal: Journal) -> None:
+    def __init__(
+        self, path: Path, max_bytes: int, journal: Journal, mine: Callable[[Line], bool] = lambda line: True
+    ) -> None:
         self._file = path.open("rb")
         self._lines = enumerate(_numbered(self._file, max_bytes))
-        self._done = journal.done
+        self._done, self._mine = journal.done, mine
 
     def next(self) -> tuple[int, Line] | None:
         """A line with its place among those that are not blank."""
         for at, (_, data) in self._lines:
-            if not self._done[at]:
-                return at, msgspec.json.decode(data, type=Line)
+            if not self._done[at] and self._mine(line := msgspec.json.decode(data, type=Line)):
+                return at, line
         return None
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from xllm.service.shelf import STORAGE_FAILED, Files, new_id, read_record, write
 PATH = "/v1/batches"
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 WINDOW_SECONDS = 24 * 3600
-LINES = 16  # of all batches, in the engine at a time
+LINES = 16  # of all batches, in the engine of a model at a time
 MAX_OPEN = 64  # batches that are not at their end, of all keys
 MAX_KEPT = 1000  # batches of one key
 AGAIN = (429, 503)  # nobody's fault: asked again later
@@ -100,12 +100,13 @@ class Batches:
         files.sweep({name for batch in self._open for name in (batch.output, batch.errors)})
         self._over: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._places = asyncio.Semaphore(LINES)
+        self._places: dict[str, asyncio.Semaphore] = {}  # by model
         self._check = asyncio.Lock()  # it may take the ids of a file in memory
 
     def bind(self, service: Service, asked: Mapping[str, App]) -> None:
         """asked: the handlers of POST routes."""
         self._service = service
+        self._places = {name: asyncio.Semaphore(LINES) for name in service.front.names}
         self._endpoints = {path: handler for path in ENDPOINTS if isinstance(handler := asked[path], Endpoint)}
 
     def resume(self) -> None:
@@ -209,27 +210,36 @@ class Batches:
         with ExitStack() as opened:
             journal = await do(Journal, batch.id, path(batch.output), path(batch.errors))
             opened.callback(self.files.after, journal.close)
-            reader = await do(Reader, path(batch.input), self._service.limits.max_body_bytes, journal)
-            opened.callback(self.files.after, reader.close)
+            readers: dict[Endpoint[Any], Reader] = {}
+            for one in self._endpoints[batch.endpoint].among:
+                reader = await do(
+                    Reader, path(batch.input), self._service.limits.max_body_bytes, journal, _lines_of(one)
+                )
+                opened.callback(self.files.after, reader.close)
+                readers[one] = reader
             if batch.status != "cancelling" and time.time() < batch.expires_at:
-                await self._answer(batch, journal, reader)
+                await self._answer(batch, journal, readers)
             batch.completed, batch.failed = journal.counts
             if batch.status != "cancelling" and batch.completed + batch.failed < batch.total:
                 await self._expire(batch, journal)
             await self._end(batch)
 
-    async def _answer(self, batch: Batch, journal: Journal, reader: Reader) -> None:
+    async def _answer(self, batch: Batch, journal: Journal, readers: Mapping[Endpoint[Any], Reader]) -> None:
+        """A model that sleeps, rests or is slow holds up its own lines only."""
         over = asyncio.create_task(self._over[batch.id].wait())
-        asking = {asyncio.create_task(self._next(batch, reader)) for _ in range(LINES)}
+
+        def ask(one: Endpoint[Any]) -> asyncio.Task[Result | None]:
+            return asyncio.create_task(self._next(batch, one, readers[one]))
+
+        asking = {ask(one): one for one in readers for _ in range(LINES)}
         try:
             while asking and not over.done() and (left := batch.expires_at - time.time()) > 0:
                 await asyncio.wait({*asking, over}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                done = {task for task in asking if task.done()}
-                found = [result for task in done if (result := task.result()) is not None]
-                await self._write(journal, found)
+                done = [(asking.pop(task), task.result()) for task in [*asking] if task.done()]
+                found = [(one, result) for one, result in done if result is not None]
+                await self._write(journal, [result for _, result in found])
                 batch.completed, batch.failed = journal.counts
-                asking -= done
-                asking |= {asyncio.create_task(self._next(batch, reader)) for _ in found}
+                asking |= {ask(one): one for one, _ in found}
         finally:
             for task in (over, *asking):
                 task.cancel()
@@ -272,29 +282,29 @@ class Batches:
             batch.enter("expired" if "expired" in batch.times else "completed")
         await self._save(batch)
 
-    async def _next(self, batch: Batch, reader: Reader) -> Result | None:
-        """The result of the next line, which is read when there is a place for it; None after the last one."""
-        async with self._places:
+    async def _next(self, batch: Batch, one: Endpoint[Any], reader: Reader) -> Result | None:
+        """The result of the next line of a model, which is read when there is a place for it; None after the last
+        one."""
+        async with self._places[one.service.facts.name]:
             found = await self.files.do(reader.next)
-            return await self._ask(batch, *found) if found is not None else None
+            return await self._ask(batch, one, *found) if found is not None else None
 
-    async def _ask(self, batch: Batch, at: int, line: Line) -> Result:
+    async def _ask(self, batch: Batch, one: Endpoint[Any], at: int, line: Line) -> Result:
         """Asks again as long as the server has no room for it. The engine puts such requests behind all others and
         takes their memory back; what it has not begun waits here until nobody else does."""
-        service, pause = self._endpoints[line.url].of(bytes(line.body)).service, PAUSE_SECONDS
-        front = service.front
+        service, front, pause = one.service, one.service.front, PAUSE_SECONDS
         while True:
             if not front.draining and not (front.concurrent and service.engine.stats().waiting):
-                status, request_id, body = await self._call(batch.tenant, line)
+                status, request_id, body = await self._call(batch.tenant, one, line)
                 if status not in AGAIN:
                     return Result(at, line.custom_id, status, request_id, body)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    async def _call(self, tenant: str, line: Line) -> tuple[int, str, bytes]:
+    async def _call(self, tenant: str, endpoint: Endpoint[Any], line: Line) -> tuple[int, str, bytes]:
         """Asks what a client of the same key would ask the route, without taking the place of one: the status, the
         request's id, the body."""
-        endpoint, pool = self._endpoints[line.url].of(bytes(line.body)), self._service.pool
+        pool = endpoint.service.pool
         entry = Record(new_id("req-"), time.monotonic(), kind=endpoint.kind, tenant=tenant, offline=True)
         status, data = 0, bytearray()
 
@@ -315,6 +325,11 @@ class Batches:
             failure = api_error(error)
             return failure.status, entry.id, msgspec.json.encode(failure.body(entry.id))
         return status, entry.id, bytes(data)
+
+
+def _lines_of(one: Endpoint[Any]) -> Callable[[Line], bool]:
+    """Which lines are answered there."""
+    return lambda line: len(one.among) == 1 or one.of(bytes(line.body)) is one
 
 
 class Create(Endpoint[BatchBody]):

@@ -107,8 +107,12 @@ class Function(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    """`eager_input_streaming`, a name of Anthropic's: arguments are sent as they are written, before they are known to
+    be whole."""
+
     type: str
     function: Function
+    eager_input_streaming: bool | None = None
 
 
 class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):

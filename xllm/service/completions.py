@@ -43,7 +43,7 @@ class OfChat(Searched):
     def chat_job(self, body: ChatBody) -> Job:
         """Raises ApiError."""
         service = self.service
-        return chat_job(body, service.facts, service.codec.encode, service.chat_template().render, service.dialect)
+        return chat_job(body, service.facts, service.codec.encode, service.render, service.dialect)
 
 
 class Chat(OfChat):

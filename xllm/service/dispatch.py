@@ -155,8 +155,10 @@ class Dispatcher:
             subscription.fail(error)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
+        self.backlog.started(*[output.request_id for output in outputs])
         for output in outputs:
-            self.backlog.started(output.request_id)
+            if output.finish_reason is not None:
+                self.backlog.ended(output.request_id, output.index + 1)
             route = self._routes.get(output.request_id)
             if route is None:
                 continue

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from xllm.service.template import ChatTemplate
 
 PREPARERS = 2  # threads that prepare requests
+AT_ONCE_BYTES = 16 << 10  # of a body that is looked through in less time than a thread takes to begin
 OFFLINE = b'"offline"'  # in a body that may ask to give way to everybody
 
 _TASKS = {  # what an artifact does, and the routes for it
@@ -73,6 +74,7 @@ class Service:
     controls: Controls | None = None
     weights_folder: Path | None = None  # where other weights may lie
     profiling: Profiling | None = None  # where it is enabled
+    answering: int = 0  # requests for this model
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PREPARERS, "xllm-prepare"))
 
     def warm_up(self) -> None:
@@ -80,6 +82,14 @@ class Service:
         chat."""
         with suppress(ApiError):
             self.chat_template()
+
+    def render(self, *arguments: Any, **named: Any) -> str:
+        """As ChatTemplate.render, in the pool; the time that it takes is counted."""
+        begin = time.monotonic()
+        try:
+            return self.chat_template().render(*arguments, **named)
+        finally:
+            self.recorder.template_seconds += time.monotonic() - begin
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -96,6 +106,25 @@ class Service:
             yield
         finally:
             front.concurrent -= 1
+
+    @contextmanager
+    def share(self) -> Iterator[None]:
+        """One of the slots that this model may have: each of the others is kept some, whatever comes for this one.
+        Raises ApiError 429 when it has all of its own."""
+        limit, models = self.limits.max_concurrent_requests, len(self.front.names)
+        most = limit - (models - 1) * (limit // (2 * models))
+        if limit and self.answering >= most:
+            hint = Hint(
+                "the other slots are kept for the other models",
+                "xllm serve --max-concurrent-requests",
+                "retry, or raise the limit",
+            )
+            raise busy(f"{self.facts.name} answers {most} requests already", hint)
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
 
 
 JobOf = TypeVar("JobOf")
@@ -122,7 +151,9 @@ class Endpoint(Generic[JobOf]):
             entry = record(scope)
             entry.kind = self.kind
             data = await read_body(scope, receive, self.service.limits)
-            await self.of(data)._answer(scope["path"], data, entry, receive, send)
+            one = await self.find(data)
+            with one.service.share():
+                await one._answer(scope["path"], data, entry, receive, send)
 
     async def _answer(self, path: str, data: bytes, entry: Record, receive: Receive, send: Send) -> None:
         service = self.service
@@ -135,10 +166,16 @@ class Endpoint(Generic[JobOf]):
             timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
             job, seconds = await timed
             took(seconds)
-        service.recorder.tokenization_seconds += seconds
+        service.recorder.preparing_seconds += seconds
         if hurries:
             backlog.check(time.monotonic() - begin - seconds)
         await self.run(job, entry, receive, send)
+
+    async def find(self, data: bytes) -> Endpoint[JobOf]:
+        """As `of`; a large body is read beside the event loop."""
+        if len(self.among) == 1 or len(data) <= AT_ONCE_BYTES:
+            return self.of(data)
+        return await asyncio.to_thread(self.of, data)
 
     def of(self, data: bytes) -> Endpoint[JobOf]:
         """The endpoint of the model that a body names; where it names none, of the first that the route is for. What no

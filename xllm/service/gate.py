@@ -107,6 +107,7 @@ class Gate:
             await send(message)
 
         self._front.requests_in += 1
+        code = ""
         try:
             self._sites.check(scope["method"], headers)
             if (answer := self._sites.preflight(scope["method"], headers)) is not None:
@@ -120,9 +121,9 @@ class Gate:
                 of_messages = scope["path"].startswith("/v1/messages")
                 body = failure.anthropic_body(request_id) if of_messages else failure.body(request_id)
                 await send_json(send_with_id, failure.status, body, failure.headers)
-            entry.status = failure.status
+            entry.status, code = failure.status, failure.code
         finally:
-            self._front.status(entry.status)
+            self._front.status(entry.status, code)
             _write_log(scope, entry)
 
     def _authorize(self, scope: Scope, headers: dict[bytes, str], entry: Record) -> None:

@@ -16,6 +16,11 @@ from xllm.service.gate import PUBLIC, App
 Schema = dict[str, Any]
 REFERENCE = "#/components/schemas/{name}"
 TEXT: Schema = {"type": "string"}
+EVENT = {  # of a stream, each
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 WHOLE: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
 SOME: Schema = {"type": "object"}
@@ -107,7 +112,7 @@ READ: Mapping[str, tuple[str, Schema]] = {
     "/version": ("The version of the server", closed(version=TEXT)),
     IS_SLEEPING: ("Whether it gave memory back by /sleep", closed(is_sleeping=FLAG, level=maybe(TEXT))),
     "/openapi.json": ("This document", SOME),
-    "/ui/state": ("The figures that the page at / draws", closed(model=TEXT, engine=SOME)),
+    "/ui/state": ("The figures that the page at / draws", closed(draining=FLAG, models=many(SOME))),
     "/v1/models": ("The models that are served", closed(object=TEXT, data=many(MODEL))),
     "/v1/models/{model}": ("A model that is served", MODEL),
     "/v1/responses/{response_id}": ("A stored response", ANSWERS["response"]),
@@ -144,7 +149,7 @@ def document(asked: Mapping[str, App], read: Mapping[str, App], needs_key: bool)
         schemas[name]["properties"] |= {field: _refused(values) for field, values in endpoint.refused.items()}
         content = _answer(path, ANSWERS[endpoint.kind])
         if "stream" in schemas[name]["properties"] and endpoint.kind != "count":
-            content["text/event-stream"] = {"schema": TEXT}
+            content["text/event-stream"] = {"schema": EVENT}
         said = (type(endpoint).__doc__ or "").removeprefix(f"POST {path}").strip(" .:")
         operation = _operation(path, "post", said or f"{endpoint.kind}: tasks {', '.join(endpoint.tasks)}", content)
         body = {"required": True, "content": {"application/json": {"schema": {"$ref": REFERENCE.format(name=name)}}}}

@@ -4,7 +4,7 @@ are asked for, and the figures of the engine that it draws."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,19 @@ async def send_page(scope: Scope, receive: Receive, send: Send) -> None:
     await send_data(send, 200, file.read_bytes(), TYPES[file.suffix] + b"; charset=utf-8", HEADERS)
 
 
-def state(service: Service) -> dict[str, Any]:
-    """What GET /ui/state answers. at: seconds of a clock that only moves forward; times of the last answers in
-    seconds."""
+def state(services: Sequence[Service]) -> dict[str, Any]:
+    """What GET /ui/state answers of these models. at: seconds of a clock that only moves forward; times of the last
+    answers in seconds. Models that generate have their pages from one store, of `total_pages`."""
+    draining = services[0].front.draining
+    return {"at": time.monotonic(), "draining": draining, "models": [_figures(service) for service in services]}
+
+
+def _figures(service: Service) -> dict[str, Any]:
     recorder = service.recorder
     return {
         "model": service.facts.name,
-        "models": list(service.front.names),
         "task": service.facts.task,
         "max_model_len": service.facts.max_len,
-        "at": time.monotonic(),
-        "draining": service.front.draining,
         "engine": asdict(service.engine.stats()),
         "first_token": _quantiles(recorder.recent_first),
         "per_token": _quantiles(recorder.recent_rest),

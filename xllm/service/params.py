@@ -110,7 +110,8 @@ def chat_job(
         one = one or offer.named
         call = Form("json", call_schema(offer.schemas, one), "tool_choice")
     begun = shown[-1]["content"] if goes_on else None
-    reading, form = dialect.reading(text, offer and offer.schemas, one, begun), form_of(body, call)
+    offers = {"tools": offer.schemas, "eager": offer.eager} if offer else {}
+    reading, form = dialect.reading(text, one_call=one, begun=begun, **offers), form_of(body, call)
     if form and goes_on:
         text = f"{form.param} gives the whole answer a form: it can't be combined with continue_final_message"
         raise invalid("invalid_request", text, form.param)

@@ -47,6 +47,7 @@ class FunctionTool(msgspec.Struct, forbid_unknown_fields=True):
     parameters: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
+    eager_input_streaming: bool | None = None  # as in a chat
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -215,7 +216,8 @@ def _tool(tool: FunctionTool, path: str) -> Tool:
     if tool.type != "function" or tool.name is None:
         text = f"{path} must be a function with a name: this server runs no tools of its own"
         raise invalid("unsupported_parameter", text, f"{path}.type")
-    return Tool("function", Function(tool.name, tool.description, tool.parameters, tool.strict))
+    function = Function(tool.name, tool.description, tool.parameters, tool.strict)
+    return Tool("function", function, tool.eager_input_streaming)
 
 
 def _format(given: TextFormat) -> ResponseFormat:

@@ -99,9 +99,7 @@ class Embeddings(RowsEndpoint):
             given = listed(body.input, "input")
             check_count(given, "input")
             return given, "input", body.add_special_tokens is not False
-        text = self.service.chat_template().render(
-            messages(body.messages or []), body.chat_template_kwargs or {}, False
-        )
+        text = self.service.render(messages(body.messages or []), body.chat_template_kwargs or {}, False)
         return [text], "messages", body.add_special_tokens is True
 
 

@@ -26,6 +26,7 @@ from xllm.service.listener import url
 MAX_HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 30.0
 WARM_UP_SECONDS = 1.0
+ACCEPTED_AT_ONCE = 16  # connections in a turn of the loop
 FORCED_EXIT_SECONDS = 1.0
 
 
@@ -69,7 +70,9 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for service in self.services:
             service.dispatcher.bind(service.engine, loop)
-        await super().startup(sockets)
+        # The loop takes one connection of a socket a turn: under overload the others would wait there for seconds,
+        # where nobody counts them.
+        await super().startup([sock.dup() for sock in sockets or () for _ in range(ACCEPTED_AT_ONCE)])
         self.on_listening()
         if (batches := self.services[0].batches) is not None:
             batches.resume()

@@ -51,7 +51,7 @@ class Tokenize(TextEndpoint):
             raise invalid("missing_parameter", "give either `prompt` or `messages`", "prompt")
         if body.messages is not None:
             arguments, opened = body.chat_template_kwargs or {}, body.add_generation_prompt is not False
-            text = self.service.chat_template().render(messages(body.messages), arguments, opened)
+            text = self.service.render(messages(body.messages), arguments, opened)
             self.check_size(text, "messages")
             tokens = codec.encode(text, body.add_special_tokens is True)  # the template writes its own
         else:

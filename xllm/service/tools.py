@@ -23,12 +23,13 @@ NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 @dataclass(frozen=True)
 class Offer:
     """Tools that the model may call. shown: as the template gets them, all of them. forced: one must be called; named:
-    the only one in `schemas`."""
+    the only one in `schemas`. eager: those whose arguments are sent as they are written."""
 
     shown: list[dict[str, Any]]
     schemas: Tools
     forced: bool = False
     named: bool = False
+    eager: frozenset[str] = frozenset()
 
 
 def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
@@ -37,6 +38,7 @@ def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
     if len(tools) > MAX_TOOLS:
         raise invalid("invalid_request", f"tools has {len(tools)} tools, at most {MAX_TOOLS} are taken", "tools")
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
+    eager = frozenset(tool.function.name for tool in tools if tool.eager_input_streaming and body.stream)
     forced = _is_forced(choice, schemas)
     shown = [_shown(tool, f"tools[{at}]", forced) for at, tool in enumerate(tools)]
     if len(text := json.dumps(shown, ensure_ascii=False)) > MAX_TOOLS_CHARS:
@@ -49,12 +51,12 @@ def offered(body: ChatBody, dialect: Dialect) -> Offer | None:
     if forced:  # in a form of ours, which every model can be held to
         if isinstance(choice, dict):
             schemas = {name: schema for name, schema in schemas.items() if name == choice["function"]["name"]}
-        return Offer(shown, schemas, forced=True, named=isinstance(choice, dict))
+        return Offer(shown, schemas, forced=True, named=isinstance(choice, dict), eager=eager)
     if dialect.tools == "none":
         text = "tools can't be called: it is not known how this model writes calls"
         hint = Hint("its chat template shows no form of calls", "xllm serve --tool-call-parser", "name the form")
         raise ApiError(400, "unsupported_parameter", text, "tools", hint)
-    return Offer(shown, schemas)
+    return Offer(shown, schemas, eager=eager)
 
 
 def _shown(tool: Tool, path: str, held: bool) -> dict[str, Any]:

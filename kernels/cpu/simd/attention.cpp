@@ -5,6 +5,7 @@
 // used. Where a step has few rows, chunks are units of their own, and a second stage merges them.
 #include <math.h>
 
+#include "attend_tiles.h"
 #include "common.h"
 #include "kv.h"
 #include "kv_attend.h"
@@ -40,10 +41,16 @@ const char *check(const Call &c) {
 template <bool Latent>
 constexpr int64_t kRows = Latent ? kQueryRows / 2 : kQueryRows;
 
+// Parts of a query on the matrix unit, 0 where vectors compute: a rule that knows no schedule.
+template <class Kv, bool Latent>
+constexpr int kOnTiles = Latent ? 0 : kAttendParts<Kv>;
+
 // Scratch of a thread: rows, queries, sums of the chunk and of all, scores; then a block of keys and values.
-template <bool Latent>
+template <class Kv, bool Latent>
 int64_t scratch(const Call &c) {
   const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]), rows = kRows<Latent>;
+  if constexpr (kOnTiles<Kv, Latent> > 0)
+    return rows * (int64_t)(sizeof(Row) + 2 * value * sizeof(float)) + AttendMemory::bytes(kOnTiles<Kv, Latent>, c.ints[kKeyDim], value);
   return rows * (int64_t)sizeof(Row) + (rows * (key + 2 * value + kKeyBlock) + kKeyBlock * (key + value)) * (int64_t)sizeof(float);
 }
 
@@ -95,7 +102,7 @@ void finish(float *out, const float *all, float sum, int64_t value_dim) {
 
 // Steps of int8 meet their scales when they have been summed; those of latents, which are always spread, when they are spread.
 template <class Kv, bool Latent>
-using SpreadOf = Spread<(Kv::kScaleBytes > 0 && !Latent)>;
+using SpreadOf = Spread<(Kv::kScaleBytes > 0 && !Latent), Kv::kRounded>;
 
 // Keys of groups first..end-1 and values of tokens from..to-1 of a block as float32; values of a latent are its keys, turned.
 template <class Kv, bool Latent>
@@ -122,9 +129,19 @@ void spread(const Kept<Kv> &from, const SpreadOf<Kv, Latent> &to, int64_t first,
   }
 }
 
-// Blocks from..to-1 (tokens) for the rows that see them, positions growing with the row.
+// One block by vectors: few rows read it where it lies.
 template <class Kv, bool Latent>
-void attend_blocks(const Tile &t, Kept<Kv> kept, SpreadOf<Kv, Latent> copy, int64_t from, int64_t to) {
+void attend_by_vectors(const Tile &t, const Kept<Kv> &kept, SpreadOf<Kv, Latent> copy, int64_t at, int64_t begin, int64_t end) {
+  if (!Latent && end - begin <= kTileRows && kept.value_dim % 16 == 0) return attend_block(t, kept, at, begin, end, t.stride);
+  const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
+  copy.scales = kept.base - Kv::kScaleBytes;
+  spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
+  attend_block(t, copy, at, begin, end, t.stride);
+}
+
+// Blocks from..to-1 (tokens) for the rows that see them, positions growing with the row. each(kept, at, begin, end): one of them.
+template <class Kv, class Each>
+void attend_blocks(const Tile &t, Kept<Kv> kept, int64_t from, int64_t to, const Each &each) {
   const uint8_t *base = kept.base;
   const int64_t last_group = (min(to, t.row[t.rows - 1].position + 1) - 1) / 16;
   for (int64_t at = from; at < to; at += kKeyBlock) {
@@ -134,14 +151,7 @@ void attend_blocks(const Tile &t, Kept<Kv> kept, SpreadOf<Kv, Latent> copy, int6
     if (begin == end) continue;
     kept.base = base + at / 16 * kept.group_bytes;
     kept.groups_after = last_group - at / 16 - kBlockGroups + 1;
-    if (!Latent && end - begin <= kTileRows && kept.value_dim % 16 == 0) {
-      attend_block(t, kept, at, begin, end, t.stride);
-      continue;
-    }
-    const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
-    copy.scales = kept.base - Kv::kScaleBytes;
-    spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
-    attend_block(t, copy, at, begin, end, t.stride);
+    each(kept, at, begin, end);
   }
 }
 
@@ -151,16 +161,25 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
             uint8_t *memory) {
   const int64_t q_heads = c.ints[kQHeads], share = q_heads / c.ints[kKvHeads], window = c.ints[kWindow];
   const int64_t key_dim = c.ints[kKeyDim], value_dim = c.ints[kValueDim], split = Latent ? value_dim : key_dim;
+  constexpr int parts = kOnTiles<Kv, Latent>;
+  [[maybe_unused]] AttendMemory on_tiles;
   Tile t;
   t.key_stride = padded(key_dim), t.stride = padded(value_dim);
   t.rows = rows, t.softcap = c.floats[kSoftcap];
-  t.row = (Row *)memory;
-  t.query = (float *)(t.row + kRows<Latent>);
-  t.held = t.query + kRows<Latent> * t.key_stride;
-  float *all = t.held + kRows<Latent> * t.stride;
-  t.score = all + kRows<Latent> * t.stride;
+  t.row = (Row *)memory, t.query = nullptr;
+  float *all;
   SpreadOf<Kv, Latent> copy;
-  copy.keys = t.score + kRows<Latent> * kKeyBlock, copy.values = copy.keys + kKeyBlock * t.key_stride;
+  if constexpr (parts > 0) {
+    t.held = (float *)on_tiles.place((uint8_t *)(t.row + kRows<Latent>), parts, key_dim, value_dim);
+    t.score = on_tiles.score, all = t.held + kRows<Latent> * t.stride;
+    begin_tiles(rows);
+  } else {
+    t.query = (float *)(t.row + kRows<Latent>);
+    t.held = t.query + kRows<Latent> * t.key_stride;
+    all = t.held + kRows<Latent> * t.stride;
+    t.score = all + kRows<Latent> * t.stride;
+    copy.keys = t.score + kRows<Latent> * kKeyBlock, copy.values = copy.keys + kKeyBlock * t.key_stride;
+  }
   copy.key_dim = key_dim, copy.group_bytes = c.ints[kGroupBytes];
   Kept<Kv> kept;
   kept.base = (const uint8_t *)kv_group<Kv>(s.batch.seq_kv[s.tile_seq[tile]], place_of(c, Latent), head, 0);
@@ -176,8 +195,12 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
     const float sink = sinks ? sinks[head * share + (begin + r) % share] : -INFINITY;
     t.row[r] = {position, window > 0 ? max(0, position - window + 1) : 0, 0, 0, 0, 0, sink, sinks ? 1.0f : 0.0f};
     const float *q = c.arg<const float>(kQ, s) + place(r) * split;
+    if constexpr (parts > 0) split_query<parts>(q, split, scale, on_tiles, r, rows);
     float *query = t.query + r * t.key_stride;
-    for (int64_t d = 0; d < split; d += 16) store_some(query + d, load_some(q + d, split - d) * scale, split - d);
+    for (int64_t d = 0; d < split && parts == 0; d += 16) {
+      const f32x16 scaled = load_some(q + d, split - d) * scale;
+      store_some(query + d, Kv::kRounded ? nearest_bf16(scaled) : scaled, split - d);
+    }
     if constexpr (Latent) {
       const int64_t rest = key_dim - split;
       q = c.arg<const float>(kRopeQ, s) + place(r) * rest;
@@ -192,7 +215,10 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
       t.row[r].maximum = -INFINITY, t.row[r].sum = 0;
       for (int64_t d = 0; d < t.stride; d += 16) store(t.held + r * t.stride + d, zero());
     }
-    attend_blocks<Kv, Latent>(t, kept, copy, max(from, lowest), to);
+    attend_blocks(t, kept, max(from, lowest), to, [&](const Kept<Kv> &block, int64_t at, int64_t begin, int64_t end) {
+      if constexpr (parts > 0) attend_on_tiles(t, on_tiles, block, at, begin, end);
+      else attend_by_vectors<Kv, Latent>(t, block, copy, at, begin, end);
+    });
     for (int64_t r = 0; r < rows; r++) {
       Row &row = t.row[r];
       const float *held = t.held + r * t.stride;
@@ -204,9 +230,10 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
         add_chunk(&row.all_maximum, &row.all_sum, all + r * t.stride, row.maximum, row.sum, held, t.stride);
       }
     }
-    if (part) return;
+    if (part) break;
   }
-  for (int64_t r = 0; r < rows; r++)
+  if constexpr (parts > 0) end_tiles();
+  for (int64_t r = 0; r < rows && !part; r++)
     finish(c.arg<float>(kOut, s) + place(r) * value_dim, all + r * t.stride, t.row[r].all_sum, value_dim);
 }
 
@@ -268,12 +295,15 @@ const Kernel merge = {"", "", "", "", nullptr, merge_scratch, merge_units<Latent
 
 template <class Kv, bool Latent>
 constexpr Kernel kernel(const char *name) {
-  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch<Latent>, units<Latent>, run<Kv, Latent>, &merge<Latent>};
+  return {name, Latent ? kLatentArgs : kArgs, kInts, kFloats, check<Kv, Latent>, scratch<Kv, Latent>, units<Latent>, run<Kv, Latent>, &merge<Latent>};
 }
 
 }  // namespace
 
 const Kernel attention_kernels[] = {
+    kernel<Rounded<KvF32>, false>("attention_rounded.f32"),
+    kernel<Rounded<KvBf16>, false>("attention_rounded.bf16"),
+    kernel<Rounded<KvInt8>, false>("attention_rounded.i8"),
     kernel<KvF32, false>("attention.f32"),          kernel<KvF32, true>("latent_attention.f32"),
     kernel<KvBf16, false>("attention.bf16"),        kernel<KvBf16, true>("latent_attention.bf16"),
     kernel<KvInt8, false>("attention.i8"),          kernel<KvInt8, true>("latent_attention.i8"), {},

@@ -40,6 +40,7 @@ XK_INLINE f32x16 weave_apart(f32x16 a) {
 struct KvF32 {
   using Element = float;
   static constexpr int64_t kScaleBytes = 0;
+  static constexpr bool kRounded = false;
   XK_INLINE float encode(float x) { return x; }
   XK_INLINE f32x16 load(const float *p) { return XK_LEVEL::load(p); }
   XK_INLINE f32x16 load_apart(const float *p) { return XK_LEVEL::load(p); }
@@ -49,6 +50,7 @@ struct KvF32 {
 struct KvBf16 {
   using Element = uint16_t;
   static constexpr int64_t kScaleBytes = 0;
+  static constexpr bool kRounded = false;
   XK_INLINE uint16_t encode(float x) { return float_to_bf16(x); }
   XK_INLINE f32x16 load(const uint16_t *p) { return load_bf16(p); }
   XK_INLINE f32x16 load_apart(const uint16_t *p) { return load_bf16_apart(p); }
@@ -58,10 +60,31 @@ struct KvBf16 {
 struct KvInt8 {  // steps; who reads them multiplies by their scales
   using Element = int8_t;
   static constexpr int64_t kScaleBytes = 2 * xk::kGroup * sizeof(float);
+  static constexpr bool kRounded = false;
   XK_INLINE f32x16 load(const int8_t *p) { return load_int8(p); }
   XK_INLINE f32x16 load_apart(const int8_t *p) { return load_int8(p); }
   XK_INLINE f32x16 weave(f32x16 a) { return a; }
   XK_INLINE float decode(int8_t x) { return (float)x; }
+};
+
+// Rounded to bf16, as what meets the state then is too; steps of int8 need no rounding.
+XK_INLINE f32x16 nearest_bf16(f32x16 a) {
+  XK_PARTS {
+    const vu bits = (vu)a.v[i], nearest = bits + 0x7fffu + (bits >> 16 & 1);
+    a.v[i] = (vf)(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : nearest) & 0xffff0000u);
+  }
+  return a;
+}
+template <class Kv>
+struct Rounded : Kv {
+  static constexpr bool kRounded = true;
+};
+template <>
+struct Rounded<KvF32> : KvF32 {
+  static constexpr bool kRounded = true;
+  XK_INLINE f32x16 load(const float *p) { return nearest_bf16(XK_LEVEL::load(p)); }
+  XK_INLINE f32x16 load_apart(const float *p) { return load(p); }
+  XK_INLINE float decode(float x) { return bf16_to_float(float_to_bf16(x)); }
 };
 
 struct KvPlace {  // of one layer in the groups of a span; value_dim 0: only keys are kept

@@ -22,7 +22,7 @@ template <class Kv>
 struct Kept {  // a block where it lies, for few rows
   using Decode = Kv;
   using Element = typename Kv::Element;
-  static constexpr bool kFetch = true, kScaled = Kv::kScaleBytes > 0;
+  static constexpr bool kFetch = true, kScaled = Kv::kScaleBytes > 0, kRounded = Kv::kRounded;
   const uint8_t *base;  // keys of the head in the block's first group
   int64_t group_bytes, key_dim, value_dim, groups_after;  // groups behind this block that will be read
 
@@ -47,11 +47,12 @@ struct Kept {  // a block where it lies, for few rows
   }
 };
 
-template <bool Scaled>
+template <bool Scaled, bool Rounds = false>
 struct Spread {  // a block brought into float32: keys [groups][key_dim][16], values [value panels][kKeyBlock][16]
   using Decode = KvF32;
   using Element = float;
-  static constexpr bool kFetch = false, kScaled = Scaled;  // Scaled: the numbers are steps, as they were
+  // Scaled: the numbers are steps, as they were. Rounds: weights are to be rounded.
+  static constexpr bool kFetch = false, kScaled = Scaled, kRounded = Rounds;
   float *keys, *values;
   int64_t key_dim;
   const uint8_t *scales;
@@ -247,6 +248,33 @@ static inline Meeting meet(float *maximum, float *sum, float other, float other_
 }
 static inline float fall(float a, float b) { return a < b ? a - b : b - a; }
 
+// Scores of rows begin..end-1 against a block become weights, zero outside the tokens that a row sees, and the rows learn what their
+// sums so far and the block's are to be multiplied by.
+template <class Block>
+void weigh_rows(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t first_group, int64_t groups) {
+  const Row *row = t.row;
+  for (int64_t r = begin; r < end; r += 16) {
+    float maximum[16] = {0}, sum[16], factor[16] = {0};
+    const int64_t some = min(16, end - r);
+    // One loop for each kind of dependence: in one loop for all, a row would wait for its maximum, then for its sum.
+    for (int64_t i = 0; i < some; i++) maximum[i] = settle(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap);
+    for (int64_t i = 0; i < some; i++) sum[i] = weigh(t.score + (r + i) * kKeyBlock, maximum[i]);
+    if constexpr (Block::kScaled)  // a weight meets the steps of its value times what one is worth
+      for (int64_t g = first_group; g < groups; g++) {
+        const f32x16 scale = block.scale(g, true), tiny = set1(0x1p-126f);  // a token that is not seen may have any scale
+        for (float *weight = t.score + r * kKeyBlock + g * 16, *last = weight + some * kKeyBlock; weight < last; weight += kKeyBlock)
+          store(weight, select_less(load(weight), tiny, zero(), load(weight) * scale));
+      }
+    for (int64_t i = 0; i < some; i++) factor[i] = fall(row[r + i].maximum, maximum[i]);
+    store(factor, exp_falling(load(factor)));
+    for (int64_t i = 0; i < some; i++) {
+      Row &to = t.row[r + i];
+      const Meeting m = meet(&to.maximum, &to.sum, maximum[i], sum[i], factor[i]);
+      to.keep = m.keep, to.take = m.take;
+    }
+  }
+}
+
 template <class Block>
 void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t value_end) {
   const Row *row = t.row;
@@ -264,26 +292,9 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
       score_few(t, block, from, rows, low, high);
     });
   }
-  for (int64_t r = begin; r < end; r += 16) {
-    float maximum[16] = {0}, sum[16], factor[16] = {0};
-    const int64_t some = min(16, end - r);
-    // One loop for each kind of dependence: in one loop for all, a row would wait for its maximum, then for its sum.
-    for (int64_t i = 0; i < some; i++) maximum[i] = settle(t.score + (r + i) * kKeyBlock, at, row[r + i], t.softcap);
-    for (int64_t i = 0; i < some; i++) sum[i] = weigh(t.score + (r + i) * kKeyBlock, maximum[i]);
-    if constexpr (Block::kScaled)  // a weight meets the steps of its value times what one is worth
-      for (int64_t g = first_group; g < groups; g++) {
-        const f32x16 scale = block.scale(g, true);
-        for (float *weight = t.score + r * kKeyBlock + g * 16, *last = weight + some * kKeyBlock; weight < last; weight += kKeyBlock)
-          store(weight, load(weight) * scale);
-      }
-    for (int64_t i = 0; i < some; i++) factor[i] = fall(row[r + i].maximum, maximum[i]);
-    store(factor, exp_falling(load(factor)));
-    for (int64_t i = 0; i < some; i++) {
-      Row &to = t.row[r + i];
-      const Meeting m = meet(&to.maximum, &to.sum, maximum[i], sum[i], factor[i]);
-      to.keep = m.keep, to.take = m.take;
-    }
-  }
+  weigh_rows(t, block, at, begin, end, first_group, groups);
+  if constexpr (Block::kRounded)
+    for (float *weight = t.score + begin * kKeyBlock; weight < t.score + end * kKeyBlock; weight += 16) store(weight, nearest_bf16(load(weight)));
   int64_t from[kTileRows], to[kTileRows];
   const auto seen = [&](int64_t first, int rows) {
     for (int r = 0; r < rows; r++) {

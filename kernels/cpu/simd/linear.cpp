@@ -7,8 +7,9 @@
 namespace XK_LEVEL {
 namespace {
 
-enum { kX, kWeight, kBias, kOut, kHeadsOut = 2, kRowsQuantised = 4 };
+enum { kX, kWeight, kBias, kOut, kHeadsOut = 2, kScratchRows = 4 };
 enum { kK, kN, kHeads, kGroup = 2 };
+constexpr const char *kRowsArgs = "x weight bias? out scratch_rows?", *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = "k n group";
 
 template <bool Heads>
 const char *check(const Call &c) {
@@ -24,22 +25,22 @@ int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 // A unit is some panels times some rows. Few rows: as many panels as make about kUnitBytes of weights, so that threads end together.
 // Many rows: kPanelGroup panels and a block of rows that stays in L2; up to `most` panels where rows are converted for all of them.
 int64_t panels_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) {
-  if (most > kPanelGroup && rows > kFewSplit) return max(kPanelGroup, min(most, panels_of(c) * row_blocks(rows) / kUnitsOfMany / kPanelGroup * kPanelGroup));
+  if (most > kPanelGroup && rows > kTileRows) return max(kPanelGroup, min(most, panels_of(c) * row_blocks(rows) / kUnitsOfMany / kPanelGroup * kPanelGroup));
   return rows > kTileRows || XK_VECTOR_BYTES == 64 ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
-Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup) {
+Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup, int64_t together = 1) {
   const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, most), groups = (panels_of(c) + each - 1) / each;
-  const int64_t block = unit % blocks, row = all * block / blocks, first = unit / blocks % groups * each;
-  return {row, all * (block + 1) / blocks - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
+  const int64_t lots = (all + together - 1) / together, block = unit % blocks, first = unit / blocks % groups * each;  // lots of rows
+  const int64_t row = lots * block / blocks * together, end = min(all, lots * (block + 1) / blocks * together);
+  return {row, end - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
 
-// Sums [panel][row][16], after each panel's `unused` rows, to the columns from `column` on of rows `stride` apart, with their biases.
-void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out,
-              int64_t unused = 0) {
-  for (int64_t p = 0; p < panels; p++, column += 16, sums += unused * 16) {
+// Sums [panel][row][16] to the columns from `column` on of rows `stride` apart, with their biases.
+void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out) {
+  for (int64_t p = 0; p < panels; p++, column += 16) {
     const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
     for (int64_t r = 0; r < rows; r++, sums += 16)
       store_some(out + r * stride + column, bias ? load(sums) + add : load(sums), n - column);
@@ -70,16 +71,70 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
            c.arg<float>(Heads ? kHeadsOut : kOut, s) + (row * heads + head) * n);
 }
 
-// bf16 weights and a product that converts the rows of a unit, at most `Most` panels of it: where there is a matrix unit, or where
-// rows are rounded.
-template <class Memory, int64_t Most, void (*Multiply)(const float *, int64_t, int64_t, const uint8_t *, int64_t, int64_t, Memory &)>
-void run_converted(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
-  const int64_t k = c.ints[kK], n = c.ints[kN];
-  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, Most);
-  Memory *scratch = (Memory *)memory;
-  Multiply(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
-  put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n, float_rows(rows) - rows);
+// --- bf16 weights, rows converted ---
+
+#if defined(__AMX_BF16__)
+
+const char *check_tiles(const Call &c) {
+  if (c.args[kScratchRows].kind == XK_NONE) return "scratch_rows must not be none on a matrix unit: compile the model again";
+  return check<false>(c);
 }
+
+template <int Parts>
+void run_split(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  split_rows<Parts>(c.arg<const float>(kX, s), c.rows(s), c.ints[kK], unit, c.arg<uint8_t>(kScratchRows, s));
+}
+int64_t split_units(const Call &c, const Step &s) { return c.rows(s) > kFewSplit ? units_of_split(c.rows(s), c.ints[kK]) : 0; }
+
+// Few rows wait for the weights: kPanelGroup panels. Many: a block of rows that stays in L2, and panels for which it is read once.
+constexpr int64_t kUnitsOfTiles = 16;  // at least, where there are panels for them
+struct TileCut {
+  int64_t strips, blocks, each;
+};
+TileCut tile_cut(const Call &c, const Step &s) {
+  const int64_t strips = (c.rows(s) + kStripRows - 1) / kStripRows, blocks = (strips + kStrips - 1) / kStrips;
+  const int64_t many = min(kPanelsOfTiles, panels_of(c) * blocks / kUnitsOfTiles / 2 * 2);
+  return {strips, blocks, strips == 1 ? kPanelGroup : max(2, many)};
+}
+int64_t tile_units(const Call &c, const Step &s) {
+  const TileCut cut = tile_cut(c, s);
+  return cut.blocks * ((panels_of(c) + cut.each - 1) / cut.each);
+}
+
+template <int Parts>
+void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
+  const int64_t k = c.ints[kK], n = c.ints[kN];
+  const auto [strips, blocks, each] = tile_cut(c, s);
+  const int64_t block = unit % blocks, row = strips * block / blocks * kStripRows;
+  const int64_t rows = min(c.rows(s), strips * (block + 1) / blocks * kStripRows) - row;
+  const int64_t first = unit / blocks * each, panels = min(each, panels_of(c) - first);
+  FloatTileMemory *scratch = (FloatTileMemory *)memory;
+  const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes;
+  if (c.rows(s) <= kFewSplit) float_few<Parts>(c.arg<const float>(kX, s), k, rows, weight, k, panels, *scratch);
+  else float_tiles<Parts>(c.arg<const uint8_t>(kScratchRows, s), row, rows, weight, k, panels, *scratch);
+  put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n);
+}
+
+template <int Parts>
+const Kernel tiles = {"", "", "", "", nullptr, scratch<FloatTileMemory>, tile_units, run_tiles<Parts>};
+const Kernel exact = {"linear.bf16", kRowsArgs, "k n", "", check_tiles, no_scratch, split_units, run_split<3>, &tiles<3>};
+const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check_tiles, no_scratch, split_units, run_split<1>, &tiles<1>};
+
+#else
+
+// A product that converts the rows of a unit.
+void run_rounded(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
+  const int64_t k = c.ints[kK], n = c.ints[kN];
+  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, kPanelsOfRounded);
+  RoundedMemory *scratch = (RoundedMemory *)memory;
+  rounded_product(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
+  put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n);
+}
+
+const Kernel exact = {"linear.bf16", kRowsArgs, "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelBf16, false>};
+const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check<false>, scratch<RoundedMemory>, units<false, kPanelsOfRounded>, run_rounded};
+
+#endif
 
 // --- quantised weights ---
 
@@ -94,19 +149,21 @@ struct IntScratch : Sums {
   TileMemory tiles;
 };
 
-int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), c.ints[kK]); }
+constexpr int64_t kQuantiseWork = 4;  // of an element, beside that of other kernels on rows
+int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), kQuantiseWork * c.ints[kK]); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK];
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kRowsQuantised, s), rows_of(unit, c.rows(s), k));
+  const Rows rows = rows_of(unit, c.rows(s), kQuantiseWork * k);
+  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows);
 }
 
 template <class Type>
 void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN], group = c.ints[kGroup], padded = padded_inputs(k, group);
-  const Cut cut = cut_of(c, s, unit);
-  const QuantisedRows x = {c.arg<const uint8_t>(kRowsQuantised, s), Type::row_bytes(padded), padded};
+  const Cut cut = cut_of(c, s, unit, kPanelGroup, tiled(c, s) ? kTileHeight : 1);
+  const QuantisedRows x = {c.arg<const uint8_t>(kScratchRows, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
   IntScratch *scratch = (IntScratch *)memory;
   float *sums = scratch->sums;
@@ -121,16 +178,12 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
 template <class Type>
 const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
 
-constexpr const char *kIntArgs = "x weight bias? out scratch_rows", *kIntInts = "k n group";
-
 }  // namespace
 
 const Kernel linear_kernels[] = {
     {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelF32, false>},
-    {"linear.bf16", "x weight bias? out", "k n", "", check<false>, kFloatTiles ? scratch<FloatTileMemory> : scratch<Sums>,
-     units<false, kPanelsOfTiles>, kFloatTiles ? run_converted<FloatTileMemory, kPanelsOfTiles, float_product<3>> : run<PanelBf16, false>},
-    {"linear_rounded.bf16", "x weight bias? out", "k n", "", check<false>, scratch<RoundedMemory>, units<false, kPanelsOfRounded>,
-     run_converted<RoundedMemory, kPanelsOfRounded, rounded_product>},
+    exact,
+    rounded,
     {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
     {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
     {"linear_rounded.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8Bytes>, &quantised<Int8Bytes>},

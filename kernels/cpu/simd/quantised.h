@@ -45,6 +45,13 @@ struct Stretch {
   int64_t c_row, c_stride;
 };
 
+typedef int32_t Wide __attribute__((vector_size(64), aligned(4), may_alias));
+template <class To>
+XK_INLINE void narrow(Wide values, To *to) {
+  typedef To Narrow __attribute__((vector_size(16 * sizeof(To)), aligned(sizeof(To)), may_alias));
+  *(Narrow *)to = __builtin_convertvector(values, Narrow);
+}
+
 struct Int8 {
   static constexpr int64_t bits = 8;
   static constexpr bool kRowScale = true;
@@ -58,10 +65,9 @@ struct Int8 {
     for (int64_t j = 0; j < padded; j += 16) {
       int32_t whole[16];
       whole_steps(j < k && span.finite ? load_some(x + j, k - j) : zero(), span.steps, whole);
-      if (planes)
-        for (int i = 0; i < 16; i++) to[j + i] = (uint8_t)whole[i], to[padded + j + i] = (uint8_t)(whole[i] >> 8);
-      else
-        for (int i = 0; i < 16; i++) ((int16_t *)to)[j + i] = (int16_t)whole[i];
+      const Wide values = *(const Wide *)whole;
+      if (planes) narrow<uint8_t>(values, to + j), narrow<uint8_t>(values >> 8, to + padded + j);
+      else narrow<int16_t>(values, (int16_t *)to + j);
     }
     *(float *)(to + 2 * padded) = span.step;
   }
@@ -125,9 +131,7 @@ static int32_t quantise_stretch(const float *x, int64_t some, To *to, float &ste
   const Span span = span_of(x, some, 127.0f);
   int32_t whole[kStretch4], sum = 0;
   for (int64_t h = 0; h < kStretch4; h += 16) whole_steps(h < some && span.finite ? load_some(x + h, some - h) : zero(), span.steps, whole + h);
-  typedef To narrow __attribute__((vector_size(16 * sizeof(To)), aligned(sizeof(To)), may_alias));
-  typedef int32_t wide __attribute__((vector_size(64), aligned(4), may_alias));
-  for (int64_t h = 0; h < kStretch4; h += 16) *(narrow *)(to + h) = __builtin_convertvector(*(const wide *)(whole + h), narrow);
+  for (int64_t h = 0; h < kStretch4; h += 16) narrow<To>(*(const Wide *)(whole + h), to + h);
   for (int64_t i = 0; i < kStretch4; i++) sum += whole[i];
   step = span.step;
   return sum;

@@ -7,15 +7,7 @@
 
 namespace XK_LEVEL {
 
-#if defined(__AMX_BF16__)
-
-constexpr int64_t kPanelsOfRounded = kPanelsOfTiles;
-typedef FloatTileMemory RoundedMemory;
-static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
-  float_product<1>(x, stride, rows, w, k, panels, memory);
-}
-
-#else
+#if !defined(__AMX_BF16__)
 
 constexpr int64_t kPanelsOfRounded = 16;  // most of one unit: rows are rounded once for all of them
 

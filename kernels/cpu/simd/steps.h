@@ -98,9 +98,12 @@ XK_INLINE int32_t greatest_bits(const float *x, int64_t n) {
       most[i] = bits > most[i] ? bits : most[i];
     }
   }
-  int32_t lanes[16], greatest = 0;
+  typedef int32_t Four __attribute__((vector_size(16)));
+  Four lanes[4];
   memcpy(lanes, most, sizeof lanes);
-  for (int i = 0; i < 16; i++) greatest = lanes[i] > greatest ? lanes[i] : greatest;
+  for (int i = 1; i < 4; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  int32_t greatest = 0;
+  for (int i = 0; i < 4; i++) greatest = lanes[0][i] > greatest ? lanes[0][i] : greatest;
   return greatest;
 }
 

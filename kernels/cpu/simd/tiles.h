@@ -5,11 +5,12 @@
 
 namespace XK_LEVEL {
 
+constexpr int kTileHeight = 16;
+
 #if defined(__AMX_INT8__)
 
-constexpr int64_t kTileLeast = 5;     // rows: fewer wait for the weights, and vectors need no other layout
+constexpr int64_t kTileLeast = 10;    // rows: of fewer, vectors are as fast, as a tile is stored and scaled for every stretch
 constexpr int64_t kTileDepth = 512;   // inputs that are summed at once: a tile's rows of them stay in L1, the weights of a unit in L2
-constexpr int kTileHeight = 16;
 
 struct TilePanel {
   alignas(64) uint8_t weights[kTileDepth * 16];

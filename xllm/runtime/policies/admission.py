@@ -30,12 +30,8 @@ def any_time(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str 
 def zero_evict(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | None:
     """Only if the pool would hold all of them until each has ended: nobody is preempted as long as no answer is longer
     than assumed."""
-    held = (*running, *step.admitted, sequence)
-    limits = step.limits
-    piece = max(1, min(limits.tokens, limits.beside_decodes, limits.max_chunk))
-    delay = sum(-(-one.remaining // piece) for one in held if not one.decoding)
-    peak = peak_pages(held, step.pool, limits.answer_tokens, delay)
-    return f"would need {peak} of {step.pool.pages} pages later" if peak > step.pool.pages else None
+    peak, most = peak_of((*running, *step.admitted, sequence), step.limits), step.limits.most_pages
+    return f"would need {peak} of {most} pages later" if peak > most else None
 
 
 def gang(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | None:
@@ -44,7 +40,14 @@ def gang(step: Step, running: Ordered[Sequence], sequence: Sequence) -> str | No
         return "waits for the group that runs"
     group = (*step.admitted, sequence)
     needed = sum(one.pages_at(step.pool, one.prompt_tokens + one.max_outputs - 1) for one in group)
-    return f"the group would need {needed} pages" if needed > step.pool.pages else None
+    return f"the group would need {needed} pages" if needed > step.limits.most_pages else None
+
+
+def peak_of(held: Ordered[Sequence], limits: Budget) -> int:
+    """Most pages that these will have in use at once, by what is assumed."""
+    piece = max(1, min(limits.tokens, limits.beside_decodes, limits.max_chunk))
+    delay = sum(-(-one.remaining // piece) for one in held if not one.decoding)
+    return peak_pages(held, limits.pool, limits.answer_tokens, delay)
 
 
 class Lengths:

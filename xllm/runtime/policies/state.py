@@ -75,7 +75,8 @@ class Budget:
     """Limits of one step. `beside_decodes`: prompt tokens in a step that also decodes. `admit_pages`: pages that may
     be in use or promised after an admission, while anything runs. `step_seconds`: of a timed step in which no decode
     asks for less. `aged_seconds`: see rank. `answer_tokens`: answers are taken to be no longer, where max_tokens does
-    not say less (see admission)."""
+    not say less (see admission). `reach_pages`: of the pool, what this engine's sequences may hold in all, where others
+    have pages of it too."""
 
     tokens: int
     beside_decodes: int
@@ -85,6 +86,11 @@ class Budget:
     step_seconds: float = STEP_SECONDS
     aged_seconds: float = AGED_SECONDS
     answer_tokens: int = ASSUMED_TOKENS
+    reach_pages: int | None = None
+
+    @property
+    def most_pages(self) -> int:
+        return self.pool.pages if self.reach_pages is None else self.reach_pages
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ const $ = (id) => document.getElementById(id);
 const [log, text, send, stop] = ["log", "text", "send", "stop"].map($);
 let turns = []; // of {role, content}
 let running = null; // the AbortController of the answer that is being written
-let plain = false; // the model has no chat template: it continues text
+let models = []; // names of those that can be asked
+const plain = new Set(); // of them that have no chat template: they continue text
 
 class Answer {
   constructor() {
@@ -19,6 +20,7 @@ class Answer {
     this.item.append(this.thoughts, this.said);
     append(this.item);
     this.asked = performance.now();
+    this.model = models.length > 1 ? $("asked-model").value : "";
   }
 
   take(event) {
@@ -57,7 +59,7 @@ class Answer {
   }
 
   figures() {
-    const notes = [];
+    const notes = this.model ? [this.model] : [];
     const tokens = this.usage?.completion_tokens;
     if (tokens) notes.push(`${tokens} token${tokens === 1 ? "" : "s"} in ${took(performance.now() - this.asked)}`);
     if (this.first) notes.push(`the first after ${took(this.first - this.asked)}`);
@@ -96,23 +98,24 @@ function keepAtEnd(change) {
   if (at) log.scrollTop = log.scrollHeight;
 }
 
-function request() {
+function request(model) {
   const body = { stream: true, stream_options: { include_usage: true } };
   const [temperature, most] = [$("temperature"), $("max-tokens")];
   if (temperature.value) body.temperature = temperature.valueAsNumber;
   if (most.value) body.max_tokens = most.valueAsNumber;
-  if (plain) return ["/v1/completions", { ...body, prompt: turns.map((turn) => turn.content).join("") }];
+  if (model) body.model = model;
+  if (plain.has(model)) return ["/v1/completions", { ...body, prompt: turns.map((turn) => turn.content).join("") }];
   return ["/v1/chat/completions", { ...body, messages: turns }];
 }
 
-async function open(signal) {
+async function open(model, signal) {
   try {
-    return await call(...request(), signal);
+    return await call(...request(model), signal);
   } catch (error) {
-    if (error.code !== "no_chat_template" || plain) throw error;
-    plain = true;
+    if (error.code !== "no_chat_template" || plain.has(model)) throw error;
+    plain.add(model);
     append(element("li", "note", "This model has no chat template: it continues your text."));
-    return await call(...request(), signal);
+    return await call(...request(model), signal);
   }
 }
 
@@ -125,7 +128,7 @@ async function ask(said) {
   show();
   let failure;
   try {
-    for await (const event of events(await open(running.signal))) answer.take(event);
+    for await (const event of events(await open(answer.model, running.signal))) answer.take(event);
   } catch (error) {
     failure = error;
   }
@@ -169,6 +172,16 @@ $("clear").addEventListener("click", () => {
   log.replaceChildren();
   $("welcome").hidden = false;
   text.focus();
+});
+
+/** Which models there are, and which of them chat: told once they are known, and when that changes. */
+document.addEventListener("models", ({ detail }) => {
+  models = detail.filter(({ task }) => task === "generate").map(({ model }) => model);
+  const chosen = $("asked-model").value;
+  $("asked").hidden = models.length < 2;
+  $("asked-model").replaceChildren(...models.map((name) => new Option(name, name, false, name === chosen)));
+  $("ask").inert = !models.length;
+  if (!models.length) $("welcome").querySelector("p").textContent = `No model here chats: the task is ${detail[0].task}.`;
 });
 
 /** Narrow windows show one view at a time. */

@@ -6,7 +6,13 @@ const PERIOD_MS = 1000;
 const POINTS = 60;
 const WIDTH = 240, HEIGHT = 64;
 const $ = (id) => document.getElementById(id);
-let last = null; // the sample before this one
+const SUMS = [
+  "running", "waiting", "steps", "rows", "tokens", "generated_tokens", "preemptions", "failed_steps",
+  "looked_up_tokens", "cached_tokens",
+];
+const samples = []; // the latest
+let known = ""; // the models of these
+let chosen = ""; // the model that is shown; empty for all
 let timer = null;
 
 const tiles = Object.fromEntries(
@@ -47,10 +53,8 @@ function chart(id, label, hue, pick) {
   figure.append(picture, top);
   card.append(now, head, figure);
   $("charts").append(card);
-  const values = [];
-  return (sample, before) => {
-    values.push(pick(sample, before));
-    if (values.length > POINTS) values.shift();
+  return (views) => {
+    const values = views.map((now, at) => pick(now, views[at - 1]));
     const most = Math.max(1, ...values);
     const x = (at) => WIDTH - ((values.length - 1 - at) * WIDTH) / (POINTS - 1);
     const path = values.map((value, at) => `${x(at).toFixed(1)} ${(HEIGHT - 2 - (value / most) * (HEIGHT - 6)).toFixed(1)}`);
@@ -61,6 +65,13 @@ function chart(id, label, hue, pick) {
     top.textContent = short(most);
     picture.setAttribute("aria-label", `${label}: ${current} now, ${short(most)} at most in ${values.length} s`);
   };
+}
+
+function element(name, text = "", kind = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (kind) made.className = kind;
+  return made;
 }
 
 function svg(name, attributes) {
@@ -89,54 +100,93 @@ function bytes(value) {
   return `${Math.round((value / 1024 ** power) * 10) / 10} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 
-function drawPages(engine) {
-  const counted = STATES.map(([label, hue, field, about]) => ({ label, hue, about, count: engine[field] }));
-  const rest = engine.total_pages - counted.reduce((sum, { count }) => sum + count, 0);
-  counted.push({ label: "free", hue: "", about: "not mapped", count: rest });
-  $("page-size").textContent = `${engine.total_pages} of ${bytes(engine.page_bytes)}`;
-  $("bar").replaceChildren(...counted.slice(0, -1).map(({ hue, count }) => {
-    const part = document.createElement("span");
-    part.className = hue;
-    part.hidden = count === 0;
-    part.style.flexBasis = `${(100 * count) / engine.total_pages}%`;
-    return part;
-  }));
-  $("bar").setAttribute("aria-label", counted.map(({ label, count }) => `${count} ${label}`).join(", "));
-  $("states").replaceChildren(...counted.map(({ label, hue, about, count }) => {
+/** The pages of the store that all models share, by owner and state. */
+function drawPages(models) {
+  const total = Math.max(...models.map(({ engine }) => engine.total_pages));
+  const [{ page_bytes: size }] = models.map(({ engine }) => engine);
+  const sums = STATES.map(([label, hue, field, about]) => {
+    return { label, hue, about, count: models.reduce((sum, { engine }) => sum + engine[field], 0) };
+  });
+  const rest = Math.max(0, total - sums.reduce((sum, { count }) => sum + count, 0));
+  sums.push({ label: "free", hue: "", about: "not mapped", count: rest });
+  $("page-size").textContent = `${total} of ${bytes(size)}`;
+  $("bars").replaceChildren(...models.flatMap((model) => owner(model, total, models.length > 1, rest)));
+  $("states").replaceChildren(...sums.map(({ label, hue, about, count }) => {
     const row = document.createElement("div");
     row.title = about;
-    const [term, value] = [document.createElement("dt"), document.createElement("dd")];
-    term.className = hue;
-    term.textContent = label;
-    value.textContent = `${count} · ${bytes(count * engine.page_bytes)}`;
-    row.append(term, value);
+    row.append(element("dt", label, hue), element("dd", `${count} · ${bytes(count * size)}`));
     return row;
   }));
 }
 
-function draw(now) {
-  const { engine } = now;
-  $("model").textContent = now.model;
-  document.title = `${now.model} · xllm`;
-  health(engine.refusal ? "bad" : "ok", engine.refusal ?? (now.draining ? "shutting down" : "serving"));
-  const seconds = last ? now.at - last.at : 0;
-  const rate = (name) => (seconds > 0 ? short((engine[name] - last.engine[name]) / seconds) : "–");
+function owner({ model, engine }, total, several, rest) {
+  const counted = STATES.map(([label, hue, field]) => [label, hue, engine[field]]);
+  const bar = element("div", "", "bar");
+  bar.role = "img";
+  bar.append(...counted.map(([, hue, count]) => {
+    const part = element("span", "", hue);
+    part.hidden = count === 0;
+    part.style.flexBasis = `${(100 * count) / total}%`;
+    return part;
+  }));
+  const said = counted.map(([label, , count]) => `${count} ${label}`).join(", ");
+  bar.ariaLabel = several ? `${model}: ${said}` : `${said}, ${rest} free`;
+  return several ? [element("small", model, "owner"), bar] : [bar];
+}
+
+function drawEach(now, before) {
+  const seconds = before ? now.at - before.at : 0;
+  $("each-rows").replaceChildren(...now.models.map(({ model, task, engine, first_token: first }, at) => {
+    const made = before ? engine.generated_tokens - before.models[at].engine.generated_tokens : 0;
+    const rate = seconds > 0 && task === "generate" ? short(made / seconds) : "–";
+    const row = document.createElement("tr");
+    const head = element("th", model);
+    head.scope = "row";
+    const state = engine.refusal ? "fails" : engine.asleep ? "asleep" : engine.paused ? "paused" : "serves";
+    const cells = [engine.running, engine.waiting, rate, time(first.p50), state];
+    row.append(head, ...cells.map((cell) => element("td", cell)));
+    return row;
+  }));
+}
+
+/** The figures of the model that is shown, or of all together. */
+function view({ at, models }) {
+  const shown = models.filter(({ model }) => !chosen || model === chosen);
+  const sum = (name) => shown.reduce((total, { engine }) => total + engine[name], 0);
+  const engine = Object.fromEntries(SUMS.map((name) => [name, sum(name)]));
+  engine.oldest_wait_s = Math.max(...shown.map((one) => one.engine.oldest_wait_s));
+  return { at, shown, engine };
+}
+
+function draw() {
+  const now = samples.at(-1);
+  const views = samples.map(view);
+  const [{ shown, engine, at }, before] = [views.at(-1), views.at(-2)];
+  const [failing] = now.models.filter((one) => one.engine.refusal);
+  const several = now.models.length > 1;
+  const why = failing && (several ? `${failing.model}: ${failing.engine.refusal}` : failing.engine.refusal);
+  health(failing ? "bad" : "ok", why ?? (now.draining ? "shutting down" : "serving"));
+  const seconds = before ? at - before.at : 0;
+  const rate = (name) => (seconds > 0 ? short((engine[name] - before.engine[name]) / seconds) : "–");
   tiles.rate.textContent = rate("generated_tokens");
   tiles.steps.textContent = rate("steps");
   tiles.wait.textContent = engine.waiting ? time(engine.oldest_wait_s) : "–";
-  tiles.context.textContent = now.max_model_len.toLocaleString("en");
-  for (const update of charts) update(now, last);
-  const generates = now.task === "generate";
-  $("pages").hidden = $("latency").hidden = $("cache").hidden = !generates;
-  $("ask").inert = !generates;
-  if (generates) drawGeneration(now);
-  else $("welcome").querySelector("p").textContent = `This model does not chat: its task is ${now.task}.`;
+  tiles.context.textContent = Math.max(...shown.map((one) => one.max_model_len)).toLocaleString("en");
+  for (const update of charts) update(views);
+  const owners = now.models.filter(({ task }) => task === "generate");
+  const generates = shown.some(({ task }) => task === "generate");
+  $("each").hidden = !several || chosen !== "";
+  $("pages").hidden = !owners.length || (!several && !generates);
+  $("cache").hidden = !generates;
+  $("latency").hidden = !generates || shown.length > 1;
+  if (several) drawEach(now, samples.at(-2));
+  if (owners.length) drawPages(owners);
+  if (generates) drawGeneration(shown[0], engine);
   const counts = { steps: engine.steps, preemptions: engine.preemptions, "failed steps": engine.failed_steps };
   $("counts").textContent = Object.entries(counts).map(([name, count]) => `${count.toLocaleString("en")} ${name}`).join(" · ");
 }
 
-function drawGeneration({ engine, first_token: first, per_token: token }) {
-  drawPages(engine);
+function drawGeneration({ first_token: first, per_token: token }, engine) {
   $("requests").textContent = first.count ? `last ${first.count} answers` : "no answers yet";
   for (const [name, found] of [["first", first], ["token", token]]) {
     $(`${name}-p50`).textContent = time(found.p50);
@@ -149,6 +199,21 @@ function drawGeneration({ engine, first_token: first, per_token: token }) {
   $("hit-said").textContent = `${found} of ${asked} since the start`;
 }
 
+/** Says which models there are, the first time and after a server began again with others. */
+function know(models) {
+  const names = models.map(({ model, task }) => `${model} ${task}`).join("\n");
+  if (names === known) return;
+  known = names;
+  samples.length = 0;
+  chosen = models.some(({ model }) => model === chosen) ? chosen : "";
+  const options = [new Option("all", "", false, !chosen), ...models.map(({ model }) => new Option(model, model, false, model === chosen))];
+  $("shown-model").replaceChildren(...options);
+  $("shown").hidden = models.length < 2;
+  $("model").textContent = models.map(({ model }) => model).join(", ");
+  document.title = models.length > 1 ? `${models.length} models · xllm` : `${models[0].model} · xllm`;
+  document.dispatchEvent(new CustomEvent("models", { detail: models }));
+}
+
 function health(state, words) {
   if ($("health").textContent !== words) $("health").textContent = words; // it is read aloud when it changes
   $("health").dataset.is = state;
@@ -159,8 +224,10 @@ async function poll() {
   if (document.hidden) return;
   try {
     const now = await (await call("/ui/state")).json();
-    draw(now);
-    last = now;
+    know(now.models);
+    samples.push(now);
+    if (samples.length > POINTS) samples.shift();
+    draw();
   } catch (error) {
     health("bad", error.status === 401 ? "needs a key" : "not reachable");
     if (error.status === 401) return; // the key comes with an event
@@ -168,6 +235,10 @@ async function poll() {
   timer = setTimeout(poll, PERIOD_MS);
 }
 
+$("shown-model").addEventListener("change", (event) => {
+  chosen = event.target.value;
+  draw();
+});
 document.addEventListener("visibilitychange", poll);
 document.addEventListener("key", poll);
 poll();

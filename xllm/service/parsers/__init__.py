@@ -40,9 +40,9 @@ TOOLS_SHOWN = (
     ("<tool_call>", "qwen25"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|channel|>", HARMONY),
+    ('"parameters": dictionary of argument name and its value', "llama3_json"),  # Llama 4 has it, and <|python_start|>
     ("<|python_start|>", "pythonic"),
     ("[func_name1(params_name1=params_value1", "pythonic"),
     ("<|python_tag|>", "llama3_json"),
-    ('"parameters": dictionary of argument name and its value', "llama3_json"),
 )
 THOUGHTS_SHOWN = (("◁think▷", "kimi"), ("<|channel|>", HARMONY), ("</think>", "qwen3"), ("<think>", "qwen3"))

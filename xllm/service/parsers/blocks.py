@@ -1,17 +1,19 @@
-"""Decides where calls begin and end in a text. A call leaves when it is known to be one, so that nothing that was sent
-is ever taken back: where its form shows that, with its name and the beginning of its arguments, which leave as they are
-written; or else when it is complete. A block that is no call is content, as are its characters."""
+"""Decides where calls begin and end in a text. A call leaves when it is complete, so that nothing that was sent is ever
+taken back, and a block that is no call is content, as are its characters. Of an eager tool, a call leaves with its name
+and the beginning of its arguments, where its form shows them, and the rest follows as it is written."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
-from xllm.service.parsers.growing import Arguments
+from xllm.service.parsers import values
+from xllm.service.parsers.growing import Arguments, is_whole
 from xllm.service.parsers.parts import Call, Content, Markers, More, Part, Tools, Trimmed
 
+HEAD_CHARS = 512  # of a body, for what stands before the arguments; they wait for the end where it is longer
 STRING_STOPS = re.compile(r'["\\\n]')  # JSON has no raw line end in a string: one that meets it was never closed
 
 
@@ -24,8 +26,8 @@ class Found:
     id: str | None = None
 
 
-# The calls of a body and the text after them; None for a body that is no call.
-Body = Callable[[str, Tools], tuple[list[Found], str] | None]
+Read = tuple[list[Found], str]  # the calls of a body, and the text after them
+Body = Callable[[str, Tools], Read | None]  # None for a body that is no call
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Shape:
     """How a family of models writes calls. A block goes from `open` to `close`, to the next marker, or to the end of
     the text. sections: markers around blocks, which mean nothing. inner: markers inside of bodies. bare: characters
     that open a block without a marker, at the very beginning of an answer. quoted: bodies are JSON, where a marker in
-    a string is not one. heads: how a body begins whose arguments follow as they are, with the name."""
+    a string is not one. closed: only `close` shows that a body is complete. heads: how a body begins whose arguments
+    follow as they are, with the name; up to a brace."""
 
     open: str
     close: str
@@ -42,6 +45,7 @@ class Shape:
     inner: tuple[str, ...] = ()
     bare: str = ""
     quoted: bool = True
+    closed: bool = False
     heads: tuple[re.Pattern[str], ...] = ()
 
     @property
@@ -56,7 +60,7 @@ class Calls:
         self._one = one  # parallel calls are not wanted
         self._ids: set[str] = set()
         self.cut = False  # one of them broke off
-        self._growing: Arguments | None = None  # of the last call, in the text that `grow` is given
+        self._growing: Arguments | None = None  # of the last call
 
     @property
     def ended(self) -> bool:
@@ -67,28 +71,26 @@ class Calls:
         """Whether arguments leave as they come."""
         return self._growing is not None and not (self._growing.done or self._growing.broken)
 
-    def begin(self, found: Found, at: int) -> list[Part]:
-        """A call whose arguments begin at a place of the text."""
+    def begin(self, found: Found) -> list[Part]:
+        """A call whose arguments `grow` is given, as they come."""
         if self.ended:
             return []
-        self._growing = Arguments(at)
+        self._growing = Arguments()
         return self.take(found)
 
     def grow(self, text: str, final: bool = False) -> list[Part]:
-        """What may leave of the arguments, of all of the text so far."""
+        """What may leave of the arguments, with what comes next."""
         if self._growing is None:
             return []
-        before = self._growing.at
-        self._growing.push(text, final)
+        more = self._growing.push(text, final)
         self.cut |= self._growing.broken  # at once: where one call is all there may be, nobody comes to its end
-        more = text[before : self._growing.at]
         return [More(len(self._ids) - 1, more)] if more else []
 
     def end(self) -> int | None:
-        """Where the arguments of the call that grew in this text ended; None where none did."""
+        """Characters of the arguments that grew since the call began; None where none did."""
         growing, self._growing = self._growing, None
         self.cut |= growing is not None and not growing.done
-        return growing and growing.at
+        return growing and growing.taken
 
     def take(self, found: Found) -> list[Part]:
         if self.ended:
@@ -99,20 +101,25 @@ class Calls:
 
 
 class Blocks:
-    """Content and calls. Content leaves as it comes, less white space that may stand before a marker."""
+    """Content and calls. Content leaves as it comes, less white space that may stand before a marker. eager: tools
+    whose arguments leave as they are written. The work of a push does not depend on how much came before."""
 
     thinking = False
 
-    def __init__(self, shape: Shape, tools: Tools, one: bool, begun: bool = False) -> None:
-        self._shape, self._tools = shape, tools
+    def __init__(
+        self, shape: Shape, tools: Tools, one: bool, begun: bool = False, eager: Set[str] = frozenset()
+    ) -> None:
+        self._shape, self._tools, self._eager = shape, tools, eager
         self._markers = Markers(shape.markers)
         self._calls = Calls(one)
-        self._text = ""  # not decided on; inside of a block all of its body
+        self._text = ""  # not decided on, from `_at` on
+        self._at = 0
         self._shown = Trimmed()
         self._begun = begun or not shape.bare  # whether it is known if the answer begins with a call
         self._inside = False
-        self._headed = False  # whether the body's call has begun to leave
-        self._scanned = 0  # characters of the body without a marker
+        self._body: list[str] = []  # of this block, as far as it has no marker
+        self._size = 0  # of these
+        self._head: int | None = None  # where the arguments of its call begin, which leave already
         self._in_string = False
 
     @property
@@ -124,10 +131,11 @@ class Blocks:
         return self._calls.cut
 
     def push(self, text: str) -> list[Part]:
-        self._text += text
+        self._text, self._at = self._text + text, 0
         parts: list[Part] = []
         while not self.ended and (self._block(parts) if self._inside else self._outside(parts)):
             pass
+        self._text = "" if self.ended else self._text[self._at :]
         return parts
 
     def finish(self) -> list[Part]:
@@ -136,7 +144,10 @@ class Blocks:
             return parts
         text, self._text = self._text, ""
         if self._inside:
-            self._close(text[: len(text) - self._markers.unfinished(text)], parts, text)
+            self._keep(text[: len(text) - self._markers.unfinished(text)], parts)
+            body = "".join(self._body)
+            whole = body + text[len(self._body[-1]) :]
+            self._close(body[: len(body) - self._markers.unfinished(body)], parts, "", whole)
         else:
             self._content(text, parts)
         if rest := self._shown.finish():
@@ -144,92 +155,93 @@ class Blocks:
         return parts
 
     def _outside(self, parts: list[Part]) -> bool:
+        text = self._text
         if not self._begun:
-            begin = self._text.lstrip()
-            if not begin:
-                return False
-            self._begun = True
-            if begin[0] in self._shape.bare:
-                self._content(self._text[: len(self._text) - len(begin)], parts)
-                self._text = begin
+            begin = values.skip(text, self._at)
+            self._content(text[self._at : begin], parts)
+            self._at = begin
+            if text[begin : begin + 1] in tuple(self._shape.bare):
                 self._enter()
                 return True
-        marker = self._markers.find(self._text)
-        end = marker.start() if marker else len(self._text) - self._markers.unfinished(self._text)
-        self._content(self._text[:end], parts)
-        if marker is None:
-            self._text = self._text[end:]
-            return False
-        self._text = self._text[marker.end() :]
-        if marker[0] == self._shape.open:
+        marker = self._markers.find(text, self._at)
+        end = marker.start() if marker else len(text) - self._markers.unfinished(text[self._at :])
+        self._begun |= end > self._at
+        self._content(text[self._at : end], parts)
+        self._at = marker.end() if marker else end
+        if marker and marker[0] == self._shape.open:
             self._enter()
-        return True
+        return marker is not None
 
     def _enter(self) -> None:
-        self._inside, self._headed, self._scanned, self._in_string = True, False, 0, False
+        self._inside = self._begun = True
+        self._body, self._size, self._head, self._in_string = [], 0, None, False
 
     def _block(self, parts: list[Part]) -> bool:
         """Looks for what ends the block."""
+        text, at = self._text, self._at
+        marker, end = None, len(text)
         while True:
             if self._in_string:
-                stop = STRING_STOPS.search(self._text, self._scanned)
-                if stop is None or (stop[0] == "\\" and stop.end() == len(self._text)):
-                    self._scanned = stop.start() if stop else len(self._text)
-                    self._grow(self._text[: self._scanned], parts)
-                    return False
+                stop = STRING_STOPS.search(text, at)
+                if stop is None or (stop[0] == "\\" and stop.end() == len(text)):
+                    end = stop.start() if stop else end
+                    break
                 self._in_string = stop[0] == "\\"
-                self._scanned = stop.end() + self._in_string
+                at = stop.end() + self._in_string
                 continue
-            marker = self._markers.find(self._text, self._scanned, self._shape.quoted)
-            if marker is None:
-                unsure = self._markers.unfinished(self._text[self._scanned :])
-                self._scanned = len(self._text) - unsure
-                self._grow(self._text[: self._scanned], parts)
-                return False
-            if marker[0] != '"':
+            marker = self._markers.find(text, at, self._shape.quoted)
+            if marker is None or marker[0] != '"':
+                end = marker.start() if marker else end - self._markers.unfinished(text[at:])
                 break
-            self._in_string, self._scanned = True, marker.end()
-        body, self._text = self._text[: marker.start()], self._text[marker.end() :]
-        self._inside = False
-        self._close(body, parts)
+            self._in_string, at, marker = True, marker.end(), None
+        self._keep(text[self._at : end], parts)
+        if marker is None:
+            self._at = end
+            return False
+        self._at, self._inside = marker.end(), False
+        self._close("".join(self._body), parts, marker[0])
         if marker[0] == self._shape.open:
             self._enter()
         return True
 
-    def _grow(self, body: str, parts: list[Part], final: bool = False) -> None:
-        """Lets leave what a body shows to be a call."""
-        heads = () if self._headed else self._shape.heads
-        if (head := next(filter(None, (head.match(body) for head in heads)), None)) and head["name"] in self._tools:
-            self._headed = True
-            parts += self._calls.begin(Found(head["name"], "", head.groupdict().get("id")), head.end())
-        parts += self._calls.grow(body, final)
+    def _keep(self, piece: str, parts: list[Part]) -> None:
+        """The next piece of a body. What it shows to be a call of an eager tool may leave."""
+        self._body.append(piece)
+        if self._eager and self._head is None and self._size < HEAD_CHARS and "{" in piece:
+            body = "".join(self._body)
+            head = next(filter(None, (head.match(body[:HEAD_CHARS]) for head in self._shape.heads)), None)
+            if head and head["name"] in self._eager:
+                self._head, piece = head.end(), body[head.end() :]
+                parts += self._calls.begin(Found(head["name"], "", head.groupdict().get("id")))
+        self._size += len(piece)
+        parts += self._calls.grow(piece)
 
-    def _close(self, body: str, parts: list[Part], otherwise: str | None = None) -> None:
-        """The body as calls; or as content, for which `otherwise` may stand."""
-        self._grow(body, parts, final=True)
-        read, sent = self._shape.body(body, self._tools), self._calls.end()
+    def _close(self, body: str, parts: list[Part], by: str, otherwise: str | None = None) -> None:
+        """The body as calls, when a marker or the end of the text closes it; or as content, for which `otherwise` may
+        stand."""
+        parts += self._calls.grow("", final=True)
+        read = self._read(body) if by == self._shape.close or not self._shape.closed else None
+        sent = self._calls.end()
         if sent is not None:
             self._shown.marker()
-            if not self._calls.ended:
-                self._behind(body, read, sent, parts)
-            return
-        if read is None or any(found.name not in self._tools for found in read[0]):
+            if self._calls.ended:
+                return
+            otherwise = body[(self._head or 0) + sent :]  # the call has left already
+        if read is None:
             self._content(self._markers.remove(body if otherwise is None else otherwise), parts)
             return
-        for found in read[0]:
+        for found in read[0][sent is not None :]:
             parts += self._calls.take(found)
         self._shown.marker()
         if not self.ended:
             self._content(read[1], parts)
 
-    def _behind(self, body: str, read: tuple[list[Found], str] | None, sent: int, parts: list[Part]) -> None:
-        """What a body has behind a call that has left already."""
-        if read is None or any(found.name not in self._tools for found in read[0]):
-            self._content(self._markers.remove(body[sent:]), parts)
-            return
-        for found in read[0][1:]:
-            parts += self._calls.take(found)
-        self._content(read[1], parts)
+    def _read(self, body: str) -> Read | None:
+        """The calls of a body, where all of them are calls of these tools that a client can read."""
+        read = self._shape.body(body, self._tools)
+        if read and all(found.name in self._tools and is_whole(found.arguments) for found in read[0]):
+            return read
+        return None
 
     def _content(self, text: str, parts: list[Part]) -> None:
         if shown := self._shown.push(text):

@@ -1,5 +1,6 @@
-"""Decides how much of a call's arguments may leave while the model writes them: all that can be the beginning of a JSON
-object. Nothing that was sent is taken back, so arguments that break off stay cut where they did."""
+"""Decides what arguments of calls are: JSON objects that clients can read; and how much of them may leave while the
+model writes them, where a tool asks for that: all that can be the beginning of one. Nothing that was sent is taken
+back, so arguments that break off stay cut where they did."""
 
 from __future__ import annotations
 
@@ -18,25 +19,33 @@ Wanted = Literal["key?", "key", ":", "value?", "value", ","]
 
 
 class Arguments:
-    """The text of an object, from its opening brace at `at` on. at: where what may leave ends. done: it is complete.
-    broken: what follows is not JSON."""
+    """The text of an object, from its opening brace on, as it comes. taken: characters that may leave. done: it is
+    complete. broken: what follows is not JSON."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self) -> None:
+        self.taken = 0
         self.done = self.broken = False
+        self._held = ""  # an escape or a word that is not whole yet: at most MAX_DIGITS of it
+        self._at = 0  # in the text of this push
         self._stack: list[str] = []
         self._wanted: Wanted = "value"
         self._in_string = False
 
-    def push(self, text: str, final: bool = False) -> None:
-        """Goes on as far as the text goes; a number may have more digits, unless it is the final text."""
-        while not (self.done or self.broken) and self.at < len(text) and self._step(text, final):
+    def push(self, text: str, final: bool = False) -> str:
+        """What may leave now. A number may have more digits, unless nothing follows."""
+        if self.done or self.broken:
+            return ""
+        text, self._at = self._held + text, 0
+        while not (self.done or self.broken) and self._at < len(text) and self._step(text, final):
             pass
+        self._held = text[self._at :]
+        self.taken += self._at
+        return text[: self._at]
 
     def _step(self, text: str, final: bool) -> bool:
         if self._in_string:
             return self._string(text)
-        found = OUTSIDE.match(text, self.at)
+        found = OUTSIDE.match(text, self._at)
         assert found is not None
         token = found[0]
         if token[0] in SPACE:
@@ -58,28 +67,34 @@ class Arguments:
                 return False
             self._wanted = ","
         else:
-            self.broken = found.end() < len(text) or final or token in '{}[]:,"'
+            self.broken = found.end() < len(text) or final or token in '{}[]:,"' or len(token) > MAX_DIGITS
             return False
-        self.at = found.end()
+        self._at = found.end()
         return True
 
     def _string(self, text: str) -> bool:
-        if found := INSIDE.match(text, self.at):
-            self.at = found.end()
-        if self.at == len(text):
+        if found := INSIDE.match(text, self._at):
+            self._at = found.end()
+        if self._at == len(text):
             return False
-        if text[self.at] == '"':
-            self.at += 1
+        if text[self._at] == '"':
+            self._at += 1
             self._in_string = False
             self._wanted = ":" if self._wanted in ("key?", "key") else ","
             return True
-        self.broken = not ESCAPE.fullmatch(text, self.at)
+        self.broken = not ESCAPE.fullmatch(text, self._at)
         return False
 
     def _closes(self, token: str) -> bool:
         if not self._stack or self._stack[-1] != {"}": "{", "]": "["}[token]:
             return False
         return self._wanted in (",", "key?" if token == "}" else "value?")
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text is the arguments of a call, and nothing but that."""
+    arguments = Arguments()
+    return arguments.push(text, final=True) == text and arguments.done
 
 
 def _is_scalar(token: str) -> bool:

@@ -4,9 +4,11 @@ and, for a call, whom it is for: analysis is reasoning, a call of a tool is a ca
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 from xllm.service.parsers import values
 from xllm.service.parsers.blocks import Calls, Found
+from xllm.service.parsers.growing import is_whole
 from xllm.service.parsers.parts import Content, Markers, Part, Reasoning, Tools
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -22,15 +24,17 @@ HEADER = re.compile(rf"(?:{re.escape(START)}\w*)?(?:\s*to=\S*)?(?:{re.escape(CHA
 
 
 class Harmony:
-    """All three kinds of parts at once."""
+    """All three kinds of parts at once. eager: tools whose arguments leave as they are written."""
 
-    def __init__(self, tools: Tools, one: bool, begun: bool = False) -> None:
-        self._tools, self._calls = tools, Calls(one)
+    def __init__(self, tools: Tools, one: bool, begun: bool = False, eager: Set[str] = frozenset()) -> None:
+        self._tools, self._eager, self._calls = tools, eager, Calls(one)
         self._marks, self._body_ends = Markers(MARKERS), Markers((*ENDS, START, CHANNEL))
-        self._text = ""  # not decided on; of a call all of its body
-        self._scanned = 0  # characters of a call without a marker
-        self._tool: str | None = None
-        self._begun = False  # whether its call has begun to leave
+        self._text = ""  # not decided on, from `_at` on
+        self._at = 0
+        self._tool = ""  # that this message calls
+        self._call: list[str] = []  # its body so far
+        self._waits = False  # for the brace of arguments that may leave
+        self._head = 0  # white space before it
         self._state = (
             "content" if begun else "header"
         )  # or what the body of this message is: "content", "reasoning", "call"
@@ -48,10 +52,11 @@ class Harmony:
         return self._calls.cut
 
     def push(self, text: str) -> list[Part]:
-        self._text += text
+        self._text, self._at = self._text + text, 0
         parts: list[Part] = []
         while not self.ended and (self._header(parts) if self._state == "header" else self._body(parts)):
             pass
+        self._text = "" if self.ended else self._text[self._at :]
         return parts
 
     def finish(self) -> list[Part]:
@@ -63,59 +68,67 @@ class Harmony:
             if not HEADER.fullmatch(text):
                 self._show("content", self._marks.remove(text), parts)
         elif self._state == "call":
-            self._call(text[: len(text) - self._body_ends.unfinished(text)], parts)
+            end = len(text) - self._body_ends.unfinished(text)
+            self._keep(text[:end], parts)
+            self._end(parts, text[end:])
         else:
             self._show(self._state, text, parts)
         return parts
 
     def _header(self, parts: list[Part]) -> bool:
-        end = self._text.find(MESSAGE, 0, HEADER_CHARS + len(MESSAGE))
+        most = self._at + HEADER_CHARS
+        end = self._text.find(MESSAGE, self._at, most + len(MESSAGE))
         if end < 0:
-            if len(self._text) < HEADER_CHARS + len(MESSAGE):
+            if len(self._text) < most + len(MESSAGE):
                 return False
-            self._show("content", self._marks.remove(self._text[:HEADER_CHARS]), parts)
-            self._state, self._text = "content", self._text[HEADER_CHARS:]
+            self._show("content", self._marks.remove(self._text[self._at : most]), parts)
+            self._state, self._at = "content", most
             return True
-        header, self._text = self._text[:end], self._text[end + len(MESSAGE) :]
+        header, self._at = self._text[self._at : end], end + len(MESSAGE)
         tool = TOOL.search(header)
-        self._tool = tool[1] if tool and tool[1] in self._tools else None
+        self._tool = tool[1] if tool and tool[1] in self._tools else ""
+        self._call, self._waits, self._head = [], self._tool in self._eager, 0
         self._state = "call" if self._tool else "reasoning" if ANALYSIS.search(header) and not tool else "content"
         return True
 
     def _body(self, parts: list[Part]) -> bool:
-        marker = self._body_ends.find(self._text, self._scanned)
-        end = marker.start() if marker else len(self._text) - self._body_ends.unfinished(self._text)
-        if self._state == "call":
-            self._scanned = 0 if marker else end
-            self._grow(self._text[:end], parts)
-            if marker is None:
-                return False
-            self._call(self._text[:end], parts)
-        else:
-            self._show(self._state, self._text[:end], parts)
+        text, begin = self._text, self._at
+        marker = self._body_ends.find(text, begin)
+        end = marker.start() if marker else len(text) - self._body_ends.unfinished(text[begin:])
         # What begins a message belongs to its header.
-        self._text = self._text[marker.end() if marker and marker[0] in ENDS else end :]
+        self._at = marker.end() if marker and marker[0] in ENDS else end
+        if self._state == "call":
+            self._keep(text[begin:end], parts)
+            if marker:
+                self._end(parts)
+        else:
+            self._show(self._state, text[begin:end], parts)
         if marker:
             self._state = "header"
         return marker is not None
 
-    def _grow(self, body: str, parts: list[Part]) -> None:
-        if self._tool and not self._begun and body.lstrip()[:1] == "{":
-            self._begun = True
-            parts += self._calls.begin(Found(self._tool, ""), values.skip(body, 0))
-        parts += self._calls.grow(body)
+    def _keep(self, piece: str, parts: list[Part]) -> None:
+        """The next piece of a call."""
+        self._call.append(piece)
+        if self._waits:
+            begin = piece.lstrip()
+            self._head += len(piece) - len(begin)
+            self._waits, piece = not begin, begin
+            if begin[:1] == "{":
+                parts += self._calls.begin(Found(self._tool, ""))
+        parts += self._calls.grow(piece)
 
-    def _call(self, body: str, parts: list[Part]) -> None:
-        self._grow(body, parts)
-        parts += self._calls.grow(body, final=True)
-        self._begun = False
+    def _end(self, parts: list[Part], unfinished: str = "") -> None:
+        """All of a call is there; behind it what may be the beginning of a marker."""
+        body = "".join(self._call)
+        parts += self._calls.grow("", final=True)
         if (sent := self._calls.end()) is not None:
-            if not self._calls.ended and body[sent:].strip():
-                self._show("content", body[sent:], parts)
-        elif self._tool and values.is_object(body):
+            if not self._calls.ended and (rest := body[self._head + sent :]).strip():
+                self._show("content", rest, parts)
+        elif values.is_object(body) and is_whole(body.strip()):
             parts += self._calls.take(Found(self._tool, body.strip()))
         else:
-            self._show("content", body, parts)
+            self._show("content", body + unfinished, parts)
 
     def _show(self, state: str, text: str, parts: list[Part]) -> None:
         if text:

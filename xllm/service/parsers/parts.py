@@ -21,8 +21,8 @@ class Reasoning(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a tool that exists. index: among the calls of its answer. arguments: a JSON object, or its beginning,
-    which `More` of it follow."""
+    """A call of a tool that exists. index: among the calls of its answer. arguments: a JSON object; of an eager tool
+    nothing yet, `More` of it follow."""
 
     index: int
     id: str
@@ -69,7 +69,7 @@ class Reader(Protocol):
 
     @property
     def cut(self) -> bool:
-        """Whether the arguments of a call broke off."""
+        """Whether the arguments of a call broke off after they had begun to leave."""
         ...
 
     def push(self, text: str) -> list[Part]: ...
@@ -95,26 +95,26 @@ class Trimmed:
     """Text as it comes, less white space next to markers: what ends a piece waits for what follows."""
 
     def __init__(self) -> None:
-        self._space = ""
+        self._space: list[str] = []
         self._behind_marker = False
 
     def push(self, text: str) -> str:
         seen = text.rstrip()
         if not seen:
-            self._space += text
+            self._space += [text] if text else []
             return ""
-        shown = self._space + seen
+        shown = "".join((*self._space, seen))
         if self._behind_marker:
             shown = shown.lstrip()
-        self._space, self._behind_marker = text[len(seen) :], False
+        self._space, self._behind_marker = [text[len(seen) :]], False
         return shown
 
     def marker(self) -> None:
         """A marker stands here."""
-        self._space, self._behind_marker = "", True
+        self._space, self._behind_marker = [], True
 
     def finish(self) -> str:
-        return "" if self._behind_marker else self._space
+        return "" if self._behind_marker else "".join(self._space)
 
 
 class Markers:

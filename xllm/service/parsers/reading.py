@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from xllm.service.parsers import (
@@ -29,13 +30,19 @@ class Dialect:
     reasoning: str = "none"
 
     def reading(
-        self, prompt: str = "", tools: Tools | None = None, one_call: bool = False, begun: str | None = None
+        self,
+        prompt: str = "",
+        tools: Tools | None = None,
+        one_call: bool = False,
+        begun: str | None = None,
+        eager: Set[str] = frozenset(),
     ) -> Reading:
         """How the answer to a prompt is read. Without tools nothing is a call. one_call: the first one ends it. begun:
-        the text of the answer that is in the prompt already, where it goes on with one."""
+        the text of the answer that is in the prompt already, where it goes on with one. eager: tools whose arguments
+        leave as they are written, and not when their call is complete."""
         thoughts = self.thoughts
         inside = thoughts is not None and (thoughts.opened_by(prompt) if begun is None else thoughts.open_in(begun))
-        return Reading(self, tools or {}, one_call, inside, begun is not None)
+        return Reading(self, tools or {}, one_call, inside, begun is not None, eager)
 
     def before_call(self, prompt: str) -> tuple[str, Dialect]:
         """The prompt of an answer that is nothing but calls in our own form, and how that is read."""
@@ -58,14 +65,15 @@ class Reading:
     one_call: bool = False
     inside: bool = False
     begun: bool = False
+    eager: Set[str] = frozenset()
 
     def reader(self) -> Reader:
         """A new one: each answer has its own."""
         tools, reasoning = self.dialect.tools, self.dialect.reasoning
         if HARMONY in (tools, reasoning):
-            return harmony.Harmony(self.tools, self.one_call, self.begun)
+            return harmony.Harmony(self.tools, self.one_call, self.begun, self.eager)
         calls = self.tools and tools in SHAPES
-        rest = Blocks(shape(tools), self.tools, self.one_call, self.begun) if calls else Plain()
+        rest = Blocks(shape(tools), self.tools, self.one_call, self.begun, self.eager) if calls else Plain()
         thoughts = self.dialect.thoughts
         return Thinking(thoughts, self.inside, rest) if thoughts and (self.inside or not self.begun) else rest
 

@@ -33,6 +33,7 @@ class Thinking:
     def __init__(self, thoughts: Thoughts, inside: bool, rest: Reader) -> None:
         self._thoughts, self._inside, self._rest = thoughts, inside, rest
         self._text = ""  # not decided on
+        self._space: list[str] = []  # before it, where the text begins
         self._shown = Trimmed()
         self._shown.marker()
         self._state = "begin"
@@ -68,7 +69,7 @@ class Thinking:
 
     def finish(self) -> list[Part]:
         parts: list[Part] = []
-        text, self._text = self._text, ""
+        text, self._text = "".join((*self._space, self._text)), ""
         if self.thinking:
             self._reasoning(text, parts)
             if rest := self._shown.finish():
@@ -79,10 +80,13 @@ class Thinking:
 
     def _begin(self) -> None:
         text, marker = self._text.lstrip(), self._thoughts.open
+        self._space.append(self._text[: len(self._text) - len(text)])
+        self._text = text
         if text.startswith(marker):
-            self._state, self._text = "block", text[len(marker) :]
+            self._state, self._text, self._space = "block", text[len(marker) :], []
         elif not marker.startswith(text):  # also true of an empty text: not decided yet
             self._state = "block" if self._inside else "rest"
+            self._text, self._space = "".join((*self._space, text)), []
 
     def _block(self, parts: list[Part]) -> None:
         close = self._thoughts.close

@@ -8,13 +8,14 @@ from functools import cache
 from typing import Any
 
 from xllm.service.parsers import pythonic, values
-from xllm.service.parsers.blocks import Body, Found, Shape
+from xllm.service.parsers.blocks import Body, Found, Read, Shape
 from xllm.service.parsers.parts import Tools
 
 NAME = r"(?P<name>[\w.-]+)"
 # The beginning of an object with a call, up to its arguments where those are an object and no text.
-OBJECT = rf'\s*\{{\s*"name"\s*:\s*"{NAME}"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
-Read = tuple[list[Found], str]
+OBJECT = (
+    rf'\s*\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"{NAME}"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)'
+)
 
 
 def _from_json(text: str, at: int = 0) -> tuple[Found, int]:
@@ -24,7 +25,7 @@ def _from_json(text: str, at: int = 0) -> tuple[Found, int]:
     arguments = fields.get("arguments", fields.get("parameters", ""))
     value = values.whole(arguments)
     if isinstance(value, str) and values.is_object(value):
-        arguments, value = value, {}
+        arguments, value = value.strip(), {}
     own = values.whole(fields.get("id", "null"))
     if not isinstance(name, str) or not isinstance(value, dict):
         raise ValueError("no call")
@@ -139,6 +140,7 @@ def _dsml(section: str) -> Shape:
         _tagged(r'\s*name="(?P<name>[^"]*)"\s*>', parameter, r"\s*"),
         sections=(f"<{tag}{section}>", f"</{tag}{section}>"),
         quoted=False,
+        closed=True,
     )
 
 
@@ -197,8 +199,17 @@ _MAKE: dict[str, Callable[[], Shape]] = {
             r"\s*",
         ),
         quoted=False,
+        closed=True,
     ),
-    "llama3_json": lambda: Shape("<|python_tag|>", "", _several, bare="{", heads=_heads(OBJECT)),
+    # Templates of Llama 4 write text that comes with calls between markers of code, an empty one too.
+    "llama3_json": lambda: Shape(
+        "<|python_tag|>",
+        "",
+        _several,
+        sections=("<|python_start|>", "<|python_end|>"),
+        bare="{",
+        heads=_heads(OBJECT),
+    ),
     "mistral": lambda: Shape("[TOOL_CALLS]", "", _mistral, inner=("[CALL_ID]", "[ARGS]"), heads=(MISTRAL,)),
     "pythonic": lambda: Shape("<|python_start|>", "<|python_end|>", pythonic.calls, bare="[", quoted=False),
     # A list of objects, which needs no marker.

@@ -32,7 +32,8 @@ from xllm.targets.cpu.tuning import Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
-ROUNDED: Mapping[str, Rule] = linear.ROUNDED  # before RULES, for weights of the type that activations are rounded to
+# Before RULES, for weights of the type that activations are rounded to.
+ROUNDED: Mapping[str, Rule] = {**linear.ROUNDED, **attention.ROUNDED}
 REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
 ANY_TYPE = frozenset({*strided.RULES, *typed.RULES, *elementwise.ANY_TYPE})  # operators whose rules look at types
 LINE_BYTES = 64

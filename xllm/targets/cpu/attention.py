@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from xllm.targets.base import TOKENS, Cost, KVLayout, Lowering, Operation, Refusal, Tensor, within
 from xllm.targets.cpu.rules import (
@@ -77,11 +78,11 @@ def _qk_norm_rope_write(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowe
     )
 
 
-def _attention(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
+def _attention(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = False) -> Lowering | Refusal:
     q, sinks, kv_heads = op.args["q"], op.args["sinks"], op.args["kv_heads"]
     (heads, key_dim), value_dim = ints(q.shape[1:]), op.args["value_dim"]
     return Lowering(
-        f"attention.{SUFFIX[kv.dtype]}",
+        f"{'attention_rounded' if rounded else 'attention'}.{SUFFIX[kv.dtype]}",
         {"q": q, "sinks": sinks, "out": op.results[0], "scratch_parts": (parts := _parts(op, heads, value_dim))},
         {
             **kv_place(op, kv),
@@ -192,11 +193,14 @@ RULES: Mapping[str, Rule] = {
     "xllm.latent_write": _latent_write,
     "xllm.latent_attention": _latent_attention,
 }
+# Where rows are rounded to the type of the weights, queries and the weights of values are to bfloat16.
+ROUNDED: Mapping[str, Rule] = {"xllm.attention": partial(_attention, rounded=True)}
 REACH: Mapping[str, Reach] = {
     "rope": _rope_reach,
     "kv_write": _kv_write_reach,
     "qk_norm_rope_write": _fused_reach,
     "attention": _attention_reach,
+    "attention_rounded": _attention_reach,
     "latent_write": _latent_write_reach,
     "latent_attention": _latent_attention_reach,
 }

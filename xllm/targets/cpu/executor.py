@@ -67,7 +67,7 @@ class CpuExecutor:
             raise ArtifactError("artifact-malformed", f"plan.json: {error}; compile again") from error
         self.kv = kv_of(plan)
         self._runner = cpu.Runner(threads, level)
-        self._turns = turns or Turns()
+        self._turn = (turns or Turns()).join()
         self._sampler = None
         if samples:
             self._sampler = Sampler(self._runner, self.limits.vocab, self.limits.max_seqs, MAX_LOGPROBS)
@@ -152,7 +152,7 @@ class CpuExecutor:
         while (item := self._steps.get()) is not None:
             batch, ticket = item
             try:
-                with self._turns:
+                with self._turn:
                     result = self._run(batch)
                 ticket.succeed(result)
             except Exception as error:  # the boundary to the engine: a fault is a value
@@ -174,10 +174,10 @@ class CpuExecutor:
         calls = bound.run(step) if times is None else bound.timed(step)
         began = time.perf_counter()
         result = self._result(slots, masks, bound.bucket)
+        ended = time.perf_counter()
         if times is not None and calls is not None:
-            ended = time.perf_counter()
             times.append(StepTimes(len(step.ids), calls, ended - began, ended, batch.step))
-        return replace(result, seconds=began - started, prompts=prompts)
+        return replace(result, seconds=began - started, sampling=ended - began, prompts=prompts)
 
     def _bound_for(self, step: Step) -> BoundPlan:
         self._last_bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from xllm.kernels.cpu import packed_bytes
+from xllm.kernels.cpu import packed_bytes, quantised
 from xllm.targets.base import Cost, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
     PANELS,
@@ -83,9 +83,10 @@ def _lowering(
     made = {
         "scratch_pairs": Tensor(f"{op.node}.pairs", "value", (pairs,), "int32"),
         "scratch_hidden": Tensor(f"{op.node}.hidden", "value", (rows, top_k * inner), "float32"),
-        **rows_scratch(op, "rows", rows, width, weights_dtype),
-        **rows_scratch(op, "hidden_rows", rows.times(top_k), inner, weights_dtype),
     }
+    if quantised(weights_dtype):
+        made |= rows_scratch(op, "rows", rows, width, weights_dtype)
+        made |= rows_scratch(op, "hidden_rows", rows.times(top_k), inner, weights_dtype)
     held = {name: op.args[name] for name in (*_MATRICES, *_BIASES)}
     layouts = {held[name].name: Layout(PANELS, weights_dtype) for name in _MATRICES if held[name] is not None}
     layouts |= {held[name].name: PLAIN for name in _BIASES if held[name] is not None}

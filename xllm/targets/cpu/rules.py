@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xllm.kernels.cpu import packed_bytes, quantised
+from xllm.kernels.cpu import packed_bytes, quantised, rows_bytes
 from xllm.targets.base import TOKENS, Extent, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 
 GROUP_TOKENS = 16
@@ -101,15 +101,11 @@ def stored_bytes(shape: tuple[int, ...], layout: Layout) -> int:
 def rows_scratch(
     op: Operation, name: str, rows: Extent, k: int, storage: str, rounded: bool = False
 ) -> dict[str, Tensor]:
-    """Where a kernel keeps the rows it multiplies with quantised weights, quantised themselves; by argument. rounded:
-    to int8 beside int8 weights."""
-    kind = quantised(storage)
-    if kind is None:
-        return {}
-    return {f"scratch_{name}": Tensor(f"{op.node}.{name}", "value", (rows, kind.row_bytes(k, rounded) // 4), "int32")}
+    """Where a kernel keeps the rows it multiplies as the weights need them (`rows_bytes`); by argument."""
+    size = rows_bytes(k, storage, rounded)
+    return {f"scratch_{name}": Tensor(f"{op.node}.{name}", "value", (rows, size // 4), "int32")} if size else {}
 
 
 def scratch_reach(name: str, k: int, element: int, sizes: Mapping[str, int], rounded: bool = False) -> dict[str, int]:
     """Bytes of a row in that scratch, from the same."""
-    kind = quantised(_storage(element, sizes))
-    return {f"scratch_{name}": kind.row_bytes(k, rounded) if kind else 0}
+    return {f"scratch_{name}": rows_bytes(k, _storage(element, sizes), rounded)}
