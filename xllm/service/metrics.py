@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
@@ -56,6 +57,11 @@ class Histogram:
         return result, self._sum * scale
 
 
+def _processor_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
 class Front:
     """What requests meet before a model: the models' names, counters of the server, whether it still takes requests."""
 
@@ -67,11 +73,16 @@ class Front:
         self.statuses: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()  # by the code of the error
         self.draining = False
-        self.began = time.monotonic()
+        self._began, self._used = time.monotonic(), _processor_seconds()
+
+    @property
+    def used(self) -> float:
+        """Processors that were busy for this process since this began to serve, on average."""
+        return (_processor_seconds() - self._used) / max(1e-9, time.monotonic() - self._began)
 
     def status(self, status: int, code: str = "") -> None:
-        """A request was answered, by an error of this code."""
-        self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
+        """A request was answered, by an error of this code. status: 0 when it ended without an answer."""
+        self.statuses["ok" if 0 < status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
         if code:
             self.refusals[code] += 1
 
