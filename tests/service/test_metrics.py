@@ -146,6 +146,15 @@ def test_behaviour_64_counters_only_grow(tmp_path: Path) -> None:
     assert 0 < values["xllm_cpu_utilization []"] <= 1
 
 
+def test_a_chat_that_is_refused_after_its_template_was_prepared_too(tmp_path: Path) -> None:
+    """Or the time of tokenization, which is without templates, would go back."""
+    service = fake_service(tmp_path)
+    with running(service) as (base, _):
+        body = {"messages": [{"role": "user", "content": "x" * 10_000}]}
+        assert httpx.post(f"{base}/v1/chat/completions", json=body).status_code == 400
+    assert service.recorder.preparing_seconds >= service.recorder.template_seconds > 0
+
+
 def test_what_was_used_before_serving_is_no_part_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(user=1000.0, system=1000.0))
     [found] = [metric for metric in families(Front(), []) if metric.name == "xllm_cpu_utilization"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
@@ -109,7 +110,8 @@ class Recorder:
         self.memory: dict[str, int] = {}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
         self.handling_seconds = defaultdict(float, chat=0.0, completion=0.0)
-        self.preparing_seconds = self.template_seconds = 0.0
+        self.preparing_seconds = self.template_seconds = 0.0  # see prepared
+        self._lock = threading.Lock()
         self.detokenization_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.responding_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.first_token = Histogram(SECONDS)
@@ -125,6 +127,12 @@ class Recorder:
         self.matched_share, self.matched_tokens = Histogram(SHARES), Histogram((0, *TOKENS))
         self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
         self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
+
+    def prepared(self, seconds: float = 0.0, template: float = 0.0) -> None:
+        """So long a request was prepared, or a template rendered as a part of that; from any thread."""
+        with self._lock:
+            self.preparing_seconds += seconds
+            self.template_seconds += template
 
     def token(self, course: Course, now: float, queued: float) -> None:
         """A sequence got a token; it had waited so long to be admitted."""
