@@ -5,6 +5,7 @@ Right, blind to what a row must not see, and the same bits under any cut of a pr
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ class Model:
         for t, h in np.ndindex(out.shape[:2]):
             p, kv = start + t, h // share
             first = max(0, p - window + 1) if window else 0
-            parts = [(sinks[h], 1.0, 0.0)] if sinks is not None else []
+            parts: list[Any] = [(sinks[h], 1.0, 0.0)] if sinks is not None else []
             for at in range(first // 64 * 64, p + 1, 64):
                 seen = slice(max(first, at), min(p + 1, at + 64))
                 scores = k[seen, kv].astype(np.float64) @ q[t, h]
