@@ -19,7 +19,7 @@ BUDGET = {
     # costs of steps from the calls (35)
     "xllm/targets": 3585,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models
-    "xllm/runtime": 6905,  # where steps spend their time (60); pages reserved beside other models (35); prices (95)
+    "xllm/runtime": 6920,  # where steps spend time (75); pages reserved beside other models (35); prices (95)
     # three APIs of generation, parsers, batches, control, the page, who may ask; all metrics (130); several models,
     # whose requests and lines leave others room (60), eager tools (70)
     "xllm/service": 9360,  # prices of what waits (140)
@@ -35,7 +35,7 @@ BUDGET = {
     "bench": 5870,
     # of which pages and models that share them 600, what several models keep and share 550, rounded activations 240
     # work of parsers 250, prices 100
-    "tests": 30420,
+    "tests": 30440,  # figures that were wrong (40)
 }
 
 
