@@ -37,7 +37,7 @@ def read(parser: Parsers, file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is not JSON: {error}") from None
     if not isinstance(held, dict):
         raise UsageError(f"{file} must hold one JSON object, its members named like the flags of `xllm serve`")
-    names = _explicit_names(parser)
+    names = _defaults(parser)
     arguments = ["serve"]
     for name, value in held.items():
         known = name.replace("-", "_")
@@ -45,7 +45,7 @@ def read(parser: Parsers, file: Path) -> dict[str, Any]:
             near = get_close_matches(known, names, 1)
             hint = f"; did you mean {near[0]}?" if near else "; `xllm serve --help` lists them"
             raise UsageError(f"{file}: there is no setting {name}{hint}")
-        arguments += _as_arguments(file, name, value)
+        arguments += _as_arguments(file, name, value, switch=names[known] is False)
     return _explicit(parser, arguments, f"xllm serve: {file}")
 
 
@@ -61,22 +61,23 @@ def written(parser: Parsers, argv: Sequence[str]) -> str:
     return json.dumps(shown, indent=1)
 
 
-def _as_arguments(file: Path, name: str, value: Any) -> list[str]:
+def _as_arguments(file: Path, name: str, value: Any, switch: bool) -> list[str]:
+    """switch: it is there or not, and takes no value."""
     flag = f"--{name.replace('_', '-')}"
     each = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, (str, int)) for one in each):
+    if switch and isinstance(value, bool):
+        return [flag] if value else []
+    if not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in each):
         shown = json.dumps(value)[:64]
-        raise UsageError(f"{file}: {name} is {shown}, which is no text, no number, not true, nor a list of these")
+        raise UsageError(f"{file}: {name} is {shown}, which is no text, no whole number, nor a list of these")
     if name == MODELS:
         return [str(one) for one in each]
-    if value is True:
-        return [flag]
-    return [] if value is False else [f"{flag}={one}" for one in each]
+    return [f"{flag}={one}" for one in each]
 
 
-def _explicit_names(parser: Parsers) -> list[str]:
+def _defaults(parser: Parsers) -> dict[str, Any]:
     plain = vars(parser().parse_args(["serve", "--config", "-"]))
-    return [name for name in plain if name not in NO_SETTINGS]
+    return {name: value for name, value in plain.items() if name not in NO_SETTINGS}
 
 
 def _explicit(parser: Parsers, argv: Sequence[str], prog: str = "") -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _explicit(parser: Parsers, argv: Sequence[str], prog: str = "") -> dict[str,
     whole = parser()
     flags: argparse.ArgumentParser = whole.parse_args(["serve", "--config", "-"]).flags
     flags.prog = prog or flags.prog
-    flags.set_defaults(**dict.fromkeys(_explicit_names(parser)))
+    flags.set_defaults(**dict.fromkeys(_defaults(parser)))
     found = vars(whole.parse_args(argv))
     return {name: value for name, value in found.items() if value not in (None, []) and name not in NO_SETTINGS}
 

@@ -274,7 +274,7 @@ class FakeRows:
                 one = [np.nan if NAN in row.tokens else total, row.start + len(row.tokens), row.tokens[-1], 1]
                 given = np.vstack([given, np.array(one[: self.limits.width], np.float32)])
         none = np.zeros(0, np.int32)
-        return StepResult(none, none, none, none, given)
+        return StepResult(none, none, none, none, given, seconds=0.25)
 
     def attach(self, slot: int, request: Request, generated: Sequence[int]) -> None: ...
 

@@ -5,8 +5,10 @@ python -m tests.service.test_metrics > docs/metrics.md
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -142,6 +144,27 @@ def test_behaviour_64_counters_only_grow(tmp_path: Path) -> None:
         assert values[f"detokenization_latency_seconds_{kind} {own}"] > 0
         assert values[f"responsing_latency_seconds_{kind} {own}"] > 0
     assert 0 < values["xllm_cpu_utilization []"] <= 1
+
+
+def test_a_chat_that_is_refused_after_its_template_was_prepared_too(tmp_path: Path) -> None:
+    """Or the time of tokenization, which is without templates, would go back."""
+    service = fake_service(tmp_path)
+    with running(service) as (base, _):
+        body = {"messages": [{"role": "user", "content": "x" * 10_000}]}
+        assert httpx.post(f"{base}/v1/chat/completions", json=body).status_code == 400
+    assert service.recorder.preparing_seconds >= service.recorder.template_seconds > 0
+
+
+def test_what_was_used_before_serving_is_no_part_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(user=1000.0, system=1000.0))
+    [found] = [metric for metric in families(Front(), []) if metric.name == "xllm_cpu_utilization"]
+    assert found.samples[0].value == 0
+
+
+def test_a_request_that_ended_without_an_answer_is_not_ok() -> None:
+    front = Front()
+    front.status(0)
+    assert (front.statuses["ok"], front.statuses["unknown"]) == (0, 1)
 
 
 def written() -> str:

@@ -312,6 +312,8 @@ def test_every_prompt_has_one_output_whatever_ends_it() -> None:
     assert (stats.finished, stats.cancelled, stats.waiting, stats.prompt_tokens) == (8, 1, 0, 80 + 7 * 9)
     assert (stats.steps, stats.rows) == (len(executor.batches), sum(len(batch.rows) for batch in executor.batches))
     assert stats.tokens == sum(len(row.tokens) for batch in executor.batches for row in batch.rows)
+    assert sum(stats.step_sizes) == stats.steps and sum(stats.step_sizes[:4]) == 0, "none of 8 tokens or fewer"
+    assert stats.seconds["compute"] == pytest.approx(0.25 * stats.steps)
     executor.open.clear()
     for request in requests[:3]:
         engine.submit(request)

@@ -81,6 +81,19 @@ def test_who_was_away_has_saved_nothing_up():
     assert sum(began >= 30 for _, began in busy) == pytest.approx(100, abs=3)
 
 
+def test_who_comes_when_nobody_computes_has_saved_nothing_up_either():
+    """The other one comes back right after it, and is not behind by all that it ever had."""
+    line, busy, late = Line(), *(Turn(Turns()) for _ in range(2))
+    for turn, began, ended in ((busy, 0, 30), (late, 31, 32)):
+        line.ask(turn, began)
+        line.begin(turn, began)
+        if turn is late:
+            line.ask(busy, 31.5)
+        line.end(turn, ended)
+    line.ask(late, 32.001)
+    assert line.wait(busy, 32.001) == 0
+
+
 def test_rare_requests_wait_for_one_step_at_most():
     rare = simulate([Load(0.100), Load(0.005, gap=0.333)], 60)[1]
     assert max(began - asked for asked, began in rare) <= 0.100 + 1e-9

@@ -34,6 +34,7 @@ class Encoder:
         self._base = np.frombuffer(self._state, np.uint8).ctypes.data
         self._turn = threading.Lock()
         self._steps = 0
+        self.took = 0.0  # seconds that the latest step computed
 
     def rows(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [prompts, N], in their order. A row depends on its own prompt only.
@@ -61,9 +62,10 @@ class Encoder:
 
     def run(self, step: Sequence[Piece], prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [prompts that end in the step, N], as they come: NaN and infinity too. Raises StepError."""
-        rows = self.executor.launch(self._batch(step, prompts)).result().rows
-        assert rows is not None
-        return rows
+        result = self.executor.launch(self._batch(step, prompts)).result()
+        self.took = result.seconds
+        assert result.rows is not None
+        return result.rows
 
     def close(self) -> None:
         self.executor.close()

@@ -19,6 +19,7 @@ from xllm.runtime.errors import RequestRefused, RuntimeFault, StepError
 from xllm.runtime.executor import Limits
 from xllm.runtime.policies.state import AGED_SECONDS, OFFLINE_AGED
 from xllm.runtime.request import FinishReason, Request, TokenOutput
+from xllm.runtime.spent import Spent
 
 log = logging.getLogger("xllm.runtime")
 
@@ -47,7 +48,7 @@ class RowEngine:
         self._running: dict[str, Request] = {}
         self._ended: list[TokenOutput] = []  # outputs of requests that ended by themselves
         self._cancelled: set[str] = set()  # of those that run
-        self._stats = EngineStats()
+        self._stats, self._spent = EngineStats(), Spent(clock)
         self._refusal: RequestRefused | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="xllm-rows", daemon=True)
@@ -109,6 +110,8 @@ class RowEngine:
                 waiting=len(self._waiting),
                 oldest_wait_s=self._clock() - first.arrival if first else 0.0,
                 refusal=str(self._refusal) if self._refusal else None,
+                seconds=self._spent.seconds,
+                step_sizes=self._spent.steps,
             )
 
     def _run(self) -> None:
@@ -155,9 +158,11 @@ class RowEngine:
             for step in self._encoder.steps(prompts):
                 if self._unwanted():
                     break
+                tokens = sum(piece.stop - piece.start for piece in step)
                 rows = self._encoder.run(step, prompts)
                 with self._changed:
-                    self._count(steps=1, rows=len(step), tokens=sum(piece.stop - piece.start for piece in step))
+                    self._count(steps=1, rows=len(step), tokens=tokens)
+                    self._spent.computed(tokens, self._encoder.took)
                 ends = [requests[piece.index] for piece in step if piece.ends]
                 outputs |= {request.id: _row(request, row) for request, row in zip(ends, rows, strict=True)}
         except StepError as error:

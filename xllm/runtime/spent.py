@@ -44,10 +44,18 @@ class Spent:
     def launched(self, tokens: int) -> None:
         """A step of so many was handed over."""
         self.on("prepare")
-        self._steps[bisect_left(STEP_TOKENS, tokens)] += 1
+        self._size(tokens)
 
     def taken(self, computing: float, sampling: float) -> None:
         """What a step gave was taken; it had computed and sampled for so long."""
         self.on("take")
         self._computing += computing
         self._sampling += sampling
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A step of so many, which samples nothing, computed for so long."""
+        self._size(tokens)
+        self._computing += seconds
+
+    def _size(self, tokens: int) -> None:
+        self._steps[bisect_left(STEP_TOKENS, tokens)] += 1

@@ -89,7 +89,7 @@ class Service:
         try:
             return self.chat_template().render(*arguments, **named)
         finally:
-            self.recorder.template_seconds += time.monotonic() - begin
+            self.recorder.prepared(template=time.monotonic() - begin)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -166,7 +166,6 @@ class Endpoint(Generic[JobOf]):
             timed = asyncio.get_running_loop().run_in_executor(service.pool, self._timed_plan, data, entry)
             job, seconds = await timed
             took(seconds)
-        service.recorder.preparing_seconds += seconds
         if hurries:
             backlog.check(time.monotonic() - begin - seconds)
         await self.run(job, entry, receive, send)
@@ -189,7 +188,10 @@ class Endpoint(Generic[JobOf]):
     def _timed_plan(self, data: bytes, entry: Record) -> tuple[JobOf, float]:
         """The job, and the seconds that it took without those of waiting."""
         begin = time.monotonic()
-        return self.plan(data, entry), time.monotonic() - begin
+        try:
+            return self.plan(data, entry), time.monotonic() - begin
+        finally:
+            self.service.recorder.prepared(time.monotonic() - begin)
 
     def plan(self, data: bytes, entry: Record) -> JobOf:
         """The body as what is to be done; runs in the pool. Raises ApiError."""

@@ -4,7 +4,6 @@ prometheus-client is loaded by the first scrape. docs/metrics.md lists them all.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +62,7 @@ def _of_front(front: Front) -> Iterator[Metric]:
     yield _counter("requests_refused", "requests answered by an error, by its code", refused)
     yield _gauge("num_concurrent_requests", "requests being answered", front.concurrent)
     count = len(os.sched_getaffinity(0))
-    times = os.times()
-    used = (times.user + times.system) / max(1e-9, time.monotonic() - front.began) / count
+    used = front.used / count
     yield _gauge("xllm_cpu_num", "processors that this process may use", count)
     yield _gauge(
         "xllm_cpu_utilization", "share of them that it has used since it began to serve, 0 to 1", min(used, 1.0)

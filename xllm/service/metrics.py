@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
@@ -20,6 +22,7 @@ RECENT = 256  # answers whose times are kept one by one
 STATUS_NAMES = {
     400: "invalid_argument",
     401: "unauthenticated",
+    403: "unauthenticated",
     404: "invalid_argument",
     405: "invalid_argument",
     408: "deadline_exceeded",
@@ -56,6 +59,11 @@ class Histogram:
         return result, self._sum * scale
 
 
+def _processor_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
 class Front:
     """What requests meet before a model: the models' names, counters of the server, whether it still takes requests."""
 
@@ -67,11 +75,16 @@ class Front:
         self.statuses: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()  # by the code of the error
         self.draining = False
-        self.began = time.monotonic()
+        self._began, self._used = time.monotonic(), _processor_seconds()
+
+    @property
+    def used(self) -> float:
+        """Processors that were busy for this process since this began to serve, on average."""
+        return (_processor_seconds() - self._used) / max(1e-9, time.monotonic() - self._began)
 
     def status(self, status: int, code: str = "") -> None:
-        """A request was answered, by an error of this code."""
-        self.statuses["ok" if status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
+        """A request was answered, by an error of this code. status: 0 when it ended without an answer."""
+        self.statuses["ok" if 0 < status < 400 else STATUS_NAMES.get(status, "unknown")] += 1
         if code:
             self.refusals[code] += 1
 
@@ -98,7 +111,8 @@ class Recorder:
         self.memory: dict[str, int] = {}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
         self.handling_seconds = defaultdict(float, chat=0.0, completion=0.0)
-        self.preparing_seconds = self.template_seconds = 0.0
+        self.preparing_seconds = self.template_seconds = 0.0  # see prepared
+        self._lock = threading.Lock()
         self.detokenization_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.responding_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.first_token = Histogram(SECONDS)
@@ -114,6 +128,12 @@ class Recorder:
         self.matched_share, self.matched_tokens = Histogram(SHARES), Histogram((0, *TOKENS))
         self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
         self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
+
+    def prepared(self, seconds: float = 0.0, template: float = 0.0) -> None:
+        """So long a request was prepared, or a template rendered as a part of that; from any thread."""
+        with self._lock:
+            self.preparing_seconds += seconds
+            self.template_seconds += template
 
     def token(self, course: Course, now: float, queued: float) -> None:
         """A sequence got a token; it had waited so long to be admitted."""

@@ -36,15 +36,17 @@ class Line:
         self.holder: Turn | None = None
         self._last: Turn | None = None
         self._began = self._ended = 0.0
+        self._level = 0.0  # the most that anyone has had
         self._count = 0
 
     def ask(self, turn: Turn, now: float) -> None:
-        """It waits from now on. Who was away has saved nothing up: it is level with whoever has had least."""
+        """It waits from now on. Who was away has saved nothing up: it is level with whoever has had least
+        of those that compute, or with all when nobody does."""
         others = [*self.waiting, *([self.holder] if self.holder else [])]
         if self._last is not None and self._last is not turn and now - self._ended < GRACE_SECONDS:
             others.append(self._last)
-        if others and not (turn is self._last and now - self._ended < GRACE_SECONDS):
-            turn.used = max(turn.used, min(other.used for other in others))
+        if not (turn is self._last and now - self._ended < GRACE_SECONDS):
+            turn.used = max(turn.used, min([other.used for other in others], default=self._level))
         self._count += 1
         turn.asked = self._count
         self.waiting.append(turn)
@@ -65,6 +67,7 @@ class Line:
     def end(self, turn: Turn, now: float) -> None:
         turn.took = now - self._began
         turn.used += turn.took
+        self._level = max(self._level, turn.used)
         self.holder, self._last, self._ended = None, turn, now
 
 
