@@ -16,8 +16,8 @@ BUDGET = {
     "xllm/ir": 2600,
     "xllm/frontend": 5800,
     "xllm/passes": 5050,
-    # costs of steps from the calls (35)
-    "xllm/targets": 3585,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
+    # costs of steps from the calls (35), usual rates of levels (55)
+    "xllm/targets": 3640,  # logits of prompts; fitted costs; weights that leave; turns of steps, by time; rounded rows
     # policies (1,500, with traces that are replayed), tiers (1,000), groups of beams (450), pages of several models,
     # reserved ones (35), promises (135); where steps spend their time (75); prices (95)
     "xllm/runtime": 7015,

@@ -157,7 +157,7 @@ def test_the_table_says_what_is_unexplained(path) -> None:
     artifact = Artifact.open(path)
     explained = text(artifact, made(artifact, lambda kernel, each: each))
     assert "every prediction is within 25% of its time or 1% of the step's" in explained
-    assert "predicted from round figures" in explained and "DECODE 2 AT 40" in explained
+    assert "predicted from what is usual at this level" in explained and "DECODE 2 AT 40" in explained
     odd = text(artifact, made(artifact, lambda kernel, each: each * (2 if kernel.startswith("attention") else 1)))
     assert "unexplained, predicted / measured: layers_*_self_attn_attention (0.50)" in odd
     host = next(line for line in odd.splitlines() if line.startswith("  host 0.010 of "))

@@ -9,8 +9,10 @@ import pytest
 
 from tests.artifacts import reseal, write_small
 from xllm.artifact import Artifact, ArtifactError, ArtifactWriter
+from xllm.kernels import cpu
 from xllm.targets.base import TOKENS, Cost, LayerState, Lowering, Operation, StepSizes, Tensor, within
 from xllm.targets.cpu import CpuTarget
+from xllm.targets.cpu.rates import GFLOPS, usual
 from xllm.targets.cpu.tuning import ROUND, Curve, Tuning
 from xllm.targets.predicted import TUNING, predicted_cost, target_of
 
@@ -95,7 +97,21 @@ def test_a_target_predicts_by_the_kernel_s_curve_or_by_the_limits() -> None:
     assert target.seconds(cost, sizes, "linear.bf16") == CURVE.seconds(300, 2400)
     assert target.seconds(cost, sizes, "rms_norm.f32") == 1e-6 + 2400 / 8e10
     assert target.seconds(cost, sizes) == target.seconds(cost, sizes, "of.nobody")
-    assert CpuTarget("x86-64-v3").seconds(cost, sizes) == 3e-6 + 2400 / 150e9
+    assert CpuTarget("x86-64-v3").seconds(cost, sizes) == 3e-6 + 2400 / 90e9
+    assert CpuTarget("aarch64-neon").seconds(cost, sizes) == 3e-6 + 2400 / 150e9
+
+
+def test_where_nothing_was_measured_a_level_has_its_usual_rates() -> None:
+    """512 rows of a linear multiply, one waits for its weights; rounded rows are for levels that multiply them."""
+    rows, weights = 512, 1024 * 3072
+    for level in cpu.levels():
+        assert level in GFLOPS, level
+        many, one = (usual(level).seconds("linear.i8", 1.1 * weights, 2.0 * weights * n) for n in (rows, 1))
+        assert many == pytest.approx(2 * weights * rows / (GFLOPS[level][2] * 1e9), rel=0.02)
+        assert one == pytest.approx(1.1 * weights / (1e10 if level == "x86-64-v2" else 2e10), rel=0.05)
+    for kernel in ("linear.bf16", "linear.i8", "linear_rounded.i8", "attention.bf16"):
+        at = [usual(level).seconds(kernel, 1e6, 1e10) for level in ("x86-64-v2", "x86-64-v3", "x86-64-v4-amx")]
+        assert at == sorted(at, reverse=True)
 
 
 def test_a_table_is_the_same_after_it_was_written() -> None:
@@ -127,7 +143,7 @@ def test_a_curve_whose_points_do_not_grow_is_refused(points) -> None:
 
 def test_an_artifact_predicts_from_the_table_in_it(tmp_path) -> None:
     path = write_small(tmp_path / "small")
-    assert target_of(Artifact.open(path)).tuning == ROUND
+    assert target_of(Artifact.open(path)).tuning is None
     for text in (table().to_json(), b"{}"):
         writer = ArtifactWriter(path)
         writer.write(TUNING, text)

@@ -1,9 +1,9 @@
 """What is predicted from where no machine was measured: what two cores reached at each instruction set level.
 
-A kernel has two limits: bytes per second while it waits for memory or caches, operations per second while it multiplies.
-They are what fits best the curves that `xllm tune --level LEVEL` measured on two cores of a Xeon of 2.4 GHz that has
-every level (`python -m bench.operators --rates` does it again); between few rows and many a call may be off by half. A
-level that is not here, arm64, has the round figures of `tuning.ROUND`.
+A kernel has two limits: bytes per second while it waits for memory or caches, operations per second while it
+multiplies. They are near the curves that `xllm tune --level LEVEL` measured on two cores of a Xeon of 2.4 GHz that has
+every level; between few rows and many a call may be off by half. A level that is not here, arm64, has the round figures
+of `tuning.ROUND`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GFLOPS: Mapping[str, tuple[int, ...]] = {
     "x86-64-v3": (90, 90, 120, 200, 110, 100, 46, 52, 60),
     "x86-64-v4": (140, 170, 300, 390, 190, 340, 120, 140, 160),
     "x86-64-v4-bf16": (220, 210, 290, 330, 120, 380, 100, 110, 110),
-    "x86-64-v4-amx": (180, 250, 380, 570, 690, 490, 160, 160, 150),
+    "x86-64-v4-amx": (180, 370, 380, 570, 900, 490, 160, 220, 150),
 }
 ALIKE = ("heads_linear", "moe", "experts")
 # GB/s of weights and state, which come from memory, and of values, which caches hold, by kernel. Half at v2.
@@ -35,17 +35,6 @@ MOVED: Mapping[str, int] = {
     **dict.fromkeys((f"qk_norm_rope_write.{kind}" for kind in ("f32", "bf16", "i8")), 20),
     **dict.fromkeys(("rows.f32", *(f"embedding.{kind}" for kind in ("f32", "bf16", "i8", "i4"))), 55),
 }
-# Operations of the unit that multiplies, for one of float32 vectors in the same time, less what the kernel does again:
-# rows in three parts of bf16 or two planes of bytes on the matrix unit, pairs of int16 or fours of bytes elsewhere.
-_VECTORS = {"linear.i8": 2.0, "linear.i4": 4.0, "linear_rounded.i8": 4.0}
-UNITS: Mapping[str, Mapping[str, float]] = {
-    "x86-64-v4": _VECTORS,
-    "x86-64-v4-bf16": {**_VECTORS, "linear_rounded.bf16": 2.0},
-    "x86-64-v4-amx": {
-        "linear.bf16": 16 / 3, "linear_rounded.bf16": 16.0, "linear.i8": 16.0, "linear.i4": 32.0,
-        "linear_rounded.i8": 32.0,
-    },
-}  # fmt: skip
 
 
 @cache
@@ -60,21 +49,11 @@ def usual(level: str) -> Tuning:
     return Tuning("", level, 2, {}, read, flops, CALL_SECONDS, kernels)
 
 
-def unit_of(level: str, kernel: str) -> float:
-    """By how many times the operations of `kernel` may be faster than multiply-adds of float32 vectors."""
-    return UNITS.get(level, {}).get(_product(kernel), 1.0)
-
-
 def _multiplied(level: str) -> Iterator[tuple[str, int]]:
     for name, rate in zip(MULTIPLIED, GFLOPS[level], strict=True):
         yield name, rate
         if name.startswith("linear."):
             yield from ((name.replace("linear", other), rate) for other in ALIKE)
-
-
-def _product(kernel: str) -> str:
-    stem, _, kind = kernel.partition(".")
-    return f"linear.{kind}" if stem in ALIKE else kernel
 
 
 def _limits(gigabytes: float, gigaflops: float) -> Curve:
