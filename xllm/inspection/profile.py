@@ -70,7 +70,8 @@ def operators(artifact: Artifact, target: CpuTarget, machine: Machine, step: Ste
 def text(artifact: Artifact, profile: Profile) -> str:
     """The tables of all steps for a person."""
     machine, target = profile.machine, target_of(artifact)
-    source = "a tuning table" if TUNING in artifact.manifest["files"] else "what is usual at this level (xllm compile --tuning)"
+    tuned = TUNING in artifact.manifest["files"]
+    source = "a tuning table" if tuned else "what is usual at this level (xllm compile --tuning)"
     lines = [
         f"{artifact.name} on {machine.cpu}, {machine.level}, {machine.threads} threads: reads"
         f" {machine.read_bytes_per_second / 1e9:.1f} GB/s, multiplies {machine.flops_per_second / 1e9:.0f} GFLOP/s;"
