@@ -44,7 +44,7 @@ from bench.peers.contenders import (
     sources,
     version_of,
 )  # fmt: skip
-from bench.peers.rounds import Cell, Failure, Found, Log, Measured, following, left_out, summarize
+from bench.peers.rounds import Cell, Failure, Found, Log, Measured, following, left_out, minutes_a_round, summarize
 from bench.peers.workloads import WORKLOADS, Workload
 from bench.report import RESULTS, ROOT, Ceiling, footer, save, table
 
@@ -93,7 +93,7 @@ def measure(entry: Entry, workload: Workload, shape: Mapping[str, Any], threads:
     found = answer(command, environment(entry.contender))
     if isinstance(found, dict):
         tokens = workload.sequences * (workload.prompt + workload.output)
-        held = size(entry.model) + kv_bytes(shape, tokens, entry.contender.kv_bytes)
+        held = size(entry.model) + kv_bytes(shape, tokens, entry.contender.kv_bytes[entry.weights])
         found["prefill_tokens_per_second"] = workload.prompt * workload.sequences / found["prefill_seconds"]
         found["megabytes_above"] = (found["peak_bytes"] - held) / 1e6
         if found[workload.figures[0].key] is None:
@@ -167,15 +167,18 @@ def main() -> None:
             cells[cell] = log.found(cell, known[cell])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while (time.monotonic() - begin) / 60 < options.minutes:
+        while (left := 60 * options.minutes - (time.monotonic() - begin)) > 0:
             out = () if options.all_peers else left_out(cells, WORKLOADS)
-            if not (cell := following(cells, options.rounds, out)):
+            if not (cell := following(cells, options.rounds, out, left)):
                 break
+            began = time.monotonic()
             entry = asked[cell]
             with console.status(f"{cell.workload}: {entry.name} {entry.weights}, round {len(cells[cell]) + 1}"):
                 found = measure(entry, WORKLOADS[cell.workload], shape, options.threads)
                 if entry.contender is XLLM and isinstance(found, dict):
                     found["ceiling"] = vars(Ceiling.measure(options.threads))
+            if isinstance(found, dict):
+                found["seconds"] = round(time.monotonic() - began, 1)
             log.add(cell, known[cell], found)
             cells[cell].append(found)
     except KeyboardInterrupt:
@@ -184,6 +187,9 @@ def main() -> None:
     console.print(_table(rows, options))
     if lacking := sum(len(found.figures) < options.rounds and not found.given_up for found in cells.values()):
         console.print(f"{lacking} of {len(cells)} cells have fewer rounds, those left out counted in", highlight=False)
+    if took := minutes_a_round(cells, () if options.all_peers else left_out(cells, WORKLOADS)):
+        text = ", ".join(f"{name} {minutes:.1f}" for name, minutes in took.items())
+        console.print(f"minutes of another round: {text}; of all {sum(took.values()):.1f}", highlight=False)
     footer(console)
     settings = {
         "shape": options.shape, "rounded": options.rounded, "rounds": options.rounds, "threads": options.threads,
@@ -225,7 +231,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--rounded", action="store_true", help="ours with --activations of the type of its weights")
     parser.add_argument("--rounds", type=int, default=5, help="until every cell has so many, earlier runs counted in")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after the measurement that passes these")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that took longer than is left")
     parser.add_argument("--all-peers", action="store_true", help="later rounds too run peers that cannot be the best")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured of these workloads and weights")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

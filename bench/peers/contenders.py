@@ -9,7 +9,7 @@ import sys
 import tarfile
 import venv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +30,16 @@ CMAKE = (
     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )  # fmt: skip
+# GCC before 12.4 and 13.3 (its bug 114098) tells of this one to read 8 bytes of the 64: the others are then never
+# written, and the first product of integers on the matrix unit is an illegal instruction.
+TILE_CONFIG = ("_tile_loadconfig(&tc);", '__asm__ volatile("ldtilecfg %0" ::"m"(tc));')
 
 
 @dataclass(frozen=True)
 class Contender:
     """One program. kinds: its own names of a weight type, each of which is run; packages: the first one names its
     version; server: it answers HTTP; of: the contender whose environment it shares; as_it_is: it reads the checkpoint
-    without a conversion; kv_bytes: of one key or value as it keeps them."""
+    without a conversion; kv_bytes: of one key or value as it keeps them beside weights of a type."""
 
     name: str
     adapter: str
@@ -45,7 +48,7 @@ class Contender:
     server: bool = False
     of: str = ""
     as_it_is: bool = False
-    kv_bytes: int = 2
+    kv_bytes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(WEIGHTS, 2))
 
     @property
     def home(self) -> Path:
@@ -65,11 +68,12 @@ CONTENDERS = (
     ),
     Contender(
         "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
-        ("openvino-genai", "optimum-intel", "nncf", TORCH), kv_bytes=1,
+        ("openvino-genai", "optimum-intel", "nncf", TORCH),
+        kv_bytes={"bfloat16": 2, "int8": 1, "int4": 1},
     ),
     Contender(
         "onnxruntime-genai", "onnxruntime", {"int8": ("int8",), "int4": ("int4",)},
-        ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH), kv_bytes=4,
+        ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH), kv_bytes=dict.fromkeys(WEIGHTS, 4),
     ),
     Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS, as_it_is=True),
     Contender(
@@ -185,6 +189,10 @@ def _llama_source(contender: Contender) -> Path:
         with tarfile.open(next(place.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(place, filter="data")
         found = sorted(place.glob("llama_cpp_python-*/vendor"))
+    tiles = found[-1] / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp"
+    text = tiles.read_text()
+    if (mended := text.replace(*TILE_CONFIG)) != text:
+        tiles.write_text(mended)
     return found[-1].parent
 
 

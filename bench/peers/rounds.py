@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ class Found(list[Measured]):
     def given_up(self) -> bool:
         return len(self.failures) >= TRIES or any(failure.final for failure in self.failures)
 
+    @property
+    def seconds(self) -> float:
+        """What a measurement takes, the start of the process included; 0 where none told."""
+        return max((one.get("seconds", 0.0) for one in self.figures), default=0.0)
+
 
 class Log:
     """One JSON object a line: a cell, the identity of what ran (whatever a figure depends on, as JSON), and its figures
@@ -84,13 +90,26 @@ class Log:
         )
 
 
-def following(cells: Mapping[Cell, Found], rounds: int, out: Collection[Cell] = ()) -> Cell | None:
-    """Of the cells that lack rounds and are not `out` the one tried least, the first of several: every one has its turn
-    before any has another. None when nothing is left to do."""
+def following(
+    cells: Mapping[Cell, Found], rounds: int, out: Collection[Cell] = (), left: float = math.inf
+) -> Cell | None:
+    """Of the cells that lack rounds, are not `out` and took no longer than the seconds `left`, the one tried least, the
+    first of several: every one has its turn before any has another. None when nothing is left to do."""
     lacking = [
-        cell for cell, found in cells.items() if len(found.figures) < rounds and not found.given_up and cell not in out
+        cell
+        for cell, found in cells.items()
+        if len(found.figures) < rounds and not found.given_up and cell not in out and found.seconds <= left
     ]
     return min(lacking, key=lambda cell: len(cells[cell]), default=None)
+
+
+def minutes_a_round(cells: Mapping[Cell, Found], out: Collection[Cell] = ()) -> dict[str, float]:
+    """By workload, what another round of the cells that are not `out` takes; of those that told."""
+    took: dict[str, float] = {}
+    for cell, found in cells.items():
+        if found.seconds and cell not in out:
+            took[cell.workload] = took.get(cell.workload, 0.0) + found.seconds / 60
+    return took
 
 
 def left_out(cells: Mapping[Cell, Found], workloads: Mapping[str, Workload]) -> set[Cell]:

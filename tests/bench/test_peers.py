@@ -11,10 +11,11 @@ import pytest
 
 from bench.checkpoints import write_checkpoint
 from bench.peers import __main__ as peers
+from bench.peers import contenders
 from bench.peers.__main__ import Entry, answer, identity
 from bench.peers.child import Job, figures, measure, prompts
 from bench.peers.contenders import CONTENDERS, XLLM
-from bench.peers.rounds import Cell, Failure, Found, Log, following, left_out, ratio, summarize
+from bench.peers.rounds import Cell, Failure, Found, Log, following, left_out, minutes_a_round, ratio, summarize
 from bench.peers.workloads import WORKLOADS
 from bench.report import Spread
 
@@ -114,6 +115,24 @@ def test_every_cell_has_its_turn_before_any_has_another():
         turns.append(cell)
         cells[cell].extend(rates(9))
     assert turns == [order[3], *order, *order]
+
+
+def test_nothing_is_begun_that_took_longer_than_is_left():
+    slow, fast, new = (Cell("decode", "int8", who) for who in ("slow", "fast", "new"))
+    cells = {slow: Found([{"seconds": 90.0}, {"seconds": 40.0}]), fast: Found([{"seconds": 30.0}] * 2), new: Found()}
+    assert following(cells, 3, (new,), 90) == slow and following(cells, 3, (new,), 89) == fast
+    assert following(cells, 3, (new,), 29) is None and following(cells, 3, (), 1) == new  # whose time nobody knows
+    assert minutes_a_round(cells) == {"decode": 2.0} and minutes_a_round(cells, (slow,)) == {"decode": 0.5}
+
+
+def test_tiles_are_set_up_as_the_source_means(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "HOME", tmp_path)
+    tiles = tmp_path / "src" / "llama_cpp_python-1" / "vendor" / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx"
+    tiles.mkdir(parents=True)
+    (tiles / "mmq.cpp").write_text("    _tile_loadconfig(&tc);\n    done = true;\n")
+    for _ in range(2):
+        assert contenders._llama_source(CONTENDERS[1]) == tmp_path / "src" / "llama_cpp_python-1"
+        assert (tiles / "mmq.cpp").read_text() == f"    {contenders.TILE_CONFIG[1]}\n    done = true;\n"
 
 
 def test_a_cell_is_given_up_where_trying_is_of_no_use():
