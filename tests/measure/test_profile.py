@@ -23,6 +23,7 @@ from xllm.measure.record import Profile, StepProfile, profile_path, read_profile
 from xllm.measure.shape import Shape, usual_shapes
 from xllm.runtime.executor import Limits
 from xllm.targets.base import StepSizes
+from xllm.targets.cpu import rates
 from xllm.targets.cpu.executor import CpuExecutor, StepTimes
 from xllm.targets.predicted import target_of
 
@@ -153,6 +154,20 @@ def test_operators_hold_all_calls_and_all_of_their_work(path) -> None:
     assert attention.share == pytest.approx(attention.bytes / 2e10 / attention.measured)
 
 
+def test_the_limit_of_a_product_is_that_of_its_unit(path, monkeypatch) -> None:
+    """Where a matrix unit multiplies, the same time of the same product is a smaller share of a higher limit."""
+    artifact = Artifact.open(path)
+    held = made(artifact, lambda kernel, each: each)
+    plain = operators(artifact, target_of(artifact), held.machine, held.steps[0])
+    fast = {"linear.f32": 16.0}
+    monkeypatch.setitem(rates.UNITS, held.machine.level, fast)
+    for before, after in zip(plain, operators(artifact, target_of(artifact), held.machine, held.steps[0]), strict=True):
+        assert before.multiplying == pytest.approx(after.multiplying * fast.get(before.kernel, 1.0)), before.name
+    assert any(one.kernel in fast for one in plain)
+    assert (rates.unit_of("x86-64-v4-amx", "moe.bf16"), rates.unit_of("x86-64-v4-amx", "linear.i4")) == (16 / 3, 32)
+    assert rates.unit_of("x86-64-v4-amx", "attention.bf16") == rates.unit_of("arm64", "linear.i8") == 1
+
+
 def test_the_table_says_what_is_unexplained(path) -> None:
     artifact = Artifact.open(path)
     explained = text(artifact, made(artifact, lambda kernel, each: each))
@@ -160,6 +175,9 @@ def test_the_table_says_what_is_unexplained(path) -> None:
     assert "predicted from what is usual at this level" in explained and "DECODE 2 AT 40" in explained
     odd = text(artifact, made(artifact, lambda kernel, each: each * (2 if kernel.startswith("attention") else 1)))
     assert "unexplained, predicted / measured: layers_*_self_attn_attention (0.50)" in odd
+    assert "  calls take 0.000 more than was predicted of them (+0%)" in explained
+    late = text(artifact, made(artifact, lambda kernel, each: 1.5 * each))
+    assert " more than was predicted of them (+50%)" in late
     host = next(line for line in odd.splitlines() if line.startswith("  host 0.010 of "))
     assert "by the executor" in host and "by the engine's loop" in host
 

@@ -14,6 +14,7 @@ from xllm.artifact import Artifact
 from xllm.measure.record import Machine, Profile, StepProfile
 from xllm.targets.base import StepSizes
 from xllm.targets.cpu import CpuTarget
+from xllm.targets.cpu.rates import unit_of
 from xllm.targets.predicted import TUNING, target_of
 
 # An operator is unexplained where prediction and measurement differ by more than both: a share of its own time, and of
@@ -62,7 +63,8 @@ def operators(artifact: Artifact, target: CpuTarget, machine: Machine, step: Ste
     found = []
     for (name, kernel, *_), held in groups.items():
         predicted, measured, total, work = (sum(part) for part in zip(*held, strict=True))
-        limits = total / machine.read_bytes_per_second, work / machine.flops_per_second
+        multiplied = work / unit_of(machine.level, kernel)
+        limits = total / machine.read_bytes_per_second, multiplied / machine.flops_per_second
         found.append(Operator(name, kernel, len(held), predicted, measured, int(total), int(work), *limits))
     return found
 
@@ -98,6 +100,8 @@ def _step(found: Sequence[Operator], step: StepProfile) -> Iterator[str]:
         host += f", {_ms(step.engine_host)} of {_ms(step.engine_step)} by the engine's loop"
         host += f" ({step.engine_host / step.engine_step:.1%})"
     yield host
+    off = measured - predicted
+    yield f"  calls take {_ms(off)} more than was predicted of them ({off / predicted:+.0%})"
     odd = [f"{one.name} ({one.predicted / one.measured:.2f})" for one in found if one.unexplained(measured)]
     rule = f"within {OF_ITSELF:.0%} of its time or {OF_STEP:.0%} of the step's"
     yield f"  unexplained, predicted / measured: {', '.join(odd)}" if odd else f"  every prediction is {rule}"

@@ -35,6 +35,23 @@ MOVED: Mapping[str, int] = {
     **dict.fromkeys((f"qk_norm_rope_write.{kind}" for kind in ("f32", "bf16", "i8")), 20),
     **dict.fromkeys(("rows.f32", *(f"embedding.{kind}" for kind in ("f32", "bf16", "i8", "i4"))), 55),
 }
+# Operations of the unit that multiplies, for one of float32 vectors in the same time, less what the kernel does again:
+# rows in three parts of bf16 or two planes of bytes on the matrix unit, pairs of int16 or fours of bytes elsewhere.
+_VECTORS = {"linear.i8": 2.0, "linear.i4": 4.0, "linear_rounded.i8": 4.0}
+UNITS: dict[str, Mapping[str, float]] = {
+    "x86-64-v4": _VECTORS,
+    "x86-64-v4-bf16": {**_VECTORS, "linear_rounded.bf16": 2.0},
+    "x86-64-v4-amx": {
+        "linear.bf16": 16 / 3, "linear_rounded.bf16": 16.0, "linear.i8": 16.0, "linear.i4": 32.0,
+        "linear_rounded.i8": 32.0,
+    },
+}  # fmt: skip
+
+
+def unit_of(level: str, kernel: str) -> float:
+    """By how many times the operations of `kernel` may be faster than multiply-adds of float32 vectors."""
+    stem, _, kind = kernel.partition(".")
+    return UNITS.get(level, {}).get(f"linear.{kind}" if stem in ALIKE else kernel, 1.0)
 
 
 @cache
