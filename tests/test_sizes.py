@@ -32,8 +32,8 @@ BUDGET = {
     "xllm": 4870,
     # the matrix unit (800, and of attention 390), int8 keys and values (70), rows rounded to bfloat16 or int8 (230)
     "kernels": 7840,
-    # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served), tiers,
-    # operators (75)
+    # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served),
+    # tiers, operators (75)
     "bench": 6000,
     # of which pages and models that share them 600, what several models keep and share 550, rounded activations 240
     # work of parsers 250, prices 100
