@@ -1,7 +1,7 @@
 """xllm beside other engines on the same random weights, prompts and threads, run in turns.
 
     python -m bench.peers [--shape qwen3-0.6b] [--peers llama.cpp openvino] [--workloads decode prefill-512] \
-        [--weights bfloat16 int8 int4] [--rounded] [--rounds 5] [--minutes 60] [--all-peers] [--fresh]
+        [--weights bfloat16 int8 int4] [--rounds 5] [--minutes 60] [--all-peers] [--fresh]
 
 Peers are installed under build/peers, each in an environment of its own; models are converted there too. Each figure is
 of a process of its own, and a round runs every contender once, so that what the machine does in between touches all
@@ -44,7 +44,18 @@ from bench.peers.contenders import (
     sources,
     version_of,
 )  # fmt: skip
-from bench.peers.rounds import Cell, Failure, Found, Log, Measured, following, left_out, minutes_a_round, summarize
+from bench.peers.rounds import (
+    Cell,
+    Failure,
+    Found,
+    Log,
+    Measured,
+    following,
+    is_ours,
+    left_out,
+    minutes_a_round,
+    summarize,
+)
 from bench.peers.workloads import WORKLOADS, Workload
 from bench.report import RESULTS, ROOT, Ceiling, footer, save, table
 
@@ -65,7 +76,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return self.contender.name if self.contender is XLLM else f"{self.contender.name} {self.kind}"
+        return f"{self.contender.name} {self.kind}"
 
 
 def identity(entry: Entry, workload: Workload, threads: int) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def prepare(options: argparse.Namespace, log: Log, say: Callable[[str], Any]) ->
                 try:
                     with say(f"preparing {entry.name} {weights}"):
                         install(contender)
-                        entries.append(replace(entry, model=convert(contender, options.shape, kind, options.rounded)))
+                        entries.append(replace(entry, model=convert(contender, options.shape, weights, kind)))
                     continue
                 except (RuntimeError, OSError) as error:
                     log.add(cell, tools, Failure(last_line(str(error))))
@@ -192,7 +203,7 @@ def main() -> None:
         console.print(f"minutes of another round: {text}; of all {sum(took.values()):.1f}", highlight=False)
     footer(console)
     settings = {
-        "shape": options.shape, "rounded": options.rounded, "rounds": options.rounds, "threads": options.threads,
+        "shape": options.shape, "rounds": options.rounds, "threads": options.threads,
         "weights": options.weights,
         "workloads": {name: WORKLOADS[name].asked for name in options.workloads},
         "contenders": {asked[cell].contender.name: one["version"] for cell, one in known.items()},
@@ -212,13 +223,13 @@ def _table(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> Ta
             cells[name] += ", left out" * (name in row["left_out"])
             if not isinstance(cell, str) and name in row["failures"]:
                 cells[name] += f", once {row['failures'][name]}"
-        ours = cells.pop(XLLM.name, "")
+        ours = {name: cells.pop(name) for name in list(cells) if is_ours(name)}
         scales = {"read_bytes_per_second": (1e-9, 1), "flops_per_second": (1e-9, 0)}
         beside = "\n".join(row["ceiling"][key].text(*scale) for key, scale in scales.items() if key in row["ceiling"])
-        times = f"{row['ratio']:.2f}" if row["ratio"] else ""
-        peers = "\n".join(f"{name} {text}" for name, text in cells.items())
+        times = "\n".join(f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in ours)
+        mine, peers = ("\n".join(f"{name} {text}" for name, text in part.items()) for part in (ours, cells))
         title = f"{row['workload']}: {row['figure']}, {row['unit']}"
-        made.add_row(title, row["weights"], ours, peers, times, beside)
+        made.add_row(title, row["weights"], mine, peers, times, beside)
     return made
 
 
@@ -229,7 +240,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=names, choices=names)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=tuple(WORKLOADS))
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
-    parser.add_argument("--rounded", action="store_true", help="ours with --activations of the type of its weights")
     parser.add_argument("--rounds", type=int, default=5, help="until every cell has so many, earlier runs counted in")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that took longer than is left")
     parser.add_argument("--all-peers", action="store_true", help="later rounds too run peers that cannot be the best")

@@ -59,7 +59,10 @@ class Contender:
         return str(self.home / "bin" / "python") if self.packages else sys.executable
 
 
-XLLM = Contender("xllm", "xllm", {kind: (kind,) for kind in WEIGHTS}, server=True)
+# Both ways to multiply run where there are two: rows of the type of the weights, as peers have them, or exact ones.
+XLLM = Contender(
+    "xllm", "xllm", {kind: ("exact", "rounded") if kind in ACTIVATIONS else ("exact",) for kind in WEIGHTS}, server=True
+)
 CONTENDERS = (
     XLLM,
     Contender(
@@ -126,10 +129,9 @@ def digest_of(*files: Path) -> str:
     return digest("".join(digest(file.read_bytes()) for file in files).encode())
 
 
-def convert(contender: Contender, shape: str, kind: str, rounded: bool = False) -> Path:
+def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     """The checkpoint of `shape` as this contender reads it, made where it is not there yet; ours is compiled again when
-    `sources` have changed, `rounded` with rows of the type of the weights. Raises RuntimeError with the reason that a
-    tool gave."""
+    `sources` have changed. Raises RuntimeError with the reason that a tool gave."""
     folder = HOME / "models" / shape
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
@@ -137,8 +139,7 @@ def convert(contender: Contender, shape: str, kind: str, rounded: bool = False) 
     if contender.as_it_is:
         return checkpoint
     out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
-    rounds = ("--activations", kind) if rounded and kind in ACTIVATIONS else ()
-    ours = f"{kind}-rounded" if rounds else f"{kind}-exact"
+    ours = f"{weights}-{kind}"
     if contender is XLLM:
         out = out.with_name(f"{ours}-{sources()[:12]}.xllm")
     part = out.with_name(f"{out.name}.part")
@@ -147,8 +148,9 @@ def convert(contender: Contender, shape: str, kind: str, rounded: bool = False) 
     if contender is XLLM:
         for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
+        rounds = ("--activations", weights) if kind == "rounded" else ()
         _run(
-            contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", kind,
+            contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", weights,
             "--max-len", "8192", "--max-seqs", "32", "--quiet", *rounds,
         )  # fmt: skip
         return out

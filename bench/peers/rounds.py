@@ -34,6 +34,10 @@ class Failure:
 Measured = dict[str, Any] | Failure
 
 
+def is_ours(contender: str) -> bool:
+    return contender.split()[0] == OURS
+
+
 class Found(list[Measured]):
     """What a cell has, oldest first."""
 
@@ -118,7 +122,7 @@ def left_out(cells: Mapping[Cell, Found], workloads: Mapping[str, Workload]) -> 
     for name, weights in dict.fromkeys(cell[:2] for cell in cells):
         figure = workloads[name].figures[0]
         peers = _spreads(cells, name, weights, figure)
-        peers.pop(OURS, None)
+        peers = {contender: spread for contender, spread in peers.items() if not is_ours(contender)}
         for contender, spread in peers.items():
             if (found := ratio(spread, peers, figure.more_is_better)) and found[0] * NEAR < 1:
                 out.add(Cell(name, weights, contender))
@@ -139,23 +143,25 @@ def ratio(ours: Spread | None, peers: Mapping[str, Spread], more_is_better: bool
 def summarize(
     cells: Mapping[Cell, Found], workloads: Mapping[str, Workload], out: Collection[Cell] = ()
 ) -> list[dict[str, Any]]:
-    """A row for each workload, figure and weight type: a spread or a sentence for each contender, and our ratio. The
-    ceiling is what the machine could do right after our measurements of that row."""
+    """A row for each workload, figure and weight type: a spread or a sentence for each contender, and the ratio of each
+    of ours. The ceiling is what the machine could do right after our measurements of that row."""
     rows = []
     for name, weights in dict.fromkeys(cell[:2] for cell in cells):
         held = {cell.contender: found for cell, found in cells.items() if cell[:2] == (name, weights)}
-        ceilings = [one["ceiling"] for one in held.get(OURS, Found()).figures if "ceiling" in one]
+        ours = [contender for contender in held if is_ours(contender)]
+        ceilings = [one["ceiling"] for mine in ours for one in held[mine].figures if "ceiling" in one]
         for figure in workloads[name].figures:
             good = _spreads(cells, name, weights, figure)
-            peers = {contender: spread for contender, spread in good.items() if contender != OURS}
-            best = ratio(good.get(OURS), peers, figure.more_is_better)
+            peers = {contender: spread for contender, spread in good.items() if not is_ours(contender)}
+            found = {mine: ratio(good.get(mine), peers, figure.more_is_better) for mine in ours}
             rows.append(
                 {
                     "workload": name, "figure": figure.name, "weights": weights, "unit": figure.unit,
                     "cells": {contender: good.get(contender) or _why(found) for contender, found in held.items()},
                     "failures": {contender: _why(found) for contender, found in held.items() if found.failures},
                     "left_out": [contender for contender in held if Cell(name, weights, contender) in out],
-                    "ratio": best and best[0], "best_peer": best and best[1],
+                    "ratios": {mine: one[0] for mine, one in found.items() if one},
+                    "best_peer": next((one[1] for one in found.values() if one), None),
                     "ceiling": {key: Spread.of(one[key] for one in ceilings) for key in (ceilings or [{}])[0]},
                 }
             )  # fmt: skip

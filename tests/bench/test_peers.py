@@ -81,16 +81,18 @@ def rates(*values: float) -> Found:
 
 def test_a_failed_peer_is_a_cell_and_no_rival():
     cells = {
-        Cell("decode", "int8", "xllm"): rates(20, 22),
+        Cell("decode", "int8", "xllm exact"): rates(20, 22),
+        Cell("decode", "int8", "xllm rounded"): rates(40),
         Cell("decode", "int8", "slow"): rates(10, 10),
         Cell("decode", "int8", "broken"): Found([Failure("it crashed")]),
         Cell("decode", "int8", "late"): Found(),
     }
-    cells[Cell("decode", "int8", "xllm")].figures[0]["ceiling"] = {"read": 7.0}
+    cells[Cell("decode", "int8", "xllm exact")].figures[0]["ceiling"] = {"read": 7.0}
     [row] = summarize(cells, WORKLOADS)
     assert row["ceiling"] == {"read": Spread.of([7.0])}
     assert (row["cells"]["broken"], row["cells"]["late"]) == ("failed: it crashed", "not yet")
-    assert (row["cells"]["xllm"].count, row["ratio"], row["best_peer"]) == (2, 2.1, "slow")
+    assert row["cells"]["xllm exact"].count == 2
+    assert (row["ratios"], row["best_peer"]) == ({"xllm exact": 2.1, "xllm rounded": 4.0}, "slow")
 
 
 def test_a_run_goes_on_where_the_last_one_was_cut(tmp_path):
@@ -158,7 +160,7 @@ def test_later_rounds_leave_out_who_cannot_be_best():
 def test_figures_of_other_code_are_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "version_of", lambda contender: "1")
     (tmp_path / "manifest.json").write_text('{"digest": "d"}')
-    ours, asked = Entry(XLLM, "int8", "int8", tmp_path), WORKLOADS["decode"]
+    ours, asked = Entry(XLLM, "int8", "exact", tmp_path), WORKLOADS["decode"]
     held = identity(ours, asked, 2)
     assert held == identity(ours, asked, 2) != identity(ours, asked, 1)
     assert held != identity(ours, WORKLOADS["decode-4096"], 2)
