@@ -43,19 +43,15 @@ struct Int8Bytes {
     }
   }
 
-  template <int R, int P>
-  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
+  template <bool Once, int R, int P>
+  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
-    const uint8_t *x[R];
-    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) x[r] = t.x_row(row + r) + s.at * (int64_t)sizeof(Value);
 #if defined(__AVX512VNNI__)
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const vi start = broadcast32(factors(t.x_row(row + r), t.x.k, s.at) + 1);
+      const vi start = broadcast32(factors(x[r], s.k, s.at) + 1);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) sum[r][p][0] = start;
     }
@@ -65,19 +61,19 @@ struct Int8Bytes {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
-        if (first) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+        if (Once) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const vb four = (vb)broadcast32(x[r] + k);
+        const vb four = (vb)broadcast32(x[r] + s.at + k);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) sum[r][p][0] = add_bytes(sum[r][p][0], line[p], four);
       }
     }
 #else
-    Int8::sum_pairs<R, P>(s, x, first, sum);
+    Int8::sum_pairs<Once, R, P>(s, x, sum);
 #endif
-    add_stretch<Int8Bytes, R, P>(t, s, row, sum, c);
+    add_stretch<Int8Bytes, R, P>(s, x, sum, c);
   }
 };
 

@@ -40,11 +40,11 @@ Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGrou
 
 // Sums [panel][row][16] to the columns from `column` on of rows `stride` apart, with their biases.
 void put_sums(const float *sums, int64_t rows, int64_t panels, int64_t column, int64_t n, int64_t stride, const float *bias, float *out) {
-  for (int64_t p = 0; p < panels; p++, column += 16) {
-    const f32x16 add = bias ? load_some(bias + column, n - column) : zero();
-    for (int64_t r = 0; r < rows; r++, sums += 16)
-      store_some(out + r * stride + column, bias ? load(sums) + add : load(sums), n - column);
-  }
+  for (int64_t r = 0; r < rows; r++, out += stride, sums += 16)
+    for (int64_t p = 0, at = column; p < panels; p++, at += 16) {
+      const f32x16 sum = load(sums + p * rows * 16);
+      store_some(out + at, bias ? sum + load_some(bias + at, n - at) : sum, n - at);
+    }
 }
 
 struct Sums {  // of a thread
@@ -166,13 +166,19 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   const QuantisedRows x = {c.arg<const uint8_t>(kScratchRows, s), Type::row_bytes(padded), padded};
   const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
   IntScratch *scratch = (IntScratch *)memory;
-  float *sums = scratch->sums;
-  const IntProduct product = {
-      x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, sums, 16, cut.rows * 16};
-  if (tiled(c, s)) tile_multiply<Type>(product, cut.rows, cut.panels, scratch->tiles);
-  else int_multiply<Type>(product, cut.rows, cut.panels);
-  scale_rows<Type>(product, cut.rows, cut.panels);
-  put_sums(sums, cut.rows, cut.panels, cut.first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + cut.row * n);
+  const float *bias = c.arg<const float>(kBias, s);
+  float *out = c.arg<float>(kOut, s) + cut.row * n;
+  IntProduct product = {
+      x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16, cut.rows * 16};
+  if (tiled(c, s)) {
+    tile_product<Type>(product, cut.rows, cut.panels, scratch->tiles);
+  } else if (!bias && (cut.first + cut.panels) * 16 <= n) {  // vectors end where the results are wanted
+    product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
+    return int_product<Type>(product, cut.rows, cut.panels);
+  } else {
+    int_product<Type>(product, cut.rows, cut.panels);
+  }
+  put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, bias, out);
 }
 
 template <class Type>

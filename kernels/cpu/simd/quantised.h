@@ -30,19 +30,17 @@ struct IntProduct {
   const uint8_t *w;      // first panel
   int64_t w_stride;      // bytes between panels
   int64_t group;         // inputs under one scale, 0 for all
-  float *c;              // sums of the first panel, [rows, 16]
+  float *c;              // results of the first panel, [rows, 16]
   int64_t c_row, c_stride;
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
 
   inline __attribute__((always_inline)) const uint8_t *x_row(int64_t r) const { return x.row(pick ? pick[r] : row + r); }
 };
 
-// Weights of a stretch, for P panels, and where their sums go.
+// Weights of a stretch, for P panels: inputs from `at` on, of k.
 struct Stretch {
   const uint8_t *w, *scales;
-  int64_t w_stride, at, inputs;
-  float *c;
-  int64_t c_row, c_stride;
+  int64_t w_stride, k, at, inputs;
 };
 
 typedef int32_t Wide __attribute__((vector_size(64), aligned(4), may_alias));
@@ -84,37 +82,39 @@ struct Int8 {
 #endif
   }
 
-  // Sums of a stretch, whose int16 activations begin at x.
-  template <int R, int P>
-  XK_INLINE void sum_pairs(const Stretch &s, const uint8_t *const *x, bool first, vi sum[R][P][kParts]) {
-    const uint8_t *w = s.w;
+  static float row_scale(const uint8_t *row, int64_t padded) { return *(const float *)(row + 2 * padded); }
+
+  // Sums of a stretch of int16 activations. Once: the panels come from memory.
+  template <bool Once, int R, int P>
+  XK_INLINE void sum_pairs(const Stretch &s, const uint8_t *const *x, vi sum[R][P][kParts]) {
+    const uint8_t *w = s.w, *from[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+      from[r] = x[r] + 2 * s.at;
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vi){};
+    }
     for (int64_t k = 0; k < s.inputs; k += 2, w += 32) {
+      asm volatile("" ::: "memory");  // read again, rather than keep weights on the stack
       vs line[P][kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (first && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+        if (Once && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const vs pair = (vs)broadcast32(x[r] + 2 * k);
+        const vs pair = (vs)broadcast32(from[r] + 2 * k);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_pairs(sum[r][p][i], pair, line[p][i]);
       }
     }
   }
 
-  template <int R, int P>
-  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
+  template <bool Once, int R, int P>
+  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
-    const uint8_t *x[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) x[r] = t.x_row(row + r) + 2 * s.at;
-    sum_pairs<R, P>(s, x, row == 0, sum);  // the first tile waits for memory; the others find the panel in a cache
+    sum_pairs<Once, R, P>(s, x, sum);
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       const f32x16 scale = load_f16(s.scales + p * s.w_stride);
@@ -139,13 +139,13 @@ static int32_t quantise_stretch(const float *x, int64_t some, To *to, float &ste
 
 // Sums of a stretch of int8 activations, scaled, to those of the stretches before.
 template <class Type, int R, int P>
-XK_INLINE void add_stretch(const IntProduct &t, const Stretch &s, int64_t row, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
+XK_INLINE void add_stretch(const Stretch &s, const uint8_t *const *x, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
 #pragma GCC unroll 4
   for (int p = 0; p < P; p++) {
     const f32x16 scale = load_f16(s.scales + p * s.w_stride);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-      c[r][p] = fma(Type::scaled(to_float(sum[r][p]), Type::factors(t.x_row(row + r), t.x.k, s.at)), scale, c[r][p]);
+      c[r][p] = fma(Type::scaled(to_float(sum[r][p]), Type::factors(x[r], s.k, s.at)), scale, c[r][p]);
   }
 }
 
@@ -167,17 +167,14 @@ struct Int4 {
     }
   }
 
-  template <int R, int P>
-  XK_INLINE void add(const IntProduct &t, const Stretch &s, int64_t row, f32x16 (*c)[P]) {
+  template <bool Once, int R, int P>
+  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
     ByteSums sum[R][P][kParts];
-    const bool first = row == 0;  // the tile that waits for memory; the others find the panel in a cache
-    const uint8_t *x[R], *w = s.w;
+    const uint8_t *w = s.w;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      x[r] = t.x_row(row + r) + s.at;
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (ByteSums){};
-    }
 #pragma GCC unroll 1  // unrolled, the compiler loads all of a stretch first and keeps it on the stack
     for (int64_t k = 0; k < kStretch4; k += 8, w += 64) {
 #pragma GCC unroll 2
@@ -190,11 +187,11 @@ struct Int4 {
             const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
             line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
           }
-          if (first && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+          if (Once && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-          const vb four = (vb)broadcast32(x[r] + k + 4 * j);
+          const vb four = (vb)broadcast32(x[r] + s.at + k + 4 * j);
 #pragma GCC unroll 4
           for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][i], four);
         }
@@ -205,7 +202,7 @@ struct Int4 {
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS steps[r][p][i] = whole(sum[r][p][i]);
-    add_stretch<Int4, R, P>(t, s, row, steps, c);
+    add_stretch<Int4, R, P>(s, x, steps, c);
   }
 };
 
@@ -226,25 +223,32 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
   return padded / (group ? group : padded) * kScaleBytes + weight_bytes<Type>(padded);
 }
 
-// Inputs at..end-1 of P panels, for rows row..row+R-1. `s` begins where the scales of a group or its inputs do.
-template <class Type, int R, int P>
-static void int_rows(const IntProduct &t, Stretch s, int64_t row, int64_t end) {
+// All inputs of the P panels at w, for rows row..row+R-1; their sums, times the scales of the rows, go to `to`.
+template <class Type, bool Once, int R, int P>
+static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t row) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
+  const uint8_t *x[R];
   f32x16 c[R][P];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
+    x[r] = t.x_row(row + r);
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) c[r][p] = s.at ? load(s.c + (row + r) * s.c_row + p * s.c_stride) : zero();
-  for (int64_t left = group - s.at % group; s.at < end; left = left ? left : group) {
-    if (left == group) s.scales = s.w, s.w += kScaleBytes;
-    s.inputs = min(stretch, min(left, end - s.at));
-    Type::template add<R, P>(t, s, row, c);
-    s.at += s.inputs, left -= s.inputs, s.w += weight_bytes<Type>(s.inputs);
+    for (int p = 0; p < P; p++) c[r][p] = zero();
+  }
+  Stretch s = {w, w, t.w_stride, t.x.k, 0, 0};
+  for (int64_t left = 0; s.at < t.x.k; left -= s.inputs) {
+    if (!left) left = group, s.scales = s.w, s.w += kScaleBytes;
+    s.inputs = min(stretch, left);
+    Type::template add<Once, R, P>(s, x, c);
+    s.at += s.inputs, s.w += weight_bytes<Type>(s.inputs);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) store(s.c + (row + r) * s.c_row + p * s.c_stride, c[r][p]);
+    for (int p = 0; p < P; p++) {
+      if constexpr (Type::kRowScale) c[r][p] = c[r][p] * set1(Type::row_scale(x[r], t.x.k));
+      store(to + (row + r) * t.c_row + p * t.c_stride, c[r][p]);
+    }
 }
 
 // Panels that a tile of rows takes together. Where there are many registers: those of a tile that reads them once, from memory, as
@@ -254,55 +258,32 @@ constexpr int int_panels(int rows, bool once) {
 }
 
 template <class Type, bool Once, int R = kTileRows>
-static void int_tile(const IntProduct &t, Stretch s, int64_t row, int rows, int64_t end, int64_t panels) {
+static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, int64_t panels) {
   if (rows == R) {
     constexpr int wide = int_panels(R, Once);
-    const auto step = [&](int count) { s.w += count * t.w_stride, s.scales += count * t.w_stride, s.c += count * t.c_stride, panels -= count; };
-    for (; panels >= wide; step(wide)) int_rows<Type, R, wide>(t, s, row, end);
-    if (wide > 2 && panels >= 2) int_rows<Type, R, (wide > 2 ? 2 : 1)>(t, s, row, end), step(2);
-    for (; panels > 0; step(1)) int_rows<Type, R, 1>(t, s, row, end);
+    const uint8_t *w = t.w + first * t.w_stride;
+    float *to = t.c + first * t.c_stride;
+    const auto step = [&](int count) { w += count * t.w_stride, to += count * t.c_stride, panels -= count; };
+    for (; panels >= wide; step(wide)) int_rows<Type, Once, R, wide>(t, w, to, row);
+    if (wide > 2 && panels >= 2) int_rows<Type, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
+    for (; panels > 0; step(1)) int_rows<Type, Once, R, 1>(t, w, to, row);
   } else if constexpr (R > 1) {
-    int_tile<Type, Once, R - 1>(t, s, row, rows, end, panels);
+    int_tile<Type, Once, R - 1>(t, first, row, rows, panels);
   }
 }
 
-// Sums of `rows` rows times `panels` panels over all of k. One tile of rows reads every panel once, from end to end; many take a
-// panel in blocks of k, which stay in L1 while the rows pass.
-template <class Type>
-static void int_multiply(const IntProduct &t, int64_t rows, int64_t panels) {
-  const int64_t group = t.group ? t.group : t.x.k, group_bytes = kScaleBytes + weight_bytes<Type>(group);
-  const int64_t all = (rows + kTileRows - 1) / kTileRows;
-  const bool once = all == 1;
-  const int64_t depth = once ? t.x.k : kDepthBlock, block = once ? panels : int_panels((int)((rows + all - 1) / all), false);
-  for (int64_t p = 0; p < panels; p += block)
-    for (int64_t begin = 0; begin < t.x.k; begin += depth) {
-      const int64_t end = min(begin + depth, t.x.k), inside = begin % group;
-      const uint8_t *scales = t.w + p * t.w_stride + begin / group * group_bytes;
-      const Stretch s = {inside ? scales + kScaleBytes + weight_bytes<Type>(inside) : scales, scales, t.w_stride, begin, 0,
-                         t.c + p * t.c_stride, t.c_row, t.c_stride};
-      for (int64_t row = 0; row < rows;) {
-        const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-        if (once) int_tile<Type, true>(t, s, row, (int)height, end, min(block, panels - p));
-        else int_tile<Type, false>(t, s, row, (int)height, end, min(block, panels - p));
-        row += height;
-      }
-    }
-}
-
-// Sums times the scales of the rows: [panel][row][16], as products with float weights give them.
-template <class Type>
-static void scale_rows(const IntProduct &t, int64_t rows, int64_t panels) {
-  if constexpr (Type::kRowScale)
-    for (int64_t r = 0; r < rows; r++) {
-      const f32x16 scale = set1(*(const float *)(t.x_row(r) + 2 * t.x.k));
-      for (int64_t p = 0; p < panels; p++) store(t.c + r * t.c_row + p * t.c_stride, load(t.c + r * t.c_row + p * t.c_stride) * scale);
-    }
-}
-
+// `rows` rows times `panels` panels. One tile of rows reads every panel once, from end to end; many pass a few panels at a time,
+// which stay in L2, as do the rows.
 template <class Type>
 static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
-  int_multiply<Type>(t, rows, panels);
-  scale_rows<Type>(t, rows, panels);
+  if (rows <= kTileRows) return int_tile<Type, true>(t, 0, 0, (int)rows, panels);
+  const int64_t all = (rows + kTileRows - 1) / kTileRows, block = int_panels((int)((rows + all - 1) / all), false);
+  for (int64_t p = 0; p < panels; p += block)
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
+      int_tile<Type, false>(t, p, row, (int)height, min(block, panels - p));
+      row += height;
+    }
 }
 
 // Of all the rows of a call, units of whole rows at a time.

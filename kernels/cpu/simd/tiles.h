@@ -177,9 +177,9 @@ static const uint8_t *lay_out_panel(const uint8_t *w, int64_t group, int64_t beg
   return w;
 }
 
-// As int_multiply; rows of int8 products are in planes (Int8::quantise).
+// As int_product; rows of int8 products are in planes (Int8::quantise).
 template <class Type>
-static void tile_multiply(const IntProduct &t, int64_t rows, int64_t panels, TileMemory &memory) {
+static void tile_product(const IntProduct &t, int64_t rows, int64_t panels, TileMemory &memory) {
   const int64_t group = t.group ? t.group : t.x.k, width = Type::stretch(group) % 64 || t.x.k % 64 ? 32 : 64;
   set_tiles(min(rows, kTileHeight), width);
   const uint8_t *w[kPanelGroup];
@@ -197,6 +197,11 @@ static void tile_multiply(const IntProduct &t, int64_t rows, int64_t panels, Til
     }
   }
   release_tiles();
+  if constexpr (Type::kRowScale)
+    for (int64_t r = 0; r < rows; r++) {
+      const f32x16 scale = set1(Type::row_scale(t.x_row(r), t.x.k));
+      for (int64_t p = 0; p < panels; p++) store(t.c + r * t.c_row + p * t.c_stride, load(t.c + r * t.c_row + p * t.c_stride) * scale);
+    }
 }
 
 #else
@@ -204,7 +209,7 @@ static void tile_multiply(const IntProduct &t, int64_t rows, int64_t panels, Til
 constexpr int64_t kTileLeast = INT64_MAX;
 struct TileMemory {};
 template <class Type>
-static void tile_multiply(const IntProduct &, int64_t, int64_t, TileMemory &) {}
+static void tile_product(const IntProduct &, int64_t, int64_t, TileMemory &) {}
 
 #endif
 
