@@ -43,11 +43,11 @@ static void attend(const KeyTile &t, int rows, const float *const *query, float 
   const int64_t dim = padded(t.dim), width = padded(t.value_dim);
   for (int r = 0; r < rows; r++)
     for (int64_t d = 0; d < t.dim; d += 16) store(t.query + r * dim + d, load_some(query[r] + d, t.dim - d));
-  product_few<PanelF32>({t.query, dim, (const uint8_t *)t.keys, t.dim * 64, t.dim, t.score, kKeyBlock, 16, false, nullptr, false}, rows, kBlockGroups);
+  constexpr auto multiply = product_few<PanelF32, false, kTileRows>;
+  multiply({t.query, dim, (const uint8_t *)t.keys, t.dim * 64, t.dim, t.score, kKeyBlock, 16, false, nullptr, false}, rows, kBlockGroups);
   float maximum[kTileRows], sum[kTileRows];
   for (int r = 0; r < rows; r++) soften(t.score + r * kKeyBlock, r, maximum + r, sum + r);
-  product_few<PanelF32>({t.score, kKeyBlock, (const uint8_t *)t.values, kKeyBlock * 64, kKeyBlock, t.partial, width, 16, false, nullptr, false}, rows,
-                        width / 16);
+  multiply({t.score, kKeyBlock, (const uint8_t *)t.values, kKeyBlock * 64, kKeyBlock, t.partial, width, 16, false, nullptr, false}, rows, width / 16);
   for (int r = 0; r < rows; r++) {
     const bool grows = state[r][0] < maximum[r];
     const float factor = exp(grows ? state[r][0] - maximum[r] : maximum[r] - state[r][0]);

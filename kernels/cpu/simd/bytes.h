@@ -61,7 +61,7 @@ struct Int8Bytes {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
-        if (Once) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+        if (Once) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {

@@ -83,17 +83,18 @@ static void product_rows(Product t, int64_t panels) {
   for (; p < panels; step(1)) product_tile<Panel, R, 1, Gather>(t);
 }
 
-template <class Panel, bool Gather = false, int R = kTileRows>
+template <class Panel, bool Gather = false, int R = kFewRows>
 static void product_few(const Product &t, int rows, int64_t panels) {
   if (rows == R) return product_rows<Panel, R, Gather>(t, panels);
   if constexpr (R > 1) product_few<Panel, Gather, R - 1>(t, rows, panels);
 }
 
-// Any number of rows, cut into tiles of nearly equal height.
+// Any number of rows: one tile of few, or tiles of nearly equal height.
 template <class Panel, bool Gather = false>
 static void product(Product t, int64_t rows, int64_t panels) {
+  const int most = rows <= kFewRows ? kFewRows : kTileRows;
   for (int left = (int)rows; left > 0;) {
-    const int tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
+    const int tiles = (left + most - 1) / most, height = (left + tiles - 1) / tiles;
     product_few<Panel, Gather>(t, height, panels);
     if constexpr (Gather) t.pick += height;
     else t.x += height * t.x_stride;
@@ -108,7 +109,7 @@ constexpr int64_t kWide = tile_panels(kTileRows);  // panels of the widest tile
 // Chains of `rows` rows times `panels` panels over all of k, in blocks of k where there are many rows.
 template <class Panel, bool Gather = false>
 static void multiply(Product t, int64_t rows, int64_t panels) {
-  if (rows <= kTileRows) return product<Panel, Gather>(t, rows, panels);
+  if (rows <= kFewRows) return product<Panel, Gather>(t, rows, panels);
   for (int64_t begin = 0; begin < t.k; begin += kDepthBlock)
     for (int64_t p = 0; p < panels; p += kWide) {
       Product block = t;

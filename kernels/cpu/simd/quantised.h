@@ -100,7 +100,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (Once && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+        if (Once && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
@@ -187,7 +187,7 @@ struct Int4 {
             const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
             line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
           }
-          if (Once && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, kFetchInto);
+          if (Once && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
@@ -257,7 +257,7 @@ constexpr int int_panels(int rows, bool once) {
   return kAccumulators >= 24 ? (once || rows <= 4 ? tile_panels(rows) : 2) : rows == 1 && kAccumulators >= 4 ? 2 : 1;
 }
 
-template <class Type, bool Once, int R = kTileRows>
+template <class Type, bool Once, int R = (Once ? kFewRows : kTileRows)>
 static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, int64_t panels) {
   if (rows == R) {
     constexpr int wide = int_panels(R, Once);
@@ -276,7 +276,7 @@ static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, 
 // which stay in L2, as do the rows.
 template <class Type>
 static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
-  if (rows <= kTileRows) return int_tile<Type, true>(t, 0, 0, (int)rows, panels);
+  if (rows <= kFewRows) return int_tile<Type, true>(t, 0, 0, (int)rows, panels);
   const int64_t all = (rows + kTileRows - 1) / kTileRows, block = int_panels((int)((rows + all - 1) / all), false);
   for (int64_t p = 0; p < panels; p += block)
     for (int64_t row = 0; row < rows;) {

@@ -66,7 +66,7 @@ struct RoundedMemory {
 
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16].
 static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
-  const bool few = rows <= kTileRows;  // these read the weights once, at best from end to end
+  const bool few = rows <= kFewRows;  // these read the weights once, at best from end to end
   const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide;
   const int64_t apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride, depth = (apart - 16) * kInputs;
   for (int64_t begin = 0; begin < k; begin += depth) {

@@ -31,13 +31,14 @@ typedef uint32_t vu_memory __attribute__((vector_size(XK_VECTOR_BYTES), aligned(
 
 constexpr int kLanes = XK_VECTOR_BYTES / 4, kParts = 16 / kLanes;
 
-// Tile sizes, all in one place: accumulators of f32x16 that fit the register file beside the operands, rows of the widest tile.
+// Tile sizes, all in one place: accumulators of f32x16 that fit the register file beside the operands, rows of the
+// widest tile, and rows that may be one tile, though it is narrow, so that their weights are read from memory but once.
 #if XK_VECTOR_BYTES == 64
-constexpr int kAccumulators = 24, kTileRows = 6;
+constexpr int kAccumulators = 24, kTileRows = 6, kFewRows = 8;
 #elif XK_VECTOR_BYTES == 32 || defined(__aarch64__)
-constexpr int kAccumulators = 6, kTileRows = 6;
+constexpr int kAccumulators = 6, kTileRows = 6, kFewRows = kTileRows;
 #else
-constexpr int kAccumulators = 2, kTileRows = 2;
+constexpr int kAccumulators = 2, kTileRows = 2, kFewRows = kTileRows;
 #endif
 // How far ahead of the weights in use others are fetched by hand, and into which cache. Cores with wide vectors are far from memory:
 // there it is what lies behind the panels of a tile, so that each line is asked for once, a tile before its use.
@@ -48,6 +49,7 @@ constexpr int kFetchInto = 2;  // L2
 constexpr int64_t kFetchAhead = 2048;
 constexpr int kFetchInto = 3;  // L1
 #endif
+constexpr int fetch_into(int rows) { return rows > 4 ? 3 : kFetchInto; }  // many rows leave time to bring a line all the way
 constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64 ? tile_bytes : kFetchAhead; }
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
 constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
