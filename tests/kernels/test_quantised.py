@@ -122,7 +122,7 @@ FMA_LEVELS = [level for level in cpu.levels() if level != "x86-64-v2"]
 
 @pytest.mark.skipif(len(FMA_LEVELS) < 2, reason="one level with FMA here")
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("rows", "k"), [(1, 300), (4, 64), (5, 300), (16, 1000), (20, 300), (97, 600), (200, 1100)])
+@pytest.mark.parametrize(("rows", "k"), [(1, 300), (5, 64), (8, 300), (9, 1000), (20, 300), (97, 600), (200, 1100)])
 def test_levels_agree_to_the_bit(rng, storage, rows, k):
     """Whole numbers have no rounding, wherever they are summed; what is left needs FMA, which v2 has not."""
     packed, x = pack(rng.standard_normal((50, k), np.float32), storage), rng.standard_normal((rows, k), np.float32)
