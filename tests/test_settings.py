@@ -84,6 +84,10 @@ def test_behaviour_37_a_dump_has_what_is_no_default_and_reads_back(run, tmp_path
         ({"models": ["x"], "port": False}, "port is false"),
         ({"models": False}, "models is false"),
         ({"models": [True]}, "models is [true]"),
+        ({"models": [""]}, 'models is [""]'),
+        ({"models": ["x"], "port": [1, 2]}, "port is [1, 2], it takes one value"),
+        ({"models": ["x"], "max_wait": []}, "max_wait is [], it takes one value"),
+        ('{"models": ["x"], "max-wait": 1, "max_wait": 2}', "max_wait is there more than once"),
         ({"no_prefix_cache": "yes"}, "argument --no-prefix-cache"),
         ({}, "say what to serve"),
     ],
@@ -93,6 +97,11 @@ def test_behaviour_37_a_broken_or_missing_file_is_one_line_and_nothing_of_it_cou
     code, served, _, err = run("serve", "--config", file)
     assert (code, served) == (2, {})
     assert said in err and str(file) in err and err.count("\n") == 1
+
+
+def test_models_of_a_file_are_never_flags(run, tmp_path) -> None:
+    code, served, _, _ = run("serve", "--config", write(tmp_path, {"models": ["--help", "--port=99"]}))
+    assert (code, [str(one) for one in served["models"]], served["port"]) == (0, ["--help", "--port=99"], 8000)
 
 
 def test_without_models_it_says_what_to_do(run) -> None:

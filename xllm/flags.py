@@ -103,7 +103,7 @@ def serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-body", type=size, default=8 << 20, metavar="SIZE", help="of a request (default 8MiB)")
     sub.add_argument("--state-dir", type=Path, metavar="DIR", help="keep files and batches there (default: keep none)")
     named = "the model's name in the API; of several models give it once for each, in their order"
-    sub.add_argument("--served-model-name", action="append", metavar="NAME", help=named)
+    sub.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=named)
     for what, flag, names in (
         ("tool calls are", "--tool-call-parser", TOOL_PARSERS),
         ("reasoning is", "--reasoning-parser", REASONING_PARSERS),

@@ -30,7 +30,7 @@ def with_file(parser: Parsers, argv: Sequence[str], file: Path) -> argparse.Name
 def read(parser: Parsers, file: Path) -> dict[str, Any]:
     """The settings of a file, by the names of a namespace. Raises UsageError."""
     try:
-        held = json.loads(file.read_bytes())
+        held = json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: _once(file, pairs))
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -38,15 +38,23 @@ def read(parser: Parsers, file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise UsageError(f"{file} must hold one JSON object, its members named like the flags of `xllm serve`")
     names = _defaults(parser)
-    arguments = ["serve"]
+    arguments, models = ["serve"], list[str]()
     for name, value in held.items():
         known = name.replace("-", "_")
         if known not in names:
             near = get_close_matches(known, names, 1)
             hint = f"; did you mean {near[0]}?" if near else "; `xllm serve --help` lists them"
             raise UsageError(f"{file}: there is no setting {name}{hint}")
-        arguments += _as_arguments(file, name, value, switch=names[known] is False)
-    return _explicit(parser, arguments, f"xllm serve: {file}")
+        several = isinstance(names[known], list)
+        if isinstance(value, list) and not several:
+            raise UsageError(f"{file}: {name} is {json.dumps(value)[:64]}, it takes one value")
+        if known == MODELS:
+            models = _texts(file, name, value)
+        elif names[known] is False and isinstance(value, bool):  # a switch: it is there or not
+            arguments += [f"--{known.replace('_', '-')}"] * value
+        else:
+            arguments += [f"--{known.replace('_', '-')}={one}" for one in _texts(file, name, value)]
+    return _explicit(parser, [*arguments, "--", *models], f"xllm serve: {file}")
 
 
 def written(parser: Parsers, argv: Sequence[str]) -> str:
@@ -61,18 +69,20 @@ def written(parser: Parsers, argv: Sequence[str]) -> str:
     return json.dumps(shown, indent=1)
 
 
-def _as_arguments(file: Path, name: str, value: Any, switch: bool) -> list[str]:
-    """switch: it is there or not, and takes no value."""
-    flag = f"--{name.replace('_', '-')}"
+def _once(file: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no setting is there twice, in either of its spellings."""
+    names = [name.replace("-", "_") for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"{file}: {twice} is there more than once")
+    return dict(pairs)
+
+
+def _texts(file: Path, name: str, value: Any) -> list[str]:
     each = value if isinstance(value, list) else [value]
-    if switch and isinstance(value, bool):
-        return [flag] if value else []
-    if not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in each):
-        shown = json.dumps(value)[:64]
-        raise UsageError(f"{file}: {name} is {shown}, which is no text, no whole number, nor a list of these")
-    if name == MODELS:
+    if all(isinstance(one, (str, int)) and not isinstance(one, bool) and one != "" for one in each):
         return [str(one) for one in each]
-    return [f"{flag}={one}" for one in each]
+    shown = json.dumps(value)[:64]
+    raise UsageError(f"{file}: {name} is {shown}, which is no text, no whole number, nor a list of these")
 
 
 def _defaults(parser: Parsers) -> dict[str, Any]:

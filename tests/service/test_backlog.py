@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 from tests.service.fakes import fake_service, running
 from tests.service.test_lifecycle import COMPLETIONS, ask, fake, wait_for
-from xllm.runtime import Request
+from xllm.runtime import Request, TokenOutput
+from xllm.runtime.beams import BeamParams
 from xllm.runtime.cost import Basis, StepCost
 from xllm.runtime.policies.state import TokenCost
 from xllm.runtime.pricing import Prices
 from xllm.service.backlog import Backlog
+from xllm.service.dispatch import Dispatcher, Subscription
 from xllm.service.endpoint import Limits
 from xllm.service.errors import ApiError
 
@@ -134,6 +137,57 @@ def test_who_decodes_is_in_the_price():
     assert backlog.seconds == pytest.approx(0.014 + 12.5 * 0.014 + 0.016, rel=0.01)
     backlog.ended("0", 50)
     assert backlog.seconds == pytest.approx(0.013 + 0.013 + 0.016, rel=0.01)
+
+
+def test_a_search_says_nothing_of_what_prompts_take():
+    """Its outputs come all at its end."""
+    clock = Clock()
+    backlog = backlog_of(clock, max_wait=10.0)
+    for name in range(6):
+        backlog.add([replace(request(f"search {name}", 100), beams=BeamParams(4))])
+    clock.now += 60.0
+    assert (backlog.seconds, backlog.ratio, backlog.tokens) == (0.0, 1.0, 0)
+    backlog.add([request("other", 100)])
+    backlog.started("search 0")
+    backlog.ended("search 0", 1000)
+    assert backlog.ratio == 1.0
+    assert backlog.seconds == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "error"])
+def test_what_ends_without_a_result_was_not_computed(reason):
+    clock = Clock()
+    dispatcher = Dispatcher()
+    dispatcher.backlog = backlog_of(clock, max_wait=30.0)
+    names = [str(name) for name in range(6)]
+    for name in names:
+        dispatcher.backlog.add([request(name, 5000)])
+    clock.now += 1.0
+    dispatcher._deliver([TokenOutput(name, None, 0, finish_reason=reason) for name in names])
+    assert (dispatcher.backlog.ratio, dispatcher.backlog.tokens) == (1.0, 0)
+
+
+def test_an_answer_that_a_stop_string_ended_tells_how_long_answers_are():
+    clock = Clock()
+    dispatcher, cost = Dispatcher(), StepCost(Basis((1,), (1,), (0,)), (0.01, 0.0, 1e-3, 0.0, 0.0, 0.0))
+    backlog = dispatcher.backlog = Backlog(None, Prices(cost, 512, 16, slots=1, answer=50), clock=clock)
+
+    def wait_behind_one() -> float:
+        backlog.add([request("first", 10)])
+        backlog.started("first")
+        backlog.add([request("ahead", 10)])
+        seconds = backlog.seconds
+        backlog.drop("first")
+        backlog.drop("ahead")
+        return seconds
+
+    before = wait_behind_one()
+    for name in map(str, range(100)):
+        backlog.add([request(name, 10)])
+        clock.now += 0.02
+        backlog.started(name)
+        dispatcher.cancel(Subscription([]), name, tokens=5)
+    assert wait_behind_one() < before / 4
 
 
 def test_steps_of_other_models_take_turns_with_these():

@@ -190,7 +190,7 @@ class _Answer:
             deltas.append((index, choice.push(output)))
             self._format.weights = choice.weights
             if choice.cut:
-                self._service.dispatcher.cancel(self._subscription, output.request_id)
+                self._service.dispatcher.cancel(self._subscription, output.request_id, output.index + 1)
         self._service.recorder.detokenization_seconds[self._kind] += time.monotonic() - now
         return deltas
 

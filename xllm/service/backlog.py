@@ -89,9 +89,12 @@ class Backlog:
         for request in requests:
             most = request.params.max_tokens
             entry = Entry(self._prices.of(len(request.prompt)), min(self._answer, most or math.inf))
+            self._count(entry, 1)
+            if request.beams is not None:  # its outputs all come at its end: nobody sees when its prompt is computed
+                self._running[request.id] = entry
+                continue
             self._waiting[request.id] = entry
             self._ahead = self._ahead.plus(entry.work)
-            self._count(entry, 1)
 
     def check(self, waited: float | None = None) -> None:
         """Raises ApiError 429 when the first token of a request would come too late. waited: seconds that it has waited

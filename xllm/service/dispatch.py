@@ -117,19 +117,24 @@ class Dispatcher:
             for index, request in enumerate(requests):
                 self._routes[request.id] = (subscription, index)
                 self._engine.submit(request)
-        except RequestRefused as error:
+        except BaseException as error:
             self._routes.pop(request.id)
             for later in requests[index:]:
                 subscription.live.discard(later.id)
                 self.backlog.drop(later.id)
             self.close(subscription)
-            raise from_engine(error.code, error.message) from None
+            if isinstance(error, RequestRefused):
+                raise from_engine(error.code, error.message) from None
+            raise
         return subscription
 
-    def cancel(self, subscription: Subscription, request_id: str) -> None:
-        """Ends one sequence whose answer is complete (a stop string)."""
+    def cancel(self, subscription: Subscription, request_id: str, tokens: int | None = None) -> None:
+        """Ends one sequence; tokens: of its answer, where that is complete (a stop string)."""
         self._routes.pop(request_id, None)
-        self.backlog.drop(request_id)
+        if tokens is None:
+            self.backlog.drop(request_id)
+        else:
+            self.backlog.ended(request_id, tokens)
         if request_id in subscription.live:
             subscription.live.discard(request_id)
             assert self._engine is not None
@@ -155,10 +160,16 @@ class Dispatcher:
             subscription.fail(error)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        self.backlog.started(*[output.request_id for output in outputs])
+        # What ended without a result was not computed, and says nothing of what that takes.
+        computed = [output for output in outputs if output.finish_reason not in ("cancelled", "error")]
         for output in outputs:
+            if output.finish_reason in ("cancelled", "error"):
+                self.backlog.drop(output.request_id)
+        self.backlog.started(*[output.request_id for output in computed])
+        for output in computed:
             if output.finish_reason is not None:
                 self.backlog.ended(output.request_id, output.index + 1)
+        for output in outputs:
             route = self._routes.get(output.request_id)
             if route is None:
                 continue

@@ -85,11 +85,8 @@ class Service:
 
     def render(self, *arguments: Any, **named: Any) -> str:
         """As ChatTemplate.render, in the pool; the time that it takes is counted."""
-        begin = time.monotonic()
-        try:
+        with self.recorder.rendering():
             return self.chat_template().render(*arguments, **named)
-        finally:
-            self.recorder.prepared(template=time.monotonic() - begin)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -188,10 +185,8 @@ class Endpoint(Generic[JobOf]):
     def _timed_plan(self, data: bytes, entry: Record) -> tuple[JobOf, float]:
         """The job, and the seconds that it took without those of waiting."""
         begin = time.monotonic()
-        try:
+        with self.service.recorder.preparing():
             return self.plan(data, entry), time.monotonic() - begin
-        finally:
-            self.service.recorder.prepared(time.monotonic() - begin)
 
     def plan(self, data: bytes, entry: Record) -> JobOf:
         """The body as what is to be done; runs in the pool. Raises ApiError."""

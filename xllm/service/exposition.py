@@ -119,9 +119,9 @@ def _engine(engine: EngineStats) -> Iterator[Metric]:
 
 def _time(recorder: Recorder, engine: EngineStats) -> Iterator[Metric]:
     """Seconds since the start, all together. Phases of one step run beside the computing of the one before."""
-    prepared = max(0.0, recorder.preparing_seconds - recorder.template_seconds)
     yield _plain("chat_template_latency_seconds", "time in chat templates", recorder.template_seconds)
-    yield _plain("tokenization_latency_seconds", "time from bodies to token ids, without templates", prepared)
+    tokenizing = recorder.tokenization_seconds
+    yield _plain("tokenization_latency_seconds", "time from bodies to token ids, without templates", tokenizing)
     for kind in ("stream", "non_stream"):
         detokenizing, responding = recorder.detokenization_seconds[kind], recorder.responding_seconds[kind]
         yield _plain(f"detokenization_latency_seconds_{kind}", "time from tokens to what is answered", detokenizing)

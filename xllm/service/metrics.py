@@ -7,7 +7,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,8 +112,9 @@ class Recorder:
         self.memory: dict[str, int] = {}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0})
         self.handling_seconds = defaultdict(float, chat=0.0, completion=0.0)
-        self.preparing_seconds = self.template_seconds = 0.0  # see prepared
+        self.template_seconds = self.tokenization_seconds = 0.0
         self._lock = threading.Lock()
+        self._own = threading.local()  # seconds of templates in what this thread prepares
         self.detokenization_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.responding_seconds = {"stream": 0.0, "non_stream": 0.0}
         self.first_token = Histogram(SECONDS)
@@ -129,11 +131,27 @@ class Recorder:
         self.recent_first = deque[float](maxlen=RECENT)  # seconds to the first token of an answer
         self.recent_rest = deque[float](maxlen=RECENT)  # seconds per token after it
 
-    def prepared(self, seconds: float = 0.0, template: float = 0.0) -> None:
-        """So long a request was prepared, or a template rendered as a part of that; from any thread."""
-        with self._lock:
-            self.preparing_seconds += seconds
-            self.template_seconds += template
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the preparation of a request, in any thread. What is not of templates counts as tokenization."""
+        self._own.rendered, begin = 0.0, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.tokenization_seconds += max(0.0, time.monotonic() - begin - self._own.rendered)
+
+    @contextmanager
+    def rendering(self) -> Iterator[None]:
+        """Around a template."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - begin
+            self._own.rendered = getattr(self._own, "rendered", 0.0) + seconds
+            with self._lock:
+                self.template_seconds += seconds
 
     def token(self, course: Course, now: float, queued: float) -> None:
         """A sequence got a token; it had waited so long to be admitted."""

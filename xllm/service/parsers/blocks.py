@@ -144,10 +144,12 @@ class Blocks:
             return parts
         text, self._text = self._text, ""
         if self._inside:
-            self._keep(text[: len(text) - self._markers.unfinished(text)], parts)
+            # What may be the beginning of `close` belongs to no body; where the text goes on behind a call, it is text.
+            closes = bool(self._shape.close)
+            self._keep(text[: len(text) - closes * self._markers.unfinished(text)], parts)
             body = "".join(self._body)
             whole = body + text[len(self._body[-1]) :]
-            self._close(body[: len(body) - self._markers.unfinished(body)], parts, "", whole)
+            self._close(body[: len(body) - closes * self._markers.unfinished(body)], parts, "", whole)
         else:
             self._content(text, parts)
         if rest := self._shown.finish():

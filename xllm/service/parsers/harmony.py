@@ -19,6 +19,8 @@ OPEN_CALLS = f"{CHANNEL}commentary{MESSAGE}"
 HEADER_CHARS = 512  # more is no header, whatever it is
 TOOL = re.compile(r"to=(?:functions\.)?([\w.-]+)", re.ASCII)
 ANALYSIS = re.compile(r"<\|channel\|>\s*analysis")
+# What stands before the markers of a header: a role, or whom it is for. All else there is text.
+LEAD = re.compile(r"(?:assistant)?\s*(?:to=\S*)?\s*")
 # A header that the end of the text cut off: it says nothing.
 HEADER = re.compile(rf"(?:{re.escape(START)}\w*)?(?:\s*to=\S*)?(?:{re.escape(CHANNEL)}\w*)?\s*(?:to=\S*)?\s*")
 
@@ -81,10 +83,15 @@ class Harmony:
         if end < 0:
             if len(self._text) < most + len(MESSAGE):
                 return False
+            most -= self._marks.unfinished(self._text[self._at : most])
             self._show("content", self._marks.remove(self._text[self._at : most]), parts)
             self._state, self._at = "content", most
             return True
         header, self._at = self._text[self._at : end], end + len(MESSAGE)
+        marker = self._marks.find(header, 0)
+        lead = header[: marker.start()] if marker else header
+        if not LEAD.fullmatch(lead):
+            self._show("content", lead, parts)
         tool = TOOL.search(header)
         self._tool = tool[1] if tool and tool[1] in self._tools else ""
         self._call, self._waits, self._head = [], self._tool in self._eager, 0
@@ -93,8 +100,13 @@ class Harmony:
 
     def _body(self, parts: list[Part]) -> bool:
         text, begin = self._text, self._at
-        marker = self._body_ends.find(text, begin)
-        end = marker.start() if marker else len(text) - self._body_ends.unfinished(text[begin:])
+        marks = self._body_ends if self._state == "call" else self._marks
+        marker = marks.find(text, begin)
+        end = marker.start() if marker else len(text) - marks.unfinished(text[begin:])
+        if marker and marker[0] in (MESSAGE, CONSTRAIN):  # they mean nothing here
+            self._show(self._state, text[begin:end], parts)
+            self._at = marker.end()
+            return True
         # What begins a message belongs to its header.
         self._at = marker.end() if marker and marker[0] in ENDS else end
         if self._state == "call":

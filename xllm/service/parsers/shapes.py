@@ -113,7 +113,10 @@ def _tagged(begin: str, parameter: str, end: str, trim: bool = False) -> Body:
             arguments[key] = _value(value, key, match.groupdict().get("raw"), schema)
         if not last.fullmatch(text, at):
             return None
-        return [Found(head["name"], values.written(arguments))], ""
+        try:
+            return [Found(head["name"], values.written(arguments))], ""
+        except ValueError:
+            return None
 
     return body
 

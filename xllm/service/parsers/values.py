@@ -75,8 +75,11 @@ def members(text: str, at: int = 0) -> tuple[dict[str, str], int]:
 
 
 def written(value: Any) -> str:
-    """A value as JSON that can be sent. Raises ValueError for one that JSON does not have."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """A value as JSON that can be sent. Raises ValueError for one that JSON does not have, or nobody could read."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError("too deep") from None
     return HALF.sub(lambda half: f"\\u{ord(half[0]):x}", text)
 
 
