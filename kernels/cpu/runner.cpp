@@ -106,8 +106,8 @@ int32_t xk_runner::add(int32_t count, const xk_call *calls) {
 
 void xk_runner::reserve(int64_t bytes) {
   if (bytes <= scratch_bytes) return;
-  scratch_bytes = bytes;
   for (auto &s : scratch) s.reset(new uint8_t[static_cast<size_t>(bytes) + 64]);
+  scratch_bytes = bytes;  // not before all have it: one may be refused
 }
 
 void xk_runner::prepare(const Plan &plan, const xk_batch &b) {

@@ -54,7 +54,7 @@ void Pool::run(int begin, int end, Units units, Work work, void *context) {
   advance(0);
   while (!finished_.load(std::memory_order_acquire)) {
     const uint64_t seen = ticket_.load();
-    if (!work_once(0) && !finished_.load(std::memory_order_acquire)) wait_change(seen);
+    if (!work_once(0)) wait_change(seen, true);
   }
 }
 
@@ -72,7 +72,7 @@ void Pool::run(int64_t units, Body body, void *context) {
 void Pool::worker(int thread) {
   while (!stop_.load(std::memory_order_relaxed)) {
     const uint64_t seen = ticket_.load();
-    if (!work_once(thread) && !stop_.load()) wait_change(seen);
+    if (!work_once(thread) && !stop_.load()) wait_change(seen, false);
   }
 }
 
@@ -118,31 +118,38 @@ void Pool::advance(int thread) {
       return;
     }
   }
-  finished_.store(true, std::memory_order_release);
-  publish(0);
+  // The last word: the caller may open the next run as soon as it has seen it, and the ticket is that run's then.
+  finished_.store(true);
+  wake();
 }
 
 void Pool::publish(uint64_t remaining) {
   const uint64_t sequence = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
   ticket_.store(sequence << 32 | remaining);
+  wake();
+}
+
+void Pool::wake() {
   if (sleepers_.load() > 0) {
     { std::lock_guard<std::mutex> lock(sleep_mutex_); }
     wake_.notify_all();
   }
 }
 
-void Pool::wait_change(uint64_t seen) {
+// Until another stage is open; of the caller of a run, also until that is finished.
+void Pool::wait_change(uint64_t seen, bool caller) {
   const uint64_t sequence = seen >> 32;
+  const auto over = [&] { return ticket_.load() >> 32 != sequence || (caller && finished_.load()); };
   const auto until = std::chrono::steady_clock::now() + kSpin;
   do {
     for (int i = 0; i < 32; i++) {
-      if (ticket_.load(std::memory_order_acquire) >> 32 != sequence) return;
+      if (over()) return;
       pause_cpu();
     }
   } while (std::chrono::steady_clock::now() < until);
   std::unique_lock<std::mutex> lock(sleep_mutex_);
   sleepers_.fetch_add(1);
-  wake_.wait(lock, [&] { return ticket_.load() >> 32 != sequence || stop_.load(); });
+  wake_.wait(lock, [&] { return over() || stop_.load(); });
   sleepers_.fetch_sub(1);
 }
 

@@ -39,7 +39,8 @@ class Pool {
   int64_t claimed(int thread);
   void advance(int thread);
   void publish(uint64_t remaining);
-  void wait_change(uint64_t seen);
+  void wake();
+  void wait_change(uint64_t seen, bool caller);
 
   // (sequence number << 32) | units not yet claimed: one word, so that a claim can never fall into a later stage.
   alignas(64) std::atomic<uint64_t> ticket_{0};
