@@ -57,18 +57,7 @@ XK_INLINE void split16(f32x16 x, uint8_t *to, int64_t part_bytes) {
 
 // --- a block laid out: pairs of dims of sixteen keys, pairs of values of sixteen dims ---
 
-XK_INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? (__mmask16)0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : (__mmask16)0; }
-XK_INLINE __m256i as_bf16(const uint16_t *p, __mmask16 some) { return _mm256_maskz_loadu_epi16(some, p); }
-XK_INLINE __m256i as_bf16(const float *p, __mmask16 some) { return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, p)); }
-XK_INLINE __m256i as_bf16(const int8_t *p, __mmask16 some) {
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, p))));
-}
-XK_INLINE void store_pairs(uint8_t *to, __m256i a, __m256i b) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
-}
+XK_INLINE void store_pairs(uint8_t *to, __m256i a, __m256i b) { store(to, interleave(a, b)); }
 
 // What lies as far into the next block as this does into the one at hand is fetched meanwhile: keys and values of a group lie side by
 // side, and runs of a few KB at far apart addresses are too short for the prefetchers of the hardware.

@@ -51,7 +51,8 @@ int64_t scratch(const Call &c) {
   const int64_t key = padded(c.ints[kKeyDim]), value = padded(c.ints[kValueDim]), rows = kRows<Latent>;
   if constexpr (kOnTiles<Kv, Latent> > 0)
     return rows * (int64_t)(sizeof(Row) + 2 * value * sizeof(float)) + AttendMemory::bytes(kOnTiles<Kv, Latent>, c.ints[kKeyDim], value);
-  return rows * (int64_t)sizeof(Row) + (rows * (key + 2 * value + kKeyBlock) + kKeyBlock * (key + value)) * (int64_t)sizeof(float);
+  constexpr int64_t inputs = Kept<Kv>::kInputs;
+  return rows * (int64_t)sizeof(Row) + (rows * (key / inputs + 2 * value + kKeyBlock) + kKeyBlock * (key + value) / inputs) * (int64_t)sizeof(float);
 }
 
 // A unit is a tile of tokens under one KV head; of the many heads on a latent, as many as share a pass.
@@ -104,9 +105,30 @@ void finish(float *out, const float *all, float sum, int64_t value_dim) {
 template <class Kv, bool Latent>
 using SpreadOf = Spread<(Kv::kScaleBytes > 0 && !Latent), Kv::kRounded>;
 
+// The same as pairs; what a pair lacks is zero.
+template <class Kv, class To>
+void spread_pairs(const Kept<Kv> &from, const To &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
+  for (int64_t g = first; g < end; g++) {
+    float *out = to.keys + g * to.key_steps() * 16;
+    const auto *key = from.key(g);
+    for (int64_t i = 0; i < from.key_steps(); i++, key += 32, out += 16) store(out, pair_beside(key));
+    if (from.key_dim % 2) store(out, only(pair_beside(key), kFirst));
+  }
+  for (int64_t i = token / 2 * 2; i < tokens; i += 2) {
+    const auto *value = from.value(i, 0), *next = value + from.value_dim;
+    const bool sees = i >= token, sees_next = i + 1 < tokens;
+    float *out = to.values + i * 8;
+    for (int64_t d = 0; d < from.value_dim; d += 16, out += to.value_panel()) {
+      const int64_t some = from.value_dim - d;
+      store(out, some >= 16 && sees && sees_next ? pair_of(value + d, next + d) : value_pair(value + d, next + d, sees, sees_next, some));
+    }
+  }
+}
+
 // Keys of groups first..end-1 and values of tokens from..to-1 of a block as float32; values of a latent are its keys, turned.
 template <class Kv, bool Latent>
 void spread(const Kept<Kv> &from, const SpreadOf<Kv, Latent> &to, int64_t first, int64_t end, int64_t token, int64_t tokens) {
+  if constexpr (Kept<Kv>::kInputs == 2) return spread_pairs(from, to, first, end, token, tokens);
   for (int64_t g = first; g < end; g++)
     for (int64_t i = 0; i < from.key_dim; i++) {
       f32x16 lanes = Kv::load(from.key(g) + i * 16);
@@ -164,7 +186,7 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
   constexpr int parts = kOnTiles<Kv, Latent>;
   [[maybe_unused]] AttendMemory on_tiles;
   Tile t;
-  t.key_stride = padded(key_dim), t.stride = padded(value_dim);
+  t.key_stride = padded(key_dim) / Kept<Kv>::kInputs, t.stride = padded(value_dim);
   t.rows = rows, t.softcap = c.floats[kSoftcap];
   t.row = (Row *)memory, t.query = nullptr;
   float *all;
@@ -199,7 +221,8 @@ void attend(const Call &c, const Step &s, int64_t tile, int64_t head, int64_t be
     float *query = t.query + r * t.key_stride;
     for (int64_t d = 0; d < split && parts == 0; d += 16) {
       const f32x16 scaled = load_some(q + d, split - d) * scale;
-      store_some(query + d, Kv::kRounded ? nearest_bf16(scaled) : scaled, split - d);
+      if constexpr (Kept<Kv>::kInputs == 2) store_rounded(query + d / 2, scaled);
+      else store_some(query + d, Kv::kRounded ? nearest_bf16(scaled) : scaled, split - d);
     }
     if constexpr (Latent) {
       const int64_t rest = key_dim - split;

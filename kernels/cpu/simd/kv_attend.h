@@ -1,11 +1,12 @@
 // Query rows (token x head) of one KV head against one block of its keys and values. A block gives each row that sees it a maximum, a
 // sum and weighted values, which are merged into what the row holds: chains along the key's dims and along the tokens, whatever
-// the other rows are and wherever the block is read from.
+// the other rows are and wherever the block is read from. A step of a chain is one input, or a pair of them (kv_pairs.h).
 #pragma once
 #include <math.h>
 
 #include "common.h"
 #include "kv.h"
+#include "kv_pairs.h"
 #include "panel.h"
 #include "vmath.h"
 
@@ -23,6 +24,7 @@ struct Kept {  // a block where it lies, for few rows
   using Decode = Kv;
   using Element = typename Kv::Element;
   static constexpr bool kFetch = true, kScaled = Kv::kScaleBytes > 0, kRounded = Kv::kRounded;
+  static constexpr int64_t kInputs = kRounded && kMultipliesPairs ? 2 : 1, kKeyStep = 16 * kInputs;  // of a step; elements of one
   const uint8_t *base;  // keys of the head in the block's first group
   int64_t group_bytes, key_dim, value_dim, groups_after;  // groups behind this block that will be read
 
@@ -31,8 +33,14 @@ struct Kept {  // a block where it lies, for few rows
   // What a step of each key of a group is worth, or of each value.
   f32x16 scale(int64_t group, bool value) const { return load(base + group * group_bytes - Kv::kScaleBytes + value * 64); }
   const Element *value(int64_t token, int64_t d) const { return key(token / 16) + 16 * key_dim + token % 16 * value_dim + d; }
-  int64_t value_step() const { return value_dim; }
+  int64_t key_steps() const { return key_dim / kInputs; }  // whole ones
+  int64_t value_step() const { return value_dim * kInputs; }
   int64_t value_panel() const { return 16; }
+  template <bool Value>
+  __attribute__((always_inline)) f32x16 step(const Element *at) const {
+    if constexpr (kInputs == 1) return Kv::load_apart(at);
+    else return Value ? pair_of(at, at + value_dim) : pair_beside(at);
+  }
   // Runs of a few KB at far apart addresses are too short for the prefetchers of the hardware: with the keys of a group its values
   // are fetched, and with the values of a block, line by line, the keys of the next. Beyond the last block there may be no memory,
   // and a fetch that finds none costs a walk of the page tables each time.
@@ -48,51 +56,56 @@ struct Kept {  // a block where it lies, for few rows
 };
 
 template <bool Scaled, bool Rounds = false>
-struct Spread {  // a block brought into float32: keys [groups][key_dim][16], values [value panels][kKeyBlock][16]
+struct Spread {  // a block brought into float32 or pairs: keys [groups][key steps][16], values [value panels][value steps][16]
   using Decode = KvF32;
   using Element = float;
   // Scaled: the numbers are steps, as they were. Rounds: weights are to be rounded.
   static constexpr bool kFetch = false, kScaled = Scaled, kRounded = Rounds;
+  static constexpr int64_t kInputs = Rounds && kMultipliesPairs ? 2 : 1, kKeyStep = 16, kValueSteps = kKeyBlock / kInputs;
   float *keys, *values;
   int64_t key_dim;
   const uint8_t *scales;
   int64_t group_bytes;
 
-  const float *key(int64_t group) const { return keys + group * 16 * key_dim; }
+  int64_t key_steps() const { return (key_dim + kInputs - 1) / kInputs; }
+  const float *key(int64_t group) const { return keys + group * 16 * key_steps(); }
   f32x16 scale(int64_t group, bool value) const { return load(scales + group * group_bytes + value * 64); }
-  const float *value(int64_t token, int64_t d) const { return values + d * kKeyBlock + token * 16; }
+  const float *value(int64_t token, int64_t d) const { return values + d * kValueSteps + token / kInputs * 16; }
   int64_t value_step() const { return 16; }
-  int64_t value_panel() const { return 16 * kKeyBlock; }
+  int64_t value_panel() const { return 16 * kValueSteps; }
+  template <bool>
+  __attribute__((always_inline)) f32x16 step(const float *at) const { return load(at); }
   int64_t after_key() const { return 0; }
   const uint8_t *after_value(int64_t) const { return nullptr; }
 };
 
 struct Tile {
   Row *row;
-  float *query, *held, *score;              // [rows][key_stride], [rows][stride], [rows][kKeyBlock]
+  float *query, *held, *score;              // [rows][key_stride], [rows][stride], [rows][kKeyBlock]; of pairs, two to a float
   int64_t rows, key_stride, stride;
   float softcap;
 };
 
-// acc[r][p] += x[r * x_stride] * column p
-template <class Block, int R, int P>
-XK_INLINE void multiply_add(f32x16 (&acc)[R][P], const typename Block::Element *const (&at)[P], int64_t offset, const float *x,
-                            int64_t x_stride) {
+// acc[r][p] += x[r * x_stride] * column p; of pairs, maybe only a half.
+template <bool Value, class Block, int R, int P, class Part = Both>
+XK_INLINE void multiply_add(f32x16 (&acc)[R][P], const Block &block, const typename Block::Element *const (&at)[P], int64_t offset,
+                            const float *x, int64_t x_stride, Part part = kBoth) {
+  using Chain = Chained<Block::kInputs == 2>;
   f32x16 column[P];
 #pragma GCC unroll 4
-  for (int p = 0; p < P; p++) column[p] = Block::Decode::load_apart(at[p] + offset);
+  for (int p = 0; p < P; p++) column[p] = only(block.template step<Value>(at[p] + offset), part);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
-    const f32x16 b = set1(x[r * x_stride]);
+    const f32x16 b = Chain::spread(x + r * x_stride);
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) acc[r][p] = fma(b, column[p], acc[r][p]);
+    for (int p = 0; p < P; p++) acc[r][p] = Chain::add(acc[r][p], b, column[p]);
   }
 }
 
 // Scores of R rows against P groups.
 template <class Block, int R, int P>
 void score_tile(const Tile &t, const Block &block, int64_t begin, int64_t group) {
-  constexpr int64_t per_line = 64 / (16 * sizeof(typename Block::Element));
+  constexpr int64_t step_bytes = Block::kKeyStep * sizeof(typename Block::Element), per_line = step_bytes < 64 ? 64 / step_bytes : 1;
   f32x16 acc[R][P];
   const typename Block::Element *at[P];
 #pragma GCC unroll 4
@@ -102,16 +115,21 @@ void score_tile(const Tile &t, const Block &block, int64_t begin, int64_t group)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) acc[r][p] = zero();
   const float *x = t.query + begin * t.key_stride;
-  const int64_t dim = block.key_dim, x_stride = t.key_stride, ahead = block.after_key();
+  const int64_t steps = block.key_steps(), x_stride = t.key_stride, ahead = block.after_key();
   int64_t i = 0;
-  for (; i + per_line <= dim; i += per_line) {
+  for (; i + per_line <= steps; i += per_line) {
     if constexpr (Block::kFetch)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) __builtin_prefetch((const uint8_t *)(at[p] + i * 16) + ahead, 0, 2);
+      for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < per_line; j++) multiply_add<Block, R, P>(acc, at, (i + j) * 16, x + i + j, x_stride);
+        for (int64_t line = 0; line < per_line * step_bytes; line += 64)
+          __builtin_prefetch((const uint8_t *)(at[p] + i * Block::kKeyStep) + ahead + line, 0, 2);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < per_line; j++) multiply_add<false, Block, R, P>(acc, block, at, (i + j) * Block::kKeyStep, x + i + j, x_stride);
   }
-  for (; i < dim; i++) multiply_add<Block, R, P>(acc, at, i * 16, x + i, x_stride);
+  for (; i < steps; i++) multiply_add<false, Block, R, P>(acc, block, at, i * Block::kKeyStep, x + i, x_stride);
+  if constexpr (Block::kInputs == 2 && Block::kFetch)  // behind the last dim lie values
+    if (block.key_dim % 2) multiply_add<false, Block, R, P>(acc, block, at, i * Block::kKeyStep, x + i, x_stride, kFirst);
   f32x16 scale[P];
   if constexpr (Block::kScaled)
     for (int p = 0; p < P; p++) scale[p] = block.scale(group + p, false);
@@ -144,19 +162,38 @@ void value_tile(const Tile &t, const Block &block, int64_t begin, int64_t d, int
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) acc[r][p] = Whole ? zero() : load(sums + (r * P + p) * 16);
+  constexpr int64_t inputs = Block::kInputs;
   const int64_t step = block.value_step(), panel = block.value_panel();
   const float *weight = t.score + begin * kKeyBlock;
-  for (int64_t token = from; token < to;) {
-    const int64_t stop = Block::kFetch ? min(to, token / 16 * 16 + 16) : to;
-    const typename Block::Element *at[P];
+  const typename Block::Element *at[P];
+  const auto place = [&](int64_t token) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) at[p] = block.value(token, d) + p * panel;
+  };
+  const bool half = inputs == 2 && to % 2 && from < to;  // of the last pair
+  if constexpr (inputs == 2)
+    if (from % 2 && from < to) {
+      place(from - 1);
+      multiply_add<true, Block, R, P>(acc, block, at, 0, weight + from / 2, kKeyBlock, kSecond);
+      from++;
+    }
+  if (half) to--;
+  for (int64_t token = from; token < to;) {
+    const int64_t stop = Block::kFetch ? min(to, token / 16 * 16 + 16) : to;
+    place(token);
     const uint8_t *ahead = block.after_value(d / (16 * P) * kBlockGroups + token / 16);
-    for (int64_t offset = 0; token < stop; token++, offset += step) {
-      if (Block::kFetch && ahead) __builtin_prefetch(ahead, 0, 2), ahead += 64;
-      multiply_add<Block, R, P>(acc, at, offset, weight + token, kKeyBlock);
+    for (int64_t offset = 0; token < stop; token += inputs, offset += step) {
+      if (Block::kFetch && ahead)
+#pragma GCC unroll 2
+        for (int line = 0; line < inputs; line++) __builtin_prefetch(ahead, 0, 2), ahead += 64;
+      multiply_add<true, Block, R, P>(acc, block, at, offset, weight + token / inputs, kKeyBlock);
     }
   }
+  if constexpr (inputs == 2)
+    if (half) {
+      place(to);
+      multiply_add<true, Block, R, P>(acc, block, at, 0, weight + to / 2, kKeyBlock, kFirst);
+    }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     const Row &row = t.row[begin + r];
@@ -168,11 +205,11 @@ void value_tile(const Tile &t, const Block &block, int64_t begin, int64_t d, int
   }
 }
 
-// Tokens that every row of the tile sees go together; those that only some see, row by row, in the same order.
+// Tokens that every row of the tile sees go together, in whole steps; those that only some see, row by row, in the same order.
 template <class Block, int R, int P>
 void value_rows(const Tile &t, const Block &block, int64_t begin, int64_t d, const int64_t *from, const int64_t *to) {
-  const int64_t first = from[R - 1], end = to[0];
-  if (from[0] == first && to[R - 1] == end) return value_tile<Block, R, P, true>(t, block, begin, d, first, end, nullptr);
+  if (from[0] == from[R - 1] && to[R - 1] == to[0]) return value_tile<Block, R, P, true>(t, block, begin, d, from[0], to[0], nullptr);
+  const int64_t first = from[R - 1] + from[R - 1] % Block::kInputs, end = to[0] - to[0] % Block::kInputs;
   float sums[R * P * 16] = {0};
   const bool together = first < end;
   for (int r = 0; r < R; r++)
@@ -293,7 +330,9 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
     });
   }
   weigh_rows(t, block, at, begin, end, first_group, groups);
-  if constexpr (Block::kRounded)
+  if constexpr (Block::kInputs == 2)
+    for (int64_t r = begin; r < end; r++) pair_weights(t.score + r * kKeyBlock);
+  else if constexpr (Block::kRounded)
     for (float *weight = t.score + begin * kKeyBlock; weight < t.score + end * kKeyBlock; weight += 16) store(weight, nearest_bf16(load(weight)));
   int64_t from[kTileRows], to[kTileRows];
   const auto seen = [&](int64_t first, int rows) {

@@ -9,6 +9,23 @@ struct Multiplied {  // an element of x with one of each output
   XK_INLINE f32x16 spread(const float *x) { return set1(*x); }
   XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) { return fma(x, w, sum); }
 };
+// Or a pair of bf16 elements with one of each output, where the machine multiplies them: the second product is added first, then the
+// first, each rounded as by FMA (so on Zen 4), and what is too small for a normal exponent is zero.
+#if defined(__AVX512BF16__)
+struct Paired {
+  XK_INLINE f32x16 spread(const float *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    f32x16 r;
+    r.v[0] = (vf)_mm512_set1_epi32(pair);
+    return r;
+  }
+  XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) {
+    sum.v[0] = (vf)_mm512_dpbf16_ps((__m512)sum.v[0], (__m512bh)x.v[0], (__m512bh)w.v[0]);
+    return sum;
+  }
+};
+#endif
 struct PanelF32 : Multiplied {
   static constexpr int64_t bytes = 64;  // of one k
   XK_INLINE f32x16 load(const uint8_t *p) { return XK_LEVEL::load(p); }

@@ -1,9 +1,9 @@
 // Products of rows rounded to bf16 (to nearest even) with bf16 weights, summed in float32. Where the machine multiplies bf16, an
-// element of a row or a panel is a pair of inputs: the second product of a pair is added first, then the first, each rounded as
-// by FMA (so on Zen 4), and what is too small for a normal exponent is zero. Elsewhere the same rows are multiplied as float32, one input after
-// the other. For any rows and panels together the bits are the same; levels differ from each other by the order of sums.
+// element of a row or a panel is a pair of inputs (Paired). Elsewhere the same rows are multiplied as float32, one input after the
+// other. For any rows and panels together the bits are the same; levels differ from each other by the order of sums.
 #pragma once
 #include "float_tiles.h"
+#include "panel.h"
 
 namespace XK_LEVEL {
 
@@ -15,23 +15,12 @@ constexpr int64_t kPanelsOfRounded = 16;  // most of one unit: rows are rounded 
 
 constexpr int64_t kInputs = 2;  // of one element
 
-struct PanelRounded {
+struct PanelRounded : Paired {
   static constexpr int64_t bytes = 64;
   XK_INLINE f32x16 load(const uint8_t *p) {
     f32x16 r;
     r.v[0] = (vf)lay_out_pair(p, 2);
     return r;
-  }
-  XK_INLINE f32x16 spread(const float *x) {
-    int32_t pair;
-    memcpy(&pair, x, 4);
-    f32x16 r;
-    r.v[0] = (vf)_mm512_set1_epi32(pair);
-    return r;
-  }
-  XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) {
-    sum.v[0] = (vf)_mm512_dpbf16_ps((__m512)sum.v[0], (__m512bh)x.v[0], (__m512bh)w.v[0]);
-    return sum;
   }
 };
 

@@ -73,8 +73,9 @@ def _multiplied(level: str) -> Iterator[tuple[str, int]]:
         yield name, rate
         if name.startswith("linear."):
             yield from ((name.replace("linear", other), rate) for other in ALIKE)
-        if name.startswith("attention."):  # rounded, it has half as many products where it is on tiles
-            yield name.replace("attention", "attention_rounded"), 2 * rate if level.endswith("-amx") else rate
+        if name.startswith("attention."):  # rounded, it has half as many products where the machine multiplies bf16
+            gain = 2.0 if level.endswith("-amx") else 1.7 if level.endswith("-bf16") else 1.0
+            yield name.replace("attention", "attention_rounded"), round(gain * rate)
 
 
 def _limits(gigabytes: float, gigaflops: float) -> Curve:
