@@ -53,6 +53,35 @@ def test_a_claim_ends_with_its_search_or_a_pause(ends):
 
 
 @BOTH_LOOPS
+@pytest.mark.parametrize("scheduler", ["chunked", "zero-evict"])
+def test_an_engine_that_fails_leaves_what_it_had_to_a_search_that_waits(overlap, scheduler):
+    """It dies with more than its share, a step launched; who waits gets that, and what it was kept besides."""
+    searcher, other = two_rigs(14, async_scheduling=overlap, policy={"scheduler": scheduler})
+    asked = [request(f"long{at}", 60, 58, ignore_eos=True) for at in range(4)]
+    for each in asked:
+        other.engine.submit(each)
+    while other.engine.pool.promises.total < 8:
+        other.turn()
+    wide = search("wide", 60, 40, 4, ignore_eos=True)
+    searcher.engine.submit(wide)
+    searcher.finish()
+    assert searcher.engine._starved and other.engine.pool.promises.shut_out, "it has room as it is"
+    other.engine._turn = lambda _: 1 // 0
+    other.engine._run()
+    for each in asked:
+        assert (other.end(each.id).error or "").startswith("internal_error")
+    assert other.executor.closed
+    with pytest.raises(RequestRefused, match="engine_failed"):
+        other.engine.submit(request("late", 5))
+    searcher.finish()
+    assert_as_alone(searcher, wide)
+    assert searcher.engine.pool.promises.most == searcher.engine.pool.free_pages == 14
+    searcher.engine.pool.check()
+    other.engine.stop()
+    searcher.engine.pool.check()
+
+
+@BOTH_LOOPS
 @pytest.mark.parametrize("scheduler", ["chunked", "prefill-only", "mix", "zero-evict", "fixed-steps"])
 def test_searches_of_two_models_in_tight_memory_answer_as_alone(scheduler, overlap):
     """Both have some that need more than is kept for them, so that each may wait for what the other holds."""

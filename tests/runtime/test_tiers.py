@@ -329,7 +329,7 @@ def test_a_thread_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPat
     assert_as_alone(rig, request("again", TEXT[:90], 5, ignore_eos=True))
 
 
-def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch: pytest.MonkeyPatch, caplog):
     monkeypatch.setattr("xllm.runtime.tiers.STUCK_SECONDS", 0.2)
     rig = tiered(0, tmp_path, pages=6)
     ask(rig, "first", TEXT[:90])
@@ -337,7 +337,8 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch: pytest.MonkeyP
     forget(rig)
     settle(rig)
     hangs, done = threading.Event(), threading.Event()
-    monkeypatch.setattr(tiers_of(rig)._stores[0], "get", lambda key: hangs.wait(60) and None)
+    get = tiers_of(rig)._stores[0].get
+    monkeypatch.setattr(tiers_of(rig)._stores[0], "get", lambda key: get(key) if hangs.wait(60) else None)
 
     def sink(outputs):
         rig.outputs.extend(outputs)
@@ -351,7 +352,11 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch: pytest.MonkeyP
         rig.engine.submit(request(name, TEXT[:90], 5, ignore_eos=True))
         assert done.wait(30)
     rig.engine.stop()
+    thread = tiers_of(rig)._thread
+    assert thread is not None and thread.is_alive() and not rig.memory._ranges
     hangs.set()
+    thread.join(60)
+    assert not thread.is_alive() and "failed" not in caplog.text, "what comes too late finds nothing to be put into"
     for name in ("again", "and again"):
         assert_as_alone(rig, request(name, TEXT[:90], 5, ignore_eos=True))
 

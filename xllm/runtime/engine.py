@@ -77,7 +77,7 @@ class Engine(Ordered):
         self._cancelled: list[tuple[Sequence, FinishReason]] = []
         self._accepted = 0
         self._quiet = True
-        self._stopping = self._failed = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="xllm-engine", daemon=True)
 
     @property
@@ -143,23 +143,16 @@ class Engine(Ordered):
             return self._changed.wait_for(lambda: self._quiet or not self._thread.is_alive(), timeout)
 
     def stop(self) -> None:
-        """End every request (error shutting_down), the thread, the pool and the executor. Waits for launched steps.
-        Calling it again does nothing."""
+        """End every request (error shutting_down), the thread, the pool and the executor, as an engine that failed has
+        done by itself. Waits for launched steps. Calling it again does nothing."""
         with self._lock:
             self._refuse("shutting_down", "the engine is stopping")
             self._stopping = True
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
-        elif self._thread.ident is None:
+        if self._thread.ident is None:
             self._run()
-        ended = self._tiers is None or self._tiers.close()
-        if self._failed or not ended:
-            # A launched step, or a load, may still be writing: its memory stays until the process ends.
-            self.pool.stop_premapping()
         else:
-            self._core.executor.close()
-            self.pool.close()
+            self._thread.join()
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread."""
@@ -187,6 +180,7 @@ class Engine(Ordered):
         except Exception as error:  # the boundary: whatever it is, nobody may wait for ever
             log.exception("the engine failed")
             self._die(error)
+        self._close()
 
     def _overlapped_turn(self, flight: Flight | None) -> Flight | None:
         launched = self._core.launch(self._next_step())
@@ -260,12 +254,10 @@ class Engine(Ordered):
         """The core's state is not to be trusted any more: end what lives without it."""
         code = error.code if isinstance(error, RuntimeFault) else "internal_error"
         with self._lock:
-            self._failed = True
             self._refuse("engine_failed", "the engine failed and must be restarted; the log says why")
             left, self._live = list(self._live.values()), {}
             self._quiet = True
             self._changed.notify_all()
-        self.pool.store.unclaim(self.pool)
         self._refuse_orders()
         outputs = self._core.take_outputs() + [
             TokenOutput(
@@ -283,6 +275,16 @@ class Engine(Ordered):
             self._sink(outputs)
         except Exception:
             log.exception("the sink failed as well; %d requests got no last output", len(left))
+
+    def _close(self) -> None:
+        """Give back what the engine had, which other models may wait for, once nothing launched or loaded uses it."""
+        try:
+            self._core.executor.close()
+            if self._tiers is not None:
+                self._tiers.close()
+            self.pool.close()
+        except Exception:
+            log.exception("the engine could not give everything back; the rest stays until the process ends")
 
     def _refuse(self, code: str, message: str) -> None:
         if self._refusal is None or code == "engine_failed":

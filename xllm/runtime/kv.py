@@ -165,13 +165,15 @@ class KvPool:
             self._thread.join()
 
     def close(self) -> None:
-        """End the background thread and give all pages back. No launched step may be left."""
+        """End the background thread and give all pages back. No launched step may be left. Calling it again does
+        nothing."""
         self.stop_premapping()
         with self._lock:
             if self.store.leave(self):
-                for slot in range(self.plan.spans):
-                    self.spans.cut(slot)
-                self.store.free += self.spans.cache.uses
+                try:
+                    self.spans.unmap_all()
+                finally:  # whatever can be said of the spans of an engine that failed, others may have these now
+                    self.store.free += self.spans.pages
         self.store.tell(self)
 
     @property

@@ -147,6 +147,12 @@ class Spans:
                 self.idle_pages -= slot not in self.live
                 self._free.append(page)
 
+    def unmap_all(self) -> None:
+        """At the end: nothing is mapped any more, whose pages these were stays as it was."""
+        for span in self.all:
+            if span.pages:
+                self.memory.unmap(span.base, len(span.pages))
+
     def share(self, slot: int, page: int) -> None:
         """A page that one span may have alone becomes one of several."""
         if self.owner.pop(page, None) is not None:

@@ -27,6 +27,8 @@ class TieredPool(KvPool):
     def read_group(self, digest: bytes, group: int, into: memoryview) -> bool:
         """Copy the bytes of group number `group` of a text. False: they are not cached, or did not stay so."""
         with self._lock:
+            if self._closing:
+                return False
             before = self._places(digest, group)
         for index, place in before.items():
             if place is None:
@@ -41,7 +43,7 @@ class TieredPool(KvPool):
         when the text is cached to there. False: all pages are in use. Raises MemoryFault; no page is lost then."""
         # Not while a step is planned, which may be about to start on the page that would go.
         with self.store.planning, self._lock:
-            page = None if self.promises.resting else self.store.spare(self)
+            page = None if self.promises.resting or self._closing else self.store.spare(self)
             if page is None:
                 return False
             self.store.filling += 1

@@ -113,9 +113,10 @@ class Tiers:
         self._thread = threading.Thread(target=self._run, name="xllm-tiers", daemon=True)
         self._thread.start()
 
-    def close(self) -> bool:
-        """End the thread after the page it is at, and give memory back. What was not copied yet is not kept. False: the
-        thread is stuck, and may yet use memory of the pool."""
+    def close(self) -> None:
+        """End the thread after the page it is at, and give memory back. What was not copied yet is not kept. A thread
+        that is stuck is left behind, with the memory of the tiers: of the pool it has nothing then, nor will it get any
+        once that is closed."""
         with self._work:
             self._closing = True
             self._work.notify()
@@ -123,10 +124,9 @@ class Tiers:
             self._thread.join(STUCK_SECONDS)
             if self._thread.is_alive():
                 log.warning("the thread of the KV tiers is stuck, its memory stays until the process ends")
-                return False
+                return
         for store in self._stores:
             store.close()
-        return True
 
     def work(self) -> bool:
         """A load or a copy, whichever is next. False: there is none."""
