@@ -157,7 +157,8 @@ class PageStore:
     def tell(self, pool: Holder) -> None:
         """The pool needs less than it did, or claims all: say so to those who may wait for it. No lock of a pool or an
         engine is held."""
-        self.changes += 1
+        with self.lock:
+            self.changes += 1
         for other in self._pools:
             if other is not pool and other.on_room is not None:
                 other.on_room()
