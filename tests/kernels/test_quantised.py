@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.kernels.oracle import KernelRun, aligned, kind_of, pack, relative_error, unpacked, unpacked_and_scales
+from tests.kernels.oracle import KernelRun, aligned, batch, kind_of, pack, relative_error, unpacked, unpacked_and_scales
 from xllm.kernels import cpu
 
 STORAGES = ("int8.32", "int8.128", "int8.row", "int4.32", "int4.64", "int4.row")
-ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 97, 130)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 97, 130)
 # Activations of int8 weights have 16 bits, those of int4 have 8.
 LIMIT = {8: 1e-4, 4: 1e-2}
 
@@ -91,6 +91,17 @@ def test_bits_do_not_depend_on_rows_or_threads(run, rng, storage):
         assert np.array_equal(linear(run, np.ascontiguousarray(x[-rows:]), packed, None, n, storage), whole[-rows:])
     with cpu.Runner(1, run.runner.level) as alone:
         assert np.array_equal(linear(KernelRun(alone), x, packed, None, n, storage), whole)
+
+
+@pytest.mark.parametrize("storage", ["int8.32", "int4.32"])
+def test_a_step_without_rows_writes_nothing(run, storage):
+    """The head of a step in which nobody's next token is due."""
+    kind, out, scratch = kind_of(storage), np.full((1, 16), 7, np.float32), aligned(kind_of(storage).row_bytes(32))
+    args = {"x": np.ones((1, 32), np.float32), "weight": pack(np.ones((16, 32), np.float32), storage)}
+    args |= {"bias": None, "out": out, "scratch_rows": scratch}
+    ints = {"k": 32, "n": 16, "group": kind.group}
+    run(f"linear.i{kind.bits}", args, ints, step=batch([5], last=[]), which=cpu.LOGIT_ROWS)
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("storage", ["int8.32", "int4.32"])

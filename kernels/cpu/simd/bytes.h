@@ -28,30 +28,26 @@ struct Int8Bytes {
 #endif
 
   // Values, then for every stretch what a step is worth, and the sum of its values times -128 (int32).
-  static const float *factors(const uint8_t *row, int64_t padded, int64_t at) {
-    return (const float *)(row + padded * (int64_t)sizeof(Value)) + at / kStretch4 * 2;
-  }
+  static constexpr int kFactors = 2;
   XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return sum * set1(factors[0]); }
   static int64_t row_bytes(int64_t padded) { return (padded * (int64_t)sizeof(Value) + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, bool, uint8_t *to) {
-    uint8_t *factors = to + padded * (int64_t)sizeof(Value);
-    for (int64_t j = 0; j < padded; j += kStretch4, factors += 8) {
-      float step;
-      const int32_t start = -128 * quantise_stretch(x + j, k - j, (Value *)to + j, step);
-      memcpy(factors, &step, 4);
-      memcpy(factors + 4, &start, 4);
+  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+    float *factors = to.factors;
+    for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) {
+      const int32_t start = -128 * quantise_stretch<Value>(x, k, j, to, factors[0]);
+      memcpy(factors + 1, &start, 4);
     }
   }
 
-  template <bool Once, int R, int P>
-  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
 #if defined(__AVX512VNNI__)
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const vi start = broadcast32(factors(x[r], s.k, s.at) + 1);
+      const vi start = broadcast32(x.factors(r, s.at / kStretch4) + 1);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) sum[r][p][0] = start;
     }
@@ -61,17 +57,17 @@ struct Int8Bytes {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
-        if (Once) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+        if (Fetch) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const vb four = (vb)broadcast32(x[r] + s.at + k);
+        const vb four = (vb)broadcast32(x.word(r, s.at + k));
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) sum[r][p][0] = add_bytes(sum[r][p][0], line[p], four);
       }
     }
 #else
-    Int8::sum_pairs<Once, R, P>(s, x, sum);
+    Int8::sum_pairs<Fetch, R, P>(s, x, sum);
 #endif
     add_stretch<Int8Bytes, R, P>(s, x, sum, c);
   }

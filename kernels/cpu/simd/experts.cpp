@@ -85,12 +85,13 @@ struct Ints {
   }
   static void product(const Call &c, const Step &s, int, int x, const int32_t *pick, int64_t first, int64_t rows, const uint8_t *w, int64_t k,
                       int64_t panels, float *sums) {
-    const int64_t group = group_of(c, Moe), padded = padded_inputs(k, group);
-    int_product<Type>({{c.arg<const uint8_t>(x, s), Type::row_bytes(padded), padded}, first, w, panel_bytes(c, k), group, sums, 16, rows * 16, pick},
-                      rows, panels);
+    const int64_t group = group_of(c, Moe), padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
+    const Tiles tiles = tiles_of(rows);
+    int_product<Type, false>({{c.arg<const uint8_t>(x, s) + first * bytes, bytes, padded}, w, panel_bytes(c, k), group, sums, 16, rows * 16, pick},
+                             tiles, 0, tiles.count, panels);
   }
-  static void quantise(const Call &c, const Step &s, int x, int to, int64_t k, Rows rows) {
-    quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), false, c.arg<uint8_t>(to, s), rows);
+  static void quantise(const Call &c, const Step &s, int x, int to, int64_t k, int64_t all, Rows rows) {
+    quantise_rows<Type>(c.arg<const float>(x, s), k, group_of(c, Moe), rows_apart(all), c.arg<uint8_t>(to, s), rows);
   }
 };
 
@@ -258,7 +259,7 @@ int64_t quantise_units(const Call &c, const Step &s) {
 template <class Weights, bool Hidden>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[Hidden ? kInner : kWidth], rows = Hidden ? hidden_pairs(c, s) : c.rows(s);
-  if constexpr (Weights::kQuantised) Weights::quantise(c, s, Hidden ? kHidden : kX, Hidden ? kHiddenRows : kRows, k, rows_of(unit, rows, k));
+  if constexpr (Weights::kQuantised) Weights::quantise(c, s, Hidden ? kHidden : kX, Hidden ? kHiddenRows : kRows, k, rows, rows_of(unit, rows, k));
 }
 
 template <class Weights>

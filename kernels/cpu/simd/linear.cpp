@@ -31,10 +31,10 @@ int64_t panels_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) 
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
-Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most = kPanelGroup, int64_t together = 1) {
-  const int64_t all = c.rows(s), blocks = row_blocks(all), each = panels_of_unit(c, all, most), groups = (panels_of(c) + each - 1) / each;
-  const int64_t lots = (all + together - 1) / together, block = unit % blocks, first = unit / blocks % groups * each;  // lots of rows
-  const int64_t row = lots * block / blocks * together, end = min(all, lots * (block + 1) / blocks * together);
+Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most, const Tiles &tiles) {
+  const int64_t blocks = row_blocks(c.rows(s)), each = panels_of_unit(c, c.rows(s), most), groups = (panels_of(c) + each - 1) / each;
+  const int64_t block = unit % blocks, first = unit / blocks % groups * each;
+  const int64_t row = tiles.row(tiles.count * block / blocks), end = tiles.row(tiles.count * (block + 1) / blocks);
   return {row, end - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
 }
 
@@ -62,7 +62,7 @@ int64_t units(const Call &c, const Step &s) {
 template <class Panel, bool Heads>
 void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN], panel_bytes = k * Panel::bytes, heads = Heads ? c.ints[kHeads] : 1;
-  const auto [row, rows, first, panels, head] = cut_of(c, s, unit);
+  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, kPanelGroup, rows_apart(c.rows(s)));
   const float *x = c.arg<const float>(kX, s) + (row * heads + head) * k;
   const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + (head * panels_of(c) + first) * panel_bytes;
   float *sums = ((Sums *)memory)->sums;
@@ -125,7 +125,7 @@ const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check_tiles
 // A product that converts the rows of a unit.
 void run_rounded(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN];
-  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, kPanelsOfRounded);
+  const auto [row, rows, first, panels, head] = cut_of(c, s, unit, kPanelsOfRounded, rows_apart(c.rows(s)));
   RoundedMemory *scratch = (RoundedMemory *)memory;
   rounded_product(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
   put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n);
@@ -149,34 +149,41 @@ struct IntScratch : Sums {
   TileMemory tiles;
 };
 
+// Units of whole tiles: two threads do not write to one line.
 constexpr int64_t kQuantiseWork = 4;  // of an element, beside that of other kernels on rows
-int64_t quantise_units(const Call &c, const Step &s) { return row_units(c.rows(s), kQuantiseWork * c.ints[kK]); }
+Tiles woven(const Call &c, const Step &s) { return tiled(c, s) ? rows_apart(c.rows(s)) : tiles_of(c.rows(s)); }
+int64_t quantise_work(const Call &c, const Tiles &tiles) { return kQuantiseWork * c.ints[kK] * (tiles.height ? tiles.height : kTileRows); }
+int64_t quantise_units(const Call &c, const Step &s) { return row_units(woven(c, s).count, quantise_work(c, woven(c, s))); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
-  const int64_t k = c.ints[kK];
-  const Rows rows = rows_of(unit, c.rows(s), kQuantiseWork * k);
-  quantise_rows<Type>(c.arg<const float>(kX, s), k, c.ints[kGroup], tiled(c, s), c.arg<uint8_t>(kScratchRows, s), rows);
+  const int64_t k = c.ints[kK], group = c.ints[kGroup];
+  const Tiles tiles = woven(c, s);
+  const Rows some = rows_of(unit, tiles.count, quantise_work(c, tiles)), rows = {tiles.row(some.begin), tiles.row(some.end)};
+  const float *x = c.arg<const float>(kX, s);
+  uint8_t *to = c.arg<uint8_t>(kScratchRows, s);
+  if (tiled(c, s)) tile_quantise<Type>(x, k, group, to, rows);
+  else quantise_rows<Type>(x, k, group, tiles, to, rows);
 }
 
 template <class Type>
 void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN], group = c.ints[kGroup], padded = padded_inputs(k, group);
-  const Cut cut = cut_of(c, s, unit, kPanelGroup, tiled(c, s) ? kTileHeight : 1);
-  const QuantisedRows x = {c.arg<const uint8_t>(kScratchRows, s), Type::row_bytes(padded), padded};
-  const int64_t panel_bytes = int_panel_bytes<Type>(padded, group);
+  const Tiles tiles = tiled(c, s) ? Tiles{c.rows(s), (c.rows(s) + kTileHeight - 1) / kTileHeight, kTileHeight} : tiles_of(c.rows(s));
+  const Cut cut = cut_of(c, s, unit, kPanelGroup, tiles);
+  const int64_t row_bytes = Type::row_bytes(padded), panel_bytes = int_panel_bytes<Type>(padded, group);
   IntScratch *scratch = (IntScratch *)memory;
   const float *bias = c.arg<const float>(kBias, s);
   float *out = c.arg<float>(kOut, s) + cut.row * n;
-  IntProduct product = {
-      x, cut.row, c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16, cut.rows * 16};
+  IntProduct product = {{c.arg<const uint8_t>(kScratchRows, s) + cut.row * row_bytes, row_bytes, padded},
+                        c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16, cut.rows * 16};
   if (tiled(c, s)) {
     tile_product<Type>(product, cut.rows, cut.panels, scratch->tiles);
-  } else if (!bias && (cut.first + cut.panels) * 16 <= n) {  // vectors end where the results are wanted
-    product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
-    return int_product<Type>(product, cut.rows, cut.panels);
   } else {
-    int_product<Type>(product, cut.rows, cut.panels);
+    const bool direct = !bias && (cut.first + cut.panels) * 16 <= n;  // vectors end where the results are wanted
+    if (direct) product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
+    int_product<Type, true>(product, tiles, tiles.of(cut.row), tiles.of(cut.row + cut.rows - 1) + 1, cut.panels);
+    if (direct) return;
   }
   put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, bias, out);
 }

@@ -8,6 +8,10 @@
 //   int8: [two inputs][16 outputs][2] bytes.
 //   int4: [eight inputs][two halves of 8 outputs][8][4] bytes: low nibbles are the first four inputs, high nibbles the others, plus 8.
 // Inputs past k are zero.
+//
+// Rows of a product are cut into tiles. Those of a tile lie woven: words (four bytes, so two int16 or four int8 inputs) of all its rows
+// beside each other, then their factors so. That is one stream to read, and few rows are as fast as memory only with few streams: beside
+// six rows apart, a core read 18 GB/s of weights, beside six woven 28. Where a product gathers its rows, each is a tile of its own.
 #pragma once
 #include "panel.h"
 #include "steps.h"
@@ -18,6 +22,15 @@ constexpr int64_t kScaleBytes = 32;  // of one panel's scales
 constexpr int64_t kStretch4 = 32;    // inputs of a stretch of int8 activations
 constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 128 * 32767 stays below 2^31
 
+// Of `rows` rows: of this height but for the last, or (0) of nearly equal height.
+struct Tiles {
+  int64_t rows, count, height = 0;
+  int64_t row(int64_t tile) const { return height ? min(rows, tile * height) : rows * tile / count; }
+  int64_t of(int64_t row) const { return height ? row / height : ((row + 1) * count - 1) / rows; }
+};
+static inline Tiles tiles_of(int64_t rows) { return {rows, rows <= kFewRows ? rows > 0 : (rows + kTileRows - 1) / kTileRows}; }
+static inline Tiles rows_apart(int64_t rows) { return {rows, rows, 1}; }
+
 struct QuantisedRows {
   const uint8_t *base;
   int64_t stride, k;  // bytes of a row; padded inputs
@@ -26,7 +39,6 @@ struct QuantisedRows {
 
 struct IntProduct {
   QuantisedRows x;
-  int64_t row;           // first row of x
   const uint8_t *w;      // first panel
   int64_t w_stride;      // bytes between panels
   int64_t group;         // inputs under one scale, 0 for all
@@ -34,13 +46,46 @@ struct IntProduct {
   int64_t c_row, c_stride;
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
 
-  inline __attribute__((always_inline)) const uint8_t *x_row(int64_t r) const { return x.row(pick ? pick[r] : row + r); }
+  inline __attribute__((always_inline)) const uint8_t *x_row(int64_t r) const { return x.row(pick ? pick[r] : r); }
 };
 
-// Weights of a stretch, for P panels: inputs from `at` on, of k.
+// The rows of a tile, as a product reads them: woven, or apart.
+template <class Type, int R, bool Woven>
+struct Taken {
+  const uint8_t *row[Woven ? 1 : R];
+  int64_t k;
+  Taken(const IntProduct &t, int64_t first) : k(t.x.k) {
+    for (int r = 0; r < (Woven ? 1 : R); r++) row[r] = t.x_row(first + r);
+  }
+  // The word that begins with input `at`.
+  inline __attribute__((always_inline)) const uint8_t *word(int r, int64_t at) const {
+    const int64_t byte = at * (int64_t)sizeof(typename Type::Value);
+    return Woven ? row[0] + byte * R + 4 * r : row[r] + byte;
+  }
+  inline __attribute__((always_inline)) const float *factors(int r, int64_t stretch) const {
+    const int64_t values = k * (int64_t)sizeof(typename Type::Value);
+    return Woven ? (const float *)(row[0] + values * R) + (stretch * R + r) * Type::kFactors
+                 : (const float *)(row[r] + values) + stretch * Type::kFactors;
+  }
+};
+
+// Where a row goes.
+struct Place {
+  uint8_t *words;
+  int64_t apart;  // bytes between two words
+  float *factors;
+  int64_t next;  // floats between the factors of two stretches
+};
+template <class Type>
+static Place place_of(uint8_t *tile, int64_t padded, int64_t height, int64_t row) {
+  float *factors = (float *)(tile + height * padded * (int64_t)sizeof(typename Type::Value));
+  return {tile + 4 * row, 4 * height, factors + row * Type::kFactors, height * Type::kFactors};
+}
+
+// Weights of a stretch, for P panels: inputs from `at` on.
 struct Stretch {
   const uint8_t *w, *scales;
-  int64_t w_stride, k, at, inputs;
+  int64_t w_stride, at, inputs;
 };
 
 typedef int32_t Wide __attribute__((vector_size(64), aligned(4), may_alias));
@@ -49,6 +94,15 @@ XK_INLINE void narrow(Wide values, To *to) {
   typedef To Narrow __attribute__((vector_size(16 * sizeof(To)), aligned(sizeof(To)), may_alias));
   *(Narrow *)to = __builtin_convertvector(values, Narrow);
 }
+// Sixteen inputs from `at` on.
+template <class Value>
+XK_INLINE void put(Wide values, const Place &to, int64_t at) {
+  uint8_t *words = to.words + at * (int64_t)sizeof(Value) / 4 * to.apart;
+  if (to.apart == 4) return narrow<Value>(values, (Value *)words);
+  Value narrowed[16];
+  narrow<Value>(values, narrowed);
+  for (int i = 0; i < 4 * (int)sizeof(Value); i++) memcpy(words + i * to.apart, (const uint8_t *)narrowed + 4 * i, 4);
+}
 
 struct Int8 {
   static constexpr int64_t bits = 8;
@@ -56,18 +110,28 @@ struct Int8 {
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
 
-  // int16 values, then the scale. Planes: all low bytes, then all high ones.
+  // int16 values, then the scale of the row.
+  typedef int16_t Value;
+  static constexpr int kFactors = 1;
   static int64_t row_bytes(int64_t padded) { return (2 * padded + 4 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, bool planes, uint8_t *to) {
+  static float row_scale(const uint8_t *row, int64_t padded) { return *(const float *)(row + 2 * padded); }
+  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+    *to.factors = whole_row(x, k, padded, [&](Wide values, int64_t at) { put<Value>(values, to, at); });
+  }
+  static void quantise_planes(const float *x, int64_t k, int64_t padded, uint8_t *to) {  // all low bytes, then all high ones
+    *(float *)(to + 2 * padded) = whole_row(x, k, padded, [&](Wide values, int64_t at) {
+      narrow<uint8_t>(values, to + at), narrow<uint8_t>(values >> 8, to + padded + at);
+    });
+  }
+  template <class Put>
+  XK_INLINE float whole_row(const float *x, int64_t k, int64_t padded, Put put16) {
     const Span span = span_of(x, k, 32767.0f);
     for (int64_t j = 0; j < padded; j += 16) {
       int32_t whole[16];
       whole_steps(j < k && span.finite ? load_some(x + j, k - j) : zero(), span.steps, whole);
-      const Wide values = *(const Wide *)whole;
-      if (planes) narrow<uint8_t>(values, to + j), narrow<uint8_t>(values >> 8, to + padded + j);
-      else narrow<int16_t>(values, (int16_t *)to + j);
+      put16(*(const Wide *)whole, j);
     }
-    *(float *)(to + 2 * padded) = span.step;
+    return span.step;
   }
 
   XK_INLINE vs weights_at(const uint8_t *p, [[maybe_unused]] int i) {
@@ -82,39 +146,35 @@ struct Int8 {
 #endif
   }
 
-  static float row_scale(const uint8_t *row, int64_t padded) { return *(const float *)(row + 2 * padded); }
-
-  // Sums of a stretch of int16 activations. Once: the panels come from memory.
-  template <bool Once, int R, int P>
-  XK_INLINE void sum_pairs(const Stretch &s, const uint8_t *const *x, vi sum[R][P][kParts]) {
-    const uint8_t *w = s.w, *from[R];
+  // Sums of a stretch of int16 activations. Fetch: the panels that come next are fetched by hand.
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void sum_pairs(const Stretch &s, const X &x, vi sum[R][P][kParts]) {
+    const uint8_t *w = s.w;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      from[r] = x[r] + 2 * s.at;
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vi){};
-    }
     for (int64_t k = 0; k < s.inputs; k += 2, w += 32) {
       asm volatile("" ::: "memory");  // read again, rather than keep weights on the stack
       vs line[P][kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (Once && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+        if (Fetch && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const vs pair = (vs)broadcast32(from[r] + 2 * k);
+        const vs pair = (vs)broadcast32(x.word(r, s.at + k));
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_pairs(sum[r][p][i], pair, line[p][i]);
       }
     }
   }
 
-  template <bool Once, int R, int P>
-  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
-    sum_pairs<Once, R, P>(s, x, sum);
+    sum_pairs<Fetch, R, P>(s, x, sum);
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       const f32x16 scale = load_f16(s.scales + p * s.w_stride);
@@ -124,28 +184,28 @@ struct Int8 {
   }
 };
 
-// One stretch of a row as int8 (or as int16 of the same values): returns their sum. `some` inputs are left of the row.
-template <class To>
-static int32_t quantise_stretch(const float *x, int64_t some, To *to, float &step) {
-  some = max(0, min(kStretch4, some));
-  const Span span = span_of(x, some, 127.0f);
+// The stretch of a row that begins at input `at`, as int8 (or as int16 of the same values); returns their sum.
+template <class Value>
+static int32_t quantise_stretch(const float *x, int64_t k, int64_t at, const Place &to, float &step) {
+  const int64_t some = max(0, min(kStretch4, k - at));
+  const Span span = span_of(x + at, some, 127.0f);
   int32_t whole[kStretch4], sum = 0;
-  for (int64_t h = 0; h < kStretch4; h += 16) whole_steps(h < some && span.finite ? load_some(x + h, some - h) : zero(), span.steps, whole + h);
-  for (int64_t h = 0; h < kStretch4; h += 16) narrow<To>(*(const Wide *)(whole + h), to + h);
+  for (int64_t h = 0; h < kStretch4; h += 16) whole_steps(h < some && span.finite ? load_some(x + at + h, some - h) : zero(), span.steps, whole + h);
+  for (int64_t h = 0; h < kStretch4; h += 16) put<Value>(*(const Wide *)(whole + h), to, at + h);
   for (int64_t i = 0; i < kStretch4; i++) sum += whole[i];
   step = span.step;
   return sum;
 }
 
 // Sums of a stretch of int8 activations, scaled, to those of the stretches before.
-template <class Type, int R, int P>
-XK_INLINE void add_stretch(const Stretch &s, const uint8_t *const *x, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
+template <class Type, int R, int P, class X>
+XK_INLINE void add_stretch(const Stretch &s, const X &x, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
 #pragma GCC unroll 4
   for (int p = 0; p < P; p++) {
     const f32x16 scale = load_f16(s.scales + p * s.w_stride);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-      c[r][p] = fma(Type::scaled(to_float(sum[r][p]), Type::factors(x[r], s.k, s.at)), scale, c[r][p]);
+      c[r][p] = fma(Type::scaled(to_float(sum[r][p]), x.factors(r, s.at / kStretch4)), scale, c[r][p]);
   }
 }
 
@@ -156,19 +216,20 @@ struct Int4 {
   static int64_t stretch(int64_t) { return kStretch4; }
 
   // int8 values, then for every stretch what a step is worth, and that times 8 and the sum of the values.
-  static const float *factors(const uint8_t *row, int64_t padded, int64_t at) { return (const float *)(row + padded) + at / kStretch4 * 2; }
+  typedef int8_t Value;
+  static constexpr int kFactors = 2;
   XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return fma(sum, set1(factors[0]), set1(factors[1])); }
   static int64_t row_bytes(int64_t padded) { return (padded + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, bool, uint8_t *to) {
-    float *factors = (float *)(to + padded);
-    for (int64_t j = 0; j < padded; j += kStretch4, factors += 2) {
-      const int32_t sum = quantise_stretch(x + j, k - j, (int8_t *)to + j, factors[0]);
+  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+    float *factors = to.factors;
+    for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) {
+      const int32_t sum = quantise_stretch<Value>(x, k, j, to, factors[0]);
       factors[1] = -8.0f * (float)sum * factors[0];
     }
   }
 
-  template <bool Once, int R, int P>
-  XK_INLINE void add(const Stretch &s, const uint8_t *const *x, f32x16 (*c)[P]) {
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
     ByteSums sum[R][P][kParts];
     const uint8_t *w = s.w;
 #pragma GCC unroll 16
@@ -187,11 +248,11 @@ struct Int4 {
             const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
             line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
           }
-          if (Once && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+          if (Fetch && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-          const vb four = (vb)broadcast32(x[r] + s.at + k + 4 * j);
+          const vb four = (vb)broadcast32(x.word(r, s.at + k + 4 * j));
 #pragma GCC unroll 4
           for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][i], four);
         }
@@ -224,29 +285,27 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
 }
 
 // All inputs of the P panels at w, for rows row..row+R-1; their sums, times the scales of the rows, go to `to`.
-template <class Type, bool Once, int R, int P>
+template <class Type, bool Woven, bool Fetch, int R, int P>
 static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t row) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
-  const uint8_t *x[R];
+  const Taken<Type, R, Woven> x(t, row);
   f32x16 c[R][P];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    x[r] = t.x_row(row + r);
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) c[r][p] = zero();
-  }
-  Stretch s = {w, w, t.w_stride, t.x.k, 0, 0};
+  Stretch s = {w, w, t.w_stride, 0, 0};
   for (int64_t left = 0; s.at < t.x.k; left -= s.inputs) {
     if (!left) left = group, s.scales = s.w, s.w += kScaleBytes;
     s.inputs = min(stretch, left);
-    Type::template add<Once, R, P>(s, x, c);
+    Type::template add<Fetch, R, P>(s, x, c);
     s.at += s.inputs, s.w += weight_bytes<Type>(s.inputs);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
-      if constexpr (Type::kRowScale) c[r][p] = c[r][p] * set1(Type::row_scale(x[r], t.x.k));
+      if constexpr (Type::kRowScale) c[r][p] = c[r][p] * set1(*x.factors(r, 0));
       store(to + (row + r) * t.c_row + p * t.c_stride, c[r][p]);
     }
 }
@@ -257,40 +316,45 @@ constexpr int int_panels(int rows, bool once) {
   return kAccumulators >= 24 ? (once || rows <= 4 ? tile_panels(rows) : 2) : rows == 1 && kAccumulators >= 4 ? 2 : 1;
 }
 
-template <class Type, bool Once, int R = (Once ? kFewRows : kTileRows)>
+template <class Type, bool Woven, bool Once, int R = (Once ? kFewRows : kTileRows)>
 static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, int64_t panels) {
   if (rows == R) {
     constexpr int wide = int_panels(R, Once);
     const uint8_t *w = t.w + first * t.w_stride;
     float *to = t.c + first * t.c_stride;
     const auto step = [&](int count) { w += count * t.w_stride, to += count * t.c_stride, panels -= count; };
-    for (; panels >= wide; step(wide)) int_rows<Type, Once, R, wide>(t, w, to, row);
-    if (wide > 2 && panels >= 2) int_rows<Type, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
-    for (; panels > 0; step(1)) int_rows<Type, Once, R, 1>(t, w, to, row);
+    if (Once && R * t.x.stride <= min(t.w_stride, stream_rows(R)))
+      for (; panels > 0; step(1)) int_rows<Type, Woven, false, R, 1>(t, w, to, row);
+    for (; panels >= wide; step(wide)) int_rows<Type, Woven, Once, R, wide>(t, w, to, row);
+    if (wide > 2 && panels >= 2) int_rows<Type, Woven, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
+    for (; panels > 0; step(1)) int_rows<Type, Woven, Once, R, 1>(t, w, to, row);
   } else if constexpr (R > 1) {
-    int_tile<Type, Once, R - 1>(t, first, row, rows, panels);
+    int_tile<Type, Woven, Once, R - 1>(t, first, row, rows, panels);
   }
 }
 
-// `rows` rows times `panels` panels. One tile of rows reads every panel once, from end to end; many pass a few panels at a time,
-// which stay in L2, as do the rows.
-template <class Type>
-static void int_product(const IntProduct &t, int64_t rows, int64_t panels) {
-  if (rows <= kFewRows) return int_tile<Type, true>(t, 0, 0, (int)rows, panels);
-  const int64_t all = (rows + kTileRows - 1) / kTileRows, block = int_panels((int)((rows + all - 1) / all), false);
+// Tiles begin..end-1 times `panels` panels. One tile of few rows reads every panel once, from end to end; many pass a few panels at a
+// time, which stay in L2, as do the rows.
+template <class Type, bool Woven>
+static void int_product(const IntProduct &t, const Tiles &tiles, int64_t begin, int64_t end, int64_t panels) {
+  const int64_t first = tiles.row(begin), rows = tiles.row(end) - first, count = end - begin;
+  if (tiles.rows <= kFewRows) return int_tile<Type, Woven, true>(t, 0, 0, (int)rows, panels);
+  const int64_t block = int_panels((int)((rows + count - 1) / count), false);
   for (int64_t p = 0; p < panels; p += block)
-    for (int64_t row = 0; row < rows;) {
-      const int64_t left = rows - row, tiles = (left + kTileRows - 1) / kTileRows, height = (left + tiles - 1) / tiles;
-      int_tile<Type, false>(t, p, row, (int)height, min(block, panels - p));
-      row += height;
+    for (int64_t tile = begin; tile < end; tile++) {
+      const int64_t row = tiles.row(tile);
+      int_tile<Type, Woven, false>(t, p, row - first, (int)(tiles.row(tile + 1) - row), min(block, panels - p));
     }
 }
 
-// Of all the rows of a call, units of whole rows at a time.
+// Rows begin..end-1 of all those of a call, in tiles.
 template <class Type>
-static void quantise_rows(const float *x, int64_t k, int64_t group, bool planes, uint8_t *to, Rows rows) {
+static void quantise_rows(const float *x, int64_t k, int64_t group, const Tiles &tiles, uint8_t *to, Rows rows) {
   const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
-  for (int64_t r = rows.begin; r < rows.end; r++) Type::quantise(x + r * k, k, padded, planes, to + r * bytes);
+  for (int64_t r = rows.begin; r < rows.end; r++) {
+    const int64_t tile = tiles.of(r), first = tiles.row(tile);
+    Type::quantise(x + r * k, k, padded, place_of<Type>(to + first * bytes, padded, tiles.row(tile + 1) - first, r - first));
+  }
 }
 
 // One output of a packed weight, at its k inputs: `panels` are the weight's, an output is lane `row % 16` of panel `row / 16`.

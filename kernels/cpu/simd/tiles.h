@@ -177,7 +177,17 @@ static const uint8_t *lay_out_panel(const uint8_t *w, int64_t group, int64_t beg
   return w;
 }
 
-// As int_product; rows of int8 products are in planes (Int8::quantise).
+// As quantise_rows: each row by itself, int16 in planes.
+template <class Type>
+static void tile_quantise(const float *x, int64_t k, int64_t group, uint8_t *to, Rows rows) {
+  const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
+  for (int64_t r = rows.begin; r < rows.end; r++) {
+    if constexpr (Type::kRowScale) Type::quantise_planes(x + r * k, k, padded, to + r * bytes);
+    else Type::quantise(x + r * k, k, padded, place_of<Type>(to + r * bytes, padded, 1, 0));
+  }
+}
+
+// As int_product, of rows that tile_quantise left.
 template <class Type>
 static void tile_product(const IntProduct &t, int64_t rows, int64_t panels, TileMemory &memory) {
   const int64_t group = t.group ? t.group : t.x.k, width = Type::stretch(group) % 64 || t.x.k % 64 ? 32 : 64;
@@ -208,6 +218,8 @@ static void tile_product(const IntProduct &t, int64_t rows, int64_t panels, Tile
 
 constexpr int64_t kTileLeast = INT64_MAX;
 struct TileMemory {};
+template <class Type>
+static void tile_quantise(const float *, int64_t, int64_t, uint8_t *, Rows) {}
 template <class Type>
 static void tile_product(const IntProduct &, int64_t, int64_t, TileMemory &) {}
 
