@@ -70,12 +70,14 @@ def test_an_engine_that_fails_leaves_what_it_had_to_a_search_that_waits(overlap,
     other.engine._run()
     for each in asked:
         assert (other.end(each.id).error or "").startswith("internal_error")
-    assert other.executor.closed
+    figures = other.engine.stats()
+    assert other.executor.closed and figures.running == figures.mapped_pages == figures.cached_pages == 0
     with pytest.raises(RequestRefused, match="engine_failed"):
         other.engine.submit(request("late", 5))
     searcher.finish()
     assert_as_alone(searcher, wide)
     assert searcher.engine.pool.promises.most == searcher.engine.pool.free_pages == 14
+    assert searcher.engine.budget.reach_pages is None, "all of it is its own"
     searcher.engine.pool.check()
     other.engine.stop()
     searcher.engine.pool.check()

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,6 +277,44 @@ def test_what_a_step_found_stays_until_it_has_started():
     assert read == list(range(64))
     pool.check()
     pool.close()
+
+
+def test_a_page_that_is_filled_while_its_pool_closes_is_lost_to_nobody(monkeypatch: pytest.MonkeyPatch):
+    plan, store = PoolPlan(KVSpec(4096), 4096, pages=4, span_pages=4, spans=2), PageStore(RealMemory(4096), 8)
+    pool, other = TieredPool(plan, store), TieredPool(plan, store)
+    closing, fill = threading.Thread(target=pool.close), store.memory.copy_in
+
+    def copy_in(page, pieces) -> None:
+        closing.start()
+        while not pool._closing:
+            time.sleep(0.001)
+        fill(page, pieces)
+
+    monkeypatch.setattr(store.memory, "copy_in", copy_in)
+    pool.put_page(0, chain_of(0, 16), [(0, memoryview(bytes(4096)))])
+    closing.join(60)
+    assert not pool.put_page(0, chain_of(0, 16), [(0, memoryview(bytes(4096)))]), "it is closed"
+    other.check()
+    assert len(store.free) == 8
+    other.close()
+
+
+def test_what_is_read_while_its_pool_closes_counts_for_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Its page may be another model's by then."""
+    plan, store = PoolPlan(KVSpec(4096), 4096, pages=4, span_pages=4, spans=2), PageStore(RealMemory(4096), 8)
+    pool, other = TieredPool(plan, store), TieredPool(plan, store)
+    (digest,) = chain = chain_of(0, 16)
+    assert pool.put_page(0, chain, [(0, memoryview(bytes(4096)))])
+    read, into = store.memory.copy_out, memoryview(bytearray(4096))
+    assert pool.read_group(digest, 0, into)
+
+    def copy_out(*arguments) -> None:
+        pool.close()
+        read(*arguments)
+
+    monkeypatch.setattr(store.memory, "copy_out", copy_out)
+    assert not pool.read_group(digest, 0, into)
+    other.close()
 
 
 def test_with_threads_it_is_the_same(tmp_path):

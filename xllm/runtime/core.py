@@ -133,6 +133,12 @@ class Core:
         for sequence in self.running[::-1]:
             self._preempt(sequence)
 
+    def forget_all(self) -> None:
+        """Those it had have been told that it failed."""
+        for line in (self.running, self.waiting, self.leaving):
+            line.clear()
+        self._taken = 0
+
     def take_weights(self, version: str) -> None:
         """The executor has other weights; nothing may run, and of those that wait nobody may have begun."""
         self.weights = version

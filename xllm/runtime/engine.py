@@ -144,7 +144,7 @@ class Engine(Ordered):
 
     def stop(self) -> None:
         """End every request (error shutting_down), the thread, the pool and the executor, as an engine that failed has
-        done by itself. Waits for launched steps. Calling it again does nothing."""
+        done by itself. Waits for launched steps. Calling it again does nothing; not for the sink to call."""
         with self._lock:
             self._refuse("shutting_down", "the engine is stopping")
             self._stopping = True
@@ -180,7 +180,8 @@ class Engine(Ordered):
         except Exception as error:  # the boundary: whatever it is, nobody may wait for ever
             log.exception("the engine failed")
             self._die(error)
-        self._close()
+        finally:
+            self._close()
 
     def _overlapped_turn(self, flight: Flight | None) -> Flight | None:
         launched = self._core.launch(self._next_step())
@@ -271,6 +272,7 @@ class Engine(Ordered):
             for sequence in left
             if sequence.finish is None
         ]
+        self._core.forget_all()
         try:
             self._sink(outputs)
         except Exception:
@@ -278,14 +280,22 @@ class Engine(Ordered):
 
     def _close(self) -> None:
         """Give back what the engine had, which other models may wait for, once nothing launched or loaded uses it."""
-        try:
-            self._core.executor.close()
-            if self._tiers is not None:
-                self._tiers.close()
-            self.pool.close()
-        except Exception:
-            log.exception("the engine could not give everything back; the rest stays until the process ends")
+        pool, tiers = self.pool, self._tiers
+        done = _done("executor", self._core.executor.close)
+        if tiers is not None:
+            _done("KV tiers", tiers.close)
+        _done("KV pool", pool.close if done else pool.abandon)
 
     def _refuse(self, code: str, message: str) -> None:
         if self._refusal is None or code == "engine_failed":
             self._refusal = RequestRefused(code, message)
+
+
+def _done(what: str, end: Callable[[], None]) -> bool:
+    """Whether something ended as it should. If not, the others are to end all the same."""
+    try:
+        end()
+    except Exception:
+        log.exception("the %s of an engine did not end as it should: what it has stays until the process ends", what)
+        return False
+    return True

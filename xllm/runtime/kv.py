@@ -156,25 +156,34 @@ class KvPool:
         self._thread = threading.Thread(target=self._premap_forever, name="xllm-premap", daemon=True)
         self._thread.start()
 
-    def stop_premapping(self) -> None:
-        """End the background thread, if there is one."""
+    def abandon(self) -> None:
+        """End the background thread and what others may wait for, but keep the pages: a step may still write to
+        them."""
         with self._lock:
             self._closing = True
             self._work.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self.store.unclaim(self)
 
     def close(self) -> None:
         """End the background thread and give all pages back. No launched step may be left. Calling it again does
         nothing."""
-        self.stop_premapping()
-        with self._lock:
-            if self.store.leave(self):
+        self.abandon()
+        try:
+            with self._lock:
+                self.store.filled.wait_for(lambda: not self.store.filling)
+                shared = self.store.leave(self)
                 try:
-                    self.spans.unmap_all()
+                    if shared:
+                        self.spans.unmap_all()
                 finally:  # whatever can be said of the spans of an engine that failed, others may have these now
-                    self.store.free += self.spans.pages
-        self.store.tell(self)
+                    self.store.free += self.spans.forget_all()
+                    self.promises.end_all()
+                if shared:
+                    self.store.rest()
+        finally:
+            self.store.tell(self)
 
     @property
     def idle_pages(self) -> int:

@@ -136,9 +136,10 @@ class Ordered:
         store, core = self.pool.store, self._core
         with store.planning:
             self._seen = store.changes
-            if store.shared:
-                room = self.pool.promises.total + max(0, self.pool.free_pages)
-                core.budget = replace(core.budget, reach_pages=min(self.pool.plan.pages, room))
+            room = self.pool.promises.total + max(0, self.pool.free_pages)
+            reach = min(self.pool.plan.pages, room) if store.shared else None
+            if reach != core.budget.reach_pages:
+                core.budget = replace(core.budget, reach_pages=reach)
             step = None if self._orders.holding else core.plan()
             if store.shared and core._policy.admission is zero_evict:
                 store.reserve(self.pool, peak_of(core.running, core.budget) if core.running else 0)

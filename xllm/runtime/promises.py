@@ -57,6 +57,10 @@ class Promises:
     def end(self, slot: int) -> None:
         self.total -= self._of.pop(slot, 0)
 
+    def end_all(self) -> None:
+        self._of.clear()
+        self.total = self._reserved = 0
+
     def hand_on(self, source: int, target: int) -> None:
         """What one slot was promised is another's from now on."""
         self._of[target] = self._of.pop(source, 0) + self.of(target)

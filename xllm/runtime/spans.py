@@ -9,6 +9,7 @@ next sequence of like length. A reused page still holds old bytes: nobody reads 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -148,10 +149,17 @@ class Spans:
                 self._free.append(page)
 
     def unmap_all(self) -> None:
-        """At the end: nothing is mapped any more, whose pages these were stays as it was."""
+        """Before `forget_all`, where the memory stays."""
         for span in self.all:
             if span.pages:
                 self.memory.unmap(span.base, len(span.pages))
+
+    def forget_all(self) -> set[int]:
+        """At the end: the pages that these were, wherever."""
+        pages = self.pages
+        self.owner, self.forked, self.idle_pages = {}, {}, 0
+        self.cache = PrefixIndex(self.plan.kv, self.plan.page_bytes, itertools.count())
+        return pages
 
     def share(self, slot: int, page: int) -> None:
         """A page that one span may have alone becomes one of several."""

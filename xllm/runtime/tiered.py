@@ -36,7 +36,7 @@ class TieredPool(KvPool):
             offset, part = self.pieces_of(index, group)
             self._memory.copy_out(place[0], offset, into[part])
         with self._lock:
-            return self._places(digest, group) == before
+            return not self._closing and self._places(digest, group) == before
 
     def put_page(self, index: int, chain: Sequence[bytes], pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Cache page `index` of a text, of which `chain` is known; `pieces` are its bytes, each behind its offset. True
@@ -56,7 +56,7 @@ class TieredPool(KvPool):
             raise
         with self._lock:
             self._filled()
-            if self.spans.cache_page(page, index, chain):
+            if not self._closing and self.spans.cache_page(page, index, chain):
                 self.spans.cache.hold(page)
                 self.spans.cache.drop(page)
             else:

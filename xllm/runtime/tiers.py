@@ -115,8 +115,8 @@ class Tiers:
 
     def close(self) -> None:
         """End the thread after the page it is at, and give memory back. What was not copied yet is not kept. A thread
-        that is stuck is left behind, with the memory of the tiers: of the pool it has nothing then, nor will it get any
-        once that is closed."""
+        that is stuck is left behind, with the memory of the tiers; a pool that is closed gives it nothing, and takes
+        nothing from it."""
         with self._work:
             self._closing = True
             self._work.notify()

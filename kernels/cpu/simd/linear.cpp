@@ -149,16 +149,16 @@ struct IntScratch : Sums {
   TileMemory tiles;
 };
 
-// Units of whole tiles: two threads do not write to one line.
+// How quantised rows lie: apart for the matrix unit, else woven. Units are whole tiles, so that two threads do not write to one line.
+Tiles layout(const Call &c, const Step &s) { return tiled(c, s) ? rows_apart(c.rows(s)) : tiles_of(c.rows(s)); }
 constexpr int64_t kQuantiseWork = 4;  // of an element, beside that of other kernels on rows
-Tiles woven(const Call &c, const Step &s) { return tiled(c, s) ? rows_apart(c.rows(s)) : tiles_of(c.rows(s)); }
 int64_t quantise_work(const Call &c, const Tiles &tiles) { return kQuantiseWork * c.ints[kK] * (tiles.height ? tiles.height : kTileRows); }
-int64_t quantise_units(const Call &c, const Step &s) { return row_units(woven(c, s).count, quantise_work(c, woven(c, s))); }
+int64_t quantise_units(const Call &c, const Step &s) { return row_units(layout(c, s).count, quantise_work(c, layout(c, s))); }
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK], group = c.ints[kGroup];
-  const Tiles tiles = woven(c, s);
+  const Tiles tiles = layout(c, s);
   const Rows some = rows_of(unit, tiles.count, quantise_work(c, tiles)), rows = {tiles.row(some.begin), tiles.row(some.end)};
   const float *x = c.arg<const float>(kX, s);
   uint8_t *to = c.arg<uint8_t>(kScratchRows, s);

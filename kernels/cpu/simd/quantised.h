@@ -11,7 +11,8 @@
 //
 // Rows of a product are cut into tiles. Those of a tile lie woven: words (four bytes, so two int16 or four int8 inputs) of all its rows
 // beside each other, then their factors so. That is one stream to read, and few rows are as fast as memory only with few streams: beside
-// six rows apart, a core read 18 GB/s of weights, beside six woven 28. Where a product gathers its rows, each is a tile of its own.
+// six rows apart, a core read 18 GB/s of weights, beside six woven 28. Rows of experts, which gather them, lie apart, each as a tile of
+// its own; so do many rows on a matrix unit (tiles.h).
 #pragma once
 #include "panel.h"
 #include "steps.h"
@@ -34,6 +35,7 @@ static inline Tiles rows_apart(int64_t rows) { return {rows, rows, 1}; }
 struct QuantisedRows {
   const uint8_t *base;
   int64_t stride, k;  // bytes of a row; padded inputs
+  // A row that lies apart, or the first one of a tile.
   const uint8_t *row(int64_t r) const { return base + r * stride; }
 };
 
@@ -51,10 +53,10 @@ struct IntProduct {
 
 // The rows of a tile, as a product reads them: woven, or apart.
 template <class Type, int R, bool Woven>
-struct Taken {
+struct TileRows {
   const uint8_t *row[Woven ? 1 : R];
   int64_t k;
-  Taken(const IntProduct &t, int64_t first) : k(t.x.k) {
+  TileRows(const IntProduct &t, int64_t first) : k(t.x.k) {
     for (int r = 0; r < (Woven ? 1 : R); r++) row[r] = t.x_row(first + r);
   }
   // The word that begins with input `at`.
@@ -288,7 +290,7 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
 template <class Type, bool Woven, bool Fetch, int R, int P>
 static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t row) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
-  const Taken<Type, R, Woven> x(t, row);
+  const TileRows<Type, R, Woven> x(t, row);
   f32x16 c[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -323,8 +325,9 @@ static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, 
     const uint8_t *w = t.w + first * t.w_stride;
     float *to = t.c + first * t.c_stride;
     const auto step = [&](int count) { w += count * t.w_stride, to += count * t.c_stride, panels -= count; };
-    if (Once && R * t.x.stride <= min(t.w_stride, stream_rows(R)))
-      for (; panels > 0; step(1)) int_rows<Type, Woven, false, R, 1>(t, w, to, row);
+    if constexpr (Once && stream_rows(R) > 0)
+      if (R * t.x.stride <= min(t.w_stride, stream_rows(R)))
+        for (; panels > 0; step(1)) int_rows<Type, Woven, false, R, 1>(t, w, to, row);
     for (; panels >= wide; step(wide)) int_rows<Type, Woven, Once, R, wide>(t, w, to, row);
     if (wide > 2 && panels >= 2) int_rows<Type, Woven, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
     for (; panels > 0; step(1)) int_rows<Type, Woven, Once, R, 1>(t, w, to, row);

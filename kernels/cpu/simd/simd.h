@@ -52,6 +52,7 @@ constexpr int kFetchInto = 3;  // L1
 // Bytes of few rows, no more than a panel has, beside which products of whole numbers read one panel after the other and fetch nothing
 // by hand. On Zen 4 a core's own prefetchers bring one stream at the speed of memory (30 of 31 GB/s), several, or what was asked for,
 // at less (20 to 24); but rows that do not stay in L1 beside the stream are read again for every panel, which more rows make up for.
+// The sizes are from measuring 1 to 8 rows of 1,024, 2,048 and 3,072 inputs both ways.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 constexpr int64_t stream_rows(int rows) { return rows > 4 ? 10752 : 9216; }
 #else
