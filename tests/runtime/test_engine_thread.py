@@ -102,4 +102,6 @@ def test_a_sink_that_raises_ends_the_engine_but_nobody_waits():
         engine.submit(request("b", 5))
     assert [(o.request_id, o.finish_reason) for o in calls[-1]] == [("a", "error")]
     engine.stop()
-    assert engine.executor.closed and not engine.pool.store.memory.mapped
+    executor, memory = engine.executor, engine.pool.store.memory
+    assert isinstance(executor, FakeExecutor) and isinstance(memory, FakeMemory)
+    assert executor.closed and not memory.mapped

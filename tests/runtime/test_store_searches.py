@@ -54,7 +54,7 @@ def test_a_claim_ends_with_its_search_or_a_pause(ends):
 
 @BOTH_LOOPS
 @pytest.mark.parametrize("scheduler", ["chunked", "zero-evict"])
-def test_an_engine_that_fails_leaves_what_it_had_to_a_search_that_waits(overlap, scheduler):
+def test_an_engine_that_fails_leaves_what_it_had_to_a_search_that_waits(overlap, scheduler, monkeypatch):
     """It dies with more than its share, a step launched; who waits gets that, and what it was kept besides."""
     searcher, other = two_rigs(14, async_scheduling=overlap, policy={"scheduler": scheduler})
     asked = [request(f"long{at}", 60, 58, ignore_eos=True) for at in range(4)]
@@ -66,7 +66,7 @@ def test_an_engine_that_fails_leaves_what_it_had_to_a_search_that_waits(overlap,
     searcher.engine.submit(wide)
     searcher.finish()
     assert searcher.engine._starved and other.engine.pool.promises.shut_out, "it has room as it is"
-    other.engine._turn = lambda _: 1 // 0
+    monkeypatch.setattr(other.engine, "_turn", lambda _: 1 // 0)
     other.engine._run()
     for each in asked:
         assert (other.end(each.id).error or "").startswith("internal_error")

@@ -164,8 +164,8 @@ class PageStore:
                 other.on_room()
 
     def rest(self) -> None:
-        """A pool began to rest, or left. When all do, the memory of all pages is the system's until one wakes; their bytes are
-        lost then. The lock is held. Raises MemoryFault."""
+        """A pool began to rest, or left. When all do, the memory of all pages is the system's until one wakes; their
+        bytes are lost then. The lock is held. Raises MemoryFault."""
         if not self._discarded and all(pool.promises.resting for pool in self._pools):
             self.memory.discard()
             self._discarded = True
