@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +99,21 @@ def following(
     cells: Mapping[Cell, Found], rounds: int, out: Collection[Cell] = (), left: float = math.inf
 ) -> Cell | None:
     """Of the cells that lack rounds, are not `out` and took no longer than the seconds `left`, the one tried least, the
-    first of several: every one has its turn before any has another. None when nothing is left to do."""
+    first of several: every one has its turn before any has another. Contenders of a workload take turns in another
+    order each round: some machines lend speed for a while, which whoever comes next pays back. None when nothing is
+    left to do."""
+    places = {place: at for at, place in enumerate(dict.fromkeys(cell[:2] for cell in cells))}
     lacking = [
         cell
         for cell, found in cells.items()
         if len(found.figures) < rounds and not found.given_up and cell not in out and found.seconds <= left
     ]
-    return min(lacking, key=lambda cell: len(cells[cell]), default=None)
+
+    def turn(cell: Cell) -> tuple[int, int, int]:
+        tried = len(cells[cell])
+        return tried, places[cell[:2]], zlib.crc32(f"{tried} {cell.contender}".encode())
+
+    return min(lacking, key=turn, default=None)
 
 
 def minutes_a_round(cells: Mapping[Cell, Found], out: Collection[Cell] = ()) -> dict[str, float]:

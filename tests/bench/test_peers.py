@@ -116,7 +116,21 @@ def test_every_cell_has_its_turn_before_any_has_another():
     while cell := following(cells, 3):
         turns.append(cell)
         cells[cell].extend(rates(9))
-    assert turns == [order[3], *order, *order]
+    assert turns[0] == order[3] and sorted(turns[1:5]) == sorted(turns[5:]) == sorted(order)
+    assert [cell.workload for cell in turns[1:]] == ["decode"] * 2 + ["batch-8"] * 2 + ["decode"] * 2 + ["batch-8"] * 2
+
+
+def test_contenders_take_turns_in_another_order_each_round():
+    cells = {Cell("decode", "int8", who): rates() for who in ("xllm exact", "xllm rounded", "peer")}
+    orders = []
+    for _ in range(5):
+        orders.append([])
+        for _ in cells:
+            cell = following(cells, 5)
+            assert cell is not None
+            orders[-1].append(cell.contender)
+            cells[cell].extend(rates(9))
+    assert len({tuple(order) for order in orders}) > 2 and len({order[0] for order in orders}) > 1
 
 
 def test_nothing_is_begun_that_took_longer_than_is_left():
