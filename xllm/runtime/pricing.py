@@ -70,15 +70,21 @@ class Prices:
             slots = max(1, min(slots, int(self.kv_tokens / (context + answer / 2))))
         turns = max(0, running + ahead.prompts - slots) * answer / slots
         least = max(1.0, ahead.tokens / self.step_tokens, ahead.prompts / slots, turns)
-        # Who runs ends meanwhile, half way through its answer; who starts decodes until its own ends.
-        begun = (ahead.prompts - 1) * (1 - 1 / least) * min(0.5, max(0.0, answer - 1) / least)
-        decoding = min(slots, running * min(1.0, answer / (2 * least)) + begun)
-        decodes, after = self._decodes(decoding, context + answer / 2)
-        most = self.beside_decodes if decoding >= 1 else self.step_tokens
         alone = 0.0 if running else min(ahead.tokens / ahead.prompts, ahead.tokens)  # until somebody decodes
-        count = max(least, alone / self.step_tokens + (ahead.tokens - alone) / most)
+        slow = max(least, alone / self.step_tokens + (ahead.tokens - alone) / self.beside_decodes)
+        decoding = self._decoding(ahead.prompts, running, slots, least, answer)
+        count = slow if decoding >= 1 else least
+        decoding = self._decoding(ahead.prompts, running, slots, count, answer)
+        decodes, after = self._decodes(decoding, context + answer / 2)
         each = self.cost.of([size / count + beside for size, beside in zip(ahead.sizes, decodes, strict=True)])
         return Steps(count, each, after if running else 0.0)
+
+    @staticmethod
+    def _decoding(prompts: int, running: int, slots: int, steps: float, answer: float) -> float:
+        """Sequences that decode in the mean of so many steps. Who runs ends meanwhile, half way through its answer; who
+        starts decodes until its own ends."""
+        begun = (prompts - 1) * (1 - 1 / steps) * min(0.5, max(0.0, answer - 1) / steps)
+        return min(slots, running * min(1.0, answer / (2 * steps)) + begun)
 
     def _decodes(self, rows: float, context: float) -> tuple[tuple[float, ...], float]:
         """What so many rows add to the sizes of a step, and seconds of a step of them alone."""

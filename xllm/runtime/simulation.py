@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -57,6 +58,14 @@ class Served:
         return self.ttft <= urgency.ttft and self.tpot <= urgency.tpot
 
 
+class Gate(Protocol):
+    """Who may come in, by the clock of the simulation."""
+
+    def admits(self, request: Request, now: float) -> bool: ...
+
+    def heard(self, outputs: Sequence[TokenOutput], now: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class Machine:
     """What is simulated. group_bytes: of 16 tokens' keys and values."""
@@ -69,10 +78,15 @@ class Machine:
 
 
 def simulate(
-    arrivals: Sequence[Arrival], machine: Machine, config: EngineConfig, until: float = float("inf")
+    arrivals: Sequence[Arrival],
+    machine: Machine,
+    config: EngineConfig,
+    until: float = float("inf"),
+    gate: Gate | None = None,
 ) -> tuple[list[Served], EngineStats]:
-    """Serves the arrivals, which are in order of time, with the overlapped loop; what is not done after `until`
-    seconds is left out. `config` says how; sizes of memory and limits come from the machine."""
+    """Serves the arrivals, which are in order of time, with the overlapped loop; what the gate does not admit and what
+    is not done after `until` seconds is left out. `config` says how; sizes of memory and limits come from the machine.
+    """
     config = replace(config, kv_bytes=machine.kv_bytes, page_bytes=machine.page_bytes)
     device = _Device(machine)
     kv, limits = device.kv, machine.limits
@@ -85,13 +99,18 @@ def simulate(
         if flight is None and core.idle:
             device.now = max(device.now, arrivals[due].at)
         while due < len(arrivals) and arrivals[due].at <= device.now:
-            core.add(_sequence(due, arrivals[due], machine, plan))
+            sequence = _sequence(due, arrivals[due], machine, plan)
+            if gate is None or gate.admits(sequence.request, device.now):
+                core.add(sequence)
             due += 1
         launched = core.launch(core.plan())
         core.commit(flight)
         flight = launched
-        for output in core.take_outputs():
+        outputs = core.take_outputs()
+        for output in outputs:
             _note(output, arrivals, firsts, served, device.now)
+        if gate is not None:
+            gate.heard(outputs, device.now)
         if device.now > until:
             break
     return served, core.stats()

@@ -1,4 +1,4 @@
-"""Decides who may join the queue: a request whose first token would come too late is told so at once, and when to come
+"""Decides who may join the queue: a request whose turn would come too late is told so at once, and when to come
 again, because one that waits for nothing makes those behind it late as well."""
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Backlog:
             self._ahead = self._ahead.plus(entry.work)
 
     def check(self, waited: float | None = None) -> None:
-        """Raises ApiError 429 when the first token of a request would come too late. waited: seconds that it has waited
+        """Raises ApiError 429 when the turn of a request would come too late. waited: seconds that it has waited
         for its preparation; without, others are prepared before it. That needs nothing of the request, so that a
         refusal costs next to nothing."""
         if self._max_wait is None:
@@ -108,7 +108,7 @@ class Backlog:
         over = min(math.ceil(wait - self._max_wait), LONGEST_HINT)
         ahead = f"{self.tokens} prompt tokens and {self._preparing} requests to prepare wait already"
         hint = Hint(ahead, "xllm serve --max-wait", "retry later, or raise the limit")
-        raise busy(f"the first token would take about {wait:.1f} s, the limit is {self._max_wait:g} s", hint, over)
+        raise busy(f"its turn would come in about {wait:.1f} s, the limit is {self._max_wait:g} s", hint, over)
 
     @contextmanager
     def preparing(self, workers: int) -> Iterator[Callable[[float], None]]:
@@ -135,13 +135,15 @@ class Backlog:
         if not started:
             return
         self._elapse()
-        before = self._predicted(self._ahead)
+        before, tokens = self._predicted(self._ahead), self._ahead.tokens
         for name, entry in started.items():
             del self._waiting[name]
             self._ahead = self._ahead.less(entry.work)
         fade = 0.5 ** (self._since / self._half_life)
         self._busy = self._busy * fade + self._since
-        self._done = self._done * fade + max(0.0, before - self._predicted(self._ahead))
+        # Their share of the whole, not what it is less by: of many, the last are said to take longer each than the
+        # first, and it is the first who start.
+        self._done = self._done * fade + before * (tokens - self._ahead.tokens) / tokens
         self._believed *= fade * 0.5 ** (len(started) / STARTS)
         self._since = 0.0
         self._running |= started
