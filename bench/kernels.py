@@ -79,6 +79,7 @@ STORAGE = {
     "linear.f32": "float32",
     "linear.i8": "int8.32",
     "linear_rounded.i8": "int8.32",
+    "linear_rounded_row.i8": "int8.row",
     "linear.i4": "int4.32",
 }
 

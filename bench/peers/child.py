@@ -1,7 +1,7 @@
 """One measurement as a process of its own: a job in, one line of JSON out. Runs in the environment of a peer, so it
 imports nothing of ours but the adapter, which is named on the command line.
 
-    build/peers/NAME/bin/python -m bench.peers.child ADAPTER JOB.json
+    build/peers/NAME/bin/python -m bench.peers.child ADAPTER JOB
 
 An adapter is a module with `open_peer(job)`, which gives an object with `run(prompts, output) -> arrivals`: for each
 prompt, the tokens and the times (time.perf_counter) at which they were there. Every peer is given all prompts at once,

@@ -18,7 +18,6 @@ from bench.checkpoints import SHAPES, write_checkpoint
 from bench.report import ROOT
 from xllm.artifact import digest
 from xllm.kernels import cpu
-from xllm.storage import ACTIVATIONS
 
 HOME = ROOT / "build" / "peers"
 TORCH = "torch>=2.11,<2.14"
@@ -59,9 +58,11 @@ class Contender:
         return str(self.home / "bin" / "python") if self.packages else sys.executable
 
 
-# Both ways to multiply run where there are two: rows of the type of the weights, as peers have them, or exact ones.
+# Each way to multiply runs: exact rows; rows of the type of the weights, as peers have them; and beside one scale for
+# an output, as those have whose int8 is by channel, one for a row.
+OURS = {"exact": "", "rounded": "--activations {0}", "row": "--group row --activations {0}"}
 XLLM = Contender(
-    "xllm", "xllm", {kind: ("exact", "rounded") if kind in ACTIVATIONS else ("exact",) for kind in WEIGHTS}, server=True
+    "xllm", "xllm", {"bfloat16": ("exact", "rounded"), "int8": tuple(OURS), "int4": ("exact",)}, server=True
 )
 CONTENDERS = (
     XLLM,
@@ -148,10 +149,9 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     if contender is XLLM:
         for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
-        rounds = ("--activations", weights) if kind == "rounded" else ()
         _run(
             contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", weights,
-            "--max-len", "8192", "--max-seqs", "32", "--quiet", *rounds,
+            "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].format(weights).split(),
         )  # fmt: skip
         return out
     if contender.adapter == "llamacpp":

@@ -17,8 +17,14 @@ def linear(run, x, packed, bias, n, storage):
     out, scratch = np.full((len(x), n), np.nan, np.float32), aligned(cpu.rows_bytes(k, storage, rounded=True) * len(x))
     args = {"x": x, "weight": packed, "bias": bias, "out": out, "scratch_rows": scratch}
     ints = {"k": k, "n": n, **({"group": kind.group} if kind else {})}
-    run(f"linear_rounded.{'i8' if kind else 'bf16'}", args, ints, rows=len(x))
+    run(kernel_of(storage), args, ints, rows=len(x))
     return out
+
+
+def kernel_of(storage):
+    """Beside one scale for an output, a row has one too."""
+    name = "linear_rounded_row" if storage.endswith("row") else "linear_rounded"
+    return f"{name}.{'i8' if cpu.quantised(storage) else 'bf16'}"
 
 
 def held(packed, weight, storage):
@@ -28,11 +34,11 @@ def held(packed, weight, storage):
 
 
 def as_rounded(x, storage):
-    """Rows as the kernel should take them: bf16, or steps of the greatest of every 32 inputs over 127."""
+    """Rows as the kernel should take them: bf16, or steps of the greatest over 127, of every 32 inputs or of a row."""
     if storage == "bfloat16":
         return bf16_round(x)
     k = x.shape[1]
-    groups = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, 32)
+    groups = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, -k // 32 * -32 if storage.endswith("row") else 32)
     most = np.abs(groups).max(-1, keepdims=True)
     steps = np.rint(groups * np.divide(127, most, where=most > 0, out=np.zeros_like(most)).astype(np.float32))
     return (steps * (most / np.float32(127))).reshape(len(x), -1)[:, :k]

@@ -18,14 +18,17 @@ from xllm.inspection import explain
 from xllm.pipeline import check_activations
 
 
-@pytest.mark.parametrize(("weights", "limit"), [("bfloat16", 2e-2), ("int8", 8e-2), ("int8.128", 8e-2)])
+@pytest.mark.parametrize(
+    ("weights", "limit"), [("bfloat16", 2e-2), ("int8", 8e-2), ("int8.128", 8e-2), ("int8.row", 0.12)]
+)
 def test_every_product_of_that_type_is_rounded(weights: str, limit: float, tmp_path: Path) -> None:
     kind = weights.partition(".")[0]
     options = CompileOptions(weights=weights, activations=kind, kv="bfloat16")
     checkpoint, path = build(tmp_path, FAMILIES["qwen3"], dtype="bfloat16", options=options)
     artifact = Artifact.open(path)
     kernels = Counter(call.kernel for call in artifact.plan.calls if call.op == "xllm.linear")
-    assert list(kernels) == [f"linear_rounded.{'bf16' if kind == 'bfloat16' else 'i8'}"]
+    name = "linear_rounded_row" if weights == "int8.row" else "linear_rounded"
+    assert list(kernels) == [f"{name}.{'bf16' if kind == 'bfloat16' else 'i8'}"]
     assert {call.kernel for call in artifact.plan.calls if call.op == "xllm.attention"} == {"attention_rounded.bf16"}
     assert artifact.manifest["activations"] == kind
     assert f"activations: {kind} in products with {kind} weights" in explain.text(explain.explain(artifact))

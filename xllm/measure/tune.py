@@ -213,6 +213,7 @@ def cases() -> Iterator[Case]:
         if (kind := dtype.partition(".")[0]) in ACTIVATIONS:
             yield linear(dtype, kind)
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
+    yield linear("int8.row", "int8")
     for dtype in KVS:
         yield attention(dtype)
         yield attention(dtype, "bfloat16")

@@ -1,5 +1,6 @@
-// Products of int8 weights with rows of int8, under a scale for every 32 inputs. The same exact sums at every level: fours of bytes
-// where the machine multiplies those, with weights made unsigned (+ 128) and a start that takes it back; pairs of int16 elsewhere.
+// Products of int8 weights with rows of int8, under a scale for every 32 inputs, or one for the row. The same exact sums at every
+// level: fours of bytes where the machine multiplies those, with weights made unsigned (+ 128) and a start that takes it back; pairs of
+// int16 elsewhere.
 #pragma once
 #include "quantised.h"
 
@@ -16,43 +17,37 @@ XK_INLINE __m512i lay_out_four(const uint8_t *w) {
 
 #endif
 
-struct Int8Bytes {
+// Steps of activations, and their sums with weights, under whatever scales. Beside the steps of a stretch lie two numbers: what a step
+// is worth, and the start (int32), the sum of its steps times -128.
+struct ByteRows {
   static constexpr int64_t bits = 8;
-  static constexpr bool kRowScale = false;
-  static int64_t stretch(int64_t) { return kStretch4; }
-
+  static constexpr int kFactors = 2;
 #if defined(__AVX512VNNI__)
   typedef int8_t Value;
 #else
   typedef int16_t Value;
 #endif
-
-  // Values, then for every stretch what a step is worth, and the sum of its values times -128 (int32).
-  static constexpr int kFactors = 2;
-  XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return sum * set1(factors[0]); }
-  static int64_t row_bytes(int64_t padded) { return (padded * (int64_t)sizeof(Value) + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
-    float *factors = to.factors;
-    for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) {
-      const int32_t start = -128 * quantise_stretch<Value>(x, k, j, to, factors[0]);
-      memcpy(factors + 1, &start, 4);
-    }
+  static int64_t row_bytes(int64_t padded, int64_t stretches) {
+    return (padded * (int64_t)sizeof(Value) + stretches * kFactors * 4 + 63) / 64 * 64;
+  }
+  static void put_start(int32_t sum, float *factors) {
+    const int32_t start = -128 * sum;
+    memcpy(factors + 1, &start, 4);
   }
 
   template <bool Fetch, int R, int P, class X>
-  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
-    vi sum[R][P][kParts];
+  XK_INLINE void sum_bytes(const Stretch &s, const X &x, int64_t stretch, int64_t inputs, vi sum[R][P][kParts]) {
 #if defined(__AVX512VNNI__)
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *w = s.w;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const vi start = broadcast32(x.factors(r, s.at / kStretch4) + 1);
+      const vi start = broadcast32(x.factors(r, stretch) + 1);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) sum[r][p][0] = start;
     }
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < kStretch4; k += 4, w += 64) {
+    for (int64_t k = 0; k < inputs; k += 4, w += 64) {
       vb line[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
@@ -69,7 +64,52 @@ struct Int8Bytes {
 #else
     Int8::sum_pairs<Fetch, R, P>(s, x, sum);
 #endif
+  }
+};
+
+// A scale for every 32 inputs of a row.
+struct Int8Bytes : ByteRows {
+  static constexpr bool kRowScale = false, kWholeRows = false;
+  static int64_t stretch(int64_t) { return kStretch4; }
+  XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return sum * set1(factors[0]); }
+  static int64_t row_bytes(int64_t padded) { return ByteRows::row_bytes(padded, padded / kStretch4); }
+  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+    float *factors = to.factors;
+    for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) put_start(quantise_stretch<Value>(x, k, j, to, factors[0]), factors);
+  }
+
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
+    vi sum[R][P][kParts];
+    sum_bytes<Fetch, R, P>(s, x, s.at / kStretch4, kStretch4, sum);
     add_stretch<Int8Bytes, R, P>(s, x, sum, c);
+  }
+};
+
+// One scale for a row, beside one for each output: a sum is whole until its end.
+constexpr int64_t kLongestRow = 1 << 17;  // 127 * 127 times as many stays below 2^31
+struct Int8WholeBytes : ByteRows {
+  static constexpr bool kRowScale = true, kWholeRows = true;
+  static int64_t stretch(int64_t inputs) { return inputs; }
+  static int64_t row_bytes(int64_t padded) { return ByteRows::row_bytes(padded, 1); }
+  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+    Wide sums = {};
+    *to.factors = row_steps(x, k, padded, 127.0f, [&](Wide values, int64_t at) { put<Value>(values, to, at), sums += values; });
+    int32_t sum = 0;
+    for (int i = 0; i < 16; i++) sum += sums[i];
+    put_start(sum, to.factors);
+  }
+
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
+    vi sum[R][P][kParts];
+    sum_bytes<Fetch, R, P>(s, x, 0, s.inputs, sum);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) c[r][p] = to_float(sum[r][p]) * scale;
+    }
   }
 };
 

@@ -143,33 +143,44 @@ const char *check_quantised(const Call &c) {
   return check<false>(c);
 }
 
-bool tiled(const Call &c, const Step &s) { return c.rows(s) >= kTileLeast; }
+// Rows for the matrix unit. Sums that are whole until the end of a row do not go there yet.
+template <class Type>
+bool tiled(const Call &c, const Step &s) { return !Type::kWholeRows && c.rows(s) >= kTileLeast; }
 
 struct IntScratch : Sums {
   TileMemory tiles;
 };
 
-// How quantised rows lie: apart for the matrix unit, else woven. Units are whole tiles, so that two threads do not write to one line.
-Tiles layout(const Call &c, const Step &s) { return tiled(c, s) ? rows_apart(c.rows(s)) : tiles_of(c.rows(s)); }
+// Rows are quantised and multiplied in the same tiles, so that two threads do not write to one line.
+template <class Type>
+Tiles tiles_in(const Call &c, const Step &s) {
+  return tiled<Type>(c, s) ? Tiles{c.rows(s), (c.rows(s) + kTileHeight - 1) / kTileHeight, kTileHeight} : tiles_of(c.rows(s));
+}
 constexpr int64_t kQuantiseWork = 4;  // of an element, beside that of other kernels on rows
 int64_t quantise_work(const Call &c, const Tiles &tiles) { return kQuantiseWork * c.ints[kK] * (tiles.height ? tiles.height : kTileRows); }
-int64_t quantise_units(const Call &c, const Step &s) { return row_units(layout(c, s).count, quantise_work(c, layout(c, s))); }
+template <class Type>
+int64_t quantise_units(const Call &c, const Step &s) {
+  const Tiles tiles = tiles_in<Type>(c, s);
+  return row_units(tiles.count, quantise_work(c, tiles));
+}
 
 template <class Type>
 void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const int64_t k = c.ints[kK], group = c.ints[kGroup];
-  const Tiles tiles = layout(c, s);
+  const Tiles tiles = tiles_in<Type>(c, s);
   const Rows some = rows_of(unit, tiles.count, quantise_work(c, tiles)), rows = {tiles.row(some.begin), tiles.row(some.end)};
   const float *x = c.arg<const float>(kX, s);
   uint8_t *to = c.arg<uint8_t>(kScratchRows, s);
-  if (tiled(c, s)) tile_quantise<Type>(x, k, group, to, rows);
-  else quantise_rows<Type>(x, k, group, tiles, to, rows);
+  if constexpr (!Type::kWholeRows)
+    if (tiled<Type>(c, s)) return tile_quantise<Type>(x, k, group, to, rows);
+  quantise_rows<Type>(x, k, group, tiles, to, rows);
 }
 
 template <class Type>
 void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN], group = c.ints[kGroup], padded = padded_inputs(k, group);
-  const Tiles tiles = tiled(c, s) ? Tiles{c.rows(s), (c.rows(s) + kTileHeight - 1) / kTileHeight, kTileHeight} : tiles_of(c.rows(s));
+  const bool on_unit = tiled<Type>(c, s);
+  const Tiles tiles = tiles_in<Type>(c, s);
   const Cut cut = cut_of(c, s, unit, kPanelGroup, tiles);
   const int64_t row_bytes = Type::row_bytes(padded), panel_bytes = int_panel_bytes<Type>(padded, group);
   IntScratch *scratch = (IntScratch *)memory;
@@ -177,19 +188,23 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
   float *out = c.arg<float>(kOut, s) + cut.row * n;
   IntProduct product = {{c.arg<const uint8_t>(kScratchRows, s) + cut.row * row_bytes, row_bytes, padded},
                         c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16, cut.rows * 16};
-  if (tiled(c, s)) {
-    tile_product<Type>(product, cut.rows, cut.panels, scratch->tiles);
-  } else {
-    const bool direct = !bias && (cut.first + cut.panels) * 16 <= n;  // vectors end where the results are wanted
-    if (direct) product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
-    int_product<Type, true>(product, tiles, tiles.of(cut.row), tiles.of(cut.row + cut.rows - 1) + 1, cut.panels);
-    if (direct) return;
-  }
-  put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, bias, out);
+  const bool direct = !on_unit && !bias && (cut.first + cut.panels) * 16 <= n;  // vectors end where the results are wanted
+  if (direct) product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
+  if constexpr (!Type::kWholeRows)
+    if (on_unit) tile_product<Type>(product, cut.rows, cut.panels, scratch->tiles);
+  if (!on_unit) int_product<Type, true>(product, tiles, tiles.of(cut.row), tiles.of(cut.row + cut.rows - 1) + 1, cut.panels);
+  if (!direct) put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, bias, out);
 }
 
 template <class Type>
 const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
+
+const char *check_groups(const Call &c) { return c.ints[kGroup] ? check_quantised(c) : "group must not be 0: linear_rounded_row is for that"; }
+const char *check_whole(const Call &c) {
+  if (c.ints[kGroup]) return "group must be 0: linear_rounded is for others";
+  if (c.ints[kK] > kLongestRow) return "k must be at most 131072 under one scale: use groups";
+  return check<false>(c);
+}
 
 }  // namespace
 
@@ -197,9 +212,11 @@ const Kernel linear_kernels[] = {
     {"linear.f32", "x weight bias? out", "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelF32, false>},
     exact,
     rounded,
-    {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8>, &quantised<Int8>},
-    {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int4>, &quantised<Int4>},
-    {"linear_rounded.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units, run_quantise<Int8Bytes>, &quantised<Int8Bytes>},
+    {"linear.i8", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units<Int8>, run_quantise<Int8>, &quantised<Int8>},
+    {"linear.i4", kIntArgs, kIntInts, "", check_quantised, no_scratch, quantise_units<Int4>, run_quantise<Int4>, &quantised<Int4>},
+    {"linear_rounded.i8", kIntArgs, kIntInts, "", check_groups, no_scratch, quantise_units<Int8Bytes>, run_quantise<Int8Bytes>, &quantised<Int8Bytes>},
+    {"linear_rounded_row.i8", kIntArgs, kIntInts, "", check_whole, no_scratch, quantise_units<Int8WholeBytes>, run_quantise<Int8WholeBytes>,
+     &quantised<Int8WholeBytes>},
     {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelF32, true>},
     {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelBf16, true>},
     {},

@@ -2,7 +2,8 @@
 // numbers, which is exact and so has no order; stretches are added in order along k as float32. So for any rows and panels together
 // the bits of an output are the same.
 //   int8 weights: activations are int16 under one scale a row, a stretch is a group (of at most 128 inputs).
-//   int8 weights, activations too (bytes.h), and int4 weights: activations are int8 under a scale for every 32 inputs, a stretch.
+//   int8 weights, activations too (bytes.h), and int4 weights: activations are int8 under a scale for every 32 inputs, a stretch. Where
+//   an output has one scale, so has a row of bytes: all of it is one stretch.
 //
 // A panel of 16 outputs is, group after group: 16 scales as float16, then the group's inputs.
 //   int8: [two inputs][16 outputs][2] bytes.
@@ -53,10 +54,10 @@ struct IntProduct {
 
 // The rows of a tile, as a product reads them: woven, or apart.
 template <class Type, int R, bool Woven>
-struct TileRows {
+struct RowReader {
   const uint8_t *row[Woven ? 1 : R];
   int64_t k;
-  TileRows(const IntProduct &t, int64_t first) : k(t.x.k) {
+  RowReader(const IntProduct &t, int64_t first) : k(t.x.k) {
     for (int r = 0; r < (Woven ? 1 : R); r++) row[r] = t.x_row(first + r);
   }
   // The word that begins with input `at`.
@@ -106,9 +107,21 @@ XK_INLINE void put(Wide values, const Place &to, int64_t at) {
   for (int i = 0; i < 4 * (int)sizeof(Value); i++) memcpy(words + i * to.apart, (const uint8_t *)narrowed + 4 * i, 4);
 }
 
+// Steps of a row under one scale, the greatest being `most`, sixteen at a time; returns what a step is worth.
+template <class Put>
+XK_INLINE float row_steps(const float *x, int64_t k, int64_t padded, float most, Put put16) {
+  const Span span = span_of(x, k, most);
+  for (int64_t j = 0; j < padded; j += 16) {
+    int32_t whole[16];
+    whole_steps(j < k && span.finite ? load_some(x + j, k - j) : zero(), span.steps, whole);
+    put16(*(const Wide *)whole, j);
+  }
+  return span.step;
+}
+
 struct Int8 {
   static constexpr int64_t bits = 8;
-  static constexpr bool kRowScale = true;
+  static constexpr bool kRowScale = true, kWholeRows = false;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
 
@@ -118,24 +131,13 @@ struct Int8 {
   static int64_t row_bytes(int64_t padded) { return (2 * padded + 4 + 63) / 64 * 64; }
   static float row_scale(const uint8_t *row, int64_t padded) { return *(const float *)(row + 2 * padded); }
   static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
-    *to.factors = whole_row(x, k, padded, [&](Wide values, int64_t at) { put<Value>(values, to, at); });
+    *to.factors = row_steps(x, k, padded, 32767.0f, [&](Wide values, int64_t at) { put<Value>(values, to, at); });
   }
   static void quantise_planes(const float *x, int64_t k, int64_t padded, uint8_t *to) {  // all low bytes, then all high ones
-    *(float *)(to + 2 * padded) = whole_row(x, k, padded, [&](Wide values, int64_t at) {
+    *(float *)(to + 2 * padded) = row_steps(x, k, padded, 32767.0f, [&](Wide values, int64_t at) {
       narrow<uint8_t>(values, to + at), narrow<uint8_t>(values >> 8, to + padded + at);
     });
   }
-  template <class Put>
-  XK_INLINE float whole_row(const float *x, int64_t k, int64_t padded, Put put16) {
-    const Span span = span_of(x, k, 32767.0f);
-    for (int64_t j = 0; j < padded; j += 16) {
-      int32_t whole[16];
-      whole_steps(j < k && span.finite ? load_some(x + j, k - j) : zero(), span.steps, whole);
-      put16(*(const Wide *)whole, j);
-    }
-    return span.step;
-  }
-
   XK_INLINE vs weights_at(const uint8_t *p, [[maybe_unused]] int i) {
 #if XK_VECTOR_BYTES == 64
     return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
@@ -213,7 +215,7 @@ XK_INLINE void add_stretch(const Stretch &s, const X &x, const vi (*sum)[P][kPar
 
 struct Int4 {
   static constexpr int64_t bits = 4;
-  static constexpr bool kRowScale = false;
+  static constexpr bool kRowScale = false, kWholeRows = false;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (w[i / 8 * 64 + lane * 4 + i % 4] >> i / 4 % 2 * 4 & 15) - 8; }
   static int64_t stretch(int64_t) { return kStretch4; }
 
@@ -290,7 +292,7 @@ static int64_t int_panel_bytes(int64_t padded, int64_t group) {
 template <class Type, bool Woven, bool Fetch, int R, int P>
 static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t row) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
-  const TileRows<Type, R, Woven> x(t, row);
+  const RowReader<Type, R, Woven> x(t, row);
   f32x16 c[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -313,15 +315,16 @@ static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t r
 }
 
 // Panels that a tile of rows takes together. Where there are many registers: those of a tile that reads them once, from memory, as
-// products with float weights take; else as many as leave registers for the scaled sums.
+// products with float weights take; else as many as leave registers for the scaled sums, if there are any beside the whole ones.
+template <class Type>
 constexpr int int_panels(int rows, bool once) {
-  return kAccumulators >= 24 ? (once || rows <= 4 ? tile_panels(rows) : 2) : rows == 1 && kAccumulators >= 4 ? 2 : 1;
+  return kAccumulators >= 24 ? (once || rows <= 4 || Type::kWholeRows ? tile_panels(rows) : 2) : rows == 1 && kAccumulators >= 4 ? 2 : 1;
 }
 
 template <class Type, bool Woven, bool Once, int R = (Once ? kFewRows : kTileRows)>
 static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, int64_t panels) {
   if (rows == R) {
-    constexpr int wide = int_panels(R, Once);
+    constexpr int wide = int_panels<Type>(R, Once);
     const uint8_t *w = t.w + first * t.w_stride;
     float *to = t.c + first * t.c_stride;
     const auto step = [&](int count) { w += count * t.w_stride, to += count * t.c_stride, panels -= count; };
@@ -342,7 +345,7 @@ template <class Type, bool Woven>
 static void int_product(const IntProduct &t, const Tiles &tiles, int64_t begin, int64_t end, int64_t panels) {
   const int64_t first = tiles.row(begin), rows = tiles.row(end) - first, count = end - begin;
   if (tiles.rows <= kFewRows) return int_tile<Type, Woven, true>(t, 0, 0, (int)rows, panels);
-  const int64_t block = int_panels((int)((rows + count - 1) / count), false);
+  const int64_t block = int_panels<Type>((int)((rows + count - 1) / count), false);
   for (int64_t p = 0; p < panels; p += block)
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t row = tiles.row(tile);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from xllm.kernels.cpu import packed_bytes
+from xllm.kernels.cpu import packed_bytes, quantised
 from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
     PANELS,
@@ -33,7 +33,7 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = Fal
     moved = rows.times(4 * (n + k)).plus(packed_bytes(n, k, weights_dtype))
     scratch = rows_scratch(op, "rows", rows, k, weights_dtype, rounded)
     return Lowering(
-        kernel_of("linear_rounded" if rounded else "linear", weights_dtype),
+        kernel_of(_name(weights_dtype, rounded), weights_dtype),
         {"x": x, "weight": weight, "bias": bias, "out": op.results[0], **scratch},
         {"k": k, "n": n, **group_of(weights_dtype)},
         rows=rows,
@@ -41,6 +41,12 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = Fal
         cost=Cost(rows.times(2 * n * k), moved),
         scratch=tuple(scratch.values()),
     )
+
+
+def _name(storage: str, rounded: bool) -> str:
+    """Rows are rounded by groups of inputs as the weights are, or each by one scale as their outputs are."""
+    whole = (kind := quantised(storage)) is not None and not kind.group
+    return "linear" if not rounded else "linear_rounded_row" if whole else "linear_rounded"
 
 
 def _heads_linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering | Refusal:
@@ -78,6 +84,6 @@ RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads
 ROUNDED: Mapping[str, Rule] = {"xllm.linear": partial(_linear, rounded=True)}
 REACH: Mapping[str, Reach] = {
     "linear": _linear_reach,
-    "linear_rounded": partial(_linear_reach, rounded=True),
+    **dict.fromkeys(("linear_rounded", "linear_rounded_row"), partial(_linear_reach, rounded=True)),
     "heads_linear": _heads_linear_reach,
 }
