@@ -35,8 +35,8 @@ class Quantised(NamedTuple):
         return padded // (self.group or padded) * SCALE_BYTES + padded * 2 * self.bits
 
     def row_bytes(self, k: int, rounded: bool = False) -> int:
-        """Of a row of k activations as products take it: int16 and a scale, or int8 and two factors for every 32.
-        rounded: int8 beside int8 weights too; levels without products of bytes keep these in two bytes each."""
+        """Of a row of k activations as products take it: int16 and a scale, or int8 and two factors for every 32
+        (at most). rounded: int8 beside int8 weights too; levels without products of bytes keep these in two bytes."""
         padded = self.padded(k)
         factors = padded // 32 * 8 if rounded or self.bits == 4 else 4
         return -(-(padded * self.bits // 4 + factors) // 64) * 64

@@ -78,7 +78,7 @@ def test_bits_of_long_rows_do_not_depend_on_rows(run, rng):
         assert np.array_equal(linear(run, x[:rows], packed, None, 5, "bfloat16"), whole[:rows])
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "int8.32"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8.32", "int8.row"])
 @pytest.mark.parametrize("k", [40, 41])
 def test_a_poisoned_row_stays_alone_and_zeros_give_zeros(run, rng, storage, k):
     x = rng.standard_normal((9, k), np.float32)
@@ -91,6 +91,17 @@ def test_a_poisoned_row_stays_alone_and_zeros_give_zeros(run, rng, storage, k):
         spoiled = linear(run, x, packed, None, 33, storage)
         assert not np.isfinite(spoiled[4]).any()
         assert np.array_equal(np.delete(spoiled, 4, 0), np.delete(clean, 4, 0))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_longest_row_under_one_scale_is_summed_exactly(run, sign):
+    """The greatest steps throughout: beyond this length sums of int32 would not hold them, and it is refused."""
+    k = 1 << 17
+    packed, x = pack(np.full((2, k), sign, np.float32), "int8.row"), np.ones((1, k), np.float32)
+    want = held(packed, np.ones((2, k)), "int8.row").sum(1)
+    assert relative_error(linear(run, x, packed, None, 2, "int8.row"), want) < 1e-6
+    with pytest.raises(cpu.KernelError, match="131072"):
+        linear(run, np.ones((1, k + 1), np.float32), packed, None, 2, "int8.row")
 
 
 def test_rows_are_rounded_to_nearest_even(run):

@@ -139,6 +139,22 @@ def test_who_decodes_is_in_the_price():
     assert backlog.seconds == pytest.approx(0.013 + 0.013 + 0.016, rel=0.01)
 
 
+def test_a_prompt_that_waits_for_a_slot_counts_as_one_whatever_its_length():
+    clock = Clock()
+    cost = StepCost(Basis((1,), (1,), (0,)), (0.01, 0.0, 0.0, 0.0, 0.0, 0.0))  # 10 ms a step, with whatever in it
+    backlog = Backlog(None, Prices(cost, slots=4, answer=100), clock=clock)
+    backlog.add([request(f"running {name}", 10) for name in range(4)])
+    backlog.started(*[f"running {name}" for name in range(4)])
+    backlog.add([request(name, 3000 if name == 19 else 10) for name in range(20)])
+    assert backlog.seconds == pytest.approx(20 * 0.25, rel=0.05)
+    for name in range(20):  # a slot is free in every 100 / 4 steps
+        clock.now += 0.25
+        backlog.ended(f"running {name}", 100)
+        backlog.started(str(name))
+        backlog._running[f"running {name + 4}"] = backlog._running.pop(str(name))
+        assert backlog.ratio == pytest.approx(1.0, abs=0.1)
+
+
 def test_a_search_says_nothing_of_what_prompts_take():
     """Its outputs come all at its end."""
     clock = Clock()

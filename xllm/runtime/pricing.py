@@ -29,11 +29,19 @@ class Work(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """So many steps (not a whole number) of so many seconds each; a step of those that decode alone takes `after`."""
+    """So many steps (not a whole number) of so many seconds each; a step of those that decode alone takes `after`.
+    wait_for_slots: there are so many because sequences have to end first, not because of prompts' tokens."""
 
     count: float
     seconds: float
     after: float
+    wait_for_slots: bool = False
+
+    def share(self, whole: Work, left: Work) -> float:
+        """Of these steps, which were for `whole`: the part of those that started since, when `left` still waits."""
+        if self.wait_for_slots:
+            return (whole.prompts - left.prompts) / whole.prompts
+        return (whole.tokens - left.tokens) / whole.tokens
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Prices:
         slots = self.slots
         if self.kv_tokens:
             slots = max(1, min(slots, int(self.kv_tokens / (context + answer / 2))))
-        turns = max(0, running + ahead.prompts - slots) * answer / slots
-        least = max(1.0, ahead.tokens / self.step_tokens, ahead.prompts / slots, turns)
+        turns = max(max(0, running + ahead.prompts - slots) * answer, ahead.prompts) / slots
+        least = max(1.0, ahead.tokens / self.step_tokens, turns)
         alone = 0.0 if running else min(ahead.tokens / ahead.prompts, ahead.tokens)  # until somebody decodes
         slow = max(least, alone / self.step_tokens + (ahead.tokens - alone) / self.beside_decodes)
         decoding = self._decoding(ahead.prompts, running, slots, least, answer)
@@ -77,7 +85,7 @@ class Prices:
         decoding = self._decoding(ahead.prompts, running, slots, count, answer)
         decodes, after = self._decodes(decoding, context + answer / 2)
         each = self.cost.of([size / count + beside for size, beside in zip(ahead.sizes, decodes, strict=True)])
-        return Steps(count, each, after if running else 0.0)
+        return Steps(count, each, after if running else 0.0, count <= turns)
 
     @staticmethod
     def _decoding(prompts: int, running: int, slots: int, steps: float, answer: float) -> float:

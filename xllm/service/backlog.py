@@ -31,8 +31,8 @@ class Entry(NamedTuple):
 class Backlog:
     """What was accepted, priced by the cost model: prompts that have no first output yet, and who decodes beside them.
 
-    Time in which somebody waited is compared with what starts took off the prediction, and the ratio corrects what is
-    told of those ahead: a model of another machine is right soon. Requests that are still prepared are ahead too.
+    Time in which somebody waited is compared with what was predicted of those that started, and the ratio corrects what
+    is told of those ahead: a model of another machine is right soon. Requests that are still prepared are ahead too.
     max_wait: seconds that what is ahead of a request may take; None is no limit. others: backlogs of the models whose
     steps take turns with these; this one may be among them. Belongs to the event loop."""
 
@@ -135,7 +135,7 @@ class Backlog:
         if not started:
             return
         self._elapse()
-        before, tokens = self._predicted(self._ahead), self._ahead.tokens
+        whole, before, steps = self._ahead, self._predicted(self._ahead), self._steps(self._ahead)
         for name, entry in started.items():
             del self._waiting[name]
             self._ahead = self._ahead.less(entry.work)
@@ -143,7 +143,7 @@ class Backlog:
         self._busy = self._busy * fade + self._since
         # Their share of the whole, not what it is less by: of many, the last are said to take longer each than the
         # first, and it is the first who start.
-        self._done = self._done * fade + before * (tokens - self._ahead.tokens) / tokens
+        self._done = self._done * fade + before * steps.share(whole, self._ahead)
         self._believed *= fade * 0.5 ** (len(started) / STARTS)
         self._since = 0.0
         self._running |= started

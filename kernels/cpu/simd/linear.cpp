@@ -151,7 +151,7 @@ struct IntScratch : Sums {
   TileMemory tiles;
 };
 
-// Rows are quantised and multiplied in the same tiles, so that two threads do not write to one line.
+// Rows are quantised in the tiles they are multiplied in: of woven ones two threads would write to one line.
 template <class Type>
 Tiles tiles_in(const Call &c, const Step &s) {
   return tiled<Type>(c, s) ? Tiles{c.rows(s), (c.rows(s) + kTileHeight - 1) / kTileHeight, kTileHeight} : tiles_of(c.rows(s));
@@ -199,7 +199,7 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
 template <class Type>
 const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
 
-const char *check_groups(const Call &c) { return c.ints[kGroup] ? check_quantised(c) : "group must not be 0: linear_rounded_row is for that"; }
+const char *check_groups(const Call &c) { return c.ints[kGroup] ? check_quantised(c) : "group must not be 0, which linear_rounded_row is for: compile the model again"; }
 const char *check_whole(const Call &c) {
   if (c.ints[kGroup]) return "group must be 0: linear_rounded is for others";
   if (c.ints[kK] > kLongestRow) return "k must be at most 131072 under one scale: use groups";
