@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,28 +38,30 @@ class Server:
 
 @contextmanager
 def serving(model: Path | Sequence[Path], *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Starts `xllm serve MODEL...`, waits until it listens, and ends it with SIGTERM (SIGKILL if that does not do)."""
+    """Starts `xllm serve MODEL...`, waits until it listens, and ends it with SIGTERM (SIGKILL if that does not do). One
+    that has crashed by then, or that never listened, fails the test with what it wrote of it."""
     models = [model] if isinstance(model, Path) else model
     command = [sys.executable, "-m", "xllm.cli", "serve", *map(str, models), "--port", "0", *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})}
-    )
-    assert process.stdout is not None
-    said = ""
-    try:
-        for line in process.stdout:
-            said += line
-            if line.startswith("listening on "):
-                yield Server(process, line.split()[-1], said)
-                break
-        else:
-            raise AssertionError(f"the server ended with {process.wait()} before it listened: {said}")
-    finally:
-        if process.poll() is None:
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        assert process.stdout is not None
+        said = ""
+        try:
+            for line in process.stdout:
+                said += line
+                if line.startswith("listening on "):
+                    yield Server(process, line.split()[-1], said)
+                    break
+        finally:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        process.stdout.close()
+            process.stdout.close()
+            errors.seek(0)
+            crashed = process.returncode < 0 and -process.returncode not in (signal.SIGTERM, signal.SIGKILL)
+            if crashed or "listening on " not in said:
+                raise AssertionError(f"the server ended with {process.returncode}: {said}{errors.read()[-4000:]}")

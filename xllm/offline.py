@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xllm import typed
 from xllm.completion import Answer, Completion, bar, raise_failure
 from xllm.control import Controlled, EngineControl
 from xllm.llm import DISK_CACHE_BYTES, INSTEAD, open_encoder, open_engine, open_model
@@ -257,11 +258,11 @@ class LLM(Controlled):
         from xllm.service.params import messages
 
         try:
-            typed = msgspec.convert(list(chat), list[Message])
+            said = typed.convert(list(chat), list[Message])
         except msgspec.ValidationError as error:
             raise RequestRefused("invalid_parameter", f"messages: {error}") from None
         with _refusing():
-            return self._template.render(messages(typed), arguments)
+            return self._template.render(messages(said), arguments)
 
     @cached_property
     def _template(self) -> ChatTemplate:

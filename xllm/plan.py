@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from xllm import typed
 from xllm.targets.base import LOGIT_ROWS, TOKENS, Cost, Extent, KVLayout, Layout, is_meeting
 
 SCHEMA = 5
@@ -144,7 +145,7 @@ class Plan:
             schema = raw.pop("schema", None) if isinstance(raw, dict) else None
             if schema != SCHEMA:
                 raise ValueError(f"plan schema {schema!r} is not {SCHEMA}")
-            plan = msgspec.convert(raw, Plan)
+            plan = typed.convert(raw, Plan)
             known = msgspec.to_builtins(plan)
             if msgspec.json.encode(known, order="sorted") != msgspec.json.encode(raw, order="sorted"):
                 for place in _differences(known, raw, "$"):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from xllm import typed
 from xllm.artifact.seal import DIGEST, ArtifactError, unseal
 from xllm.artifact.store import MAX_TABLE_BYTES, Store, read
 
@@ -102,7 +103,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"manifest.json has schema {schema}, this xllm reads {SCHEMA}; compile the checkpoint again",
         )
     try:
-        msgspec.convert(manifest, FunctionManifest if manifest.get("kind") == "function" else Manifest)
+        typed.convert(manifest, FunctionManifest if manifest.get("kind") == "function" else Manifest)
     except msgspec.ValidationError as error:
         raise ArtifactError("artifact-malformed", f"manifest.json: {error}") from error
     return manifest

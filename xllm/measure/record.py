@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from xllm import typed
 from xllm.artifact import Artifact, ArtifactError
 from xllm.measure.machine import Machine
 
@@ -60,10 +61,10 @@ def read_profile(path: Path, artifact: Artifact) -> Profile:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        body = msgspec.json.decode(path.read_bytes(), type=dict)
+        body = typed.decode(path.read_bytes(), dict)
         if body.pop("schema", None) != SCHEMA:
             raise ValueError(f"it is not of schema {SCHEMA}")
-        profile = msgspec.convert(body, Profile)
+        profile = typed.convert(body, Profile)
     except FileNotFoundError:
         raise ArtifactError("no-profile", f"{path} is not there; run `xllm profile {artifact.path}`") from None
     except (ValueError, RecursionError) as error:

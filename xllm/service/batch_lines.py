@@ -10,6 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
+from xllm import typed
+
 MAX_LINES = 50_000
 MAX_FAULTS = 50  # that are told of one file
 MAX_ID_CHARS = 256
@@ -108,7 +110,7 @@ def _fault(data: bytes, endpoint: str, max_bytes: int, seen: dict[str, int], num
     if len(data) > max_bytes:
         return fault("line_too_large", f"it has more than {max_bytes} bytes")
     try:
-        line = msgspec.json.decode(data, type=Line)
+        line = typed.decode(data, Line)
     except msgspec.ValidationError as error:
         return fault("invalid_request", str(error))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -125,7 +127,7 @@ def _fault(data: bytes, endpoint: str, max_bytes: int, seen: dict[str, int], num
         shown = line.url if line.url.isprintable() and len(line.url) <= 64 else "something else"
         return fault("mismatched_endpoint", f"its url is {shown}, the batch is for {endpoint}", "url")
     try:
-        streams = msgspec.json.decode(line.body, type=_Streams).stream
+        streams = typed.decode(line.body, _Streams).stream
     except msgspec.DecodeError:
         return fault("invalid_request", "its body is not a JSON object", "body")
     return fault("unsupported_parameter", "a batch has no streams", "body.stream") if streams else None
@@ -148,7 +150,7 @@ class Journal:
                     if not data.endswith(b"\n"):
                         break
                     whole += len(data)
-                    self.done[int(msgspec.json.decode(data, type=_Done).id.rpartition("_")[2])] = 1
+                    self.done[int(typed.decode(data, _Done).id.rpartition("_")[2])] = 1
                     self.counts[at] += 1
             os.ftruncate(self._files[at], whole)
 
@@ -190,7 +192,7 @@ class Reader:
     def next(self) -> tuple[int, Line] | None:
         """A line with its place among those that are not blank."""
         for at, (_, data) in self._lines:
-            if not self._done[at] and self._mine(line := msgspec.json.decode(data, type=Line)):
+            if not self._done[at] and self._mine(line := typed.decode(data, Line)):
                 return at, line
         return None
 

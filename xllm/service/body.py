@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from xllm import typed
 from xllm.service.errors import ApiError, invalid
 
 MAX_DEPTH = 64
@@ -283,7 +284,7 @@ def parse(data: bytes, kind: type[Parsed], refused: Mapping[str, tuple[Any, ...]
             if isinstance(message, dict):
                 _refuse(message, NOT_SUPPORTED_IN_MESSAGE, f"messages[{index}].")
     try:
-        return msgspec.convert(value, kind)
+        return typed.convert(value, kind)
     except msgspec.ValidationError as error:
         raise _invalid_field(str(error)) from None
 

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from xllm import typed
 from xllm.runtime import Request
 from xllm.service.body import NOT_SUPPORTED, Body, parse
 from xllm.service.dispatch import Dispatcher, Engine, Subscription
@@ -277,7 +278,7 @@ class _Named(msgspec.Struct):
 def named(data: bytes) -> str | None:
     """The model that a body names, if it is one."""
     try:
-        body = msgspec.json.decode(data, type=_Named)
+        body = typed.decode(data, _Named)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
     return body.model or body.model_id

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from xllm import typed
 from xllm.runtime.request import Grammar, Matcher
 from xllm.service import trial
 from xllm.service.body import StructuredOutputs
@@ -47,7 +48,7 @@ class Grammars:
     def of(self, outputs: Mapping[str, Any]) -> Grammar:
         """As `compile`, of the value of a structured_outputs field. Raises ApiError 400."""
         try:
-            form = of_outputs(msgspec.convert(outputs, StructuredOutputs))
+            form = of_outputs(typed.convert(outputs, StructuredOutputs))
         except msgspec.ValidationError as error:
             raise invalid("invalid_type", f"structured_outputs: {error}", "structured_outputs") from None
         assert form is not None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from xllm import typed
 from xllm.service.errors import ApiError, Hint
 
 MAX_FILE_BYTES = 128 << 20
@@ -156,7 +157,7 @@ def new_id(prefix: str) -> str:
 def read_record(file: Path, kind: type[Result]) -> Result | None:
     """What `write_record` wrote; None, and a line in the log, for what is something else."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=kind)
+        return typed.decode(file.read_bytes(), kind)
     except (OSError, msgspec.DecodeError) as error:
         log.error("%s is left out: %s", file, error)
         return None

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import msgspec
 
+from xllm import typed
 from xllm.artifact import Artifact
 from xllm.runtime.cost import StepCost
 from xllm.targets import host
@@ -53,10 +54,10 @@ class Fitted:
     def from_json(text: bytes) -> Fitted:
         """Raises ValueError saying what is not as it should be."""
         try:
-            body = msgspec.json.decode(text, type=dict)
+            body = typed.decode(text, dict)
             if body.pop("schema", None) != SCHEMA:
                 raise ValueError(f"it is not of schema {SCHEMA}")
-            return msgspec.convert(body, Fitted)
+            return typed.convert(body, Fitted)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise ValueError(str(error)) from error
 

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import msgspec
 
+from xllm import typed
+
 SCHEMA = 2
 MAX_BYTES = 1 << 20
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
@@ -77,10 +79,10 @@ class Tuning:
     def from_json(text: bytes) -> Tuning:
         """Raises ValueError saying what is not as it should be."""
         try:
-            body = msgspec.json.decode(text, type=dict)
+            body = typed.decode(text, dict)
             if body.pop("schema", None) != SCHEMA:
                 raise ValueError(f"it is not of schema {SCHEMA}")
-            return msgspec.convert(body, Tuning)
+            return typed.convert(body, Tuning)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise ValueError(str(error)) from error
 
