@@ -52,3 +52,13 @@ def test_it_leaves_alone_what_it_can_not_tell():
     assert Pace(0.25).follow(budget, [FEWEST - 1, 1, 1], 9.0) is budget
     assert Pace(0.25).follow(budget, [64], 0.0) is budget
     assert Pace(0.25).follow(budget, [1] * 64, 9.0) is budget, "decodes alone"
+
+
+def test_decodes_take_their_part_of_the_time():
+    budget, pace = budget_of(512, beside_decodes=16), Pace(0.25)
+    for _ in range(20):
+        rows = [1] * 100 + [budget.beside_decodes]
+        budget = pace.follow(budget, rows, 0.001 * sum(rows))
+    assert abs(budget.beside_decodes + 100 - 250) <= 150 / 7
+    crowded = pace.follow(budget, [1] * 300 + [100], 0.4)
+    assert crowded.beside_decodes == FEWEST

@@ -1,5 +1,5 @@
-"""Decides how many prompt tokens may join sequences that decode: what they keep those waiting for is what steps of many
-tokens have taken of late on this machine, whatever a cost model says of it."""
+"""Decides how many prompt tokens may join sequences that decode, so that a step of both takes the time it may: by what
+such steps have taken of late on this machine, whatever a cost model says of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class Pace:
     def follow(self, budget: Budget, tokens: Sequence[int], seconds: float) -> Budget:
         """The budget after a step of so many tokens of each sequence, and seconds (0: not known). Decodes alone say
         nothing: what they read is not shared by as many."""
-        if self._seconds is None or seconds <= 0 or sum(count for count in tokens if count > 1) < FEWEST:
+        decodes = sum(count == 1 for count in tokens)
+        if self._seconds is None or seconds <= 0 or sum(tokens) - decodes < FEWEST:
             return budget
         cost = seconds / sum(tokens)
         self._of_token += (NEWEST if self._of_token else 1.0) * (cost - self._of_token)
-        allowed = min(max(FEWEST, int(self._seconds / self._of_token)), budget.tokens)
+        allowed = min(max(FEWEST, int(self._seconds / self._of_token) - decodes), budget.tokens)
         if abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:
             return budget  # near enough
         return replace(budget, beside_decodes=allowed)
