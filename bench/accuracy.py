@@ -43,7 +43,7 @@ STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32",
 # Storage of weights, and what activations are rounded to beside it; the first is what others are held against.
 KINDS = (
     ("bfloat16", ""), ("bfloat16", "bfloat16"), *((storage, "") for storage in STORAGES[1:]),
-    *((storage, "int8") for storage in STORAGES if storage.startswith("int8")),
+    *((storage, "int8") for storage in STORAGES if storage.startswith("int")),
 )  # fmt: skip
 SHAPE = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,

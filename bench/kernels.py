@@ -81,6 +81,7 @@ STORAGE = {
     "linear_rounded.i8": "int8.32",
     "linear_rounded_row.i8": "int8.row",
     "linear.i4": "int4.32",
+    "linear_rounded.i4": "int4.128",
 }
 
 

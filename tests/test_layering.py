@@ -42,7 +42,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "pipeline": ({"", "artifact", "errors", "extensions", "ir", "passes", "plan", "storage", "targets"}, set()),
-    "targets.cpu": ({"targets.base", "kernels"}, set()),
+    "targets.cpu": ({"targets.base", "kernels", "storage"}, set()),
     "targets.cpu.arena": ({"artifact"}, {"numpy"}),
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),

@@ -27,7 +27,8 @@ CONFIGS = {**FAMILIES, **HYBRIDS, **EXPERTS, **MLA}
 MODELS = ("qwen3 float32", "mistral bfloat16", "qwen3-next float32", "qwen3-moe bfloat16", "deepseek-v3 float32",
           "gpt-oss float32", "qwen3 int8", "mistral int4", "qwen3-moe int4", "deepseek-v3 int8.row",
           "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8",
-          "mistral bfloat16 bfloat16 bfloat16", "qwen3 int8 int8 int8")  # fmt: skip
+          "mistral bfloat16 bfloat16 bfloat16", "qwen3 int8 int8 int8",
+          "qwen3 int4 bfloat16 int8")  # fmt: skip
 
 
 @dataclass(frozen=True)

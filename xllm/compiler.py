@@ -42,7 +42,7 @@ class CompileOptions:
     weights: storage of product weights, a word of `xllm.storage` (int8 and int4 alone mean groups of 32). head: the
     same of embeddings and the head, by default as weights. kv: storage of keys and values, one of KVS, by default as
     weights in floating point, bfloat16 beside integers. activations: what rows are rounded to in products with weights
-    of that type, one of ACTIVATIONS or none. max_seqs: sequences decoded together; max_len: tokens of one
+    of a type that it fits, one of ACTIVATIONS or none. max_seqs: sequences decoded together; max_len: tokens of one
     sequence; max_batch_tokens: tokens of one step. disable: passes to leave out. pass_modules, kernel_modules: files of
     others (see `xllm.extensions`). traffic: (tokens of a step, weight) pairs the buckets are chosen for. tuning: a
     machine's figures that times are predicted from, and its level; they go into the artifact. task: one of TASKS, by

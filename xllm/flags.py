@@ -24,7 +24,7 @@ def compile_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--activations",
         choices=ACTIVATIONS,
-        help="round rows to it in products with weights of that type (default: no)",
+        help="round rows to it in products: beside weights of that type, int8 beside int4 too (default: no)",
     )
     sub.add_argument(
         "--kv", choices=KVS, help="storage of keys and values (default: as the weights; bfloat16 beside integers)"

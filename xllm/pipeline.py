@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import xllm
 from xllm.errors import CompileError
 from xllm.plan import Plan
-from xllm.storage import ACTIVATIONS
+from xllm.storage import ACTIVATIONS, rounds
 
 if TYPE_CHECKING:
     from xllm.artifact import Written
@@ -51,17 +51,14 @@ def pipeline_of(
 
 
 def check_activations(activations: str, *storages: str) -> None:
-    """Raises CompileError where rows rounded to `activations` would meet no weights of that type in these storages."""
-    kinds = dict.fromkeys(storage.partition(".")[0] for storage in storages)
-    fitting = [kind for kind in kinds if kind in ACTIVATIONS]
+    """Raises CompileError where rows rounded to `activations` would meet no weights to which they fit."""
+    fitting = [kind for kind in ACTIVATIONS if any(rounds(kind, storage) for storage in storages)]
     if activations in ("", *fitting):
         return
-    why = f"activations are rounded to {activations} for weights of that type only, weights are {' and '.join(kinds)}"
-    if activations == "int8" and "int4" in kinds:
-        why += " (int4 weights take int8 activations anyway)"
-    advice = [f"--activations {kind}" for kind in fitting]
-    if activations in ACTIVATIONS:
-        advice.append(f"--weights {activations}")
+    kinds, beside = dict.fromkeys(storage.partition(".")[0] for storage in storages), ACTIVATIONS.get(activations, ())
+    why = f"activations are rounded to {activations} beside weights of {' or '.join(beside) or 'no type'} only, weights"
+    why += f" are {' and '.join(kinds)}"
+    advice = [f"--activations {kind}" for kind in fitting] + [f"--weights {kind}" for kind in beside]
     raise CompileError(why, code="bad-option", try_=" or ".join((*advice, "no --activations")))
 
 

@@ -11,8 +11,13 @@ FLOATS = ("float32", "bfloat16")
 INTS = ("int8", "int4")
 KVS = (*FLOATS, "int8")  # of keys and values: int8 with a scale for each token and KV head, of keys and of values
 GROUPS = ("32", "64", "128", "row")
-ACTIVATIONS = ("bfloat16", "int8")  # that rows can be rounded to in products with weights of that type
+ACTIVATIONS = {"bfloat16": ("bfloat16",), "int8": ("int8", "int4")}  # that rows can be rounded to, beside which weights
 STORAGES = (*FLOATS, *(f"{name}.{group}" for name in INTS for group in GROUPS))
+
+
+def rounds(activations: str, storage: str) -> bool:
+    """Whether rows are rounded to `activations` in products with weights that are stored so."""
+    return storage.partition(".")[0] in ACTIVATIONS.get(activations, ())
 
 
 def full_word(name: str, group: str | None = None) -> str:

@@ -58,11 +58,14 @@ class Contender:
         return str(self.home / "bin" / "python") if self.packages else sys.executable
 
 
-# Each way to multiply runs: exact rows; rows of the type of the weights, as peers have them; and beside one scale for
-# an output, as those have whose int8 is by channel, one for a row.
-OURS = {"exact": "", "rounded": "--activations {0}", "row": "--group row --activations {0}"}
+# Each way to multiply runs: exact rows; rounded ones, as peers have them; and those of the groups that other engines
+# make where nobody asks: a scale for an output beside int8, for 128 inputs beside int4.
+OURS = {"exact": "", "rounded": "", "row": "--group row", "g128": "--group 128"}
 XLLM = Contender(
-    "xllm", "xllm", {"bfloat16": ("exact", "rounded"), "int8": tuple(OURS), "int4": ("exact",)}, server=True
+    "xllm",
+    "xllm",
+    {"bfloat16": ("exact", "rounded"), "int8": ("exact", "rounded", "row"), "int4": ("exact", "rounded", "g128")},
+    server=True,
 )
 CONTENDERS = (
     XLLM,
@@ -71,7 +74,7 @@ CONTENDERS = (
         ("llama-cpp-python", "gguf"), server=True,
     ),
     Contender(
-        "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
+        "openvino", "openvino", {"bfloat16": ("fp16",), "int8": ("int8",), "int4": ("int4", "int4-128")},
         ("openvino-genai", "optimum-intel", "nncf", TORCH),
         kv_bytes={"bfloat16": 2, "int8": 1, "int4": 1},
     ),
@@ -149,9 +152,10 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     if contender is XLLM:
         for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
+        rounding = ("--activations", "bfloat16" if weights == "bfloat16" else "int8") if kind != "exact" else ()
         _run(
             contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", weights,
-            "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].format(weights).split(),
+            "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].split(), *rounding,
         )  # fmt: skip
         return out
     if contender.adapter == "llamacpp":
@@ -163,10 +167,11 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
             "is_symmetric=true", "op_types_to_quantize=MatMul/Gather", "shared_embeddings=true",
         )  # fmt: skip
     else:
-        flags = ("--sym", "--group-size", "32", "--ratio", "1.0", "--all-layers") if kind == "int4" else ()
+        form, _, group = kind.partition("-")
+        flags = ("--sym", "--group-size", group or "32", "--ratio", "1.0", "--all-layers") if form == "int4" else ()
         _run(
             str(contender.home / "bin" / "optimum-cli"), "export", "openvino", "--model", str(checkpoint), "--task",
-            "text-generation-with-past", "--weight-format", kind, *flags, str(part),
+            "text-generation-with-past", "--weight-format", form, *flags, str(part),
         )  # fmt: skip
     part.rename(out)
     return out

@@ -6,7 +6,7 @@ import pytest
 from tests.kernels.oracle import KernelRun, aligned, bf16_round, kind_of, pack, relative_error, rounded, unpacked
 from xllm.kernels import cpu
 
-STORAGES = ("bfloat16", "int8.32", "int8.128", "int8.row")
+STORAGES = ("bfloat16", "int8.32", "int8.128", "int8.row", "int4.32", "int4.128", "int4.row")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 200)
 SIZES = [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17)]
 FMA_LEVELS = [level for level in cpu.levels() if level != "x86-64-v2"]
@@ -22,9 +22,13 @@ def linear(run, x, packed, bias, n, storage):
 
 
 def kernel_of(storage):
-    """Beside one scale for an output, a row has one too."""
-    name = "linear_rounded_row" if storage.endswith("row") else "linear_rounded"
-    return f"{name}.{'i8' if cpu.quantised(storage) else 'bf16'}"
+    """Beside one scale for an output, a row has one too; beside int4 it always has."""
+    name = "linear_rounded_row" if storage == "int8.row" else "linear_rounded"
+    return f"{name}.{ {'bfloat16': 'bf16', 'int8': 'i8', 'int4': 'i4'}[storage.partition('.')[0]] }"
+
+
+def one_scale(storage):
+    return storage == "int8.row" or storage.startswith("int4")
 
 
 def held(packed, weight, storage):
@@ -38,7 +42,7 @@ def as_rounded(x, storage):
     if storage == "bfloat16":
         return bf16_round(x)
     k = x.shape[1]
-    groups = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, -k // 32 * -32 if storage.endswith("row") else 32)
+    groups = np.pad(x, ((0, 0), (0, -k % 32))).reshape(len(x), -1, -k // 32 * -32 if one_scale(storage) else 32)
     most = np.abs(groups).max(-1, keepdims=True)
     steps = np.rint(groups * np.divide(127, most, where=most > 0, out=np.zeros_like(most)).astype(np.float32))
     return (steps * (most / np.float32(127))).reshape(len(x), -1)[:, :k]
@@ -78,7 +82,7 @@ def test_bits_of_long_rows_do_not_depend_on_rows(run, rng):
         assert np.array_equal(linear(run, x[:rows], packed, None, 5, "bfloat16"), whole[:rows])
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "int8.32", "int8.row"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8.32", "int8.row", "int4.32", "int4.128"])
 @pytest.mark.parametrize("k", [40, 41])
 def test_a_poisoned_row_stays_alone_and_zeros_give_zeros(run, rng, storage, k):
     x = rng.standard_normal((9, k), np.float32)
@@ -139,8 +143,9 @@ def test_levels_agree(rng, storage, rows, k):
             assert np.array_equal(result, first)
 
 
-def test_int8_rows_take_no_more_than_is_said():
+def test_rows_of_bytes_take_no_more_than_is_said():
     for storage in STORAGES[1:]:
         for k in (1, 31, 32, 1000):
             padded = kind_of(storage).padded(k)
-            assert kind_of(storage).row_bytes(k, rounded=True) >= 2 * padded + padded // 32 * 8
+            taken = 2 * padded + padded // 32 * 8 if storage.startswith("int8") else padded + (1 + padded // 32) * 4
+            assert kind_of(storage).row_bytes(k, rounded=True) >= taken

@@ -16,22 +16,25 @@ from xllm.errors import CompileError
 from xllm.functions import compile_onnx
 from xllm.inspection import explain
 from xllm.pipeline import check_activations
+from xllm.targets.cpu.rules import SUFFIX
 
 
 @pytest.mark.parametrize(
-    ("weights", "limit"), [("bfloat16", 2e-2), ("int8", 8e-2), ("int8.128", 8e-2), ("int8.row", 0.12)]
+    ("weights", "limit"),
+    [("bfloat16", 2e-2), ("int8", 8e-2), ("int8.128", 8e-2), ("int8.row", 0.12), ("int4", 0.6), ("int4.128", 0.7)],
 )
 def test_every_product_of_that_type_is_rounded(weights: str, limit: float, tmp_path: Path) -> None:
-    kind = weights.partition(".")[0]
+    stored = weights.partition(".")[0]
+    kind = "bfloat16" if stored == "bfloat16" else "int8"
     options = CompileOptions(weights=weights, activations=kind, kv="bfloat16")
     checkpoint, path = build(tmp_path, FAMILIES["qwen3"], dtype="bfloat16", options=options)
     artifact = Artifact.open(path)
     kernels = Counter(call.kernel for call in artifact.plan.calls if call.op == "xllm.linear")
     name = "linear_rounded_row" if weights == "int8.row" else "linear_rounded"
-    assert list(kernels) == [f"{name}.{'bf16' if kind == 'bfloat16' else 'i8'}"]
+    assert list(kernels) == [f"{name}.{SUFFIX[stored]}"]
     assert {call.kernel for call in artifact.plan.calls if call.op == "xllm.attention"} == {"attention_rounded.bf16"}
     assert artifact.manifest["activations"] == kind
-    assert f"activations: {kind} in products with {kind} weights" in explain.text(explain.explain(artifact))
+    assert f"activations: {kind} beside weights that it fits" in explain.text(explain.explain(artifact))
     assert worst_beside(path, Reference(checkpoint, at_once=True), options) <= limit
 
 
@@ -85,26 +88,26 @@ def _logits(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("activations", "storages", "advice"),
     [
-        ("int8", ("bfloat16",), "--activations bfloat16 or --weights int8 or no --activations"),
+        ("int8", ("bfloat16",), "--activations bfloat16 or --weights int8 or --weights int4 or no --activations"),
         ("bfloat16", ("int8.32", "int8.32"), "--activations int8 or --weights bfloat16 or no --activations"),
         ("bfloat16", ("float32",), "--weights bfloat16 or no --activations"),
-        ("int8", ("int4.32",), "int4 weights take int8 activations anyway"),
+        ("bfloat16", ("int4.32",), "--activations int8 or --weights bfloat16 or no --activations"),
         ("float32", ("float32",), "no --activations"),
     ],
 )
 def test_what_means_nothing_is_refused(activations: str, storages: tuple[str, ...], advice: str) -> None:
-    with pytest.raises(CompileError, match="for weights of that type only") as refused:
+    with pytest.raises(CompileError, match="activations are rounded to") as refused:
         check_activations(activations, *storages)
     assert refused.value.code == "bad-option"
     assert advice in str(refused.value)
 
 
 def test_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(CompileError, match="int8 for weights of that type only"):
+    with pytest.raises(CompileError, match="int8 beside weights of int8 or int4 only"):
         options = CompileOptions(weights="bfloat16", activations="int8")
         build(tmp_path, FAMILIES["qwen3"], dtype="bfloat16", options=options)
     assert not (tmp_path / "tiny.xllm").exists()
     with pytest.raises(CompileError, match="one of bfloat16, int8"):
         CompileOptions(activations="int4")
-    with pytest.raises(CompileError, match="bfloat16 for weights of that type only"):
+    with pytest.raises(CompileError, match="bfloat16 beside weights of bfloat16 only"):
         compile_onnx(tmp_path / "none.onnx", tmp_path / "out", {}, activations="bfloat16")

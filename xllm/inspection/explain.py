@@ -150,7 +150,7 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
         f"{model['name']} ({model['architecture']}) compiled for {target['name']} {target['level']} by {tools}",
         "limits: " + ", ".join(f"{name} {value:,}" for name, value in sorted(limits.items())),
         *(
-            [f"activations: {rounded} in products with {rounded} weights (experts aside), of bfloat16 in attention"]
+            [f"activations: {rounded} beside weights that it fits (experts aside), bfloat16 in attention"]
             if rounded
             else ()
         ),

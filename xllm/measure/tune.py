@@ -18,7 +18,7 @@ import numpy as np
 
 from xllm.kernels import cpu
 from xllm.measure.machine import WRITTEN, cache_bytes, state_memory
-from xllm.storage import ACTIVATIONS
+from xllm.storage import ACTIVATIONS, rounds
 from xllm.targets import host
 from xllm.targets.base import TOKENS, KVLayout, LayerState, Lowering, Operation, StepSizes, Tensor
 from xllm.targets.cpu import CpuTarget
@@ -210,8 +210,7 @@ def cases() -> Iterator[Case]:
     """The kernels that steps of language models spend their time in, of every type of weights and of state."""
     for dtype in STORAGES:
         yield linear(dtype)
-        if (kind := dtype.partition(".")[0]) in ACTIVATIONS:
-            yield linear(dtype, kind)
+        yield from (linear(dtype, kind) for kind in ACTIVATIONS if rounds(kind, dtype))
         yield _rowwise("xllm.embedding", {"ids": _input("ids"), "weight": _weight(VOCAB, WIDTH)}, [WIDTH], dtype)
     yield linear("int8.row", "int8")
     for dtype in KVS:

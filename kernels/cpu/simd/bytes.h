@@ -1,6 +1,5 @@
-// Products of int8 weights with rows of int8, under a scale for every 32 inputs, or one for the row. The same exact sums at every
-// level: fours of bytes where the machine multiplies those, with weights made unsigned (+ 128) and a start that takes it back; pairs of
-// int16 elsewhere.
+// Products with rows of int8, under a scale for every 32 inputs, or one for the row. The same exact sums at every level: fours of bytes
+// where the machine multiplies those, with weights made unsigned (int8 + 128, int4 + 8) and a start that takes it back; pairs elsewhere.
 #pragma once
 #include "quantised.h"
 
@@ -36,7 +35,7 @@ struct ByteRows {
   }
 
   template <bool Fetch, int R, int P, class X>
-  XK_INLINE void sum_bytes(const Stretch &s, const X &x, int64_t stretch, int64_t inputs, vi sum[R][P][kParts]) {
+  XK_INLINE void sum_bytes(const Stretch &s, const X &x, [[maybe_unused]] int64_t stretch, [[maybe_unused]] int64_t inputs, vi sum[R][P][kParts]) {
 #if defined(__AVX512VNNI__)
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *w = s.w;
@@ -69,11 +68,11 @@ struct ByteRows {
 
 // A scale for every 32 inputs of a row.
 struct Int8Bytes : ByteRows {
-  static constexpr bool kRowScale = false, kWholeRows = false;
+  static constexpr bool kRowScale = false, kWholeRows = false, kTiled = true;
   static int64_t stretch(int64_t) { return kStretch4; }
   XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return sum * set1(factors[0]); }
   static int64_t row_bytes(int64_t padded) { return ByteRows::row_bytes(padded, padded / kStretch4); }
-  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, int64_t, const Place &to) {
     float *factors = to.factors;
     for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) put_start(quantise_stretch<Value>(x, k, j, to, factors[0]), factors);
   }
@@ -89,10 +88,10 @@ struct Int8Bytes : ByteRows {
 // One scale for a row, beside one for each output: a sum is whole until its end.
 constexpr int64_t kLongestRow = 1 << 17;  // 127 * 127 times as many stays below 2^31
 struct Int8WholeBytes : ByteRows {
-  static constexpr bool kRowScale = true, kWholeRows = true;
+  static constexpr bool kRowScale = true, kWholeRows = true, kTiled = false;
   static int64_t stretch(int64_t inputs) { return inputs; }
   static int64_t row_bytes(int64_t padded) { return ByteRows::row_bytes(padded, 1); }
-  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, int64_t, const Place &to) {
     Wide sums = {};
     *to.factors = row_steps(x, k, padded, 127.0f, [&](Wide values, int64_t at) { put<Value>(values, to, at), sums += values; });
     int32_t sum = 0;
@@ -104,12 +103,43 @@ struct Int8WholeBytes : ByteRows {
   XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
     sum_bytes<Fetch, R, P>(s, x, 0, s.inputs, sum);
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) {
-      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
+    add_scaled<R, P>(s, sum, c);
+  }
+};
+
+// int4 weights and one scale for a row: a sum is whole until the end of a group. Beside the steps of a row lie its scale and, for every
+// group, the start (int32), the sum of its steps times -8.
+struct Int4RowBytes {
+  static constexpr int64_t bits = 4;
+  static constexpr bool kRowScale = true, kWholeRows = false, kTiled = false;
+  static constexpr int kFactors = 1;
+  typedef int8_t Value;
+  static int64_t stretch(int64_t group) { return group; }
+  static int64_t row_bytes(int64_t padded) { return (padded + (1 + padded / kStretch4) * 4 + 63) / 64 * 64; }
+  static void quantise(const float *x, int64_t k, int64_t padded, int64_t group, const Place &to) {
+    Wide sums = {};
+    float *start = to.factors;
+    const int64_t each = group ? group : padded;
+    *to.factors = row_steps(x, k, padded, 127.0f, [&](Wide values, int64_t at) {
+      put<Value>(values, to, at), sums += values;
+      if ((at + 16) % each) return;
+      int32_t sum = 0;
+      for (int i = 0; i < 16; i++) sum -= 8 * sums[i];
+      memcpy(start += to.next, &sum, 4), sums = (Wide){};
+    });
+  }
+
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
+    vi sum[R][P][kParts];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) c[r][p] = to_float(sum[r][p]) * scale;
+    for (int r = 0; r < R; r++) {
+      const vi start = broadcast32(x.factors(r, 1 + s.at / s.inputs));
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = start;
     }
+    for (int64_t k = 0; k < s.inputs; k += kStretch4) Int4::sum_nibbles<Fetch, R, P>(s, x, k, sum);
+    add_scaled<R, P>(s, sum, c);
   }
 };
 

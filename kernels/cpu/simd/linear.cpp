@@ -143,9 +143,9 @@ const char *check_quantised(const Call &c) {
   return check<false>(c);
 }
 
-// Rows for the matrix unit. Sums that are whole until the end of a row do not go there yet.
+// Rows for the matrix unit. Rows of bytes under one scale do not go there yet.
 template <class Type>
-bool tiled(const Call &c, const Step &s) { return !Type::kWholeRows && c.rows(s) >= kTileLeast; }
+bool tiled(const Call &c, const Step &s) { return Type::kTiled && c.rows(s) >= kTileLeast; }
 
 struct IntScratch : Sums {
   TileMemory tiles;
@@ -171,7 +171,7 @@ void run_quantise(const Call &c, const Step &s, int64_t unit, uint8_t *) {
   const Rows some = rows_of(unit, tiles.count, quantise_work(c, tiles)), rows = {tiles.row(some.begin), tiles.row(some.end)};
   const float *x = c.arg<const float>(kX, s);
   uint8_t *to = c.arg<uint8_t>(kScratchRows, s);
-  if constexpr (!Type::kWholeRows)
+  if constexpr (Type::kTiled)
     if (tiled<Type>(c, s)) return tile_quantise<Type>(x, k, group, to, rows);
   quantise_rows<Type>(x, k, group, tiles, to, rows);
 }
@@ -190,7 +190,7 @@ void run_quantised(const Call &c, const Step &s, int64_t unit, uint8_t *memory) 
                         c.arg<const uint8_t>(kWeight, s) + cut.first * panel_bytes, panel_bytes, group, scratch->sums, 16, cut.rows * 16};
   const bool direct = !on_unit && !bias && (cut.first + cut.panels) * 16 <= n;  // vectors end where the results are wanted
   if (direct) product.c = out + cut.first * 16, product.c_row = n, product.c_stride = 16;
-  if constexpr (!Type::kWholeRows)
+  if constexpr (Type::kTiled)
     if (on_unit) tile_product<Type>(product, cut.rows, cut.panels, scratch->tiles);
   if (!on_unit) int_product<Type, true>(product, tiles, tiles.of(cut.row), tiles.of(cut.row + cut.rows - 1) + 1, cut.panels);
   if (!direct) put_sums(scratch->sums, cut.rows, cut.panels, cut.first * 16, n, n, bias, out);
@@ -200,11 +200,10 @@ template <class Type>
 const Kernel quantised = {"", "", "", "", nullptr, scratch<IntScratch>, units<false>, run_quantised<Type>};
 
 const char *check_groups(const Call &c) { return c.ints[kGroup] ? check_quantised(c) : "group must not be 0, which linear_rounded_row is for: compile the model again"; }
-const char *check_whole(const Call &c) {
-  if (c.ints[kGroup]) return "group must be 0: linear_rounded is for others";
-  if (c.ints[kK] > kLongestRow) return "k must be at most 131072 under one scale: use groups";
-  return check<false>(c);
+const char *check_long(const Call &c) {
+  return c.ints[kGroup] || c.ints[kK] <= kLongestRow ? check_quantised(c) : "k must be at most 131072 under one scale: use groups";
 }
+const char *check_whole(const Call &c) { return c.ints[kGroup] ? "group must be 0: linear_rounded is for others" : check_long(c); }
 
 }  // namespace
 
@@ -217,6 +216,8 @@ const Kernel linear_kernels[] = {
     {"linear_rounded.i8", kIntArgs, kIntInts, "", check_groups, no_scratch, quantise_units<Int8Bytes>, run_quantise<Int8Bytes>, &quantised<Int8Bytes>},
     {"linear_rounded_row.i8", kIntArgs, kIntInts, "", check_whole, no_scratch, quantise_units<Int8WholeBytes>, run_quantise<Int8WholeBytes>,
      &quantised<Int8WholeBytes>},
+    {"linear_rounded.i4", kIntArgs, kIntInts, "", check_long, no_scratch, quantise_units<Int4RowBytes>, run_quantise<Int4RowBytes>,
+     &quantised<Int4RowBytes>},
     {"heads_linear.f32", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelF32, true>},
     {"heads_linear.bf16", "x weight out", "k n heads", "", check<true>, scratch<Sums>, units<true>, run<PanelBf16, true>},
     {},

@@ -2,8 +2,9 @@
 // numbers, which is exact and so has no order; stretches are added in order along k as float32. So for any rows and panels together
 // the bits of an output are the same.
 //   int8 weights: activations are int16 under one scale a row, a stretch is a group (of at most 128 inputs).
-//   int8 weights, activations too (bytes.h), and int4 weights: activations are int8 under a scale for every 32 inputs, a stretch. Where
-//   an output has one scale, so has a row of bytes: all of it is one stretch.
+//   int8 weights, activations too (bytes.h), and int4 weights: activations are int8 under a scale for every 32 inputs, a stretch.
+//   The same, one scale a row (bytes.h): beside int8 weights where an output has one scale, and all of a row is one stretch; beside int4
+//   weights that are rounded for, and a stretch is a group.
 //
 // A panel of 16 outputs is, group after group: 16 scales as float16, then the group's inputs.
 //   int8: [two inputs][16 outputs][2] bytes.
@@ -119,9 +120,20 @@ XK_INLINE float row_steps(const float *x, int64_t k, int64_t padded, float most,
   return span.step;
 }
 
+// Whole sums, times the scales of their outputs.
+template <int R, int P>
+XK_INLINE void add_scaled(const Stretch &s, const vi (*sum)[P][kParts], f32x16 (*c)[P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++) {
+    const f32x16 scale = load_f16(s.scales + p * s.w_stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) c[r][p] = fma(to_float(sum[r][p]), scale, c[r][p]);
+  }
+}
+
 struct Int8 {
   static constexpr int64_t bits = 8;
-  static constexpr bool kRowScale = true, kWholeRows = false;
+  static constexpr bool kRowScale = true, kWholeRows = false, kTiled = true;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (int8_t)w[i / 2 * 32 + lane * 2 + i % 2]; }
   static int64_t stretch(int64_t group) { return min(group, kStretch8); }
 
@@ -130,7 +142,7 @@ struct Int8 {
   static constexpr int kFactors = 1;
   static int64_t row_bytes(int64_t padded) { return (2 * padded + 4 + 63) / 64 * 64; }
   static float row_scale(const uint8_t *row, int64_t padded) { return *(const float *)(row + 2 * padded); }
-  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, int64_t, const Place &to) {
     *to.factors = row_steps(x, k, padded, 32767.0f, [&](Wide values, int64_t at) { put<Value>(values, to, at); });
   }
   static void quantise_planes(const float *x, int64_t k, int64_t padded, uint8_t *to) {  // all low bytes, then all high ones
@@ -179,12 +191,7 @@ struct Int8 {
   XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
     vi sum[R][P][kParts];
     sum_pairs<Fetch, R, P>(s, x, sum);
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) {
-      const f32x16 scale = load_f16(s.scales + p * s.w_stride);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) c[r][p] = fma(to_float(sum[r][p]), scale, c[r][p]);
-    }
+    add_scaled<R, P>(s, sum, c);
   }
 };
 
@@ -215,7 +222,7 @@ XK_INLINE void add_stretch(const Stretch &s, const X &x, const vi (*sum)[P][kPar
 
 struct Int4 {
   static constexpr int64_t bits = 4;
-  static constexpr bool kRowScale = false, kWholeRows = false;
+  static constexpr bool kRowScale = false, kWholeRows = false, kTiled = true;
   static int step(const uint8_t *w, int64_t lane, int64_t i) { return (w[i / 8 * 64 + lane * 4 + i % 4] >> i / 4 % 2 * 4 & 15) - 8; }
   static int64_t stretch(int64_t) { return kStretch4; }
 
@@ -224,7 +231,7 @@ struct Int4 {
   static constexpr int kFactors = 2;
   XK_INLINE f32x16 scaled(f32x16 sum, const float *factors) { return fma(sum, set1(factors[0]), set1(factors[1])); }
   static int64_t row_bytes(int64_t padded) { return (padded + padded / kStretch4 * 8 + 63) / 64 * 64; }
-  static void quantise(const float *x, int64_t k, int64_t padded, const Place &to) {
+  static void quantise(const float *x, int64_t k, int64_t padded, int64_t, const Place &to) {
     float *factors = to.factors;
     for (int64_t j = 0; j < padded; j += kStretch4, factors += to.next) {
       const int32_t sum = quantise_stretch<Value>(x, k, j, to, factors[0]);
@@ -234,12 +241,24 @@ struct Int4 {
 
   template <bool Fetch, int R, int P, class X>
   XK_INLINE void add(const Stretch &s, const X &x, f32x16 (*c)[P]) {
-    ByteSums sum[R][P][kParts];
-    const uint8_t *w = s.w;
+    vi sum[R][P][kParts];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (ByteSums){};
+      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = (vi){};
+    sum_nibbles<Fetch, R, P>(s, x, 0, sum);
+    add_stretch<Int4, R, P>(s, x, sum, c);
+  }
+
+  // Adds what 32 inputs from `begin` of the stretch on give.
+  template <bool Fetch, int R, int P, class X>
+  XK_INLINE void sum_nibbles(const Stretch &s, const X &x, int64_t begin, vi (*sum)[P][kParts]) {
+    ByteSums part[R][P][kParts];
+    const uint8_t *w = s.w + 8 * begin;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) XK_PARTS part[r][p][i] = begin_bytes(sum[r][p][i]);
 #pragma GCC unroll 1  // unrolled, the compiler loads all of a stretch first and keeps it on the stack
     for (int64_t k = 0; k < kStretch4; k += 8, w += 64) {
 #pragma GCC unroll 2
@@ -256,18 +275,16 @@ struct Int4 {
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-          const vb four = (vb)broadcast32(x.word(r, s.at + k + 4 * j));
+          const vb four = (vb)broadcast32(x.word(r, s.at + begin + k + 4 * j));
 #pragma GCC unroll 4
-          for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = add_bytes(sum[r][p][i], line[p][i], four);
+          for (int p = 0; p < P; p++) XK_PARTS part[r][p][i] = add_bytes(part[r][p][i], line[p][i], four);
         }
       }
     }
-    vi steps[R][P][kParts];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) XK_PARTS steps[r][p][i] = whole(sum[r][p][i]);
-    add_stretch<Int4, R, P>(s, x, steps, c);
+      for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = end_bytes(sum[r][p][i], part[r][p][i]);
   }
 };
 
@@ -359,7 +376,7 @@ static void quantise_rows(const float *x, int64_t k, int64_t group, const Tiles 
   const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
   for (int64_t r = rows.begin; r < rows.end; r++) {
     const int64_t tile = tiles.of(r), first = tiles.row(tile);
-    Type::quantise(x + r * k, k, padded, place_of<Type>(to + first * bytes, padded, tiles.row(tile + 1) - first, r - first));
+    Type::quantise(x + r * k, k, padded, group, place_of<Type>(to + first * bytes, padded, tiles.row(tile + 1) - first, r - first));
   }
 }
 

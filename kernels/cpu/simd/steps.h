@@ -50,11 +50,13 @@ XK_INLINE vs multiply_byte_pairs(vb a, vb b) {
 #if defined(__AVX512VNNI__)
 typedef vi ByteSums;
 XK_INLINE vi add_bytes(vi sum, vb a, vb b) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
-XK_INLINE vi whole(vi sum) { return sum; }
+XK_INLINE vi begin_bytes(vi before) { return before; }
+XK_INLINE vi end_bytes(vi, vi sum) { return sum; }
 #else
 typedef vs ByteSums;
 XK_INLINE vs add_bytes(vs sum, vb a, vb b) { return sum + multiply_byte_pairs(a, b); }
-XK_INLINE vi whole(vs sum) { return multiply_pairs(sum, (vs){} + 1); }
+XK_INLINE vs begin_bytes(vi) { return (vs){}; }
+XK_INLINE vi end_bytes(vi before, vs sum) { return before + multiply_pairs(sum, (vs){} + 1); }
 #endif
 
 XK_INLINE vi broadcast32(const void *p) {

@@ -183,7 +183,7 @@ static void tile_quantise(const float *x, int64_t k, int64_t group, uint8_t *to,
   const int64_t padded = padded_inputs(k, group), bytes = Type::row_bytes(padded);
   for (int64_t r = rows.begin; r < rows.end; r++) {
     if constexpr (Type::kRowScale) Type::quantise_planes(x + r * k, k, padded, to + r * bytes);
-    else Type::quantise(x + r * k, k, padded, place_of<Type>(to + r * bytes, padded, 1, 0));
+    else Type::quantise(x + r * k, k, padded, group, place_of<Type>(to + r * bytes, padded, 1, 0));
   }
 }
 

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from xllm.storage import rounds
 from xllm.targets.base import Cost, KVLayout, LayerState, Lowering, Operation, Refusal
 from xllm.targets.cpu import (
     attention,
@@ -32,7 +33,7 @@ from xllm.targets.cpu.tuning import Tuning
 
 FAMILIES = (linear, gather, norm, attention, elementwise, encode, sdpa, strided, typed, recurrent, experts)
 RULES: Mapping[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
-# Before RULES, for weights of the type that activations are rounded to.
+# Before RULES, for weights beside which activations are rounded.
 ROUNDED: Mapping[str, Rule] = {**linear.ROUNDED, **attention.ROUNDED}
 REACH: Mapping[str, Reach] = {name: reach for family in FAMILIES for name, reach in family.REACH.items()}
 ANY_TYPE = frozenset({*strided.RULES, *typed.RULES, *elementwise.ANY_TYPE})  # operators whose rules look at types
@@ -54,7 +55,7 @@ class CpuTarget:
     def lower(
         self, operation: Operation, kv: KVLayout, weights_dtype: str, activations: str = ""
     ) -> Lowering | Refusal:
-        rounded = ROUNDED if activations == weights_dtype.partition(".")[0] else RULES
+        rounded = ROUNDED if rounds(activations, weights_dtype) else RULES
         rule = rounded.get(operation.op) or RULES.get(operation.op)
         if rule is None:
             return Refusal(f"no {self.name} kernel computes {operation.op}")

@@ -44,8 +44,8 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = Fal
 
 
 def _name(storage: str, rounded: bool) -> str:
-    """Rows are rounded by groups of inputs as the weights are, or each by one scale as their outputs are."""
-    whole = (kind := quantised(storage)) is not None and not kind.group
+    """Rows beside int8 are rounded by groups of inputs as weights are, or each by one scale as their outputs are."""
+    whole = (kind := quantised(storage)) is not None and kind.bits == 8 and not kind.group
     return "linear" if not rounded else "linear_rounded_row" if whole else "linear_rounded"
 
 
@@ -80,7 +80,7 @@ def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[st
 
 
 RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads_linear}
-# Where rows of activations are rounded to the type of the weights.
+# Where rows of activations are rounded.
 ROUNDED: Mapping[str, Rule] = {"xllm.linear": partial(_linear, rounded=True)}
 REACH: Mapping[str, Reach] = {
     "linear": _linear_reach,

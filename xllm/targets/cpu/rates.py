@@ -17,14 +17,14 @@ CALL_SECONDS = 3e-6
 # Kernels that multiply, and GFLOP/s of each, in this order, at each level. Experts and heads go as products of rows do.
 MULTIPLIED = (
     "linear.f32", "linear.bf16", "linear.i8", "linear.i4", "linear_rounded.bf16", "linear_rounded.i8",
-    "linear_rounded_row.i8", "attention.f32", "attention.bf16", "attention.i8",
+    "linear_rounded_row.i8", "linear_rounded.i4", "attention.f32", "attention.bf16", "attention.i8",
 )  # fmt: skip
 GFLOPS: Mapping[str, tuple[int, ...]] = {
-    "x86-64-v2": (33, 33, 44, 26, 24, 18, 18, 12, 10, 14),
-    "x86-64-v3": (90, 90, 120, 200, 110, 100, 95, 46, 52, 60),
-    "x86-64-v4": (140, 170, 300, 390, 190, 340, 430, 120, 140, 160),
-    "x86-64-v4-bf16": (190, 190, 370, 610, 380, 560, 780, 120, 130, 120),
-    "x86-64-v4-amx": (180, 370, 380, 570, 900, 490, 430, 160, 220, 150),
+    "x86-64-v2": (33, 33, 44, 26, 24, 18, 18, 25, 12, 10, 14),
+    "x86-64-v3": (90, 90, 120, 200, 110, 100, 95, 170, 46, 52, 60),
+    "x86-64-v4": (140, 170, 300, 390, 190, 340, 430, 445, 120, 140, 160),
+    "x86-64-v4-bf16": (190, 190, 370, 610, 380, 560, 780, 680, 120, 130, 120),
+    "x86-64-v4-amx": (180, 370, 380, 570, 900, 490, 430, 445, 160, 220, 150),
 }
 ALIKE = ("heads_linear", "moe", "experts")
 # GB/s of weights and state, which come from memory, and of values, which caches hold, by kernel. Half at v2.
@@ -38,13 +38,19 @@ MOVED: Mapping[str, int] = {
 }
 # Operations of the unit that multiplies, for one of float32 vectors in the same time, less what the kernel does again:
 # rows in three parts of bf16 or two planes of bytes on the matrix unit, pairs of int16 or fours of bytes elsewhere.
-_VECTORS = {"linear.i8": 2.0, "linear.i4": 4.0, "linear_rounded.i8": 4.0, "linear_rounded_row.i8": 4.0}
+_VECTORS = {
+    "linear.i8": 2.0,
+    "linear.i4": 4.0,
+    "linear_rounded.i8": 4.0,
+    "linear_rounded_row.i8": 4.0,
+    "linear_rounded.i4": 4.0,
+}
 UNITS: dict[str, Mapping[str, float]] = {
     "x86-64-v4": _VECTORS,
     "x86-64-v4-bf16": {**_VECTORS, "linear_rounded.bf16": 2.0},
     "x86-64-v4-amx": {
         "linear.bf16": 16 / 3, "linear_rounded.bf16": 16.0, "linear.i8": 16.0, "linear.i4": 32.0,
-        "linear_rounded.i8": 32.0, "linear_rounded_row.i8": 4.0,
+        "linear_rounded.i8": 32.0, "linear_rounded_row.i8": 4.0, "linear_rounded.i4": 4.0,
     },
 }  # fmt: skip
 
