@@ -66,6 +66,8 @@ struct Spread {  // a block brought into float32 or pairs: keys [groups][key ste
   int64_t key_dim;
   const uint8_t *scales;
   int64_t group_bytes;
+  const uint8_t *next;  // groups of the block that comes, fetched while this one is scored
+  int64_t next_groups, next_bytes;
 
   int64_t key_steps() const { return (key_dim + kInputs - 1) / kInputs; }
   const float *key(int64_t group) const { return keys + group * 16 * key_steps(); }
@@ -75,6 +77,11 @@ struct Spread {  // a block brought into float32 or pairs: keys [groups][key ste
   int64_t value_panel() const { return 16 * kValueSteps; }
   template <bool>
   __attribute__((always_inline)) f32x16 step(const float *at) const { return load(at); }
+  void fetch(int64_t from, int64_t to, int64_t all) const {  // as much of it as some of the rows are of all
+    for (int64_t g = 0; g < next_groups; g++)
+      for (int64_t at = next_bytes * from / all / 64 * 64; at < next_bytes * to / all; at += 64)
+        __builtin_prefetch(next + g * group_bytes + at, 0, 2);
+  }
   int64_t after_key() const { return 0; }
   const uint8_t *after_value(int64_t) const { return nullptr; }
 };
@@ -325,6 +332,7 @@ void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, 
     score_few(t, block, begin, (int)(end - begin), first_group, groups);
   } else {
     tiles(begin, end, [&](int64_t from, int rows) {
+      if constexpr (!Block::kFetch) block.fetch(from - begin, from - begin + rows, end - begin);
       const int64_t low = max(0, (row[from].first - at) / 16), high = min(kBlockGroups, (row[from + rows - 1].position - at) / 16 + 1);
       score_few(t, block, from, rows, low, high);
     });
