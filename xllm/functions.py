@@ -62,7 +62,7 @@ def compile_onnx(
     """Compiles an ONNX file into the function artifact `out`, whole or not at all.
 
     dims: the largest size of each dim its inputs name. weights: storage of product weights (see `xllm.storage`).
-    activations: what rows are rounded to in products with them, their own type or "".
+    activations: what rows are rounded to in products with them, a type that fits or "".
     pass_modules, kernel_modules: files of others (see `xllm.extensions`). share_weights: a folder that keeps the weight
     file, for every artifact with the same weights to share. Raises CompileError or ArtifactError.
     """

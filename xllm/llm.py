@@ -142,8 +142,9 @@ def engine_config(
 
 
 def tokens_beside_decodes(artifact: Artifact, cost: StepCost | None = None) -> int:
-    """Prompt tokens that may join a step with decodes: as many as keep it within STEP_SECONDS by the model that was
-    fitted on this machine; without one, a power of two by the costs of the artifact's calls."""
+    """Prompt tokens that may join a step with decodes, to begin with: as many as keep it within STEP_SECONDS beside one
+    by the model that was fitted on this machine; without one, a power of two by the costs of the artifact's calls. The
+    engine then follows what steps take, with all who decode."""
     if cost is not None:
         most = artifact.plan.buckets[-1].T
         return max(min(FEWEST, most), cost.tokens_within(STEP_SECONDS, most, [(USUAL_CONTEXT, 1)]))

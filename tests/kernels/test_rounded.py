@@ -1,4 +1,4 @@
-"""linear_rounded: rows rounded to the type of the weights, right to float32 rounding, the same bits for any rows."""
+"""linear_rounded: rows rounded to bfloat16 or int8, right to float32 rounding, the same bits for any rows."""
 
 import numpy as np
 import pytest
@@ -97,15 +97,25 @@ def test_a_poisoned_row_stays_alone_and_zeros_give_zeros(run, rng, storage, k):
         assert np.array_equal(np.delete(spoiled, 4, 0), np.delete(clean, 4, 0))
 
 
+@pytest.mark.parametrize("storage", ["int8.row", "int4.row"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_longest_row_under_one_scale_is_summed_exactly(run, sign):
-    """The greatest steps throughout: beyond this length sums of int32 would not hold them, and it is refused."""
+def test_the_longest_row_under_one_scale_is_summed_exactly(run, storage, sign):
+    """The greatest steps throughout: beyond this length sums of int32 would not hold those of int8, and it is
+    refused."""
     k = 1 << 17
-    packed, x = pack(np.full((2, k), sign, np.float32), "int8.row"), np.ones((1, k), np.float32)
-    want = held(packed, np.ones((2, k)), "int8.row").sum(1)
-    assert relative_error(linear(run, x, packed, None, 2, "int8.row"), want) < 1e-6
+    packed, x = pack(np.full((2, k), sign, np.float32), storage), np.ones((1, k), np.float32)
+    want = held(packed, np.ones((2, k)), storage).sum(1)
+    assert relative_error(linear(run, x, packed, None, 2, storage), want) < 1e-6
     with pytest.raises(cpu.KernelError, match="131072"):
-        linear(run, np.ones((1, k + 1), np.float32), packed, None, 2, "int8.row")
+        linear(run, np.ones((1, k + 1), np.float32), packed, None, 2, storage)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_a_row_of_any_length_are_summed_exactly(run, sign):
+    k = (1 << 17) + 1
+    packed, x = pack(np.full((2, k), sign, np.float32), "int4.128"), np.ones((1, k), np.float32)
+    want = held(packed, np.ones((2, k)), "int4.128").sum(1)
+    assert relative_error(linear(run, x, packed, None, 2, "int4.128"), want) < 1e-4  # 1,025 sums in float32
 
 
 def test_rows_are_rounded_to_nearest_even(run):

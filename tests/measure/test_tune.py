@@ -41,6 +41,7 @@ def test_every_case_is_a_kernel_that_runs(short) -> None:
     stems = {name.partition(".")[0] for name in kernels}
     assert {"linear", "attention", "qk_norm_rope_write", "rms_norm", "gated_silu", "embedding", "rows"} <= stems
     assert {f"linear.{kind}" for kind in ("f32", "bf16", "i8", "i4")} <= kernels.keys()
+    assert {f"linear_rounded.{kind}" for kind in ("bf16", "i8", "i4")} | {"linear_rounded_row.i8"} <= kernels.keys()
     assert {"attention.f32", "attention.bf16", "attention.i8", "embedding.i8", "embedding.i4"} <= kernels.keys()
     for curve in kernels.values():
         assert curve.call_seconds > 0 and all(each > 0 for _, each in curve.points)

@@ -13,7 +13,8 @@ from xllm.runtime.scheduler import TokenCost
 def test_a_bound_that_was_guessed_becomes_what_fits_the_time(token_seconds):
     budget, pace = budget_of(512, beside_decodes=128), Pace(0.25)
     for _ in range(20):
-        budget = pace.follow(budget, [budget.beside_decodes], budget.beside_decodes * token_seconds)
+        rows = [1, budget.beside_decodes - 1]
+        budget = pace.follow(budget, rows, budget.beside_decodes * token_seconds)
     fits = min(max(FEWEST, 0.25 / token_seconds), 512)
     assert abs(budget.beside_decodes - fits) <= fits / 7
 
@@ -39,10 +40,10 @@ def test_one_slow_step_does_not_throw_it_over():
     for _ in range(5):
         budget = pace.follow(budget, [1, 249], 0.25)
     assert budget.beside_decodes == 250
-    slow = pace.follow(budget, [200, 50], 0.5)
+    slow = pace.follow(budget, [200, 49, 1], 0.5)
     assert 150 < slow.beside_decodes < 250
     for _ in range(20):
-        slow = pace.follow(slow, [250], 0.25)
+        slow = pace.follow(slow, [249, 1], 0.25)
     assert slow.beside_decodes > 215
 
 
@@ -60,5 +61,6 @@ def test_decodes_take_their_part_of_the_time():
         rows = [1] * 100 + [budget.beside_decodes]
         budget = pace.follow(budget, rows, 0.001 * sum(rows))
     assert abs(budget.beside_decodes + 100 - 250) <= 150 / 7
+    assert pace.follow(budget, [250], 0.25) is budget, "prompts alone do not say that nobody will decode"
     crowded = pace.follow(budget, [1] * 300 + [100], 0.4)
     assert crowded.beside_decodes == FEWEST

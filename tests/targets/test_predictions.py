@@ -110,7 +110,14 @@ def test_where_nothing_was_measured_a_level_has_its_usual_rates() -> None:
         assert many == pytest.approx(2 * weights * rows / (GFLOPS[level][2] * 1e9), rel=0.02)
         read = MEMORY_GBPS.get(level, 20) * 1e9 / (2 if level == "x86-64-v2" else 1)
         assert one == pytest.approx(1.1 * weights / read, rel=0.05)
-    for kernel in ("linear.bf16", "linear.i8", "linear_rounded.i8", "linear_rounded_row.i8", "attention.bf16"):
+    for kernel in (
+        "linear.bf16",
+        "linear.i8",
+        "linear_rounded.i8",
+        "linear_rounded_row.i8",
+        "linear_rounded.i4",
+        "attention.bf16",
+    ):
         at = [usual(level).seconds(kernel, 1e6, 1e10) for level in ("x86-64-v2", "x86-64-v3", "x86-64-v4-amx")]
         assert at == sorted(at, reverse=True)
 

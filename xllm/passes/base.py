@@ -30,7 +30,7 @@ class Context:
     weights_dtype: str = "float32"
     head_dtype: str = ""  # of embeddings and of what is made of their logits; as the other weights where empty
     kv_dtype: str = "float32"
-    activations: str = ""  # what rows are rounded to in products with weights of that type; as they are where empty
+    activations: str = ""  # what rows are rounded to in products with weights that it fits; as they are where empty
     traffic: tuple[tuple[int, float], ...] = ()
     providers: tuple[Provider, ...] = ()  # kernel modules, asked before the target
 

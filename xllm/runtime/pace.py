@@ -35,13 +35,14 @@ class Pace:
 
     def follow(self, budget: Budget, tokens: Sequence[int], seconds: float) -> Budget:
         """The budget after a step of so many tokens of each sequence, and seconds (0: not known). Decodes alone say
-        nothing: what they read is not shared by as many."""
+        nothing: what they read is not shared by as many. Prompts alone tell what a token takes, but not how many decode
+        beside the next ones."""
         decodes = sum(count == 1 for count in tokens)
         if self._seconds is None or seconds <= 0 or sum(tokens) - decodes < FEWEST:
             return budget
         cost = seconds / sum(tokens)
         self._of_token += (NEWEST if self._of_token else 1.0) * (cost - self._of_token)
         allowed = min(max(FEWEST, int(self._seconds / self._of_token) - decodes), budget.tokens)
-        if abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:
-            return budget  # near enough
+        if not decodes or abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:
+            return budget  # near enough, or nobody waits
         return replace(budget, beside_decodes=allowed)

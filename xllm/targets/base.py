@@ -256,7 +256,7 @@ class Target(Protocol):
         self, operation: Operation, kv: KVLayout, weights_dtype: str, activations: str = ""
     ) -> Lowering | Refusal:
         """The kernel for an operation, or why there is none. activations: the type that rows are rounded to in products
-        with weights of that type; "" keeps them as exact as the weights allow."""
+        with weights that it fits; "" keeps them as exact as the weights allow."""
         ...
 
     def stream_of(self, operation: Operation) -> str: ...

@@ -157,8 +157,8 @@ void attend_by_vectors(const Tile &t, const Kept<Kv> &kept, SpreadOf<Kv, Latent>
   if (!Latent && end - begin <= kTileRows && kept.value_dim % 16 == 0) return attend_block(t, kept, at, begin, end, t.stride);
   const int64_t first = max(0, t.row[begin].first - at), seen = min(kKeyBlock, t.row[end - 1].position + 1 - at);
   copy.scales = kept.base - Kv::kScaleBytes;
-  copy.next = kept.base + kBlockGroups * kept.group_bytes, copy.next_groups = min(kBlockGroups, kept.groups_after);
-  copy.next_bytes = 16 * (kept.key_dim + (Latent ? 0 : kept.value_dim)) * (int64_t)sizeof(typename Kv::Element);
+  copy.next = copy.scales + kBlockGroups * kept.group_bytes, copy.next_groups = min(kBlockGroups, kept.groups_after);
+  copy.next_bytes = Kv::kScaleBytes + 16 * (kept.key_dim + (Latent ? 0 : kept.value_dim)) * (int64_t)sizeof(typename Kv::Element);
   spread<Kv, Latent>(kept, copy, first / 16, (seen + 15) / 16, first, seen);
   attend_block(t, copy, at, begin, end, t.stride);
 }

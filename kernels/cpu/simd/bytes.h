@@ -134,7 +134,7 @@ struct Int4RowBytes {
     vi sum[R][P][kParts];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const vi start = broadcast32(x.factors(r, 1 + s.at / s.inputs));
+      const vi start = broadcast32(x.factors(r, 1 + (uint32_t)s.at / (uint32_t)s.inputs));
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) XK_PARTS sum[r][p][i] = start;
     }

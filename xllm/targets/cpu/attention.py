@@ -193,7 +193,7 @@ RULES: Mapping[str, Rule] = {
     "xllm.latent_write": _latent_write,
     "xllm.latent_attention": _latent_attention,
 }
-# Where rows are rounded to the type of the weights, queries and the weights of values are to bfloat16.
+# Where rows are rounded, queries and the weights of values are to bfloat16.
 ROUNDED: Mapping[str, Rule] = {"xllm.attention": partial(_attention, rounded=True)}
 REACH: Mapping[str, Reach] = {
     "rope": _rope_reach,
