@@ -215,6 +215,9 @@ def test_no_code_from_data_and_one_reader_of_the_environment(file: Path) -> None
             assert module == "typed", f"{module}:{node.lineno} is for typed.py"
         if isinstance(node, ast.ImportFrom):
             assert (node.module or "").partition(".")[0] != "msgspec", f"{module}:{node.lineno}: import msgspec itself"
+        if isinstance(node, ast.Import):
+            named = {alias.name for alias in node.names if alias.asname}
+            assert "msgspec" not in named, f"{module}:{node.lineno}: msgspec goes by its own name"
         if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT:
             assert module == "config", f"{module}:{node.lineno} reads the environment; config.py does"
         if isinstance(node, ast.ImportFrom) and node.module == "os":

@@ -135,7 +135,8 @@ class Backlog:
         if not started:
             return
         self._elapse()
-        whole, before, steps = self._ahead, self._predicted(self._ahead), self._steps(self._ahead)
+        whole, steps = self._ahead, self._steps(self._ahead)
+        before = self._predicted(whole, steps)
         for name, entry in started.items():
             del self._waiting[name]
             self._ahead = self._ahead.less(entry.work)
@@ -176,10 +177,10 @@ class Backlog:
         count = max(1, len(self._waiting) + len(self._running))
         return self._prices.steps(ahead, len(self._running), self._prompts / count, self._answers / count)
 
-    def _predicted(self, ahead: Work) -> float:
-        """Seconds until all of `ahead` has started, beside those that decode. A step of each other model that has
-        something to do goes between two of these."""
-        own = self._steps(ahead)
+    def _predicted(self, ahead: Work, own: Steps | None = None) -> float:
+        """Seconds until all of `ahead` has started, in steps of its `own`, beside those that decode. A step of each
+        other model that has something to do goes between two of these."""
+        own = own or self._steps(ahead)
         seconds = own.count * own.seconds + own.after if ahead.prompts else 0.0
         for other in self._others:
             if other is not self and not other._held:

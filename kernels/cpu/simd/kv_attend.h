@@ -319,47 +319,37 @@ void weigh_rows(const Tile &t, const Block &block, int64_t at, int64_t begin, in
   }
 }
 
+// Weights of a row become pairs where they lie, at the front, or stay what they are, rounded.
+template <bool Pairs>
+XK_INLINE void round_weights(float *weight) {
+  for (int64_t i = 0; i < kKeyBlock; i += 16)
+    if constexpr (Pairs) store_rounded(weight + i / 2, load(weight + i));
+    else store(weight + i, nearest_bf16(load(weight + i)));
+}
+
+// Rows first..first+rows-1, at most a tile: their scores stay in the nearest cache until the values have met them.
+template <class Block>
+void attend_rows(const Tile &t, const Block &block, int64_t at, int64_t first, int rows, int64_t value_end) {
+  const Row *row = t.row + first;
+  const int64_t low = max(0, (row[0].first - at) / 16), high = min(kBlockGroups, (row[rows - 1].position - at) / 16 + 1);
+  score_few(t, block, first, rows, low, high);
+  weigh_rows(t, block, at, first, first + rows, low, high);
+  if constexpr (Block::kRounded)
+    for (int r = 0; r < rows; r++) round_weights<Block::kInputs == 2>(t.score + (first + r) * kKeyBlock);
+  int64_t from[kTileRows], to[kTileRows];
+  for (int r = 0; r < rows; r++) from[r] = max(0, row[r].first - at), to[r] = min(kKeyBlock, row[r].position + 1 - at);
+  if constexpr (Block::kScaled && Block::kFetch) block.fetch_scales();
+  value_few(t, block, first, rows, 0, value_end, from, to);
+}
+
+// Rows begin..end-1, in tiles of nearly equal height.
 template <class Block>
 void attend_block(const Tile &t, const Block &block, int64_t at, int64_t begin, int64_t end, int64_t value_end) {
-  const Row *row = t.row;
-  const int64_t first_group = max(0, (row[begin].first - at) / 16), groups = min(kBlockGroups, (row[end - 1].position - at) / 16 + 1);
-  // Of many rows, each tile is scored against what its rows see.
-  const auto tiles = [&](int64_t from, int64_t to, const auto &each) {
-    const int64_t rows = to - from, count = (rows + kTileRows - 1) / kTileRows;
-    for (int64_t i = 0; i < count; i++) each(from + rows * i / count, (int)(rows * (i + 1) / count - rows * i / count));
-  };
-  if (Block::kFetch) {
-    score_few(t, block, begin, (int)(end - begin), first_group, groups);
-  } else {
-    tiles(begin, end, [&](int64_t from, int rows) {
-      if constexpr (!Block::kFetch) block.fetch(from - begin, from - begin + rows, end - begin);
-      const int64_t low = max(0, (row[from].first - at) / 16), high = min(kBlockGroups, (row[from + rows - 1].position - at) / 16 + 1);
-      score_few(t, block, from, rows, low, high);
-    });
-  }
-  weigh_rows(t, block, at, begin, end, first_group, groups);
-  if constexpr (Block::kInputs == 2)
-    for (int64_t r = begin; r < end; r++) pair_weights(t.score + r * kKeyBlock);
-  else if constexpr (Block::kRounded)
-    for (float *weight = t.score + begin * kKeyBlock; weight < t.score + end * kKeyBlock; weight += 16) store(weight, nearest_bf16(load(weight)));
-  int64_t from[kTileRows], to[kTileRows];
-  const auto seen = [&](int64_t first, int rows) {
-    for (int r = 0; r < rows; r++) {
-      from[r] = max(0, row[first + r].first - at);
-      to[r] = min(kKeyBlock, row[first + r].position + 1 - at);
-    }
-  };
-  if (Block::kFetch) {
-    seen(begin, (int)(end - begin));
-    if constexpr (Block::kScaled && Block::kFetch) block.fetch_scales();
-    value_few(t, block, begin, (int)(end - begin), 0, value_end, from, to);
-  } else {
-    constexpr int64_t dims = 16 * tile_panels(kTileRows);
-    for (int64_t d = 0; d < value_end; d += dims)
-      tiles(begin, end, [&](int64_t first, int rows) {
-        seen(first, rows);
-        value_few(t, block, first, rows, d, min(d + dims, value_end), from, to);
-      });
+  const int64_t rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0; i < tiles; i++) {
+    const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+    if constexpr (!Block::kFetch) block.fetch(from, to, rows);
+    attend_rows(t, block, at, begin + from, (int)(to - from), value_end);
   }
 }
 

@@ -67,11 +67,6 @@ XK_INLINE f32x16 only(f32x16 pairs, Half half) {
 // Sixteen numbers, rounded to nearest even, as eight pairs.
 XK_INLINE void store_rounded(float *to, f32x16 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x.v[0])); }
 
-// Weights of a block become pairs where they lie, at the front.
-XK_INLINE void pair_weights(float *weight) {
-  for (int64_t i = 0; i < kKeyBlock; i += 16) store_rounded(weight + i / 2, load(weight + i));
-}
-
 // Values of two tokens, of which one may not be there.
 template <class E>
 XK_INLINE f32x16 value_pair(const E *a, const E *b, bool first, bool second, int64_t dims) {
@@ -94,7 +89,6 @@ XK_INLINE f32x16 pair_beside(const E *) { return zero(); }
 template <class E>
 XK_INLINE f32x16 value_pair(const E *, const E *, bool, bool, int64_t) { return zero(); }
 XK_INLINE void store_rounded(float *, f32x16) {}
-XK_INLINE void pair_weights(float *) {}
 
 #endif
 
