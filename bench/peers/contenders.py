@@ -29,6 +29,7 @@ CMAKE = (
     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )  # fmt: skip
+ROOM = 3  # times the checkpoint: disk that a conversion may need, with what a tool writes before it is done
 # GCC before 12.4 and 13.3 (its bug 114098) tells of this one to read 8 bytes of the 64: the others are then never
 # written, and the first product of integers on the matrix unit is an illegal instruction.
 TILE_CONFIG = ("_tile_loadconfig(&tc);", '__asm__ volatile("ldtilecfg %0" ::"m"(tc));')
@@ -135,7 +136,7 @@ def digest_of(*files: Path) -> str:
 
 def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     """The checkpoint of `shape` as this contender reads it, made where it is not there yet; ours is compiled again when
-    `sources` have changed. Raises RuntimeError with the reason that a tool gave."""
+    `sources` have changed. Raises RuntimeError where the disk has no room, or with the reason that a tool gave."""
     folder = HOME / "models" / shape
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
@@ -149,6 +150,10 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     part = out.with_name(f"{out.name}.part")
     if out.exists():
         return out
+    need, free = ROOM * sum(file.stat().st_size for file in checkpoint.iterdir()), shutil.disk_usage(folder).free
+    if free < need:
+        have = f"{need / 1e9:.1f} GB of disk may be needed, {free / 1e9:.1f} are free"
+        raise RuntimeError(f"{have}: remove models of other shapes from build/peers/models")
     if contender is XLLM:
         for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
@@ -158,12 +163,25 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
             "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].split(), *rounding,
         )  # fmt: skip
         return out
+    try:
+        _write(contender, checkpoint, kind, part)
+    except BaseException:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+        raise
+    part.rename(out)
+    return out
+
+
+def _write(contender: Contender, checkpoint: Path, kind: str, part: Path) -> None:
+    """What a peer's own tool makes of the checkpoint."""
     if contender.adapter == "llamacpp":
         _run(contender.python, "-m", "bench.peers.to_gguf", str(checkpoint), kind, str(part))
     elif contender.adapter == "onnxruntime":
         _run(
             contender.python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(part),
-            "-p", kind, "-e", "cpu", "-c", str(folder), "--extra_options", "block_size=32", "accuracy_level=4",
+            "-p", kind, "-e", "cpu", "-c", str(part.parent), "--extra_options", "block_size=32", "accuracy_level=4",
             "is_symmetric=true", "op_types_to_quantize=MatMul/Gather", "shared_embeddings=true",
         )  # fmt: skip
     else:
@@ -173,8 +191,6 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
             str(contender.home / "bin" / "optimum-cli"), "export", "openvino", "--model", str(checkpoint), "--task",
             "text-generation-with-past", "--weight-format", form, *flags, str(part),
         )  # fmt: skip
-    part.rename(out)
-    return out
 
 
 def environment(contender: Contender) -> dict[str, str]:

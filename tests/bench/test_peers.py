@@ -4,6 +4,8 @@ conversion to GGUF, number by number."""
 import json
 import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -149,6 +151,25 @@ def test_tiles_are_set_up_as_the_source_means(tmp_path, monkeypatch):
     for _ in range(2):
         assert contenders._llama_source(CONTENDERS[1]) == tmp_path / "src" / "llama_cpp_python-1"
         assert (tiles / "mmq.cpp").read_text() == f"    {contenders.TILE_CONFIG[1]}\n    done = true;\n"
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_needs_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "HOME", tmp_path)
+    checkpoint = tmp_path / "models" / "qwen3-0.6b" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "tokenizer_config.json").write_text("{}" * 500)
+
+    def breaks(*command, **_):
+        Path(command[-1]).write_text("half a model")
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(contenders, "_run", breaks)
+    with pytest.raises(RuntimeError, match="it broke"):
+        contenders.convert(CONTENDERS[1], "qwen3-0.6b", "int8", "Q8_0")
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    monkeypatch.setattr(contenders.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2999))
+    with pytest.raises(RuntimeError, match="remove models of other shapes"):
+        contenders.convert(CONTENDERS[1], "qwen3-0.6b", "int8", "Q8_0")
 
 
 def test_a_cell_is_given_up_where_trying_is_of_no_use():
