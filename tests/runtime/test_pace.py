@@ -39,12 +39,18 @@ def test_one_slow_step_does_not_throw_it_over():
     budget, pace = budget_of(512, beside_decodes=250), Pace(0.25)
     for _ in range(5):
         budget = pace.follow(budget, [1, 249], 0.25)
-    assert budget.beside_decodes == 250
+    assert budget.beside_decodes == 249
     slow = pace.follow(budget, [200, 49, 1], 0.5)
     assert 150 < slow.beside_decodes < 250
     for _ in range(20):
         slow = pace.follow(slow, [249, 1], 0.25)
     assert slow.beside_decodes > 215
+
+
+def test_a_step_a_little_too_long_counts_at_once_and_one_a_little_too_short_does_not():
+    budget = budget_of(512, beside_decodes=250)
+    assert Pace(0.25).follow(budget, [1, 249], 0.27).beside_decodes < 235
+    assert Pace(0.25).follow(budget, [1, 249], 0.23) is budget
 
 
 def test_it_leaves_alone_what_it_can_not_tell():

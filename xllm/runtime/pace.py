@@ -43,6 +43,6 @@ class Pace:
         cost = seconds / sum(tokens)
         self._of_token += (NEWEST if self._of_token else 1.0) * (cost - self._of_token)
         allowed = min(max(FEWEST, int(self._seconds / self._of_token) - decodes), budget.tokens)
-        if not decodes or abs(allowed - budget.beside_decodes) <= budget.beside_decodes // 8:
-            return budget  # near enough, or nobody waits
+        if not decodes or 0 <= allowed - budget.beside_decodes <= budget.beside_decodes // 8:
+            return budget  # near enough, or nobody waits; of fewer, sequences wait too long now
         return replace(budget, beside_decodes=allowed)

@@ -327,7 +327,7 @@ XK_INLINE void round_weights(float *weight) {
     else store(weight + i, nearest_bf16(load(weight + i)));
 }
 
-// Rows first..first+rows-1, at most a tile: their scores stay in the nearest cache until the values have met them.
+// Rows first..first+rows-1, at most a tile: scores, weights and products with values, before the next tile.
 template <class Block>
 void attend_rows(const Tile &t, const Block &block, int64_t at, int64_t first, int rows, int64_t value_end) {
   const Row *row = t.row + first;
