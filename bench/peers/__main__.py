@@ -96,7 +96,7 @@ def measure(entry: Entry, workload: Workload, shape: Mapping[str, Any], threads:
     """One run of one entry; whatever goes wrong is a Failure."""
     if workload.served:
         try:
-            return servers.measure(entry.contender.adapter, entry.model, workload, shape["vocab_size"], threads)
+            return servers.measure(entry.contender, entry.model, workload, shape["vocab_size"], threads)
         except Exception as error:  # whatever a peer's server does is its figure, not the end of the run
             return Failure(last_line(f"{type(error).__name__}: {error}"))
     job = Job(str(entry.model), **workload.asked, threads=threads, vocab=shape["vocab_size"])

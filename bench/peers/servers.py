@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from bench import load
-from bench.peers.contenders import HOME, NATIVE
+from bench.peers.contenders import HOME, NATIVE, XLLM, Contender, environment
 from bench.server import serving
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 
 
 class Asked(Protocol):
@@ -31,13 +33,13 @@ class Asked(Protocol):
     def output(self) -> int: ...
 
 
-def measure(adapter: str, model: Path, asked: Asked, vocab: int, threads: int) -> dict[str, Any]:
+def measure(contender: Contender, model: Path, asked: Asked, vocab: int, threads: int) -> dict[str, Any]:
     """Figures of one server process: its start, then one request of each client. Raises RuntimeError where one failed.
 
     The start counts from the process to the first token at a client that asks as soon as the server answers at all.
     """
     letter = _letter(model)
-    with _running(adapter, model, asked, threads) as (url, name, started):
+    with _running(contender, model, asked, threads) as (url, name, started):
         target = load.Target(url, name, letter)
         first = _sent(target, load.uniform(1, 16, 4, vocab, seed=3), 1)
         began = first[0].events[0] - started
@@ -68,9 +70,9 @@ def _letter(model: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _running(adapter: str, model: Path, asked: Asked, threads: int) -> Iterator[tuple[str, str, float]]:
+def _running(contender: Contender, model: Path, asked: Asked, threads: int) -> Iterator[tuple[str, str, float]]:
     """(url, model name, time of the start) of a server that answers."""
-    if adapter == "xllm":
+    if contender is XLLM:
         with serving(model, "--threads", str(threads)) as server:
             with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as answer:
                 name = json.load(answer)["data"][0]["id"]
@@ -79,23 +81,41 @@ def _running(adapter: str, model: Path, asked: Asked, threads: int) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = asked.sequences * -(-(asked.prompt + asked.output) // 256) * 256
-    command = [
-        NATIVE / "bin" / "llama-server", "-m", model, "--host", "127.0.0.1", "--port", str(port), "-t", str(threads),
-        "-np", str(asked.sequences), "-c", str(context), "--no-warmup", "--cache-ram", "0",
-    ]  # fmt: skip
-    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+    url, place, started = f"http://127.0.0.1:{port}", ["--host", "127.0.0.1", "--port", str(port)], time.perf_counter()
+    command = (_llama if contender.adapter == "llamacpp" else _vllm)(contender, model, asked, threads)
     with (HOME / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*command, *place], stdout=log, stderr=log, env=environment(contender), start_new_session=True
+        )
     try:
         while not _healthy(url):
             if process.poll() is not None or time.perf_counter() - started > START_SECONDS:
-                raise RuntimeError(f"llama-server does not answer: {(HOME / 'server.log').read_text()[-160:]}")
+                text = (HOME / "server.log").read_text()[-160:]
+                raise RuntimeError(f"the server of {contender.name} does not answer: {text}")
             time.sleep(0.01)
         yield url, model.stem, started
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
         process.wait()
+
+
+def _llama(contender: Contender, model: Path, asked: Asked, threads: int) -> list[str | Path]:
+    context = asked.sequences * -(-(asked.prompt + asked.output) // 256) * 256
+    return [
+        NATIVE / "bin" / "llama-server", "-m", model, "-t", str(threads), "-np", str(asked.sequences),
+        "-c", str(context), "--no-warmup", "--cache-ram", "0",
+    ]  # fmt: skip
+
+
+def _vllm(contender: Contender, model: Path, asked: Asked, threads: int) -> list[str | Path]:
+    pages = asked.sequences * -(-(asked.prompt + asked.output) // 128) + 1  # tokens of its pages
+    return [
+        contender.python, "-m", "vllm.entrypoints.openai.api_server",  # its `vllm serve` asks for a package `vllm`
+        "--model", model, "--served-model-name", model.stem, "--dtype", "bfloat16",
+        "--max-model-len", "1024", "--max-num-seqs", str(asked.sequences), "--num-gpu-blocks-override", str(pages),
+        "--no-enable-prefix-caching",
+    ]  # fmt: skip
 
 
 def _healthy(url: str) -> bool:
