@@ -10,16 +10,19 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from bench.checkpoints import write_checkpoint
 from bench.peers import __main__ as peers
-from bench.peers import contenders
+from bench.peers import contenders, to_compressed
 from bench.peers.__main__ import Entry, answer, identity
 from bench.peers.child import Job, figures, measure, prompts
 from bench.peers.contenders import CONTENDERS, XLLM
 from bench.peers.rounds import Cell, Failure, Found, Log, following, left_out, minutes_a_round, ratio, summarize
 from bench.peers.workloads import WORKLOADS
 from bench.report import Spread
+from tests.frontend.test_quantised import bound, stored
+from xllm.ir.weight_rules import Source, evaluate
 
 TINY = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -244,3 +247,12 @@ def test_llama_rows_are_rotated_as_neighbours():
     divisors = frequency_divisors(config)
     assert divisors is not None and divisors[0] == 1 and divisors[-1] == pytest.approx(32)
     assert frequency_divisors(TINY) is None
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("int4", 0.12)])
+def test_compressed_tensors_stand_for_the_checkpoint(tmp_path, kind, error):
+    weight = torch.randn(48, 256, dtype=torch.bfloat16)
+    made = to_compressed.quantised("a.weight", weight, kind)
+    program, opened = bound(tmp_path, to_compressed.config(kind), made, Source(("a.weight",)))
+    found = evaluate(program.weights["w"].rule, stored(opened), {})
+    assert 0 < np.linalg.norm(found - weight.float().numpy()) <= error * weight.float().norm()
