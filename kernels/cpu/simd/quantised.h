@@ -310,6 +310,11 @@ template <class Type, bool Woven, bool Fetch, int R, int P>
 static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t row) {
   const int64_t group = t.group ? t.group : t.x.k, stretch = Type::stretch(group);
   const RowReader<Type, R, Woven> x(t, row);
+  if constexpr (!Fetch && Type::kWholeRows)  // the quickest of many rows: stores that wait for their lines would hold up the next tile
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) __builtin_prefetch(to + (row + r) * t.c_row + p * t.c_stride, 1);
   f32x16 c[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
