@@ -9,7 +9,7 @@ namespace XK_LEVEL {
 
 #if !defined(__AMX_BF16__)
 
-constexpr int64_t kPanelsOfRounded = 16;  // most of one unit: rows are rounded once for all of them
+constexpr int64_t kPanelsOfRounded = 32;  // most of one unit: rows are rounded once for all of them
 
 #if defined(__AVX512BF16__)
 
@@ -44,7 +44,7 @@ XK_INLINE void round16(const float *x, int64_t n, float *to) {
 
 #endif
 
-constexpr int64_t kRoundedDepth = 256;                  // elements of many rows that are rounded at once
+constexpr int64_t kRoundedDepth = 256 * kInputs;        // elements of many rows that are rounded at once
 constexpr int64_t kRoundedStride = kRoundedDepth + 16;  // between rows: off the powers of two that share cache sets
 
 struct RoundedMemory {
