@@ -109,12 +109,12 @@ def _llama(contender: Contender, model: Path, asked: Asked, threads: int) -> lis
 
 
 def _vllm(contender: Contender, model: Path, asked: Asked, threads: int) -> list[str | Path]:
-    pages = asked.sequences * -(-(asked.prompt + asked.output) // 128) + 1  # tokens of its pages
+    each = -(-(asked.prompt + asked.output) // 128)  # pages of 128 tokens
     return [
         contender.python, "-m", "vllm.entrypoints.openai.api_server",  # its `vllm serve` asks for a package `vllm`
         "--model", model, "--served-model-name", model.stem, "--dtype", "bfloat16",
-        "--max-model-len", "1024", "--max-num-seqs", str(asked.sequences), "--num-gpu-blocks-override", str(pages),
-        "--no-enable-prefix-caching",
+        "--max-model-len", str(128 * each), "--max-num-seqs", str(asked.sequences),
+        "--num-gpu-blocks-override", str(asked.sequences * each + 1), "--no-enable-prefix-caching",
     ]  # fmt: skip
 
 
