@@ -51,7 +51,7 @@ def quantised(name: str, weight: torch.Tensor, kind: str) -> dict[str, torch.Ten
 
 
 def convert(checkpoint: Path, kind: str, out: Path) -> None:
-    """Raises OSError where a file is missing, ValueError where inputs of a weight are no multiple of the group."""
+    """Raises OSError where a file is missing, RuntimeError where inputs of a weight are no multiple of the group."""
     out.mkdir(parents=True)
     for file in checkpoint.iterdir():
         if file.suffix != ".safetensors":
