@@ -46,7 +46,7 @@ struct Product {
   int64_t c_stride;   // floats between panels
   bool resume;        // continue the chains from c instead of zero
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
-  bool first = true;  // the tile of rows that waits for memory; the others find the panels in a cache
+  int tile = 0, tiles = 1;  // of rows that pass the same panels, one after the other
 };
 
 template <class Panel, int R, int P, bool Gather>
@@ -59,7 +59,8 @@ static void product_tile(const Product &t) {
   const float *x = t.x;
   const uint8_t *w = t.w;
   const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = fetch_ahead(P * w_stride);
-  const bool first = t.first;
+  const bool alone = t.tiles == 1;
+  const Ahead share = share_ahead(t.tile, t.tiles, P, w_stride);
   const float *row[R];
   if constexpr (Gather)
     for (int r = 0; r < R; r++) row[r] = x + t.pick[r] * x_stride;
@@ -68,8 +69,9 @@ static void product_tile(const Product &t) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
       column[p] = Panel::load(w + p * w_stride + i * Panel::bytes);
-      if (first) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
+      if (alone) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
     }
+    if (!alone) __builtin_prefetch(w + i * Panel::bytes + share.first, 0, 2), __builtin_prefetch(w + i * Panel::bytes + share.second, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const f32x16 b = Panel::spread((Gather ? row[r] : x + r * x_stride) + i);
@@ -110,13 +112,13 @@ static void product_few(const Product &t, int rows, int64_t panels) {
 template <class Panel, bool Gather = false>
 static void product(Product t, int64_t rows, int64_t panels) {
   const int most = rows <= kFewRows ? kFewRows : kTileRows;
-  for (int left = (int)rows; left > 0;) {
-    const int tiles = (left + most - 1) / most, height = (left + tiles - 1) / tiles;
+  t.tiles = ((int)rows + most - 1) / most;
+  for (int left = (int)rows; left > 0; t.tile++) {
+    const int tiles = t.tiles - t.tile, height = (left + tiles - 1) / tiles;
     product_few<Panel, Gather>(t, height, panels);
     if constexpr (Gather) t.pick += height;
     else t.x += height * t.x_stride;
     t.c += height * t.c_row;
-    t.first = false;
     left -= height;
   }
 }

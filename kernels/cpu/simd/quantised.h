@@ -49,6 +49,7 @@ struct IntProduct {
   float *c;              // results of the first panel, [rows, 16]
   int64_t c_row, c_stride;
   const int32_t *pick = nullptr;  // the rows of x that are meant, where a product gathers; consecutive rows otherwise
+  int tile = 0, tiles = 0;        // of rows that pass the same panels, one after the other
 
   inline __attribute__((always_inline)) const uint8_t *x_row(int64_t r) const { return x.row(pick ? pick[r] : r); }
 };
@@ -90,7 +91,12 @@ static Place place_of(uint8_t *tile, int64_t padded, int64_t height, int64_t row
 struct Stretch {
   const uint8_t *w, *scales;
   int64_t w_stride, at, inputs;
+  Ahead ahead;  // unless all of the panels that come next are fetched
 };
+
+XK_INLINE void fetch_share(const Stretch &s, const uint8_t *w) {
+  __builtin_prefetch(w + s.ahead.first, 0, 2), __builtin_prefetch(w + s.ahead.second, 0, 2);
+}
 
 typedef int32_t Wide __attribute__((vector_size(64), aligned(4), may_alias));
 template <class To>
@@ -178,6 +184,7 @@ struct Int8 {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
         if (Fetch && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
+      if (!Fetch) fetch_share(s, w);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const vs pair = (vs)broadcast32(x.word(r, s.at + k));
@@ -273,6 +280,7 @@ struct Int4 {
           }
           if (Fetch && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
         }
+        if (!Fetch && !j) fetch_share(s, w);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           const vb four = (vb)broadcast32(x.word(r, s.at + begin + k + 4 * j));
@@ -320,7 +328,7 @@ static void int_rows(const IntProduct &t, const uint8_t *w, float *to, int64_t r
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) c[r][p] = zero();
-  Stretch s = {w, w, t.w_stride, 0, 0};
+  Stretch s = {w, w, t.w_stride, 0, 0, share_ahead(t.tile, t.tiles, P, t.w_stride)};
   for (int64_t left = 0; s.at < t.x.k; left -= s.inputs) {
     if (!left) left = group, s.scales = s.w, s.w += kScaleBytes;
     s.inputs = min(stretch, left);
@@ -364,14 +372,15 @@ static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, 
 // Tiles begin..end-1 times `panels` panels. One tile of few rows reads every panel once, from end to end; many pass a few panels at a
 // time, which stay in L2, as do the rows.
 template <class Type, bool Woven>
-static void int_product(const IntProduct &t, const Tiles &tiles, int64_t begin, int64_t end, int64_t panels) {
+static void int_product(IntProduct t, const Tiles &tiles, int64_t begin, int64_t end, int64_t panels) {
   const int64_t first = tiles.row(begin), rows = tiles.row(end) - first, count = end - begin;
   if (tiles.rows <= kFewRows) return int_tile<Type, Woven, true>(t, 0, 0, (int)rows, panels);
   const int64_t block = int_panels<Type>((int)((rows + count - 1) / count), false);
+  t.tiles = (int)count;
   for (int64_t p = 0; p < panels; p += block)
-    for (int64_t tile = begin; tile < end; tile++) {
-      const int64_t row = tiles.row(tile);
-      int_tile<Type, Woven, false>(t, p, row - first, (int)(tiles.row(tile + 1) - row), min(block, panels - p));
+    for (t.tile = 0; t.tile < t.tiles; t.tile++) {
+      const int64_t row = tiles.row(begin + t.tile);
+      int_tile<Type, Woven, false>(t, p, row - first, (int)(tiles.row(begin + t.tile + 1) - row), min(block, panels - p));
     }
 }
 

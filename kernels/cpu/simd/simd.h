@@ -60,6 +60,18 @@ constexpr int64_t stream_rows(int) { return 0; }
 #endif
 constexpr int fetch_into(int rows) { return rows > 4 ? 3 : kFetchInto; }  // many rows leave time to bring a line all the way
 constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64 ? tile_bytes : kFetchAhead; }
+// What a tile of many rows fetches while it multiplies: the tiles that pass some panels share those that come next, as one alone would
+// wait for memory, which would then wait for the others. Bytes from a line of the first panel; 0, the line itself, is nothing.
+struct Ahead {
+  int64_t first, second;
+};
+constexpr Ahead share_ahead(int tile, int tiles, int panels, int64_t stride) {
+  const int sharing = tiles < panels ? tiles : panels;
+  if (tile >= sharing) return {0, 0};
+  const int from = panels * tile / sharing, end = panels * (tile + 1) / sharing;
+  const int64_t ahead = fetch_ahead(panels * stride);
+  return {ahead + from * stride, ahead + (end - 1) * stride};
+}
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
 constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
