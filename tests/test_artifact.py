@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 
 from tests.artifacts import replan, reseal, small_plan, weight_bytes, write_small
+from tests.pages import huge_bytes
 from xllm.artifact import WEIGHTS, Artifact, ArtifactError, writing
+from xllm.artifact.store import Place
+from xllm.artifact.weights import HUGE_PAGE_BYTES, MappedWeights
 from xllm.targets.cpu.executor import CpuExecutor
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +62,24 @@ def test_round_trip(path: Path) -> None:
         assert mapped.array(weight).shape == small_plan().weights[key].shape
         assert weight.offset % (4096 if weight.bytes >= 4096 else 64) == 0
     assert told == sorted(told) and told[-1] == artifact.weight_bytes
+
+
+def test_what_is_written_lies_in_huge_pages_where_files_read_anew_do(tmp_path: Path) -> None:
+    size = 4 * HUGE_PAGE_BYTES
+    written, sparse = tmp_path / "written", tmp_path / "sparse"
+    for file in (written, sparse):
+        file.touch()
+        os.truncate(file, size)
+    mapped = MappedWeights(Place(written, 0, size))
+    mapped.enlarge(0, size)
+    content = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    with written.open("r+b") as out:
+        for at in range(0, size, 100_000):
+            os.pwrite(out.fileno(), content[at : at + 100_000].tobytes(), at)
+    assert (mapped.bytes == content).all()
+    other = MappedWeights(Place(sparse, 0, size))
+    other.bytes.max()
+    assert huge_bytes(mapped.address) == huge_bytes(other.address)
 
 
 def test_the_weight_file_is_safetensors(path: Path) -> None:

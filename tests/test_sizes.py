@@ -24,7 +24,7 @@ BUDGET = {
     # three APIs of generation, parsers, batches, control, the page, who may ask; all metrics (130); several models,
     # whose requests and lines leave others room (60), eager tools (70)
     "xllm/service": 9400,  # prices of what waits (140)
-    "xllm/artifact": 1460,  # exchange of weights
+    "xllm/artifact": 1470,  # exchange of weights; huge pages of new ones
     "xllm/embedded": 1300,
     "xllm/inspection": 1070,  # rounded attention
     "xllm/measure": 1150,  # tuning places the scratch of kernels; the fit of step times
@@ -32,13 +32,13 @@ BUDGET = {
     "xllm": 4910,
     # the matrix unit (800, and of attention 390), int8 keys and values (70), rows rounded to bfloat16 or int8 (230)
     # attention of pairs of bfloat16 (160)
-    "kernels": 8100,  # rows of bytes under one scale, beside int4 too (50)
+    "kernels": 8120,  # rows of bytes under one scale, beside int4 too (50); tiles that fetch in turn (20)
     # a quarter of it runs peers (ours also with rounded rows); bits, soak, overload, gaps, goodput (also served),
     # tiers, operators (75)
     "bench": 6185,
     # of which pages and models that share them 600, what several models keep and share 550, rounded activations 240
     # work of parsers 250 and text that they lost 60, prices 160
-    "tests": 31070,  # an overload in virtual time (80)
+    "tests": 31120,  # an overload in virtual time (80), huge pages (50)
 }
 
 

@@ -21,6 +21,7 @@ from xllm.plan import ALIGN_BYTES, Plan, StoredWeight
 
 WEIGHTS = "weights/model.safetensors"
 _MAP_FIXED, _MADV_POPULATE_READ = 0x10, 22
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class MappedWeights:
@@ -46,6 +47,12 @@ class MappedWeights:
             self._map.madvise(advice)
         except OSError:
             return  # advice only: kernels without file huge pages refuse it
+
+    def enlarge(self, start: int, stop: int) -> None:
+        """Before bytes of a new file are written: has the system cache them in huge pages, where it can, so that who
+        maps them reads a few percent faster. They would lie in pieces as small as they are written in."""
+        self.bytes[start:stop:HUGE_PAGE_BYTES].max(initial=0)
+        self.release(start, stop)
 
     def release(self, start: int, stop: int) -> None:
         """Says that bytes are not needed soon: they leave the resident set and are read again if touched."""

@@ -79,6 +79,7 @@ class ArtifactWriter:
         done = 0
 
         def stream(key: str) -> tuple[str, bool]:
+            mapped.enlarge(placed[key].offset, ends[key])
             found, taken = put(key)
             sums.take(placed[key].offset, ends[key])  # while the system still holds what was written
             return found, taken

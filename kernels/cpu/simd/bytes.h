@@ -53,7 +53,7 @@ struct ByteRows {
         line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
         if (Fetch) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
-      if (!Fetch) fetch_share(s, w);
+      if (!Fetch) s.ahead.fetch(w);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const vb four = (vb)broadcast32(x.word(r, s.at + k));

@@ -5,6 +5,15 @@
 
 namespace XK_LEVEL {
 
+// Rows of a product are cut into tiles: of `rows` rows, of this height but for the last, or (0) of nearly equal height.
+struct Tiles {
+  int64_t rows, count, height = 0;
+  int64_t row(int64_t tile) const { return height ? min(rows, tile * height) : rows * tile / count; }
+  int64_t of(int64_t row) const { return height ? row / height : ((row + 1) * count - 1) / rows; }
+};
+static inline Tiles tiles_of(int64_t rows) { return {rows, rows <= kFewRows ? rows > 0 : (rows + kTileRows - 1) / kTileRows}; }
+static inline Tiles rows_apart(int64_t rows) { return {rows, rows, 1}; }
+
 struct Multiplied {  // an element of x with one of each output
   XK_INLINE f32x16 spread(const float *x) { return set1(*x); }
   XK_INLINE f32x16 add(f32x16 sum, f32x16 x, f32x16 w) { return fma(x, w, sum); }
@@ -71,7 +80,7 @@ static void product_tile(const Product &t) {
       column[p] = Panel::load(w + p * w_stride + i * Panel::bytes);
       if (alone) __builtin_prefetch(w + p * w_stride + i * Panel::bytes + ahead, 0, 2);
     }
-    if (!alone) __builtin_prefetch(w + i * Panel::bytes + share.first, 0, 2), __builtin_prefetch(w + i * Panel::bytes + share.second, 0, 2);
+    if (!alone) share.fetch(w + i * Panel::bytes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const f32x16 b = Panel::spread((Gather ? row[r] : x + r * x_stride) + i);

@@ -25,15 +25,6 @@ constexpr int64_t kScaleBytes = 32;  // of one panel's scales
 constexpr int64_t kStretch4 = 32;    // inputs of a stretch of int8 activations
 constexpr int64_t kStretch8 = 128;   // most inputs of an int8 stretch: 128 * 128 * 32767 stays below 2^31
 
-// Of `rows` rows: of this height but for the last, or (0) of nearly equal height.
-struct Tiles {
-  int64_t rows, count, height = 0;
-  int64_t row(int64_t tile) const { return height ? min(rows, tile * height) : rows * tile / count; }
-  int64_t of(int64_t row) const { return height ? row / height : ((row + 1) * count - 1) / rows; }
-};
-static inline Tiles tiles_of(int64_t rows) { return {rows, rows <= kFewRows ? rows > 0 : (rows + kTileRows - 1) / kTileRows}; }
-static inline Tiles rows_apart(int64_t rows) { return {rows, rows, 1}; }
-
 struct QuantisedRows {
   const uint8_t *base;
   int64_t stride, k;  // bytes of a row; padded inputs
@@ -93,10 +84,6 @@ struct Stretch {
   int64_t w_stride, at, inputs;
   Ahead ahead;  // unless all of the panels that come next are fetched
 };
-
-XK_INLINE void fetch_share(const Stretch &s, const uint8_t *w) {
-  __builtin_prefetch(w + s.ahead.first, 0, 2), __builtin_prefetch(w + s.ahead.second, 0, 2);
-}
 
 typedef int32_t Wide __attribute__((vector_size(64), aligned(4), may_alias));
 template <class To>
@@ -184,7 +171,7 @@ struct Int8 {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
         if (Fetch && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
       }
-      if (!Fetch) fetch_share(s, w);
+      if (!Fetch) s.ahead.fetch(w);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const vs pair = (vs)broadcast32(x.word(r, s.at + k));
@@ -280,7 +267,7 @@ struct Int4 {
           }
           if (Fetch && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
         }
-        if (!Fetch && !j) fetch_share(s, w);
+        if (!Fetch && !j) s.ahead.fetch(w);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           const vb four = (vb)broadcast32(x.word(r, s.at + begin + k + 4 * j));

@@ -64,6 +64,7 @@ constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64
 // wait for memory, which would then wait for the others. Bytes from a line of the first panel; 0, the line itself, is nothing.
 struct Ahead {
   int64_t first, second;
+  __attribute__((always_inline)) void fetch(const uint8_t *line) const { __builtin_prefetch(line + first, 0, 2), __builtin_prefetch(line + second, 0, 2); }
 };
 constexpr Ahead share_ahead(int tile, int tiles, int panels, int64_t stride) {
   const int sharing = tiles < panels ? tiles : panels;
