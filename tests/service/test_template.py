@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from xllm.service.errors import ApiError
-from xllm.service.template import ChatTemplate
+from xllm.service.template import MAX_SECONDS, ChatTemplate
 
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
@@ -102,3 +104,12 @@ def test_a_source_that_is_no_template_is_refused(source):
 def test_arguments_can_not_replace_the_messages():
     with pytest.raises(ApiError, match="messages"):
         render("x", messages=[])
+
+
+def test_time_in_which_others_had_the_machine_is_not_the_template_s():
+    class Busy:
+        def __str__(self) -> str:
+            time.sleep(1.5 * MAX_SECONDS)
+            return "later"
+
+    assert render("{{ busy }}{% for _ in range(3) %}.{% endfor %}", busy=Busy()) == "later..."

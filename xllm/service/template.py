@@ -38,13 +38,13 @@ class OverBudget(Exception):
 class _Budget:
     def __init__(self) -> None:
         self.steps = 0
-        self.deadline = time.monotonic() + MAX_SECONDS
+        self.deadline = time.thread_time() + MAX_SECONDS  # its own work: a busy machine refuses nobody
 
     def step(self) -> None:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise OverBudget(f"it takes more than {MAX_STEPS} steps")
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise OverBudget(f"it takes longer than {MAX_SECONDS} s")
 
 
