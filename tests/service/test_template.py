@@ -106,7 +106,7 @@ def test_arguments_can_not_replace_the_messages():
         render("x", messages=[])
 
 
-def test_time_in_which_others_had_the_machine_is_not_the_template_s():
+def test_a_template_is_not_charged_for_what_others_do_meanwhile():
     class Busy:
         def __str__(self) -> str:
             time.sleep(1.5 * MAX_SECONDS)
