@@ -206,6 +206,7 @@ def environment(contender: Contender) -> dict[str, str]:
         found["LLAMA_CPP_LIB_PATH"] = str(NATIVE / "bin")
     if contender.adapter == "vllm":  # as its guide to CPUs has it, the threads of Intel's OpenMP, on all cores
         found |= {"LD_PRELOAD": str(contender.home / "lib" / "libiomp5.so"), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+        found["VLLM_USE_AOT_COMPILE"] = "0"  # 0.32.0 cannot read what that has cached, and compiles at each start
     return found
 
 
