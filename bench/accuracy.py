@@ -5,8 +5,8 @@ of the embedded model.
 
 Logits: ‖Δ‖ / ‖reference‖ against bfloat16 weights of the same checkpoint (a small one like Qwen3, unless named). Random
 weights pass errors on almost undamped, layer after layer, so the share grows with depth; trained ones damp them.
-Beside each integer type stand the weights alone: rounded by it, and rounded by the greatest of every 32, the rule of
-llama.cpp's Q8_0 (greatest / 127) and Q4_0 (greatest / -8), as a share of the weights.
+Weights: ‖Δ‖ / ‖weights‖ of random ones. Beside ours, in groups of 32 too, stand Q8_0 and Q4_0 of llama.cpp, by its own
+package: each weight of two dimensions goes through it and back, and runs as float32.
 
 With --kv: of keys and values, beside bfloat16 weights; against float32 ones, logits in the shape of Qwen3-0.6B.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, quants
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from bench.checkpoints import SHAPES, write_checkpoint
@@ -39,11 +42,12 @@ from xllm.storage import KVS
 from xllm.targets import host
 from xllm.targets.cpu.executor import CpuExecutor
 
+LIBRARY = {"Q8_0 of llama.cpp": GGMLQuantizationType.Q8_0, "Q4_0 of llama.cpp": GGMLQuantizationType.Q4_0}
 STORAGES = ("bfloat16", "int8.32", "int8.64", "int8.128", "int8.row", "int4.32", "int4.64", "int4.128")
 # Storage of weights, and what activations are rounded to beside it; the first is what others are held against.
 KINDS = (
     ("bfloat16", ""), ("bfloat16", "bfloat16"), *((storage, "") for storage in STORAGES[1:]),
-    *((storage, "int8") for storage in STORAGES if storage.startswith("int")),
+    *((storage, "int8") for storage in STORAGES if storage.startswith("int")), *((name, "") for name in LIBRARY),
 )  # fmt: skip
 SHAPE = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
@@ -90,11 +94,10 @@ def logits(source: Path, artifact: Path, chosen: CompileOptions, tokens: int) ->
         model.close()
 
 
-def loss(artifact: Path, chosen: CompileOptions, conversations: int) -> float:
-    """Of the embedded model, in nats per token."""
-    story = checkpoint_path()
-    compile_checkpoint(story, artifact, chosen)
-    model, tokenizer = Compiled(artifact), Tokenizer.from_file(str(story / "tokenizer.json"))
+def loss(source: Path, artifact: Path, chosen: CompileOptions, conversations: int) -> float:
+    """Held out, in nats per token, of the embedded model at `source`."""
+    compile_checkpoint(source, artifact, chosen)
+    model, tokenizer = Compiled(artifact), Tokenizer.from_file(str(source / "tokenizer.json"))
     try:
         return held_out_loss(model, tokenizer, conversations, 0)["all"]
     finally:
@@ -105,8 +108,26 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def rounding(storage: str, weight: np.ndarray) -> tuple[float, float]:
-    """Error of a weight in this storage, and rounded by the greatest of every 32 with as many bits."""
+def by_library(weight: np.ndarray, form: GGMLQuantizationType) -> np.ndarray:
+    return quants.dequantize(quants.quantize(weight, form), form)
+
+
+def checkpoint_by_library(source: Path, folder: Path, form: GGMLQuantizationType) -> Path:
+    """The checkpoint with what a product or an embedding has for weights rounded to `form`, in float32."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        held = {name: weight.float() for name, weight in load_file(file).items()}
+        for name, weight in held.items():
+            if weight.ndim == 2:
+                held[name] = torch.from_numpy(by_library(weight.numpy(), form))
+        save_file(held, file, {"format": "pt"})
+    return folder
+
+
+def rounding(storage: str, weight: np.ndarray) -> float:
+    """Error of a weight in this storage."""
+    if storage in LIBRARY:
+        return relative(by_library(weight, LIBRARY[storage]), weight)
     kind = cpu.quantised(storage)
     assert kind is not None
     # A product with the identity reads the packed weight back; activations of one step are exact.
@@ -125,12 +146,7 @@ def rounding(storage: str, weight: np.ndarray) -> tuple[float, float]:
         base = np.array([span.ctypes.data + -span.ctypes.data % 64], np.uint64)
         batch = cpu.Batch(step, step, np.zeros(0, np.int32), np.array([0, k], np.int32), base)
         runner.run(runner.add_plan([call]), batch)
-    groups = weight.reshape(n, -1, 32)
-    most = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
-    scale = (np.abs(most) / 127 if kind.bits == 8 else most / -8).astype(np.float16).astype(np.float32)
-    low, high = (-127, 127) if kind.bits == 8 else (-8, 7)
-    plain = np.clip(np.rint(groups / scale), low, high) * scale
-    return relative(out.T, weight), relative(plain.reshape(n, k), weight)
+    return relative(out.T, weight)
 
 
 def main() -> None:
@@ -151,22 +167,31 @@ def main() -> None:
         folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", shape)
         reference = np.zeros(0)
         for storage, activations, kv in track(kinds, "measuring", console=console(), transient=True):
-            chosen = CompileOptions(weights=storage, activations=activations or None, kv=kv)
-            found = {"loss": loss(made, chosen, options.conversations)}
-            got = logits(folder, made, chosen, tokens)
+            stored, sources = storage, [checkpoint_path(), folder]
+            if storage in LIBRARY:
+                names = (f"{storage} {at}" for at in range(2))
+                sources = [
+                    checkpoint_by_library(source, Path(scratch) / name, LIBRARY[storage])
+                    for source, name in zip(sources, names, strict=True)
+                ]
+                stored = "float32"
+            chosen = CompileOptions(weights=stored, activations=activations or None, kv=kv)
+            found = {"loss": loss(sources[0], made, chosen, options.conversations)}
+            got = logits(sources[1], made, chosen, tokens)
             reference = reference if results else got
             found |= {"logits": relative(got, reference), "token_bytes": Artifact.open(made).plan.kv.token_bytes}
             if storage != STORAGES[0] and not activations:
-                found["weights"], found["plain"] = rounding(storage, weight)
+                found["weights"] = rounding(storage, weight)
             rounded = f"{storage}, activations {activations}" if activations else storage
             results[kv if options.kv else rounded] = found
-    of_kind = ("KV bytes a token",) if options.kv else ("weights", "by the greatest")
-    out, view = console(), table(name, "storage", *of_kind, "logits", "held-out loss", "more")
+    out = console()
+    view = table(name, "storage", "KV bytes a token" if options.kv else "weights", "logits", "held-out loss", "more")
     first = next(iter(results.values()))["loss"]
     for kind, found in results.items():
-        shares = [f"{found[share]:.2%}" if share in found else "" for share in ("weights", "plain", "logits")]
-        shares[:2] = [f"{found['token_bytes']:,}"] if options.kv else shares[:2]
-        view.add_row(kind, *shares, f"{found['loss']:.4f}", f"{found['loss'] / first - 1:+.2%}")
+        of_kind = f"{found['weights']:.2%}" if "weights" in found else ""
+        of_kind = f"{found['token_bytes']:,}" if options.kv else of_kind
+        more = f"{found['loss'] / first - 1:+.2%}"
+        view.add_row(kind, of_kind, f"{found['logits']:.2%}", f"{found['loss']:.4f}", more)
     out.print(view)
     settings = {"conversations": options.conversations, "shape": shape, "tokens": tokens}
     save(options.out or RESULTS / f"{name}.json", "accuracy", settings, results)

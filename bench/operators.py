@@ -3,7 +3,7 @@
     python -m bench.operators ARTIFACT... [--decode 256] [--prefill 512] [--seconds 2]
 
 One table a step, as `xllm profile` prints them, then a row for each step: predicted, from the artifact's own table or
-from what is usual at its level, and measured.
+from what is usual at its level, and measured; and what of a step of the engine's loop is the host's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def row(artifact: Artifact, step: StepProfile, found: list[Operator]) -> dict[st
         "kernels": sorted({one.kernel for one in found if _part(one) == "products"}),
         "tuned": TUNING in artifact.manifest["files"], "calls": _sums(found), "parts": parts,
         "sampling_seconds": step.sample, "host_seconds": step.host, "step_seconds": step.step,
+        "engine_host_seconds": step.engine_host, "engine_step_seconds": step.engine_step,
         "unexplained": [one.name for one in found if one.unexplained(sum(each.measured for each in found))],
     }  # fmt: skip
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each step")
     parser.add_argument("--out", type=Path, default=RESULTS / "operators.json")
     options, out, rows = parser.parse_args(), console(), []
-    made = table("milliseconds, predicted / measured", "artifact", "step", *PARTS, "off by")
+    made = table("milliseconds, predicted / measured", "artifact", "step", *PARTS, "off by", "host")
     for path in options.artifacts:
         artifact = Artifact.open(path)
         shapes = [Shape(True, 1, options.decode), Shape(False, options.prefill, 0)]
@@ -63,7 +64,9 @@ def main() -> None:
             rows.append(row(artifact, step, operators(artifact, target_of(artifact), found.machine, step)))
             calls, parts = rows[-1]["calls"], rows[-1]["parts"]
             cells = (f"{one['predicted'] * 1e3:,.1f} / {one['measured'] * 1e3:,.1f}" for one in parts.values())
-            made.add_row(path.name, step.name, *cells, f"{calls['measured'] / calls['predicted'] - 1:+.0%}")
+            off = f"{calls['measured'] / calls['predicted'] - 1:+.0%}"
+            host = step.engine_host / step.engine_step if step.engine_host and step.engine_step else 0.0
+            made.add_row(path.name, step.name, *cells, off, f"{host:.1%}" if host else "")
     out.print(made)
     footer(out)
     settings = {"decode": options.decode, "prefill": options.prefill, "seconds": options.seconds}

@@ -28,7 +28,7 @@ MODELS = ("qwen3 float32", "mistral bfloat16", "qwen3-next float32", "qwen3-moe 
           "gpt-oss float32", "qwen3 int8", "mistral int4", "qwen3-moe int4", "deepseek-v3 int8.row",
           "mistral bfloat16 int8", "gpt-oss float32 int8", "deepseek-v3 int8 int8",
           "mistral bfloat16 bfloat16 bfloat16", "qwen3 int8 int8 int8",
-          "qwen3 int4 bfloat16 int8")  # fmt: skip
+          "qwen3 int4.64 bfloat16 int8", "mistral int8.row bfloat16 int8")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_the_limit_of_a_product_is_that_of_its_unit(path, monkeypatch) -> None:
         assert before.multiplying == pytest.approx(after.multiplying * fast.get(before.kernel, 1.0)), before.name
     assert any(one.kernel in fast for one in plain)
     assert (rates.unit_of("x86-64-v4-amx", "moe.bf16"), rates.unit_of("x86-64-v4-amx", "linear.i4")) == (16 / 3, 32)
-    assert rates.unit_of("x86-64-v4-amx", "attention.bf16") == rates.unit_of("arm64", "linear.i8") == 1
+    assert rates.unit_of("x86-64-v4-amx", "attention.bf16") == rates.unit_of("aarch64", "linear.i8") == 1
 
 
 def test_the_table_says_what_is_unexplained(path) -> None:

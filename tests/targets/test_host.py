@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xllm.kernels import cpu
 from xllm.targets import host
 
 
@@ -34,6 +35,14 @@ def test_the_narrowest_of_nested_groups_counts(tmp_path: Path) -> None:
     assert host.cpu_quota(root) == 0.5
     found = host.threads(None, root)
     assert found.count == 1 and "CPU quota of 0.5" in found.why
+
+
+def test_more_cores_than_a_plan_runner_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "usable_cores", lambda: 384)
+    assert host.threads(None, tmp_path).count == host.MOST_THREADS
+    cpu.Runner(host.MOST_THREADS).close()
+    with pytest.raises(ValueError, match="threads must be 1 to 256"):
+        cpu.Runner(host.MOST_THREADS + 1)
 
 
 def test_groups_of_version_1(tmp_path: Path) -> None:

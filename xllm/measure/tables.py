@@ -1,4 +1,4 @@
-"""Where tuning tables lie: a folder of the cache, one file for each CPU model, level and number of threads."""
+"""Where tuning tables lie: a folder of the cache, one file for each CPU model and number of threads."""
 
 from __future__ import annotations
 

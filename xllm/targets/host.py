@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+MOST_THREADS = 256  # that one plan runner takes
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class Threads:
 
 
 def threads(asked: int | None = None, root: Path = ROOT) -> Threads:
-    """`asked` where given; else the cores this process may run on, within the CPU quota of its control groups."""
+    """`asked` where given; else the cores this process may run on, within the CPU quota of its control groups and
+    MOST_THREADS."""
     total = os.cpu_count() or 1
     cores = usable_cores()
     granted = cpu_quota(root)
     found = f"{cores} of {total} cores" if cores < total else f"all {total} cores"
     found += f", CPU quota of {granted:.3g}" if granted is not None else ", no CPU quota"
-    most = cores if granted is None else min(cores, max(1, int(granted)))
+    most = min(cores if granted is None else min(cores, max(1, int(granted))), MOST_THREADS)
     if asked is None:
         return Threads(most, found)
     wait = "; more than there are wait for each other" if asked > most else ""

@@ -4,7 +4,7 @@ A kernel has two limits: bytes per second while it waits for memory or caches, o
 multiplies. They are near the curves that `xllm tune --level LEVEL` measured on two cores of a Xeon of 2.4 GHz that has
 every level, those of x86-64-v4-bf16 on two of a Zen 4, which is what stops there; rows of bytes under one scale were
 measured on the Zen 4 alone, by which the other levels are scaled. Between few rows and many a call may be off by half.
-A level that is not here, arm64, has the round figures of `tuning.ROUND`.
+A level that is not here, aarch64, has the round figures of `tuning.ROUND`.
 """
 
 from __future__ import annotations
