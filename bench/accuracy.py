@@ -167,17 +167,14 @@ def main() -> None:
         folder = options.checkpoint or write_checkpoint(Path(scratch) / "seed", shape)
         reference = np.zeros(0)
         for storage, activations, kv in track(kinds, "measuring", console=console(), transient=True):
-            stored, sources = storage, [checkpoint_path(), folder]
+            stored, story, seed = storage, checkpoint_path(), folder
             if storage in LIBRARY:
-                names = (f"{storage} {at}" for at in range(2))
-                sources = [
-                    checkpoint_by_library(source, Path(scratch) / name, LIBRARY[storage])
-                    for source, name in zip(sources, names, strict=True)
-                ]
-                stored = "float32"
+                stored, form = "float32", LIBRARY[storage]
+                story = checkpoint_by_library(story, Path(scratch) / f"story {form.name}", form)
+                seed = checkpoint_by_library(seed, Path(scratch) / f"seed {form.name}", form)
             chosen = CompileOptions(weights=stored, activations=activations or None, kv=kv)
-            found = {"loss": loss(sources[0], made, chosen, options.conversations)}
-            got = logits(sources[1], made, chosen, tokens)
+            found = {"loss": loss(story, made, chosen, options.conversations)}
+            got = logits(seed, made, chosen, tokens)
             reference = reference if results else got
             found |= {"logits": relative(got, reference), "token_bytes": Artifact.open(made).plan.kv.token_bytes}
             if storage != STORAGES[0] and not activations:
