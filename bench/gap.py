@@ -21,7 +21,8 @@ from xllm.memory import plan_memory
 from xllm.runtime import Request, SamplingParams, TokenOutput
 from xllm.runtime.engine import Engine
 from xllm.targets import host
-from xllm.targets.cpu.executor import CpuExecutor, StepTimes
+from xllm.targets.cpu.bound import StepTimes
+from xllm.targets.cpu.executor import CpuExecutor
 
 LOOPS = {"overlapped": True, "plain": False}
 SHARES = (0.5, 0.99)

@@ -12,7 +12,7 @@ from bench.checkpoints import write_checkpoint
 from xllm.artifact import Artifact
 from xllm.compiler import CompileOptions, compile_checkpoint
 from xllm.runtime.executor import Batch, StepResult
-from xllm.targets.cpu.executor import CpuExecutor
+from xllm.targets.cpu.executor import CpuExecutor, Prepared
 
 VOCAB = 515  # no multiple of a panel
 
@@ -171,8 +171,8 @@ class WatchedExecutor(CpuExecutor):
         self.seen: dict[tuple[int, int], np.ndarray] = {}
         super().__init__(artifact, threads)
 
-    def _run(self, batch: Batch) -> StepResult:
-        result = super()._run(batch)
+    def _run(self, batch: Batch, prepared: Prepared | None) -> StepResult:
+        result = super()._run(batch, prepared)
         sampled = [row for row in batch.rows if row.sample]
         for row, logits in zip(sampled, self.rows(len(sampled)), strict=True):
             self.seen[row.slot, row.start + len(row.tokens) - 1] = logits

@@ -19,6 +19,7 @@ from xllm.runtime.config import EngineConfig, EngineStats, TierConfig
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, StepResult
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
+from xllm.targets.cpu.executor import Prepared
 
 PROMPTS, NEW_TOKENS = 64, 12
 CONFIGS = {**FAMILIES, **HYBRIDS, **EXPERTS, **MLA}
@@ -175,9 +176,9 @@ class BitsExecutor(WatchedExecutor):
         self._owner[slot] = request.id
         super().attach(slot, request, generated)
 
-    def _run(self, batch: Batch) -> StepResult:
+    def _run(self, batch: Batch, prepared: Prepared | None) -> StepResult:
         owners = {row.slot: self._owner[row.slot] for row in batch.rows}
-        result = super()._run(batch)
+        result = super()._run(batch, prepared)
         sampled = [row for row in batch.rows if row.sample]
         for row, token in zip(sampled, result.tokens, strict=True):
             if owners[row.slot].startswith("s"):  # beams, of which several have a row of the same place

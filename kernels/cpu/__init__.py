@@ -10,12 +10,16 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ._library import CBatch, CCall, library
 from .errors import KernelError
 from .packing import pack_grid, pack_panels, packed_bytes, quantised, rows_bytes
+
+if TYPE_CHECKING:
+    from .sampling import Draw
 
 _INPUTS = {"ids": 2, "positions": 3, "last": 4}
 _ADDRESS_END = 1 << 64
@@ -111,20 +115,26 @@ class Runner:
             raise KernelError(_last_error())
         return plan
 
-    def run(self, plan: int, batch: Batch, begin: int = 0, end: int | None = None) -> None:
-        """Runs calls begin..end-1 of the plan on one step, in order."""
-        self._run(plan, batch, begin, end, None)
+    def run(self, plan: int, batch: Batch, begin: int = 0, end: int | None = None, draw: Draw | None = None) -> None:
+        """Runs calls begin..end-1 of the plan on one step, in order, and draws from the rows they leave."""
+        self._run(plan, batch, begin, end, None, draw)
 
-    def timed(self, plan: int, batch: Batch, begin: int, end: int) -> np.ndarray:
+    def timed(self, plan: int, batch: Batch, begin: int, end: int, draw: Draw | None = None) -> np.ndarray:
         """As `run`; seconds of each call, float64 [end - begin]: from the end of the call before it to its own end."""
         seconds = np.zeros(end - begin)
-        self._run(plan, batch, begin, end, seconds.ctypes.data)
+        self._run(plan, batch, begin, end, seconds.ctypes.data, draw)
         return seconds
 
-    def _run(self, plan: int, batch: Batch, begin: int, end: int | None, seconds: int | None) -> None:
-        handle = self._handle or self._open()
-        if library().xk_run(handle, plan, ctypes.byref(batch._c), begin, -1 if end is None else end, seconds):
+    def _run(
+        self, plan: int, batch: Batch, begin: int, end: int | None, seconds: int | None, draw: Draw | None
+    ) -> None:
+        handle, stop = self._handle or self._open(), -1 if end is None else end
+        drawn = None if draw is None else draw.address
+        refused = library().xk_run(handle, plan, ctypes.byref(batch._c), begin, stop, seconds, drawn)
+        if refused < 0:
             raise KernelError(_last_error())
+        if draw is not None:
+            draw.check(refused)
 
     def read_bandwidth(self, size: int = 256 << 20, repeats: int = 5) -> float:
         """Bytes per second that all threads together read from memory (best of `repeats` over `size` bytes)."""

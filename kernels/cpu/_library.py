@@ -45,7 +45,7 @@ _SIGNATURES = {
     "xk_runner_free": (None, [c.c_void_p]),
     "xk_runner_pool": (c.c_void_p, [c.c_void_p]),
     "xk_plan_add": (c.c_int32, [c.c_void_p, c.c_int32, c.POINTER(CCall)]),
-    "xk_run": (c.c_int32, [c.c_void_p, c.c_int32, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p]),
+    "xk_run": (c.c_int32, [c.c_void_p, c.c_int32, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p]),
     "xk_measure_read": (c.c_double, [c.c_void_p, c.c_int64, c.c_int32]),
     "xk_measure_fma": (c.c_double, [c.c_void_p, c.c_int64, c.c_int32]),
     "xk_pack_quantised": (

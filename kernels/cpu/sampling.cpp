@@ -4,6 +4,7 @@
 // taken back; a masked row is a copy.
 #include "sampling.h"
 
+#include <chrono>
 #include <new>
 
 #include "sampling_row.h"
@@ -255,22 +256,26 @@ int32_t xk_sampler_attach(xk_sampler *sampler, int32_t index, const xk_sampling_
 
 void xk_sampler_detach(xk_sampler *sampler, int32_t slot) { sampler->slots[slot] = Slot{}; }
 
-int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
-                          int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids, float *top_logprobs) {
+int32_t xk_sampler_sample(void *pool, xk_draw *draw) {
+  const auto began = std::chrono::steady_clock::now();
+  xk_sampler *sampler = draw->sampler;
   sampler->call++;
-  for (int32_t j = 0; j < rows; j++) {
-    if (slots[j] < 0 || slots[j] >= static_cast<int32_t>(sampler->slots.size())) return XK_BAD_SLOT;
-    if (!sampler->slots[slots[j]].attached) return XK_DETACHED_SLOT;
-    if (sampler->used[slots[j]] == sampler->call) return XK_SLOT_TWICE;
-    sampler->used[slots[j]] = sampler->call;
+  for (int32_t j = 0; j < draw->rows; j++) {
+    const int32_t slot = draw->slots[j];
+    if (slot < 0 || slot >= static_cast<int32_t>(sampler->slots.size())) return XK_BAD_SLOT;
+    if (!sampler->slots[slot].attached) return XK_DETACHED_SLOT;
+    if (sampler->used[slot] == sampler->call) return XK_SLOT_TWICE;
+    sampler->used[slot] = sampler->call;
   }
-  auto body = [&](int64_t j, int thread) {
-    Row &row = sampler->workers[thread];
-    const Listed listed{logprobs + j, top_width, top_ids + j * top_width, top_logprobs + j * top_width};
-    tokens[j] = sample(row, logits + j * row.vocab, sampler->slots[slots[j]], listed);
+  const auto body = [](void *context, int64_t j, int thread) {
+    const xk_draw &d = *static_cast<xk_draw *>(context);
+    Row &row = d.sampler->workers[thread];
+    const int64_t top = j * d.top_width;
+    const Listed listed{d.logprobs + j, d.top_width, d.top_ids + top, d.top_logprobs + top};
+    d.tokens[j] = sample(row, d.logits + j * row.vocab, d.sampler->slots[d.slots[j]], listed);
   };
-  static_cast<xk::Pool *>(pool)->run(
-      rows, [](void *b, int64_t j, int thread) { (*static_cast<decltype(body) *>(b))(j, thread); }, &body);
+  static_cast<xk::Pool *>(pool)->run(draw->rows, body, draw);
+  draw->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   return XK_SAMPLED;
 }
 

@@ -37,13 +37,21 @@ XK_API void xk_sampler_free(xk_sampler *sampler);
 XK_API int32_t xk_sampler_attach(xk_sampler *sampler, int32_t slot, const xk_sampling_params *params);
 XK_API void xk_sampler_detach(xk_sampler *sampler, int32_t slot);
 
-// pool: from xk_runner_pool. logits [rows, vocab] f32, edited while the call runs and restored before it returns.
-// tokens, logprobs [rows]; top_ids, top_logprobs [rows, top_width], unused cells -1 and -inf; the logprob of a row
-// that asked for none is NaN. A row with a NaN, with +inf, or with nothing above -inf gives token -1, one with nothing
-// left by masks, allowed ids and bad words -3; both leave their slot as it was. Returns one of XK_*; anything but XK_SAMPLED means that nothing was sampled.
-XK_API int32_t xk_sampler_sample(xk_sampler *sampler, void *pool, float *logits, int32_t rows, const int32_t *slots,
-                                 int32_t *tokens, float *logprobs, int32_t top_width, int32_t *top_ids,
-                                 float *top_logprobs);
+struct xk_draw {
+  xk_sampler *sampler;
+  float *logits;             // [rows, vocab], edited while the call runs and restored before it returns
+  int32_t rows, top_width;
+  const int32_t *slots;      // [rows]
+  int32_t *tokens;           // [rows]; -1 of a row with a NaN, with +inf, or with nothing above -inf; -3 of one with
+                             // nothing left by masks, allowed ids and bad words; both leave their slot as it was
+  float *logprobs;           // [rows]; NaN of a row that asked for none
+  int32_t *top_ids;          // [rows, top_width]; unused cells are -1 and -inf
+  float *top_logprobs;       // [rows, top_width]
+  double seconds;            // what it took, once it is drawn
+};
+
+// pool: from xk_runner_pool. One of XK_*; anything but XK_SAMPLED means that nothing was sampled.
+XK_API int32_t xk_sampler_sample(void *pool, xk_draw *draw);
 
 // Nothing is drawn from these rows: the logprobs of given tokens [rows], as raw ones, their ranks (1: no token is more
 // likely), and the best ones. NaN and rank 0 for a row that nothing could be drawn from. No slot is read or changed.

@@ -84,6 +84,40 @@ class SampleResult:
     top_logprobs: np.ndarray
 
 
+class Draw:
+    """Rows to draw from, prepared: whoever runs the plan that computes them draws with the same native call, and
+    `result` then holds what was drawn."""
+
+    __slots__ = ("_c", "_slots", "result")
+
+    def __init__(self, sampler: int, logits_address: int, slots: np.ndarray, width: int) -> None:
+        rows = len(slots)
+        self._slots = slots
+        self.result = SampleResult(
+            np.empty(rows, np.int32),
+            np.empty(rows, np.float32),
+            np.empty((rows, width), np.int32),
+            np.empty((rows, width), np.float32),
+        )
+        given = (sampler, logits_address, rows, width, slots.ctypes.data)
+        made = (self.result.tokens, self.result.logprobs, self.result.top_ids, self.result.top_logprobs)
+        self._c = _CDraw(*given, *(array.ctypes.data for array in made))
+
+    @property
+    def address(self) -> int:
+        return c.addressof(self._c)
+
+    @property
+    def seconds(self) -> float:
+        """What drawing took."""
+        return self._c.seconds
+
+    def check(self, refused: int) -> None:
+        """Raises SamplingError for what the native side says of the slots, if anything."""
+        if refused:
+            raise SamplingError("slots", f"{self._slots.tolist()}: one {_REFUSALS[refused]}")
+
+
 @dataclass(frozen=True)
 class Scores:
     """Of given tokens, R rows: float32[R] logprobs (NaN: the row holds a NaN, +inf, or nothing above -inf), int32[R]
@@ -124,6 +158,21 @@ class _CParams(c.Structure):
         ("bad_ids", c.c_void_p),
         ("bad_ends", c.c_void_p),
         ("mask", c.c_void_p),
+    )
+
+
+class _CDraw(c.Structure):
+    _fields_ = (
+        ("sampler", c.c_void_p),
+        ("logits", c.c_void_p),
+        ("rows", c.c_int32),
+        ("top_width", c.c_int32),
+        ("slots", c.c_void_p),
+        ("tokens", c.c_void_p),
+        ("logprobs", c.c_void_p),
+        ("top_ids", c.c_void_p),
+        ("top_logprobs", c.c_void_p),
+        ("seconds", c.c_double),
     )
 
 
@@ -225,32 +274,28 @@ class Sampler:
         self._wanted[slot] = 0
         self._masks.pop(slot, None)
 
-    def sample(self, logits_address: int, slots: np.ndarray) -> SampleResult:
-        """Draws row j of float32[S, vocab] at `logits_address` for slot slots[j] (int32[S], distinct).
-
-        The token joins the slot's history; a row that gives -1 leaves its slot as it was. The logits are edited during
-        the call and restored to the same bits. Raises SamplingError, nothing being sampled, for a slot that is unknown,
-        detached or named twice. Releases the GIL.
-        """
+    def prepare(self, logits_address: int, slots: np.ndarray) -> Draw:
+        """Of row j of float32[S, vocab] at `logits_address` for slot slots[j] (int32[S], distinct). What slots ask for
+        is as it is now. Raises SamplingError for a slot that is unknown."""
         slots = np.ascontiguousarray(slots, np.int32)
-        rows = len(slots)
-        if rows and not 0 <= int(slots.min()) <= int(slots.max()) < self.max_slots:
+        if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < self.max_slots:
             raise SamplingError("slots", f"{slots.tolist()} must be 0 to {self.max_slots - 1}")
-        width = int(self._wanted[slots].max(initial=0))
-        result = SampleResult(
-            np.empty(rows, np.int32),
-            np.empty(rows, np.float32),
-            np.empty((rows, width), np.int32),
-            np.empty((rows, width), np.float32),
-        )
-        outputs = (result.tokens.ctypes.data, result.logprobs.ctypes.data, width)
-        tops = (result.top_ids.ctypes.data, result.top_logprobs.ctypes.data)
-        refused = self._library.xk_sampler_sample(
-            self._open(), self._runner.pool, logits_address, rows, slots.ctypes.data, *outputs, *tops
-        )
-        if refused:
-            raise SamplingError("slots", f"{slots.tolist()}: one {_REFUSALS[refused]}")
-        return result
+        return Draw(self._open(), logits_address, slots, int(self._wanted[slots].max(initial=0)))
+
+    def draw(self, draw: Draw) -> SampleResult:
+        """Draws from the rows as they are.
+
+        A token joins its slot's history; a row that gives -1 leaves its slot as it was. The logits are edited during
+        the call and restored to the same bits. Raises SamplingError, nothing being sampled, for a slot that is detached
+        or named twice. Releases the GIL.
+        """
+        self._open()
+        draw.check(self._library.xk_sampler_sample(self._runner.pool, draw.address))
+        return draw.result
+
+    def sample(self, logits_address: int, slots: np.ndarray) -> SampleResult:
+        """`draw` what it does `prepare`."""
+        return self.draw(self.prepare(logits_address, slots))
 
     def score(self, logits_address: int, tokens: np.ndarray, width: int) -> Scores:
         """What row j of float32[R, vocab] at `logits_address` gives to token tokens[j], and its `width` best; no slot
@@ -304,7 +349,7 @@ def _typed(native: c.CDLL) -> c.CDLL:
         ("xk_sampler_attach", number, [pointer, number, pointer]),
         ("xk_sampler_detach", None, [pointer, number]),
         ("xk_sampler_score", None, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
-        ("xk_sampler_sample", number, [*[pointer] * 3, number, *[pointer] * 3, number, *[pointer] * 2]),
+        ("xk_sampler_sample", number, [pointer] * 2),
     ):
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments

@@ -24,7 +24,8 @@ from xllm.measure.shape import Shape, usual_shapes
 from xllm.runtime.executor import Limits
 from xllm.targets.base import StepSizes
 from xllm.targets.cpu import rates
-from xllm.targets.cpu.executor import CpuExecutor, StepTimes
+from xllm.targets.cpu.bound import StepTimes
+from xllm.targets.cpu.executor import CpuExecutor
 from xllm.targets.predicted import target_of
 
 DECODE = Shape(True, 2, 40)

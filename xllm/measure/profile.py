@@ -29,7 +29,8 @@ from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Batch, Limits, Row
 from xllm.runtime.request import Request, SamplingParams, TokenOutput
 from xllm.targets import host
-from xllm.targets.cpu.executor import CpuExecutor, StepTimes, limits_of
+from xllm.targets.cpu.bound import StepTimes
+from xllm.targets.cpu.executor import CpuExecutor, limits_of
 
 LEAST, MOST = 3, 1000  # steps of a shape
 LEAST_LONG = 2  # of one that takes longer than all of its steps should

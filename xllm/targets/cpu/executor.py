@@ -1,8 +1,8 @@
 """Runs the plan of an artifact on the CPU: weights mapped and checked, arena allocated, plans bound by bucket, once.
 
-A worker thread runs launched steps in order: one native call walks the plan, one samples. The native calls release
-the GIL, so that the engine builds the next step meanwhile. No torch, unless the plan names operators that have no
-native kernel.
+A worker thread runs launched steps in order, each by one native call that walks the plan and draws tokens. It releases
+the GIL: the engine builds the next step meanwhile, and `launch` lays it out. Drawing is a call of its own where a
+grammar's mask may be late, and where the plan names operators that have no native kernel; only these need torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xllm.artifact import Artifact, ArtifactError, MappedWeights
 from xllm.kernels import cpu
 from xllm.kernels.cpu._library import library_file
-from xllm.kernels.cpu.sampling import Sampler, SamplingError, Scores
+from xllm.kernels.cpu.sampling import Draw, Sampler, SamplingError, Scores
 from xllm.plan import Bucket, Plan
 from xllm.plan import Call as PlannedCall
 from xllm.runtime.errors import StepError
@@ -29,6 +29,7 @@ from xllm.runtime.executor import Batch, KVSpec, Limits, Row, StepResult
 from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request
 from xllm.targets.cpu.arena import allocate, give_back
+from xllm.targets.cpu.bound import BoundPlan, Native, Piece, StepTimes, Times, fits
 from xllm.targets.cpu.bounds import check_bounds
 from xllm.targets.cpu.prompts import Prompts
 from xllm.targets.cpu.steps import Step, flatten
@@ -36,7 +37,16 @@ from xllm.targets.modules import ModuleCall, kernels_of
 from xllm.targets.turns import Turns
 
 MAX_LOGPROBS = 512  # beams look at more than anybody is shown
-Piece = Callable[["Step"], None]
+_EMPTY = np.zeros((0, 0), np.float32)
+_NOTHING = StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), _EMPTY.astype(np.int32), _EMPTY)
+
+
+class Prepared(NamedTuple):
+    """A step laid out before it is its turn, and what is drawn when it has run."""
+
+    step: Step
+    bucket: Bucket
+    draw: Draw | None
 
 
 class CpuExecutor:
@@ -80,9 +90,9 @@ class CpuExecutor:
         # The largest bucket shows that every call can be bound; the others differ by addresses, and wait for their
         # first step.
         self._bound = {self._last_bucket.T: self._bind(self._last_bucket)}
-        self._previous = np.zeros(self.limits.max_seqs, np.int32)
+        self._previous = np.zeros(self.limits.max_seqs, np.int32)  # what the step before drew; kernels read it
         self.times: Times | None = None  # where there is something to append to, every step adds what it took
-        self._steps: queue.SimpleQueue[tuple[Batch, Ticket] | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[tuple[Batch, Prepared | None, Ticket] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
         self._worker.start()
 
@@ -110,7 +120,11 @@ class CpuExecutor:
 
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
-        self._steps.put((batch, ticket))
+        try:
+            prepared = None if self._prompts.asked else self._prepare(batch)
+        except Exception as error:
+            raise _fault(error) from error
+        self._steps.put((batch, prepared, ticket))
         return ticket
 
     def close(self) -> None:
@@ -150,62 +164,76 @@ class CpuExecutor:
 
     def _work(self) -> None:
         while (item := self._steps.get()) is not None:
-            batch, ticket = item
+            batch, prepared, ticket = item
             try:
                 with self._turn:
-                    result = self._run(batch)
+                    result = self._run(batch, prepared)
                 ticket.succeed(result)
             except Exception as error:  # the boundary to the engine: a fault is a value
                 # The step behind this one may refer to any row of it: its ids must be valid, its rows are dropped.
-                self._previous = np.zeros(self.limits.max_seqs, np.int32)
-                ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
+                self._previous[:] = 0
+                ticket.fail(_fault(error))
 
-    def _run(self, batch: Batch) -> StepResult:
-        slots = [row.slot for row in batch.rows if row.sample]
-        masks = self._masks.begin(slots)
-        started = time.perf_counter()
-        batch, prompts = self._prompts.score(batch, self._score)
-        if not batch.rows:
-            result = self._result([], [], self._last_bucket)
-            return replace(result, seconds=time.perf_counter() - started, prompts=prompts)
-        step = flatten(batch, self._previous, self.kv.fixed_bytes)
-        bound = self._bound_for(step)
-        times = self.times  # others may set it meanwhile
-        calls = bound.run(step) if times is None else bound.timed(step)
-        began = time.perf_counter()
-        result = self._result(slots, masks, bound.bucket)
+    def _run(self, batch: Batch, prepared: Prepared | None) -> StepResult:
+        began, prompts = time.perf_counter(), {}
+        masks = self._masks.begin([row.slot for row in batch.rows if row.sample])
+        if prepared is None:
+            batch, prompts = self._prompts.score(batch, self._score)
+            if not batch.rows:
+                return replace(_NOTHING, seconds=time.perf_counter() - began, prompts=prompts)
+            prepared = self._prepare(batch)
+        step, draw = prepared.step, prepared.draw
+        bound, times = self._bound_for(prepared.bucket), self.times  # others may set it meanwhile
+        whole = None if any(masks) else bound.whole  # masks may come after the rows have
+        if whole is None:
+            step.resolve(self._previous)
+            calls = bound.run(step) if times is None else bound.timed(step)
+            computed = time.perf_counter()
+            self._masks.wait(masks)
+            if draw is not None and self._sampler is not None:
+                self._sampler.draw(draw)
+        else:
+            calls = whole(step, draw) if times is None else whole.timed(step, draw)
+            computed = time.perf_counter() - (draw.seconds if draw else 0.0)
+        result = self._result(masks, draw, len(step.last))
         ended = time.perf_counter()
         if times is not None and calls is not None:
-            times.append(StepTimes(len(step.ids), calls, ended - began, ended, batch.step))
-        return replace(result, seconds=began - started, sampling=ended - began, prompts=prompts)
+            took = draw.seconds if draw else ended - computed
+            times.append(StepTimes(len(step.ids), calls, took, ended, batch.step))
+        return replace(result, seconds=computed - began, sampling=ended - computed, prompts=prompts)
 
-    def _bound_for(self, step: Step) -> BoundPlan:
-        self._last_bucket = next(bucket for bucket in self._plan.buckets if fits(bucket, step))
-        return self._bound.get(self._last_bucket.T) or self._bound.setdefault(
-            self._last_bucket.T, self._bind(self._last_bucket)
-        )
+    def _prepare(self, batch: Batch) -> Prepared:
+        step = flatten(batch, self.kv.fixed_bytes, self._previous)
+        bucket = self._bucket_for(step)
+        slots, address = [row.slot for row in batch.rows if row.sample], self._rows_address(bucket)
+        drawn = self._sampler.prepare(address, np.array(slots, np.int32)) if self._sampler and slots else None
+        return Prepared(step, bucket, drawn)
+
+    def _bucket_for(self, step: Step) -> Bucket:
+        return next(bucket for bucket in self._plan.buckets if fits(bucket, step))
+
+    def _bound_for(self, bucket: Bucket) -> BoundPlan:
+        self._last_bucket = bucket
+        return self._bound.get(bucket.T) or self._bound.setdefault(bucket.T, self._bind(bucket))
+
+    def _rows_address(self, bucket: Bucket) -> int:
+        return self.arena_address + bucket.offsets[self._plan.result]
 
     def _score(self, piece: Row, targets: Sequence[int], width: int) -> Scores:
         """Computes the piece with a row of logits for every token."""
         assert self._sampler is not None
-        step = flatten(Batch(0, (piece,)), self._previous, self.kv.fixed_bytes, every=True)
-        bound = self._bound_for(step)
+        step = flatten(Batch(0, (piece,)), self.kv.fixed_bytes, every=True)
+        bound = self._bound_for(self._bucket_for(step))
         bound.run(step)
-        address = self.arena_address + bound.bucket.offsets[self._plan.result]
-        return self._sampler.score(address, np.array(targets, np.int32), width)
+        return self._sampler.score(self._rows_address(bound.bucket), np.array(targets, np.int32), width)
 
-    def _result(self, slots: list[int], masks: list[Any], bucket: Bucket) -> StepResult:
-        if self._sampler is None or not slots:
-            empty = np.zeros((0, 0), np.float32)
-            rows = self.rows(len(slots)) if self._sampler is None else None
-            return StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), empty.astype(np.int32), empty, rows)
-        address = self.arena_address + bucket.offsets[self._plan.result]
-        self._masks.wait(masks)
-        sampled = self._sampler.sample(address, np.array(slots, np.int32))
-        tokens = self._masks.take(masks, sampled.tokens)
-        # A poisoned row gives -1; the step behind it must still read a valid id (its row is dropped by the engine).
-        self._previous = np.maximum(tokens, 0)
-        return StepResult(tokens, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+    def _result(self, masks: list[Any], draw: Draw | None, rows: int) -> StepResult:
+        if draw is None:
+            return replace(_NOTHING, rows=self.rows(rows)) if self._sampler is None else _NOTHING
+        drawn = draw.result
+        tokens = self._masks.take(masks, drawn.tokens)
+        self._previous[: len(tokens)] = tokens
+        return StepResult(tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
 
     # --- binding ------------------------------------------------------------------------------------------------------
 
@@ -257,74 +285,17 @@ class CpuExecutor:
         return int.from_bytes(hashlib.blake2b(request_id.encode(), key=self._key, digest_size=8).digest(), "little")
 
 
-@dataclass(frozen=True)
-class StepTimes:
-    """What one step took, in seconds: each call of the plan (float64 [calls]), then choosing tokens or copying rows.
-    ended: when that was, as time.perf_counter tells it. step: the number of its batch."""
-
-    tokens: int
-    calls: np.ndarray
-    sample: float
-    ended: float
-    step: int = 0
-
-
-class Times(Protocol):
-    def append(self, took: StepTimes, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class Native:
-    """`count` calls in a row, one native call."""
-
-    runner: cpu.Runner
-    plan: int
-    count: int
-
-    def __call__(self, step: Step) -> None:
-        self.runner.run(self.plan, step.native)
-
-    def timed(self, step: Step) -> np.ndarray:
-        return self.runner.timed(self.plan, step.native, 0, self.count)
-
-
-@dataclass(frozen=True)
-class BoundPlan:
-    """A bucket ready to run: native pieces, and fallback calls between them where kernels are missing."""
-
-    bucket: Bucket
-    pieces: tuple[Piece, ...]
-
-    def run(self, step: Step) -> None:
-        for piece in self.pieces:
-            piece(step)
-
-    def timed(self, step: Step) -> np.ndarray:
-        """As `run`; seconds of every call of the plan."""
-        return np.concatenate([_timed(piece, step) for piece in self.pieces])
-
-
-def _timed(piece: Piece, step: Step) -> np.ndarray:
-    if isinstance(piece, Native):
-        return piece.timed(step)
-    began = time.perf_counter()
-    piece(step)
-    return np.array([time.perf_counter() - began])
-
-
-def fits(bucket: Bucket, step: Step) -> bool:
-    return len(step.ids) <= bucket.T and len(step.last) <= bucket.S
-
-
 class Ticket:
     """Handle of a launched step."""
 
     def __init__(self) -> None:
-        self._done = threading.Event()
+        self._pending = threading.Lock()  # held until there is an outcome; an Event takes longer to set
+        self._pending.acquire()
         self._outcome: StepResult | StepError | None = None
 
     def result(self) -> StepResult:
-        self._done.wait()
+        with self._pending:
+            pass
         if isinstance(self._outcome, StepError):
             raise self._outcome
         assert self._outcome is not None
@@ -332,11 +303,15 @@ class Ticket:
 
     def succeed(self, result: StepResult) -> None:
         self._outcome = result
-        self._done.set()
+        self._pending.release()
 
     def fail(self, error: StepError) -> None:
         self._outcome = error
-        self._done.set()
+        self._pending.release()
+
+
+def _fault(error: Exception) -> StepError:
+    return error if isinstance(error, StepError) else StepError("device_error", str(error))
 
 
 def rows_of(call: PlannedCall) -> tuple[int, int, int]:

@@ -25,6 +25,11 @@ class Prompts:
         if (width := request.params.prompt_logprobs) is not None and not generated:
             self._asked[slot] = request.prompt, width
 
+    @property
+    def asked(self) -> bool:
+        """Anybody's."""
+        return bool(self._asked)
+
     def detach(self, slot: int) -> None:
         self._asked.pop(slot, None)
 

@@ -12,17 +12,24 @@ from xllm.runtime.executor import Batch
 
 @dataclass(frozen=True)
 class Step:
-    """A batch as flat arrays: ids, positions int32[T] (placeholders resolved), last int32[S], and the native form."""
+    """A batch as flat arrays: ids, positions int32[T], last int32[S], and the native form, whose kernels read for
+    themselves what a placeholder stands for."""
 
     ids: np.ndarray
     positions: np.ndarray
     last: np.ndarray
     native: cpu.Batch
 
+    def resolve(self, previous: np.ndarray) -> None:
+        """Puts the ids that placeholders stand for in their places, for calls that are not native."""
+        if len(self.ids) and int(self.ids.min()) < 0:
+            held = self.ids < 0
+            self.ids[held] = np.maximum(previous[-1 - self.ids[held]], 0)
 
-def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int, every: bool = False) -> Step:
-    """Rows joined into the arrays a step takes; `previous` is the last sampled vector that placeholders refer to. With
-    `every`, all tokens have a row of logits.
+
+def flatten(batch: Batch, fixed_bytes: int, previous: np.ndarray | None = None, every: bool = False) -> Step:
+    """Rows joined into the arrays a step takes; `previous` is where the sampled vector will be that placeholders refer
+    to. With `every`, all tokens have a row of logits.
 
     Kernels are given where the groups of tokens start, behind the `fixed_bytes` of a span that do not grow.
     """
@@ -30,9 +37,6 @@ def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int, every: bool = 
     starts = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     ids = np.concatenate([np.asarray(row.tokens, np.int32) for row in batch.rows])
-    if len(ids) and int(ids.min()) < 0:
-        held = ids < 0
-        ids[held] = previous[-1 - ids[held]]
     positions = np.concatenate(
         [np.arange(row.start, row.start + n, dtype=np.int32) for row, n in zip(batch.rows, counts, strict=True)]
     )
@@ -40,4 +44,4 @@ def flatten(batch: Batch, previous: np.ndarray, fixed_bytes: int, every: bool = 
     if every:
         last = np.arange(len(ids), dtype=np.int32)
     bases = np.array([row.kv_base + fixed_bytes for row in batch.rows], np.uint64)
-    return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases))
+    return Step(ids, positions, last, cpu.Batch(ids, positions, last, starts, bases, previous))
