@@ -44,6 +44,7 @@ MAY: dict[str, tuple[set[str], set[str]]] = {
     "pipeline": ({"", "artifact", "errors", "extensions", "ir", "passes", "plan", "storage", "targets"}, set()),
     "targets.cpu": ({"targets.base", "kernels", "storage"}, set()),
     "targets.cpu.arena": ({"artifact"}, {"numpy"}),
+    "targets.cpu.bound": ({"kernels", "plan", "targets.cpu"}, {"numpy"}),
     "targets.cpu.bounds": ({"plan", "targets.base", "targets.cpu"}, set()),
     "targets.cpu.executor": ({"artifact", "kernels", "plan", "runtime", "targets"}, SERVING),
     "targets.cpu.function": ({"artifact", "kernels", "plan", "targets"}, SERVING),

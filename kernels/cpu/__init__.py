@@ -129,12 +129,12 @@ class Runner:
         self, plan: int, batch: Batch, begin: int, end: int | None, seconds: int | None, draw: Draw | None
     ) -> None:
         handle, stop = self._handle or self._open(), -1 if end is None else end
-        drawn = None if draw is None else draw.address
-        refused = library().xk_run(handle, plan, ctypes.byref(batch._c), begin, stop, seconds, drawn)
-        if refused < 0:
+        drawing = None if draw is None else draw.address
+        status = library().xk_run(handle, plan, ctypes.byref(batch._c), begin, stop, seconds, drawing)
+        if status < 0:
             raise KernelError(_last_error())
         if draw is not None:
-            draw.check(refused)
+            draw.check(status)
 
     def read_bandwidth(self, size: int = 256 << 20, repeats: int = 5) -> float:
         """Bytes per second that all threads together read from memory (best of `repeats` over `size` bytes)."""

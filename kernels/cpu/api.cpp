@@ -12,7 +12,6 @@
 
 #include "levels.h"
 #include "runner.h"
-#include "sampling.h"
 #include "threads.h"
 
 namespace {
@@ -88,8 +87,7 @@ int32_t xk_plan_add(xk_runner *runner, int32_t calls, const xk_call *call) {
 
 int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end, double *seconds, xk_draw *draw) {
   return guarded<int32_t>(-1, [&] {
-    runner->run(plan, *batch, begin, end, seconds);
-    return draw ? xk_sampler_sample(&runner->pool, draw) : 0;
+    return runner->run(plan, *batch, begin, end, seconds, draw);
   });
 }
 

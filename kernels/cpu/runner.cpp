@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "levels.h"
+#include "sampling.h"
 
 namespace xk {
 namespace {
@@ -154,7 +155,7 @@ void xk_runner::prepare(const Plan &plan, const xk_batch &b) {
   step.tile_rows = tile_rows.data();
 }
 
-void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end, double *seconds) {
+int32_t xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end, double *seconds, xk_draw *draw) {
   std::lock_guard<std::mutex> lock(mutex);
   if (index < 0 || index >= static_cast<int32_t>(plans.size())) throw std::invalid_argument("no such plan: " + std::to_string(index));
   const Plan &plan = *plans[static_cast<size_t>(index)];
@@ -168,8 +169,8 @@ void xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t
   std::vector<int64_t> opened(seconds ? plan.stages.size() + 1 : 0);
   Walk walk{plan.stages.data(), &step, per_thread, opened.data()};
   pool.run(first[begin], first[end], seconds ? timed_units : units, work, &walk);
-  if (!seconds) return;
-  opened[static_cast<size_t>(first[end])] = now();
-  for (int32_t i = begin; i < end; i++)
+  if (seconds) opened[static_cast<size_t>(first[end])] = now();
+  for (int32_t i = begin; seconds && i < end; i++)
     seconds[i - begin] = 1e-9 * static_cast<double>(opened[static_cast<size_t>(first[i + 1])] - opened[static_cast<size_t>(first[i])]);
+  return draw ? xk_sampler_sample(&pool, draw) : XK_SAMPLED;
 }

@@ -30,7 +30,8 @@ struct xk_runner {
   const xk::Level &level;
   xk::Pool pool;
   int32_t add(int32_t count, const xk_call *calls);  // throws std::invalid_argument
-  void run(int32_t plan, const xk_batch &batch, int32_t begin, int32_t end, double *seconds);  // seconds: of each call, or null
+  // seconds: of each call, or null; draw: from the rows that these leave, or null. How the draw was refused, or 0.
+  int32_t run(int32_t plan, const xk_batch &batch, int32_t begin, int32_t end, double *seconds, xk_draw *draw);
 
  private:
   void prepare(const xk::Plan &plan, const xk_batch &batch);  // checks the batch, resolves ids, cuts query tiles

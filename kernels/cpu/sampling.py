@@ -1,4 +1,4 @@
-"""The sampler: who is sampled how, and one native call per step that turns logits into tokens.
+"""The sampler: who is sampled how, and draws, which turn a step's logits into tokens.
 
 State (parameters, penalty history, position) lives on the native side, per slot. A token depends on its row of logits
 and the slot's parameters, history, seed, sample index and position, and on nothing else: not on batch, row order,
@@ -85,8 +85,8 @@ class SampleResult:
 
 
 class Draw:
-    """Rows to draw from, prepared: whoever runs the plan that computes them draws with the same native call, and
-    `result` then holds what was drawn."""
+    """Rows to draw from, prepared, for the run of the plan that computes them or for `Sampler.draw`. `result` then has
+    what was drawn."""
 
     __slots__ = ("_c", "_slots", "result")
 
@@ -179,7 +179,8 @@ class _CDraw(c.Structure):
 class Sampler:
     """Samples rows of `vocab` float32 logits for up to `max_slots` sequences, in parallel on the runner's threads.
 
-    Calls for different slots may overlap. Calls for one slot, and two calls of `sample`, must be ordered by the caller.
+    Calls for different slots may overlap. Calls for one slot, and two draws, those of a `Runner.run` too, must be
+    ordered by the caller.
     """
 
     def __init__(self, runner: Runner, vocab: int, max_slots: int, max_logprobs: int = 20) -> None:
@@ -294,7 +295,7 @@ class Sampler:
         return draw.result
 
     def sample(self, logits_address: int, slots: np.ndarray) -> SampleResult:
-        """`draw` what it does `prepare`."""
+        """Prepares and draws at once."""
         return self.draw(self.prepare(logits_address, slots))
 
     def score(self, logits_address: int, tokens: np.ndarray, width: int) -> Scores:

@@ -35,8 +35,10 @@ def test_a_run_draws_from_the_rows_that_it_leaves(threads: int) -> None:
             assert got.tobytes() == getattr(want, name).tobytes(), name
     again = together.prepare(logits.ctypes.data, np.array([3, 0, 2], np.int32))
     seconds = runner.timed(plan, batch([3]), 0, 1, again)
-    assert seconds.shape == (1,)
-    assert again.result.tokens.tolist() == sample(apart, logits, [3, 0, 2]).tokens.tolist()
+    want = sample(apart, logits, [3, 0, 2])
+    assert seconds[0] > 0 and again.seconds > 0
+    assert again.result.tokens.tolist() == want.tokens.tolist()
+    assert again.result.logprobs.tobytes() == want.logprobs.tobytes()
     with pytest.raises(SamplingError, match="is not attached"):
         runner.run(plan, batch([3]), draw=together.prepare(logits.ctypes.data, np.array([1], np.int32)))
     runner.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -16,9 +18,10 @@ from xllm.kernels.cpu import Runner
 from xllm.kernels.cpu.sampling import Sampler
 from xllm.measure.machine import state_memory
 from xllm.runtime.errors import StepError
-from xllm.runtime.executor import Batch, Row
+from xllm.runtime.executor import Batch, Row, StepResult
+from xllm.runtime.masks import Masks
 from xllm.runtime.request import Request, SamplingParams
-from xllm.targets.cpu.executor import CpuExecutor
+from xllm.targets.cpu.executor import CpuExecutor, Ticket
 
 PARAMS = SamplingParams(temperature=0.9, seed=7, logprobs=2)
 
@@ -32,7 +35,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 class Anything:
-    """A grammar that lets every token be drawn."""
+    """A grammar that lets every token be drawn, and makes no mask before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.waited_for = threading.Event()
+        self.seconds = 0.0  # of waiting
 
     def start(self) -> Anything:
         return self
@@ -41,28 +48,41 @@ class Anything:
         pass
 
     def fill(self, bits: np.ndarray) -> None:
+        self.waited_for.wait()
+        self.waited_for.clear()
+        began = time.perf_counter()
         bits[:] = 0xFFFFFFFF
+        self.seconds += time.perf_counter() - began
 
 
-def answers(artifact: Artifact, grammar: Anything | None) -> list[bytes]:
-    """Tokens and logprobs of a prompt and of four steps behind it, each launched before the one before it has ended."""
+def answers(artifact: Artifact, grammar: Anything | None = None, ahead: bool = True) -> tuple[list[bytes], float]:
+    """Tokens and logprobs of a prompt and of four steps behind it, all launched at once, each as a placeholder for what
+    the one before it draws; or one by one. And seconds from each beginning to its end."""
     executor = CpuExecutor(artifact, 2)
     memory = state_memory(executor.kv.bytes_for(64))
-    params = replace(PARAMS, grammar=grammar)
+    executor.times = took = []
+    results: list[StepResult] = []
     try:
-        executor.attach(0, Request("one", (5, 6, 7), params), ())
-        rows = [Row(0, memory.ctypes.data, 0, (5, 6, 7), True)]
-        rows += [Row(0, memory.ctypes.data, 3 + at, (-1,), True) for at in range(4)]
-        handles = [executor.launch(Batch(at, (row,))) for at, row in enumerate(rows)]
+        executor.attach(0, Request("one", (5, 6, 7), replace(PARAMS, grammar=grammar)), ())
+        handles = []
+        for at in range(5):
+            tokens = (5, 6, 7) if at == 0 else (-1,) if ahead else (int(results[-1].tokens[0]),)
+            row = Row(0, memory.ctypes.data, 2 + at if at else 0, tokens, True)
+            handles.append(executor.launch(Batch(at, (row,))))
+            if not ahead:
+                results.append(handles[-1].result())
         results = [handle.result() for handle in handles]
     finally:
         executor.close()
     assert all(result.tokens[0] >= 0 for result in results)
-    return [result.tokens.tobytes() + result.logprobs.tobytes() + result.top_ids.tobytes() for result in results]
+    found = [result.tokens.tobytes() + result.logprobs.tobytes() + result.top_ids.tobytes() for result in results]
+    return found, sum(step.sample for step in took)
 
 
 def test_a_step_is_one_native_call_and_two_where_a_mask_may_be_late(artifact, monkeypatch) -> None:
     calls: Counter[str] = Counter()
+    grammar, wait = Anything(), Masks.wait
+    monkeypatch.setattr(Masks, "wait", lambda *args: (grammar.waited_for.set(), wait(*args))[1])
 
     def counted(kind, name: str) -> None:
         inner = getattr(kind, name)
@@ -70,22 +90,36 @@ def test_a_step_is_one_native_call_and_two_where_a_mask_may_be_late(artifact, mo
 
     counted(Runner, "_run")
     counted(Sampler, "draw")
-    alone = answers(artifact, None)
-    assert calls == {"_run": 5}
+    alone, _ = answers(artifact)
+    assert calls == {"_run": 5} and len(set(alone)) > 1
     calls.clear()
-    assert answers(artifact, Anything()) == alone
-    assert calls == {"_run": 5, "draw": 5}
+    masked, drawing = answers(artifact, grammar)
+    assert masked == alone and calls == {"_run": 5, "draw": 5}
+    assert drawing > grammar.seconds > 0, "the wait for masks is part of choosing tokens"
 
 
-def test_what_cannot_be_laid_out_is_refused_at_its_launch(artifact) -> None:
+def test_placeholders_stand_for_what_the_step_before_drew(artifact) -> None:
+    assert answers(artifact)[0] == answers(artifact, ahead=False)[0]
+
+
+def test_a_step_that_cannot_be_is_refused_and_the_next_one_runs(artifact) -> None:
     executor = CpuExecutor(artifact, 1)
     memory = state_memory(executor.kv.bytes_for(64))
+
+    def launch(slot: int, tokens: tuple[int, ...]) -> Ticket:
+        return executor.launch(Batch(0, (Row(slot, memory.ctypes.data, 0, tokens, True),)))
+
     try:
-        for slot, tokens in ((99, (5,)), (0, (-99,)), (0, (5,) * 65)):
-            with pytest.raises(StepError, match="device_error"):
-                executor.launch(Batch(0, (Row(slot, memory.ctypes.data, 0, tokens, True),)))
+        for slot, tokens, why in ((99, (5,), "slots"), (0, (-99,), "row 98"), (0, (5,) * 65, "65 tokens and 1 rows")):
+            with pytest.raises(StepError, match=f"device_error: .*{why}"):
+                launch(slot, tokens)
+        with pytest.raises(StepError, match="not attached"):
+            launch(0, (5,)).result()
         executor.attach(0, Request("one", (5,), PARAMS), ())
-        row = Row(0, memory.ctypes.data, 0, (5,), True)
-        assert executor.launch(Batch(1, (row,))).result().tokens[0] >= 0
+        first = launch(0, (5,))
+        missing, behind = launch(0, (-2,)), launch(0, (-1,))
+        assert first.result().tokens[0] >= 0 and behind.result().tokens[0] >= 0
+        with pytest.raises(StepError, match="outside the vocabulary"):
+            missing.result()
     finally:
         executor.close()

@@ -21,8 +21,8 @@ Piece = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What one step took, in seconds: each call of the plan (float64 [calls]), then choosing tokens or copying rows.
-    ended: when that was, as time.perf_counter tells it. step: the number of its batch."""
+    """What one step took, in seconds: each call of the plan (float64 [calls]), then choosing tokens, with any wait for
+    masks. ended: when that was, as time.perf_counter tells it. step: the number of its batch."""
 
     tokens: int
     calls: np.ndarray

@@ -2,7 +2,8 @@
 
 A worker thread runs launched steps in order, each by one native call that walks the plan and draws tokens. It releases
 the GIL: the engine builds the next step meanwhile, and `launch` lays it out. Drawing is a call of its own where a
-grammar's mask may be late, and where the plan names operators that have no native kernel; only these need torch.
+grammar's mask may be late, and where the plan has calls that are not native: of modules, or of torch where kernels are
+missing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from xllm.targets.modules import ModuleCall, kernels_of
 from xllm.targets.turns import Turns
 
 MAX_LOGPROBS = 512  # beams look at more than anybody is shown
+_NO_ROW = np.iinfo(np.int32).max  # no token: a placeholder for a row that the step before did not have is refused
 _EMPTY = np.zeros((0, 0), np.float32)
 _NOTHING = StepResult(np.zeros(0, np.int32), np.zeros(0, np.float32), _EMPTY.astype(np.int32), _EMPTY)
 
@@ -90,7 +92,7 @@ class CpuExecutor:
         # The largest bucket shows that every call can be bound; the others differ by addresses, and wait for their
         # first step.
         self._bound = {self._last_bucket.T: self._bind(self._last_bucket)}
-        self._previous = np.zeros(self.limits.max_seqs, np.int32)  # what the step before drew; kernels read it
+        self._previous = np.zeros(self.limits.max_seqs, np.int32)  # what the step before drew; the runner reads it
         self.times: Times | None = None  # where there is something to append to, every step adds what it took
         self._steps: queue.SimpleQueue[tuple[Batch, Prepared | None, Ticket] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="xllm-executor", daemon=True)
@@ -121,9 +123,9 @@ class CpuExecutor:
     def launch(self, batch: Batch) -> Ticket:
         ticket = Ticket()
         try:
-            prepared = None if self._prompts.asked else self._prepare(batch)
-        except Exception as error:
-            raise _fault(error) from error
+            prepared = None if self._prompts.asks(batch) else self._prepare(batch)
+        except ValueError as error:  # what kernels or the sampler refuse
+            raise StepError("device_error", str(error)) from error
         self._steps.put((batch, prepared, ticket))
         return ticket
 
@@ -172,7 +174,7 @@ class CpuExecutor:
             except Exception as error:  # the boundary to the engine: a fault is a value
                 # The step behind this one may refer to any row of it: its ids must be valid, its rows are dropped.
                 self._previous[:] = 0
-                ticket.fail(_fault(error))
+                ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
 
     def _run(self, batch: Batch, prepared: Prepared | None) -> StepResult:
         began, prompts = time.perf_counter(), {}
@@ -184,33 +186,35 @@ class CpuExecutor:
             prepared = self._prepare(batch)
         step, draw = prepared.step, prepared.draw
         bound, times = self._bound_for(prepared.bucket), self.times  # others may set it meanwhile
-        whole = None if any(masks) else bound.whole  # masks may come after the rows have
-        if whole is None:
+        if (whole := bound.whole) and not any(masks):  # a mask may come after the rows have
+            calls = whole(step, draw) if times is None else whole.timed(step, draw)
+            drawn = draw.seconds if draw else 0.0
+            computed = time.perf_counter() - drawn
+        else:
             step.resolve(self._previous)
             calls = bound.run(step) if times is None else bound.timed(step)
             computed = time.perf_counter()
             self._masks.wait(masks)
-            if draw is not None and self._sampler is not None:
+            if self._sampler and draw:
                 self._sampler.draw(draw)
-        else:
-            calls = whole(step, draw) if times is None else whole.timed(step, draw)
-            computed = time.perf_counter() - (draw.seconds if draw else 0.0)
-        result = self._result(masks, draw, len(step.last))
-        ended = time.perf_counter()
+            drawn = time.perf_counter() - computed
         if times is not None and calls is not None:
-            took = draw.seconds if draw else ended - computed
-            times.append(StepTimes(len(step.ids), calls, took, ended, batch.step))
-        return replace(result, seconds=computed - began, sampling=ended - computed, prompts=prompts)
+            times.append(StepTimes(len(step.ids), calls, drawn, computed + drawn, batch.step))
+        result = self._result(masks, draw, len(step.last))
+        return replace(result, seconds=computed - began, sampling=drawn, prompts=prompts)
 
     def _prepare(self, batch: Batch) -> Prepared:
         step = flatten(batch, self.kv.fixed_bytes, self._previous)
         bucket = self._bucket_for(step)
-        slots, address = [row.slot for row in batch.rows if row.sample], self._rows_address(bucket)
-        drawn = self._sampler.prepare(address, np.array(slots, np.int32)) if self._sampler and slots else None
-        return Prepared(step, bucket, drawn)
+        slots = np.array([row.slot for row in batch.rows if row.sample], np.int32)
+        draw = self._sampler.prepare(self._rows_address(bucket), slots) if self._sampler and len(slots) else None
+        return Prepared(step, bucket, draw)
 
     def _bucket_for(self, step: Step) -> Bucket:
-        return next(bucket for bucket in self._plan.buckets if fits(bucket, step))
+        for bucket in self._plan.buckets:
+            if fits(bucket, step):
+                return bucket
+        raise StepError("device_error", f"no bucket has {len(step.ids)} tokens and {len(step.last)} rows")
 
     def _bound_for(self, bucket: Bucket) -> BoundPlan:
         self._last_bucket = bucket
@@ -232,7 +236,7 @@ class CpuExecutor:
             return replace(_NOTHING, rows=self.rows(rows)) if self._sampler is None else _NOTHING
         drawn = draw.result
         tokens = self._masks.take(masks, drawn.tokens)
-        self._previous[: len(tokens)] = tokens
+        self._previous[: len(tokens)], self._previous[len(tokens) :] = tokens, _NO_ROW
         return StepResult(tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
 
     # --- binding ------------------------------------------------------------------------------------------------------
@@ -308,10 +312,6 @@ class Ticket:
     def fail(self, error: StepError) -> None:
         self._outcome = error
         self._pending.release()
-
-
-def _fault(error: Exception) -> StepError:
-    return error if isinstance(error, StepError) else StepError("device_error", str(error))
 
 
 def rows_of(call: PlannedCall) -> tuple[int, int, int]:

@@ -25,10 +25,9 @@ class Prompts:
         if (width := request.params.prompt_logprobs) is not None and not generated:
             self._asked[slot] = request.prompt, width
 
-    @property
-    def asked(self) -> bool:
-        """Anybody's."""
-        return bool(self._asked)
+    def asks(self, batch: Batch) -> bool:
+        """Whether `score` has anything to run of it."""
+        return any(row.slot in self._asked and row.start < len(self._asked[row.slot][0]) - 1 for row in batch.rows)
 
     def detach(self, slot: int) -> None:
         self._asked.pop(slot, None)

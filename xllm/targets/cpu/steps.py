@@ -12,8 +12,8 @@ from xllm.runtime.executor import Batch
 
 @dataclass(frozen=True)
 class Step:
-    """A batch as flat arrays: ids, positions int32[T], last int32[S], and the native form, whose kernels read for
-    themselves what a placeholder stands for."""
+    """A batch as flat arrays: ids, positions int32[T], last int32[S], and the native form, of which a runner finds out
+    by itself what placeholders stand for."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -21,7 +21,7 @@ class Step:
     native: cpu.Batch
 
     def resolve(self, previous: np.ndarray) -> None:
-        """Puts the ids that placeholders stand for in their places, for calls that are not native."""
+        """Puts the ids that placeholders stand for in their places, which calls read that are not native."""
         if len(self.ids) and int(self.ids.min()) < 0:
             held = self.ids < 0
             self.ids[held] = np.maximum(previous[-1 - self.ids[held]], 0)
