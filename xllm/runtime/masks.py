@@ -51,8 +51,8 @@ class _Slot:
 
 
 class Masks:
-    """The masks of an executor's slots. `begin`, `wait` (unless it found none) and `take` are called in this order, once
-    per step, by the thread that samples; the others when no launched step refers to the slot."""
+    """The masks of an executor's slots. `begin`, `wait` (unless it found none) and `take` are called in this order,
+    once per step, by the thread that samples; the others when no launched step refers to the slot."""
 
     def __init__(self, vocab: int) -> None:
         self._words = -(-vocab // 32)
