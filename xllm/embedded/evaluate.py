@@ -31,7 +31,7 @@ from xllm.embedded.text import END, END_OF_TEXT, START, segments, token_id
 def held_out_loss(model: Any, tokenizer: Tokenizer, conversations: int, seed: int) -> dict[str, float]:
     """Mean negative log-likelihood in nats per token over unseen conversations of two stories each.
 
-    "all": every token but the first; "answers": the assistant's, of which "stories" and "questions" are shares.
+    "all": every token but the first; "answers": the assistant's, of which "stories" and "questions" are shares, if any.
     """
     rng = random.Random(f"{seed}/held-out")
     sums: dict[str, float] = defaultdict(float)
@@ -49,7 +49,8 @@ def held_out_loss(model: Any, tokenizer: Tokenizer, conversations: int, seed: in
             for group in groups:
                 sums[group] += loss
                 counts[group] += 1
-    return {group: sums[group] / counts[group] for group in ("all", "answers", "stories", "questions")}
+    found = [group for group in ("all", "answers", "stories", "questions") if counts[group]]
+    return {group: sums[group] / counts[group] for group in found}
 
 
 @torch.inference_mode()
