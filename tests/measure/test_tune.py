@@ -64,6 +64,16 @@ def test_cold_cases_have_more_bytes_than_the_caches() -> None:
     assert tuning._copies(8 << 20) * (8 << 20) >= max(tuning.LEAST_COLD_BYTES, cache_bytes().get("L3", 0))
 
 
+def test_what_only_moves_values_finds_them_in_another_place_each_time() -> None:
+    """Of 512 rows; a product's rows stay where they are, and its weights do not."""
+    add = next(case for case in tuning.cases() if case.make(0).op == "aten.add.Tensor")
+    with cpu.Runner(1) as runner:
+        for case, name, apart in ((add, "out", True), (tuning.linear("float32"), "out", False)):
+            bench = tuning.Bench(runner, CpuTarget(runner.level), case)
+            places = {call.args[name] for call in map(bench._call, range(bench.copies))}
+            assert bench.copies > 1 and len(places) == (bench.copies if apart else 1)
+
+
 def test_the_fastest_level_is_the_one_that_took_least(monkeypatch) -> None:
     taken = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
     monkeypatch.setattr(cpu, "levels", lambda: tuple(taken))

@@ -2,7 +2,8 @@
 
 Kernels are asked for as the compiler asks for them: an operation, the target's rule, and the call that it gives, run
 over memory of the sizes that plans are checked against. So whatever a rule chooses is what is measured. Weights and
-state are larger than the caches, as those of a model are; values of a step are not.
+state are larger than the caches, as those of a model are, and so are the values of kernels that do nothing but move
+them: between one such call and the next, a prompt's step reads weights. The values of others are not.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def prompt(tokens: int, past: int = 0) -> Sequences:
 @dataclass(frozen=True)
 class Case:
     """One kernel. make(layer) gives the operation, as layer `layer` of a model has it; tiny: the same with next to
-    nothing to do; points: the steps that the curve is measured at. cold: whether what is read is larger than caches."""
+    nothing to do; points: the steps that the curve is measured at. cold: what is larger than caches, the "weights" with
+    the state, or the "values"."""
 
     make: Callable[[int], Operation]
     tiny: tuple[Operation, Sequences]
     points: tuple[Sequences, ...]
     weights: str = "float32"
     kv: str = "float32"
-    cold: bool = True
+    cold: str = "weights"
     activations: str = ""
 
 
@@ -103,7 +105,7 @@ def curve(bench: Bench) -> Curve:
         intensity, moved = bench.work(step)
         if all(intensity > APART * other or other > APART * intensity for other in points):
             points[intensity] = bench.seconds(step) / moved
-    tiny = Bench(bench.runner, bench.target, replace(case, make=lambda _: case.tiny[0], cold=False))
+    tiny = Bench(bench.runner, bench.target, replace(case, make=lambda _: case.tiny[0], cold=""))
     first = points[min(points)]
     call = max(tiny.seconds(case.tiny[1]) - tiny.work(case.tiny[1])[1] * first, 5e-8)
     # What the call costs by itself is not in the slope.
@@ -130,17 +132,18 @@ class Bench:
         held = sum(size for name, size in once.items() if name != "state")
         per_token = target.kv_layout((state,), case.kv).token_bytes if "state" in once else 0
         self._context = max(tokens + past for step in (*case.points, case.tiny[1]) for tokens, past in step)
-        self.copies = _copies(held + per_token * min(self._context, 256)) if case.cold else 1
-        self._kv = target.kv_layout((state,) * self.copies, case.kv)
-        self._lowered = [self._lower(self._kv, layer) for layer in range(self.copies)]
-        self._values: dict[str, np.ndarray] = {}
-        self._weights = [
-            {name: _memory(size) for name, size in once.items() if name != "state" and size} for _ in self._lowered
-        ]
         sizes = {name: most["T"] * size for name, size in rows.items()} | {"table": most["T"] * rows.get("out", 0)}
         for name, size in scratch.items():
             sizes[name] = sizes.get(name, 0) + size
-        self._values = {name: _memory(size) for name, size in sizes.items()}
+        cold = {"weights": held + per_token * min(self._context, 256), "values": sum(sizes.values())}
+        self.copies = _copies(cold.get(case.cold, 0))
+        self._kv = target.kv_layout((state,) * self.copies, case.kv)
+        self._lowered = [self._lower(self._kv, layer) for layer in range(self.copies)]
+        self._weights = [
+            {name: _memory(size) for name, size in once.items() if name != "state" and size} for _ in self._lowered
+        ]
+        apart = self.copies if case.cold == "values" else 1
+        self._values = [{name: _memory(size) for name, size in sizes.items()} for _ in range(apart)]
         self._state = state_memory(self._kv.group_bytes * (-(-self._context // 16) + 8) if "state" in once else 1)
 
     def _lower(self, kv: KVLayout, layer: int) -> Lowering:
@@ -156,8 +159,8 @@ class Bench:
 
     def seconds(self, step: Sequences, budget: float = SECONDS) -> float:
         """Of one call, the median over runs through all copies; one copy where there is much to compute."""
-        few = StepSizes(step)["T"] <= 64
-        calls = [self._call(at) for at in range(self.copies if few else 1)]
+        one = self.case.cold != "values" and StepSizes(step)["T"] > 64
+        calls = [self._call(at) for at in range(1 if one else self.copies)]
         plan, batch = self.runner.add_plan(calls), self._batch(step)
         self.runner.run(plan, batch)
         taken, end = [], time.perf_counter() + budget
@@ -176,7 +179,7 @@ class Bench:
             elif tensor.kind == "input":
                 args[name] = tensor.name
             else:
-                held = self._weights[at] if tensor.kind == "weight" else self._values
+                held = self._weights[at] if tensor.kind == "weight" else self._values[at % len(self._values)]
                 args[name] = held[name].ctypes.data
         terms = low.rows.terms
         rows = terms.get("T", 0), terms.get("S", 0), terms.get("", 0)
@@ -258,13 +261,13 @@ def _write(dtype: str) -> Case:
         }  # fmt: skip
         return Operation("write", "xllm.qk_norm_rope_write", args, (_value(HEADS, HEAD_DIM),))
 
-    return Case(make, (make(0), ONE), (prompt(512),), kv=dtype, cold=False)
+    return Case(make, (make(0), ONE), (prompt(512),), kv=dtype, cold="values")
 
 
 def _rowwise(op: str, args: Mapping[str, object], widths: Sequence[int], weights: str = "float32") -> Case:
     """Kernels whose time is that of their bytes, whatever the rows."""
     operation = Operation("rowwise", op, args, tuple(_value(width) for width in widths))
-    return Case(lambda _: operation, (operation, ONE), (prompt(512),), weights, cold=False)
+    return Case(lambda _: operation, (operation, ONE), (prompt(512),), weights, cold="values")
 
 
 def _value(*shape: int) -> Tensor:
