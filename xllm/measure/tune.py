@@ -27,6 +27,7 @@ from xllm.targets.cpu.bounds import reach
 from xllm.targets.cpu.tuning import Curve, Tuning
 
 LEAST_COLD_BYTES, MOST_COLD_BYTES = 96 << 20, 512 << 20
+LEAST_APART = 256 << 10  # bytes: less is what caches are for
 SECONDS = 0.12  # of one point of a curve
 LEAST, MOST = 3, 200  # runs of one
 APART = 1.2  # intensities closer than this are one point
@@ -197,7 +198,7 @@ class Bench:
 def _copies(size: int) -> int:
     """So many that one has left the caches when its turn comes again."""
     cold = min(max(4 * cache_bytes().get("L3", 0), LEAST_COLD_BYTES), MOST_COLD_BYTES)
-    return max(1, min(64, -(-cold // size))) if size > 1 << 20 else 1
+    return max(1, min(64, -(-cold // size))) if size > LEAST_APART else 1
 
 
 def _memory(size: int) -> np.ndarray:
