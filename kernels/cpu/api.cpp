@@ -85,10 +85,9 @@ int32_t xk_plan_add(xk_runner *runner, int32_t calls, const xk_call *call) {
   return guarded<int32_t>(-1, [&] { return runner->add(calls, call); });
 }
 
-int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end, double *seconds, xk_draw *draw) {
-  return guarded<int32_t>(-1, [&] {
-    return runner->run(plan, *batch, begin, end, seconds, draw);
-  });
+int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end, double *seconds,
+               xk_draw *draw) {
+  return guarded<int32_t>(-1, [&] { return runner->run(plan, *batch, begin, end, seconds, draw); });
 }
 
 double xk_measure_read(xk_runner *runner, int64_t bytes, int32_t repeats) {

@@ -155,7 +155,8 @@ void xk_runner::prepare(const Plan &plan, const xk_batch &b) {
   step.tile_rows = tile_rows.data();
 }
 
-int32_t xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end, double *seconds, xk_draw *draw) {
+int32_t xk_runner::run(int32_t index, const xk_batch &batch, int32_t begin, int32_t end, double *seconds,
+                       xk_draw *draw) {
   std::lock_guard<std::mutex> lock(mutex);
   if (index < 0 || index >= static_cast<int32_t>(plans.size())) throw std::invalid_argument("no such plan: " + std::to_string(index));
   const Plan &plan = *plans[static_cast<size_t>(index)];

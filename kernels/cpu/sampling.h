@@ -1,6 +1,6 @@
-// C ABI of the sampler: per-slot state (parameters, history, position), and a draw for the rows of a step: the last part
-// of an xk_run, or a call of its own. Calls on different slots may run at the same time; calls on the same slot, and two
-// draws, must be ordered by the caller.
+// C ABI of the sampler: per-slot state (parameters, history, position), and a draw for the rows of a step: the last
+// part of an xk_run, or a call of its own. Calls on different slots may run at the same time; calls on the same slot,
+// and two draws, must be ordered by the caller.
 #pragma once
 #include "xk.h"
 

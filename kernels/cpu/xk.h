@@ -44,10 +44,10 @@ XK_API xk_runner *xk_runner_new(int32_t threads, const char *level);
 XK_API void xk_runner_free(xk_runner *runner);
 XK_API void *xk_runner_pool(xk_runner *runner);  // its xk::Pool, for other parts of this library
 XK_API int32_t xk_plan_add(xk_runner *runner, int32_t calls, const xk_call *call);  // index of the plan, or -1
-// 0, -1, or how a draw was refused. seconds: [end - begin], set to the time each call took from the end of the one before; NULL
-// costs nothing. draw: what is drawn from the rows once these calls have run; NULL: nothing.
-XK_API int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end, double *seconds,
-                      xk_draw *draw);
+// 0, -1, or how a draw was refused. seconds: [end - begin], set to the time each call took from the end of the one
+// before; NULL costs nothing. draw: what is drawn from the rows once these calls have run; NULL: nothing.
+XK_API int32_t xk_run(xk_runner *runner, int32_t plan, const xk_batch *batch, int32_t begin, int32_t end,
+                      double *seconds, xk_draw *draw);
 XK_API double xk_measure_read(xk_runner *runner, int64_t bytes, int32_t repeats);    // bytes per second, best of repeats
 XK_API double xk_measure_fma(xk_runner *runner, int64_t rounds, int32_t repeats);    // float operations per second, best
 // Checksums of the blocks of 1 MiB of some bytes, on so many threads: out [ceil(bytes / 2^20)][64]. 0 or -1.

@@ -66,12 +66,15 @@ def test_cold_cases_have_more_bytes_than_the_caches() -> None:
 
 def test_what_only_moves_values_finds_them_in_another_place_each_time() -> None:
     """Of 512 rows; a product's rows stay where they are, and its weights do not."""
-    add = next(case for case in tuning.cases() if case.make(0).op == "aten.add.Tensor")
+    cases = {case.make(0).op: case for case in tuning.cases() if case.weights == "float32"}
+    wanted = {"aten.add.Tensor": {"out"}, "xllm.embedding": {"out"}, "xllm.linear": {"weight"}}
     with cpu.Runner(1) as runner:
-        for case, name, apart in ((add, "out", True), (tuning.linear("float32"), "out", False)):
-            bench = tuning.Bench(runner, CpuTarget(runner.level), case)
-            places = {call.args[name] for call in map(bench._call, range(bench.copies))}
-            assert bench.copies > 1 and len(places) == (bench.copies if apart else 1)
+        for op, moving in wanted.items():
+            bench = tuning.Bench(runner, CpuTarget(runner.level), cases[op])
+            calls = [bench._call(at) for at in range(bench.copies)]
+            assert bench.copies > 1
+            for name in {"out", "weight"} & set(calls[0].args):
+                assert len({call.args[name] for call in calls}) == (bench.copies if name in moving else 1), (op, name)
 
 
 def test_the_fastest_level_is_the_one_that_took_least(monkeypatch) -> None:

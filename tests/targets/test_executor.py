@@ -39,7 +39,7 @@ class Anything:
 
     def __init__(self) -> None:
         self.waited_for = threading.Event()
-        self.seconds = 0.0  # of waiting
+        self.seconds = 0.0  # that it took from then on
 
     def start(self) -> Anything:
         return self
@@ -57,7 +57,7 @@ class Anything:
 
 def answers(artifact: Artifact, grammar: Anything | None = None, ahead: bool = True) -> tuple[list[bytes], float]:
     """Tokens and logprobs of a prompt and of four steps behind it, all launched at once, each as a placeholder for what
-    the one before it draws; or one by one. And seconds from each beginning to its end."""
+    the one before it draws; or one by one. And seconds of choosing tokens."""
     executor = CpuExecutor(artifact, 2)
     memory = state_memory(executor.kv.bytes_for(64))
     executor.times = took = []
@@ -106,8 +106,8 @@ def test_a_step_that_cannot_be_is_refused_and_the_next_one_runs(artifact) -> Non
     executor = CpuExecutor(artifact, 1)
     memory = state_memory(executor.kv.bytes_for(64))
 
-    def launch(slot: int, tokens: tuple[int, ...]) -> Ticket:
-        return executor.launch(Batch(0, (Row(slot, memory.ctypes.data, 0, tokens, True),)))
+    def launch(slot: int, tokens: tuple[int, ...], sample: bool = True) -> Ticket:
+        return executor.launch(Batch(0, (Row(slot, memory.ctypes.data, 0, tokens, sample),)))
 
     try:
         for slot, tokens, why in ((99, (5,), "slots"), (0, (-99,), "row 98"), (0, (5,) * 65, "65 tokens and 1 rows")):
@@ -117,9 +117,18 @@ def test_a_step_that_cannot_be_is_refused_and_the_next_one_runs(artifact) -> Non
             launch(0, (5,)).result()
         executor.attach(0, Request("one", (5,), PARAMS), ())
         first = launch(0, (5,))
-        missing, behind = launch(0, (-2,)), launch(0, (-1,))
+        missing, behind, silent, lost = launch(0, (-2,)), launch(0, (-1,)), launch(0, (5,), False), launch(0, (-1,))
         assert first.result().tokens[0] >= 0 and behind.result().tokens[0] >= 0
-        with pytest.raises(StepError, match="outside the vocabulary"):
-            missing.result()
+        assert len(silent.result().tokens) == 0
+        for handle in (missing, lost):
+            with pytest.raises(StepError, match="outside the vocabulary"):
+                handle.result()
+        # A prompt that is scored is laid out later; what others launch is not.
+        asking = replace(PARAMS, prompt_logprobs=0)
+        executor.attach(1, Request("two", (5, 6), asking), ())
+        with pytest.raises(StepError, match="65 tokens"):
+            launch(0, (5,) * 65)
+        with pytest.raises(StepError, match="65 tokens"):
+            launch(1, (5,) * 66).result()
     finally:
         executor.close()

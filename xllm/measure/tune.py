@@ -141,7 +141,8 @@ class Bench:
         self._kv = target.kv_layout((state,) * self.copies, case.kv)
         self._lowered = [self._lower(self._kv, layer) for layer in range(self.copies)]
         self._weights = [
-            {name: _memory(size) for name, size in once.items() if name != "state" and size} for _ in self._lowered
+            {name: _memory(size) for name, size in once.items() if name != "state" and size}
+            for _ in range(self.copies if case.cold == "weights" else 1)
         ]
         apart = self.copies if case.cold == "values" else 1
         self._values = [{name: _memory(size) for name, size in sizes.items()} for _ in range(apart)]
@@ -180,8 +181,8 @@ class Bench:
             elif tensor.kind == "input":
                 args[name] = tensor.name
             else:
-                held = self._weights[at] if tensor.kind == "weight" else self._values[at % len(self._values)]
-                args[name] = held[name].ctypes.data
+                held = self._weights if tensor.kind == "weight" else self._values
+                args[name] = held[at % len(held)][name].ctypes.data
         terms = low.rows.terms
         rows = terms.get("T", 0), terms.get("S", 0), terms.get("", 0)
         return cpu.Call(low.kernel, args, low.ints, low.floats, rows)
@@ -196,7 +197,7 @@ class Bench:
 
 
 def _copies(size: int) -> int:
-    """So many that one has left the caches when its turn comes again."""
+    """So many that one has left the caches when its turn comes again, if 64 are enough for that."""
     cold = min(max(4 * cache_bytes().get("L3", 0), LEAST_COLD_BYTES), MOST_COLD_BYTES)
     return max(1, min(64, -(-cold // size))) if size > LEAST_APART else 1
 

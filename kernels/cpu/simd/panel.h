@@ -37,10 +37,12 @@ struct Paired {
 #endif
 struct PanelF32 : Multiplied {
   static constexpr int64_t bytes = 64;  // of one k
+  static constexpr bool streams = false;  // keys too are such panels, which caches hold
   XK_INLINE f32x16 load(const uint8_t *p) { return XK_LEVEL::load(p); }
 };
 struct PanelBf16 : Multiplied {
   static constexpr int64_t bytes = 32;
+  static constexpr bool streams = kStreams;
   XK_INLINE f32x16 load(const uint8_t *p) { return load_bf16_panel(p); }
 };
 
@@ -99,7 +101,7 @@ constexpr int tile_panels(int rows) { return rows * 4 <= kAccumulators ? 4 : row
 // `rows` rows times as many panels as fit the registers at a time, for one tile height R fixed at compile time.
 template <class Panel, int R, bool Gather>
 static void product_rows(Product t, int64_t panels) {
-  constexpr int wide = tile_panels(R);
+  constexpr int wide = R == 1 && Panel::streams ? 1 : tile_panels(R);
   int64_t p = 0;
   const auto step = [&](int count) {
     p += count;

@@ -17,6 +17,7 @@ constexpr int64_t kInputs = 2;  // of one element
 
 struct PanelRounded : Paired {
   static constexpr int64_t bytes = 64;
+  static constexpr bool streams = kStreams;
   XK_INLINE f32x16 load(const uint8_t *p) {
     f32x16 r;
     r.v[0] = (vf)lay_out_pair(p, 2);

@@ -55,8 +55,11 @@ constexpr int kFetchInto = 3;  // L1
 // The sizes are from measuring 1 to 8 rows of 1,024, 2,048 and 3,072 inputs both ways.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 constexpr int64_t stream_rows(int rows) { return rows > 4 ? 10752 : 9216; }
+constexpr bool kStreams = true;  // so does one row beside bf16 weights, with the next panel fetched: on Zen 5 it reads 90 to 94 % of
+                                 // what memory gives, and four panels side by side 83 to 86
 #else
 constexpr int64_t stream_rows(int) { return 0; }
+constexpr bool kStreams = false;
 #endif
 constexpr int fetch_into(int rows) { return rows > 4 ? 3 : kFetchInto; }  // many rows leave time to bring a line all the way
 constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64 ? tile_bytes : kFetchAhead; }

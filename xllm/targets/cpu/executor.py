@@ -124,8 +124,8 @@ class CpuExecutor:
         ticket = Ticket()
         try:
             prepared = None if self._prompts.asks(batch) else self._prepare(batch)
-        except ValueError as error:  # what kernels or the sampler refuse
-            raise StepError("device_error", str(error)) from error
+        except Exception as error:
+            raise _fault(error) from error
         self._steps.put((batch, prepared, ticket))
         return ticket
 
@@ -171,10 +171,10 @@ class CpuExecutor:
                 with self._turn:
                     result = self._run(batch, prepared)
                 ticket.succeed(result)
-            except Exception as error:  # the boundary to the engine: a fault is a value
+            except Exception as error:
                 # The step behind this one may refer to any row of it: its ids must be valid, its rows are dropped.
                 self._previous[:] = 0
-                ticket.fail(error if isinstance(error, StepError) else StepError("device_error", str(error)))
+                ticket.fail(_fault(error))
 
     def _run(self, batch: Batch, prepared: Prepared | None) -> StepResult:
         began, prompts = time.perf_counter(), {}
@@ -182,6 +182,7 @@ class CpuExecutor:
         if prepared is None:
             batch, prompts = self._prompts.score(batch, self._score)
             if not batch.rows:
+                self._previous[:] = _NO_ROW
                 return replace(_NOTHING, seconds=time.perf_counter() - began, prompts=prompts)
             prepared = self._prepare(batch)
         step, draw = prepared.step, prepared.draw
@@ -233,6 +234,7 @@ class CpuExecutor:
 
     def _result(self, masks: list[Any], draw: Draw | None, rows: int) -> StepResult:
         if draw is None:
+            self._previous[:] = _NO_ROW
             return replace(_NOTHING, rows=self.rows(rows)) if self._sampler is None else _NOTHING
         drawn = draw.result
         tokens = self._masks.take(masks, drawn.tokens)
@@ -312,6 +314,11 @@ class Ticket:
     def fail(self, error: StepError) -> None:
         self._outcome = error
         self._pending.release()
+
+
+def _fault(error: Exception) -> StepError:
+    """A fault is a value to the engine, whatever it is."""
+    return error if isinstance(error, StepError) else StepError("device_error", str(error))
 
 
 def rows_of(call: PlannedCall) -> tuple[int, int, int]:
