@@ -56,4 +56,7 @@ struct Level {  // all kernels compiled for one instruction set
   void (*checksum)(const uint8_t *data, int64_t bytes, uint32_t *out);  // out: [64], the same at every level
 };
 
+// Not of a level, but of a core: whether it reads a stream of weights faster where lines are asked for ahead of need, by hand.
+extern const bool asks_ahead;
+
 }  // namespace xk

@@ -51,7 +51,7 @@ struct ByteRows {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         line[p] = (vb)_mm512_xor_si512(lay_out_four(w + p * s.w_stride), sign);
-        if (Fetch) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+        if (Fetch) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P, s.w_stride), 0, fetch_into(R));
       }
       if (!Fetch) s.ahead.fetch(w);
 #pragma GCC unroll 16

@@ -69,7 +69,7 @@ static void product_tile(const Product &t) {
     for (int p = 0; p < P; p++) acc[r][p] = t.resume ? load(t.c + r * t.c_row + p * t.c_stride) : zero();
   const float *x = t.x;
   const uint8_t *w = t.w;
-  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = fetch_ahead(P * w_stride);
+  const int64_t k = t.k, x_stride = t.x_stride, w_stride = t.w_stride, ahead = fetch_ahead(P, w_stride);
   const bool alone = t.tiles == 1;
   const Ahead share = share_ahead(t.tile, t.tiles, P, w_stride);
   const float *row[R];
@@ -101,15 +101,16 @@ constexpr int tile_panels(int rows) { return rows * 4 <= kAccumulators ? 4 : row
 // `rows` rows times as many panels as fit the registers at a time, for one tile height R fixed at compile time.
 template <class Panel, int R, bool Gather>
 static void product_rows(Product t, int64_t panels) {
-  constexpr int wide = R == 1 && Panel::streams ? 1 : tile_panels(R);
+  constexpr int most = tile_panels(R);
+  const int wide = R == 1 && Panel::streams && xk::asks_ahead ? 1 : most;
   int64_t p = 0;
   const auto step = [&](int count) {
     p += count;
     t.w += count * t.w_stride;
     t.c += count * t.c_stride;
   };
-  for (; p + wide <= panels; step(wide)) product_tile<Panel, R, wide, Gather>(t);
-  if (wide > 2 && p + 2 <= panels) product_tile<Panel, R, (wide > 2 ? 2 : 1), Gather>(t), step(2);
+  for (; wide == most && p + most <= panels; step(most)) product_tile<Panel, R, most, Gather>(t);
+  if (wide > 2 && p + 2 <= panels) product_tile<Panel, R, (most > 2 ? 2 : 1), Gather>(t), step(2);
   for (; p < panels; step(1)) product_tile<Panel, R, 1, Gather>(t);
 }
 

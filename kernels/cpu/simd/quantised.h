@@ -169,7 +169,7 @@ struct Int8 {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         XK_PARTS line[p][i] = weights_at(w + p * s.w_stride, i);
-        if (Fetch && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+        if (Fetch && k % 4) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P, s.w_stride), 0, fetch_into(R));
       }
       if (!Fetch) s.ahead.fetch(w);
 #pragma GCC unroll 16
@@ -265,7 +265,7 @@ struct Int4 {
             const vb both = *(const vb_memory *)(w + p * s.w_stride + i * XK_VECTOR_BYTES);
             line[p][i] = (j ? (vb)((vs)both >> 4) : both) & 15;
           }
-          if (Fetch && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P * s.w_stride), 0, fetch_into(R));
+          if (Fetch && !j) __builtin_prefetch(w + p * s.w_stride + fetch_ahead(P, s.w_stride), 0, fetch_into(R));
         }
         if (!Fetch && !j) s.ahead.fetch(w);
 #pragma GCC unroll 16
@@ -345,11 +345,11 @@ static void int_tile(const IntProduct &t, int64_t first, int64_t row, int rows, 
     const uint8_t *w = t.w + first * t.w_stride;
     float *to = t.c + first * t.c_stride;
     const auto step = [&](int count) { w += count * t.w_stride, to += count * t.c_stride, panels -= count; };
-    if constexpr (Once && stream_rows(R) > 0)
-      if (R * t.x.stride <= min(t.w_stride, stream_rows(R)))
-        for (; panels > 0; step(1)) int_rows<Type, Woven, false, R, 1>(t, w, to, row);
-    for (; panels >= wide; step(wide)) int_rows<Type, Woven, Once, R, wide>(t, w, to, row);
-    if (wide > 2 && panels >= 2) int_rows<Type, Woven, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
+    const bool one = Once && streams(R, t.x.stride, t.w_stride);
+    if constexpr (Once && kStreams)
+      for (; one && !xk::asks_ahead && panels > 0; step(1)) int_rows<Type, Woven, false, R, 1>(t, w, to, row);
+    for (; !one && panels >= wide; step(wide)) int_rows<Type, Woven, Once, R, wide>(t, w, to, row);
+    if (wide > 2 && !one && panels >= 2) int_rows<Type, Woven, Once, R, (wide > 2 ? 2 : 1)>(t, w, to, row), step(2);
     for (; panels > 0; step(1)) int_rows<Type, Woven, Once, R, 1>(t, w, to, row);
   } else if constexpr (R > 1) {
     int_tile<Type, Woven, Once, R - 1>(t, first, row, rows, panels);

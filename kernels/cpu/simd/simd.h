@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../kernels.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -41,7 +43,8 @@ constexpr int kAccumulators = 6, kTileRows = 6, kFewRows = kTileRows;
 constexpr int kAccumulators = 2, kTileRows = 2, kFewRows = kTileRows;
 #endif
 // How far ahead of the weights in use others are fetched by hand, and into which cache. Cores with wide vectors are far from memory:
-// there it is what lies behind the panels of a tile, so that each line is asked for once, a tile before its use.
+// there it is what lies behind the panels of a tile, so that each line is asked for once, a tile before its use; or, of one panel after
+// the other, a line that near, if any (below).
 #if XK_VECTOR_BYTES == 64
 constexpr int64_t kFetchAhead = 8192;
 constexpr int kFetchInto = 2;  // L2
@@ -49,31 +52,35 @@ constexpr int kFetchInto = 2;  // L2
 constexpr int64_t kFetchAhead = 2048;
 constexpr int kFetchInto = 3;  // L1
 #endif
-// Bytes of few rows, no more than a panel has, beside which products of whole numbers read one panel after the other and fetch nothing
-// by hand. On Zen 4 a core's own prefetchers bring one stream at the speed of memory (30 of 31 GB/s), several, or what was asked for,
-// at less (20 to 24); but rows that do not stay in L1 beside the stream are read again for every panel, which more rows make up for.
-// The sizes are from measuring 1 to 8 rows of 1,024, 2,048 and 3,072 inputs both ways.
+// Few rows may read one panel after the other: prefetchers of a core are best at one stream, but rows that do not stay in L1 beside it
+// are read again for every panel. Those of Zen 4 bring whole numbers at the speed of memory (30 of 31 GB/s), several streams, or what is
+// asked for by hand, at less (20 to 24). Those of Zen 5 need help (xk::asks_ahead), which makes a token of one sequence 5 to 15 % quicker;
+// one row of bf16 too is then read so (10 %). Sizes are from measuring 1 to 8 rows of 1,024, 2,048 and 3,072 inputs both ways, on either.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-constexpr int64_t stream_rows(int rows) { return rows > 4 ? 10752 : 9216; }
-constexpr bool kStreams = true;  // so does one row beside bf16 weights, with the next panel fetched: on Zen 5 it reads 90 to 94 % of
-                                 // what memory gives, and four panels side by side 83 to 86
+constexpr bool kStreams = true;
+static inline bool streams(int rows, int64_t row_bytes, int64_t panel_bytes) {
+  const int64_t bytes = rows * row_bytes;
+  return (xk::asks_ahead && rows <= kTileRows) || (bytes <= panel_bytes && bytes <= (rows > 4 ? 10752 : 9216));
+}
 #else
-constexpr int64_t stream_rows(int) { return 0; }
 constexpr bool kStreams = false;
+static inline bool streams(int, int64_t, int64_t) { return false; }
 #endif
 constexpr int fetch_into(int rows) { return rows > 4 ? 3 : kFetchInto; }  // many rows leave time to bring a line all the way
-constexpr int64_t fetch_ahead(int64_t tile_bytes) { return XK_VECTOR_BYTES == 64 ? tile_bytes : kFetchAhead; }
+static inline int64_t fetch_ahead(int panels, int64_t stride) {
+  return XK_VECTOR_BYTES == 64 && !(panels == 1 && xk::asks_ahead) ? panels * stride : kFetchAhead;
+}
 // What a tile of many rows fetches while it multiplies: the tiles that pass some panels share those that come next, as one alone would
 // wait for memory, which would then wait for the others. Bytes from a line of the first panel; 0, the line itself, is nothing.
 struct Ahead {
   int64_t first, second;
   __attribute__((always_inline)) void fetch(const uint8_t *line) const { __builtin_prefetch(line + first, 0, 2), __builtin_prefetch(line + second, 0, 2); }
 };
-constexpr Ahead share_ahead(int tile, int tiles, int panels, int64_t stride) {
+static inline Ahead share_ahead(int tile, int tiles, int panels, int64_t stride) {
   const int sharing = tiles < panels ? tiles : panels;
   if (tile >= sharing) return {0, 0};
   const int from = panels * tile / sharing, end = panels * (tile + 1) / sharing;
-  const int64_t ahead = fetch_ahead(panels * stride);
+  const int64_t ahead = fetch_ahead(panels, stride);
   return {ahead + from * stride, ahead + (end - 1) * stride};
 }
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
