@@ -73,12 +73,12 @@ void run(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
 
 // --- bf16 weights, rows converted ---
 
-#if defined(__AMX_BF16__)
-
-const char *check_tiles(const Call &c) {
-  if (c.args[kScratchRows].kind == XK_NONE) return "scratch_rows must not be none on a matrix unit: compile the model again";
+const char *check_rows(const Call &c) {
+  if (c.args[kScratchRows].kind == XK_NONE) return "scratch_rows must not be none where the machine multiplies bf16: compile the model again";
   return check<false>(c);
 }
+
+#if defined(__AMX_BF16__)
 
 template <int Parts>
 void run_split(const Call &c, const Step &s, int64_t unit, uint8_t *) {
@@ -117,22 +117,31 @@ void run_tiles(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
 
 template <int Parts>
 const Kernel tiles = {"", "", "", "", nullptr, scratch<FloatTileMemory>, tile_units, run_tiles<Parts>};
-const Kernel exact = {"linear.bf16", kRowsArgs, "k n", "", check_tiles, no_scratch, split_units, run_split<3>, &tiles<3>};
-const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check_tiles, no_scratch, split_units, run_split<1>, &tiles<1>};
+const Kernel exact = {"linear.bf16", kRowsArgs, "k n", "", check_rows, no_scratch, split_units, run_split<3>, &tiles<3>};
+const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check_rows, no_scratch, split_units, run_split<1>, &tiles<1>};
 
 #else
 
-// A product that converts the rows of a unit.
+// Where elements are pairs, many rows are rounded before all of the product, elsewhere and few of them by each unit.
+bool rounds_first(const Call &c, const Step &s) { return kInputs == 2 && c.rows(s) > kFewRows; }
+int64_t round_units(const Call &c, const Step &s) { return rounds_first(c, s) ? row_units(c.rows(s), c.ints[kK]) : 0; }
+void run_round(const Call &c, const Step &s, int64_t unit, uint8_t *) {
+  round_rows(c.arg<const float>(kX, s), c.ints[kK], c.arg<uint8_t>(kScratchRows, s), rows_of(unit, c.rows(s), c.ints[kK]));
+}
+
 void run_rounded(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
   const int64_t k = c.ints[kK], n = c.ints[kN];
   const auto [row, rows, first, panels, head] = cut_of(c, s, unit, kPanelsOfRounded, rows_apart(c.rows(s)));
   RoundedMemory *scratch = (RoundedMemory *)memory;
-  rounded_product(c.arg<const float>(kX, s) + row * k, k, rows, c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes, k, panels, *scratch);
+  const uint8_t *weight = c.arg<const uint8_t>(kWeight, s) + first * k * PanelBf16::bytes;
+  if (rounds_first(c, s)) product_of_rounded(c.arg<const uint8_t>(kScratchRows, s) + row * rounded_bytes(k), rows, weight, k, panels, *scratch);
+  else rounded_product(c.arg<const float>(kX, s) + row * k, k, rows, weight, k, panels, *scratch);
   put_sums(scratch->sums, rows, panels, first * 16, n, n, c.arg<const float>(kBias, s), c.arg<float>(kOut, s) + row * n);
 }
 
 const Kernel exact = {"linear.bf16", kRowsArgs, "k n", "", check<false>, scratch<Sums>, units<false>, run<PanelBf16, false>};
-const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", check<false>, scratch<RoundedMemory>, units<false, kPanelsOfRounded>, run_rounded};
+const Kernel product = {"", "", "", "", nullptr, scratch<RoundedMemory>, units<false, kPanelsOfRounded>, run_rounded};
+const Kernel rounded = {"linear_rounded.bf16", kRowsArgs, "k n", "", kInputs == 2 ? check_rows : check<false>, no_scratch, round_units, run_round, &product};
 
 #endif
 

@@ -45,32 +45,53 @@ XK_INLINE void round16(const float *x, int64_t n, float *to) {
 
 #endif
 
-constexpr int64_t kRoundedDepth = 256 * kInputs;        // elements of many rows that are rounded at once
-constexpr int64_t kRoundedStride = kRoundedDepth + 16;  // between rows: off the powers of two that share cache sets
+constexpr int64_t kRoundedDepth = 256;  // elements of many rows that are rounded at once
+constexpr int64_t kApart = 16;          // between them: off the powers of two that share cache sets
 
 struct RoundedMemory {
   float sums[kPanelsOfRounded * kRowBlock * 16];
-  float rows[kRowBlock * kRoundedStride];
+  float rows[kRowBlock * (kRoundedDepth + kApart)];
   uint8_t last[kPanelsOfRounded * PanelRounded::bytes];  // of an odd number of inputs, for each panel
 };
 
-// Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16].
+// Adds what `inputs` inputs of rounded rows, t.k elements and perhaps half of one, give to the sums of `panels` panels, `group` at a time.
+static void add_rounded(Product t, int64_t inputs, int64_t rows, int64_t panels, int64_t group, RoundedMemory &memory) {
+  const Product half = {t.x + t.k, t.x_stride, memory.last, PanelRounded::bytes, 1, t.c, t.c_row, t.c_stride, true};
+  const uint8_t *odd = t.w + (inputs - 1) * PanelBf16::bytes;
+  for (int64_t p = 0; p < panels; p += group, t.w += group * t.w_stride, t.c += group * t.c_stride)
+    product<PanelRounded>(t, rows, min(group, panels - p));
+  if (inputs == t.k * kInputs) return;
+  memset(memory.last, 0, sizeof memory.last);
+  for (int64_t p = 0; p < panels; p++) memcpy(memory.last + p * PanelRounded::bytes, odd + p * t.w_stride, PanelBf16::bytes);
+  product<PanelRounded>(half, rows, panels);
+}
+
+// Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16]. They are rounded here.
 static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
   const bool few = rows <= kFewRows;  // these read the weights once, at best from end to end
-  const int64_t w_stride = k * PanelBf16::bytes, group = few ? panels : kWide;
-  const int64_t apart = few ? kRowBlock * kRoundedStride / rows / 16 * 16 : kRoundedStride, depth = (apart - 16) * kInputs;
+  const int64_t apart = few ? kRowBlock * (kRoundedDepth + kApart) / rows / 16 * 16 : kRoundedDepth + kApart, depth = (apart - kApart) * kInputs;
   for (int64_t begin = 0; begin < k; begin += depth) {
-    const int64_t inputs = min(depth, k - begin), whole = inputs / kInputs;
+    const int64_t inputs = min(depth, k - begin);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * apart + i / kInputs);
-    Product t = {memory.rows, apart, w + begin * PanelBf16::bytes, w_stride, whole, memory.sums, 16, rows * 16, begin > 0};
-    for (int64_t p = 0; p < panels; p += group, t.w += group * w_stride, t.c += group * t.c_stride)
-      product<PanelRounded>(t, rows, min(group, panels - p));
-    if (inputs % kInputs) {
-      memset(memory.last, 0, sizeof memory.last);
-      for (int64_t p = 0; p < panels; p++) memcpy(memory.last + p * PanelRounded::bytes, w + p * w_stride + (k - 1) * PanelBf16::bytes, PanelBf16::bytes);
-      product<PanelRounded>({memory.rows + whole, apart, memory.last, PanelRounded::bytes, 1, memory.sums, 16, rows * 16, true}, rows, panels);
-    }
+    add_rounded({memory.rows, apart, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs, memory.sums, 16, rows * 16, begin > 0},
+                inputs, rows, panels, few ? panels : kWide, memory);
+  }
+}
+
+// Pairs of many rows, rounded before: [row][k inputs, up to a multiple of 32].
+static inline int64_t rounded_bytes(int64_t k) { return (k + 31) / 32 * 64; }
+static void round_rows(const float *x, int64_t k, uint8_t *to, Rows rows) {
+  for (int64_t r = rows.begin; r < rows.end; r++)
+    for (int64_t i = 0; i < k; i += 16) round16(x + r * k + i, k - i, (float *)(to + r * rounded_bytes(k) + 2 * i));
+}
+
+static void product_of_rounded(const uint8_t *x, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
+  for (int64_t begin = 0, depth = kDepthBlock * kInputs; begin < k; begin += depth) {
+    const int64_t inputs = min(depth, k - begin);
+    add_rounded({(const float *)(x + 2 * begin), rounded_bytes(k) / 4, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs,
+                 memory.sums, 16, rows * 16, begin > 0},
+                inputs, rows, panels, kWide, memory);
   }
 }
 

@@ -84,7 +84,7 @@ static inline Ahead share_ahead(int tile, int tiles, int panels, int64_t stride)
   return {ahead + from * stride, ahead + (end - 1) * stride};
 }
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
-constexpr int64_t kDepthBlock = 256;  // part of K that stays in L1 while the rows pass
+constexpr int64_t kDepthBlock = XK_VECTOR_BYTES == 64 ? 2048 : 256;  // part of K that stays in L2, or L1, while the rows pass
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
 constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows; wide vectors need kPanelGroup panels
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
