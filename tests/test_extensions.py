@@ -166,13 +166,16 @@ def test_a_pass_that_ends_the_process_is_named(tmp_path) -> None:
 
 
 BAD_RULES = {
-    "not a lowering": ('RULES = {"xllm.gated_act": lambda *_: 3}\nKERNELS = {}\n', "neither a Lowering nor a Refusal"),
-    "no such kernel": ('RULES = {"xllm.gated_act": lambda *_: Lowering("k", {})}\nKERNELS = {}\n', "has no 'k'"),
+    "not a lowering": (
+        'RULES = {"xllm.gated_linear": lambda *_: 3}\nKERNELS = {}\n',
+        "neither a Lowering nor a Refusal",
+    ),
+    "no such kernel": ('RULES = {"xllm.gated_linear": lambda *_: Lowering("k", {})}\nKERNELS = {}\n', "has no 'k'"),
     "nothing written": (
-        'RULES = {"xllm.gated_act": lambda *_: Lowering("k", {})}\nKERNELS = {"k": print}\n',
+        'RULES = {"xllm.gated_linear": lambda *_: Lowering("k", {})}\nKERNELS = {"k": print}\n',
         "is not given the result",
     ),
-    "it raises": ('RULES = {"xllm.gated_act": lambda *_: 1 / 0}\nKERNELS = {}\n', "ZeroDivisionError"),
+    "it raises": ('RULES = {"xllm.gated_linear": lambda *_: 1 / 0}\nKERNELS = {}\n', "ZeroDivisionError"),
 }
 
 
@@ -200,13 +203,13 @@ def test_a_refusal_is_on_record(tmp_path) -> None:
 
     rules = 'RULES = {name: lambda *_: Refusal("not today") for name in %s}'
     source = f"from xllm.targets.base import Refusal\n{rules}\nKERNELS = {{}}\n"
-    (tmp_path / "shy.py").write_text(source % json.dumps(["xllm.gated_act", "xllm.attention"]))
+    (tmp_path / "shy.py").write_text(source % json.dumps(["xllm.gated_linear", "xllm.attention"]))
     [extension] = load([str(tmp_path / "shy.py")])
     context = replace(CONTEXT, providers=(Provider.of(extension),))
     choices = ChooseKernels().run(rewritten("llama")[0][-1].copy(), context).program.plans["kernels"]
     refused = {choice.operation.op: choice.refused for choice in choices.values() if choice.refused}
     assert refused == {
-        "xllm.gated_act": (("shy", "not today"),),
+        "xllm.gated_linear": (("shy", "not today"),),
         "xllm.attention": (("shy", "kernels of modules are not given the KV state"),),
     }
     assert all(choice.provider == "cpu" for choice in choices.values())

@@ -22,6 +22,7 @@ from xllm.passes.numerics import difference
 
 DECODER = {
     "fold-indices", "fuse-activation", "fuse-rms-norm", "fuse-add-rms-norm", "fuse-rope", "fuse-sdpa", "fuse-gate-up",
+    "fuse-gated-linear",
 }  # fmt: skip
 # Those that must hit, beside the passes that hit in every model.
 HITS = {

@@ -11,7 +11,7 @@ import torch.fx as fx
 from tests.ir.small import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, Builder, aten, attend, attention, heads, small, xllm
 from tests.passes.zoo import CONTEXT
 from xllm.ir import Concat, Program
-from xllm.passes import Pass, run_pipeline
+from xllm.passes import Context, Pass, run_pipeline
 from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_qk_norm_rope import FuseQkNormRope
@@ -29,10 +29,10 @@ def _alpha(alpha: float) -> dict[str, Any]:
     return {"alpha": alpha} if alpha != 1 else {}
 
 
-def run(step: Pass, body: Body, layers: int = 1) -> tuple[Program, tuple[int, list[str]]]:
+def run(step: Pass, body: Body, layers: int = 1, context: Context = CONTEXT) -> tuple[Program, tuple[int, list[str]]]:
     """The program after the pass (checked against the one before), how often it hit, and why it missed."""
     program = small(body, layers)
-    after, (record,) = run_pipeline(program, [step], CONTEXT)
+    after, (record,) = run_pipeline(program, [step], context)
     check_same(program, after, record.name, random_sources(program))
     return after, (record.hits, [why for _, why in record.misses])
 

@@ -32,10 +32,10 @@ ONLY = {
 }
 # Passes that find nothing in a family, and why. Every other pass must hit.
 NOTHING: dict[str, dict[str, str]] = {
-    "qwen3_moe": {"fuse-gate-up": ""},
+    "qwen3_moe": {"fuse-gate-up": "", "fuse-gated-linear": ""},
     "olmo2": {"fuse-qk-norm-rope": "the norm at %layers_0_self_attn_q_norm_rms_norm spans all heads, not one"},
     "stablelm": {"fuse-rms-norm": "", "fuse-add-rms-norm": ""},
-    "gpt_oss": {"fuse-gate-up": ""},
+    "gpt_oss": {"fuse-gate-up": "", "fuse-gated-linear": ""},
     "phi3": {
         "fuse-qkv": "query, key and value do not come from three projections",
     },
@@ -48,6 +48,7 @@ NOTHING: dict[str, dict[str, str]] = {
         "fuse-rms-norm": "",
         "fuse-add-rms-norm": "",
         "fuse-gate-up": "expected aten.mul.Tensor, found %layers_0_mlp_dense_4h_to_h_linear_2 (xllm.linear.default)",
+        "fuse-gated-linear": "",
     },
     **{name: {"fuse-rope": "", "fuse-qkv": "", "fuse-qk-norm-rope": ""} for name in ("deepseek_v2", "deepseek_v3")},
 }

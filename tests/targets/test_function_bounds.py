@@ -13,7 +13,7 @@ from xllm.functions import compile_onnx
 from xllm.plan import Call, Plan
 from xllm.targets.cpu.bounds import check_function
 
-NO_SIZES = {"start", "number", "causal", "heads_first", "interleaved"}  # with any value nothing further is read
+NO_SIZES = {"act", "start", "number", "causal", "heads_first", "interleaved"}  # with any value nothing further is read
 
 
 @pytest.fixture(scope="module")

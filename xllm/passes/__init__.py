@@ -20,6 +20,7 @@ from xllm.passes.fuse_activation import FuseActivation
 from xllm.passes.fuse_add_rms_norm import FuseAddRmsNorm
 from xllm.passes.fuse_gate_up import FuseGateUp
 from xllm.passes.fuse_gated_delta import FuseGatedDelta
+from xllm.passes.fuse_gated_linear import FuseGatedLinear
 from xllm.passes.fuse_layer_norm import FuseLayerNorm
 from xllm.passes.fuse_moe import FuseMoe
 from xllm.passes.fuse_neighbour_rope import FuseNeighbourRope
@@ -48,6 +49,7 @@ REWRITES: tuple[Pass, ...] = (
     FuseGateUp(),
     FuseGatedDelta(),
     FuseMoe(),
+    FuseGatedLinear(),
 )
 # What a function goes through: the rewrites that do not look for the state of a step.
 FUNCTION_REWRITES: tuple[Pass, ...] = (
@@ -61,6 +63,7 @@ FUNCTION_REWRITES: tuple[Pass, ...] = (
     FuseRope(),
     FuseSdpa(),
     FuseGateUp(),
+    FuseGatedLinear(),
 )
 PLANS: tuple[Pass, ...] = (
     ChooseKernels(),

@@ -19,5 +19,11 @@ struct GeluTanh {
 struct Relu {
   XK_INLINE f32x16 of(f32x16 x) { return select_less(x, zero(), zero(), x); }
 };
+struct Relu2 {
+  XK_INLINE f32x16 of(f32x16 x) {
+    const f32x16 y = Relu::of(x);
+    return y * y;
+  }
+};
 
 }  // namespace XK_LEVEL

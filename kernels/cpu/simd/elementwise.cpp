@@ -8,12 +8,6 @@
 namespace XK_LEVEL {
 namespace {
 
-struct Relu2 {
-  XK_INLINE f32x16 of(f32x16 x) {
-    const f32x16 y = Relu::of(x);
-    return y * y;
-  }
-};
 struct Sigmoid {
   XK_INLINE f32x16 of(f32x16 x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
 };

@@ -214,7 +214,7 @@ static void float_panels(int64_t wide, const Strip &s, const FloatPanels &t, int
 
 // Sums of rows first..first+rows-1 (whole strips, but for the last of all) of `x` (split_rows) times `panels` panels: [panel][rows][16].
 template <int Parts>
-static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
+static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory, float *sums) {
   const int64_t strips = (rows + kStripRows - 1) / kStripRows, row_bytes = split_bytes<Parts>(k);
   const int64_t most = rows <= kTileHeight && Parts == 1 ? kFewPanels : 2;  // fewer streams from memory where more is done with each
   // Panels that one strip passes need be laid out but in part; else as much as stays in L1 while the strips pass, and as keeps the
@@ -235,7 +235,7 @@ static void float_tiles(const uint8_t *x, int64_t first, int64_t rows, const uin
                          {above * 64, under * 64},
                          {}};
         for (int i = 0; i < 2; i++) s.next[i] = s.x[i] + (strip + 1 < strips ? kStripRows * row_bytes : 0);
-        float *c = memory.sums + (p * rows + row) * 16;
+        float *c = sums + (p * rows + row) * 16;
         const int64_t lines = kTileBytes / 64, line = strip * lines / strips, end = (strip + 1) * lines / strips;
         if (strip) float_panels<Parts, false>(wide, s, t, line, end, begin, c, rows * 16);
         else float_panels<Parts, true>(wide, s, t, line, end, begin, c, rows * 16);
@@ -305,7 +305,7 @@ static void few_rows(const float *parts, const uint8_t *w, int64_t w_stride, int
 }
 
 template <int Parts, int R>
-static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
+static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory, float *sums) {
   constexpr int wide = R == 1 ? 2 : 1;
   const unsigned control = _mm_getcsr();
   _mm_setcsr(control | kFlush);
@@ -314,7 +314,7 @@ static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t
     for (int r = 0; r < R; r++) split_wide<Parts>(x + r * stride + begin, inputs, memory.few + r * Parts * kFewDepth);
     for (int64_t p = 0; p < panels;) {
       const uint8_t *from = w + (p * k + begin) * 32;
-      float *c = memory.sums + p * R * 16;
+      float *c = sums + p * R * 16;
       if (p + wide <= panels) few_rows<Parts, R, wide>(memory.few, from, k * 32, inputs, begin, c), p += wide;
       else few_rows<Parts, R, 1>(memory.few, from, k * 32, inputs, begin, c), p++;
     }
@@ -322,10 +322,10 @@ static void few_panels(const float *x, int64_t stride, const uint8_t *w, int64_t
   _mm_setcsr(control);
 }
 template <int Parts>
-static void float_few(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory) {
-  if (rows == 1) few_panels<Parts, 1>(x, stride, w, k, panels, memory);
-  else if (rows == 2) few_panels<Parts, 2>(x, stride, w, k, panels, memory);
-  else few_panels<Parts, 3>(x, stride, w, k, panels, memory);
+static void float_few(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, FloatTileMemory &memory, float *sums) {
+  if (rows == 1) few_panels<Parts, 1>(x, stride, w, k, panels, memory, sums);
+  else if (rows == 2) few_panels<Parts, 2>(x, stride, w, k, panels, memory, sums);
+  else few_panels<Parts, 3>(x, stride, w, k, panels, memory, sums);
 }
 
 #else

@@ -7,6 +7,12 @@
 
 namespace XK_LEVEL {
 
+#if defined(__AVX512BF16__)
+constexpr bool kRoundsFirst = true;  // many rows, in a stage before the product: its units need not round them again
+#else
+constexpr bool kRoundsFirst = false;
+#endif
+
 #if !defined(__AMX_BF16__)
 
 constexpr int64_t kPanelsOfRounded = 32;  // most of one unit: rows are rounded once for all of them
@@ -67,14 +73,15 @@ static void add_rounded(Product t, int64_t inputs, int64_t rows, int64_t panels,
 }
 
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16]. They are rounded here.
-static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
+static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory,
+                            float *sums) {
   const bool few = rows <= kFewRows;  // these read the weights once, at best from end to end
   const int64_t apart = few ? kRowBlock * (kRoundedDepth + kApart) / rows / 16 * 16 : kRoundedDepth + kApart, depth = (apart - kApart) * kInputs;
   for (int64_t begin = 0; begin < k; begin += depth) {
     const int64_t inputs = min(depth, k - begin);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * apart + i / kInputs);
-    add_rounded({memory.rows, apart, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs, memory.sums, 16, rows * 16, begin > 0},
+    add_rounded({memory.rows, apart, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs, sums, 16, rows * 16, begin > 0},
                 inputs, rows, panels, few ? panels : kWide, memory);
   }
 }
@@ -86,11 +93,12 @@ static void round_rows(const float *x, int64_t k, uint8_t *to, Rows rows) {
     for (int64_t i = 0; i < k; i += 16) round16(x + r * k + i, k - i, (float *)(to + r * rounded_bytes(k) + 2 * i));
 }
 
-static void product_of_rounded(const uint8_t *x, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory) {
+static void product_of_rounded(const uint8_t *x, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory,
+                               float *sums) {
   for (int64_t begin = 0, depth = kDepthBlock * kInputs; begin < k; begin += depth) {
     const int64_t inputs = min(depth, k - begin);
     add_rounded({(const float *)(x + 2 * begin), rounded_bytes(k) / 4, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs,
-                 memory.sums, 16, rows * 16, begin > 0},
+                 sums, 16, rows * 16, begin > 0},
                 inputs, rows, panels, kWide, memory);
   }
 }

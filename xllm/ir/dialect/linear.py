@@ -6,14 +6,14 @@ from torch import Tensor
 from xllm.ir.dialect.library import operator, require
 
 
-def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     require("width of the weight", tuple(weight.shape[1:]), (x.shape[-1],))
     if bias is not None:
         require("bias", tuple(bias.shape), tuple(weight.shape[:1]))
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@operator("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", shape=_linear_shape)
+@operator("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", shape=linear_shape)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N]."""
     return torch.nn.functional.linear(x, weight, bias)

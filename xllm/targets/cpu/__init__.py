@@ -48,7 +48,7 @@ class CpuTarget:
     level: str
     name: str = "cpu"
     streams: tuple[str, ...] = ("compute", "host")
-    fuses: frozenset[str] = frozenset({"gated_delta_mixed", "qk_norm_rope_write"})
+    fuses: frozenset[str] = frozenset({"gated_delta_mixed", "gated_linear", "qk_norm_rope_write"})
     pads: bool = False
     tuning: Tuning | None = None
 

@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 
 from xllm.targets.base import Cost, KVLayout, Lowering, Operation, Refusal, Tensor
-from xllm.targets.cpu.rules import Reach, Rule, last_dim, step_rows
+from xllm.targets.cpu.rules import GATES, Reach, Rule, last_dim, step_rows
 from xllm.targets.cpu.strided import arithmetic
 
 _UNARY = ("relu", "sigmoid", "tanh", "erf", "exp", "neg", "abs", "sqrt", "rsqrt", "cos", "sin")
-_GATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _ARITHMETIC = ("add", "sub", "mul", "div")
 _TYPES = {**dict.fromkeys(_ARITHMETIC, ("float32", "int64", "int32")), "div": ("float32",)}
 
@@ -110,6 +109,6 @@ RULES: Mapping[str, Rule] = {
 }
 ANY_TYPE = frozenset(f"aten.{name}.{kind}" for name in _ARITHMETIC for kind in ("Tensor", "Scalar"))
 REACH: Mapping[str, Reach] = {
-    **dict.fromkeys((f"gated_{name}" for name in _GATED), _gated_reach),
-    **dict.fromkeys((*_GATED, *_UNARY, *_ARITHMETIC, "cube", "clamp"), _pointwise_reach),
+    **dict.fromkeys((f"gated_{name}" for name in GATES), _gated_reach),
+    **dict.fromkeys((*GATES, *_UNARY, *_ARITHMETIC, "cube", "clamp"), _pointwise_reach),
 }

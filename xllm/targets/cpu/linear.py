@@ -8,6 +8,7 @@ from functools import partial
 from xllm.kernels.cpu import packed_bytes, quantised
 from xllm.targets.base import Cost, KVLayout, Layout, Lowering, Operation, Refusal, Tensor
 from xllm.targets.cpu.rules import (
+    GATES,
     PANELS,
     PLAIN,
     Reach,
@@ -16,6 +17,7 @@ from xllm.targets.cpu.rules import (
     group_of,
     ints,
     kernel_of,
+    last_dim,
     panel_bytes,
     rows_scratch,
     scratch_reach,
@@ -30,12 +32,15 @@ def _linear(op: Operation, kv: KVLayout, weights_dtype: str, rounded: bool = Fal
     if (rows := step_rows(op, x)) is None:
         return Refusal("it does not multiply rows of float32")
     n, k = ints(weight.shape)
-    moved = rows.times(4 * (n + k)).plus(packed_bytes(n, k, weights_dtype))
+    moved = rows.times(4 * (last_dim(op.results[0]) + k)).plus(packed_bytes(n, k, weights_dtype))
     scratch = rows_scratch(op, "rows", rows, k, weights_dtype, rounded)
+    name, sizes = _name(weights_dtype, rounded), {"k": k, "n": n, **group_of(weights_dtype)}
+    if act := op.args.get("act"):
+        name, sizes = f"gated_{name}", {**sizes, "n": n // 2, "act": GATES.index(act)}
     return Lowering(
-        kernel_of(_name(weights_dtype, rounded), weights_dtype),
+        kernel_of(name, weights_dtype),
         {"x": x, "weight": weight, "bias": bias, "out": op.results[0], **scratch},
-        {"k": k, "n": n, **group_of(weights_dtype)},
+        sizes,
         rows=rows,
         layouts={weight.name: Layout(PANELS, weights_dtype), **({bias.name: PLAIN} if bias else {})},
         cost=Cost(rows.times(2 * n * k), moved),
@@ -69,8 +74,8 @@ def _heads_linear(op: Operation, kv: KVLayout, weights_dtype: str) -> Lowering |
 def _linear_reach(
     sizes: Mapping[str, int], element: int, rounded: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
-    n, k = sizes["n"], sizes["k"]
-    rows, once = {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(n, k, element, sizes), "bias": 4 * n}
+    n, k, outputs = sizes["n"], sizes["k"], sizes["n"] * (2 if "act" in sizes else 1)
+    rows, once = {"x": 4 * k, "out": 4 * n}, {"weight": panel_bytes(outputs, k, element, sizes), "bias": 4 * outputs}
     return rows | scratch_reach("rows", k, element, sizes, rounded), once
 
 
@@ -79,11 +84,18 @@ def _heads_linear_reach(sizes: Mapping[str, int], element: int) -> tuple[dict[st
     return {"x": 4 * heads * k, "out": 4 * heads * n}, {"weight": heads * panel_bytes(n, k, element, sizes)}
 
 
-RULES: Mapping[str, Rule] = {"xllm.linear": _linear, "xllm.heads_linear": _heads_linear}
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("xllm.linear", "xllm.gated_linear"), _linear),
+    "xllm.heads_linear": _heads_linear,
+}
 # Where rows of activations are rounded.
-ROUNDED: Mapping[str, Rule] = {"xllm.linear": partial(_linear, rounded=True)}
+ROUNDED: Mapping[str, Rule] = dict.fromkeys(("xllm.linear", "xllm.gated_linear"), partial(_linear, rounded=True))
 REACH: Mapping[str, Reach] = {
-    "linear": _linear_reach,
-    **dict.fromkeys(("linear_rounded", "linear_rounded_row"), partial(_linear_reach, rounded=True)),
+    **dict.fromkeys(("linear", "gated_linear"), _linear_reach),
+    **{
+        f"{gated}linear_{rounded}": partial(_linear_reach, rounded=True)
+        for gated in ("", "gated_")
+        for rounded in ("rounded", "rounded_row")
+    },
     "heads_linear": _heads_linear_reach,
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 
-from xllm.targets.cpu.tuning import ROUND, Curve, Tuning
+from xllm.targets.cpu.tuning import ROUND, Curve, Tuning, ungated
 
 CALL_SECONDS = 3e-6
 # Kernels that multiply, and GFLOP/s of each, in this order, at each level. Experts and heads go as products of rows do.
@@ -58,8 +58,8 @@ UNITS: dict[str, Mapping[str, float]] = {
 
 def unit_of(level: str, kernel: str) -> float:
     """By how many times the operations of `kernel` may be faster than multiply-adds of float32 vectors."""
-    stem, _, kind = kernel.partition(".")
-    return UNITS.get(level, {}).get(f"linear.{kind}" if stem in ALIKE else kernel, 1.0)
+    stem, _, kind = ungated(kernel).partition(".")
+    return UNITS.get(level, {}).get(f"{'linear' if stem in ALIKE else stem}.{kind}", 1.0)
 
 
 @cache

@@ -19,6 +19,7 @@ SUFFIX = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 KV_SCALES_BYTES = 2 * GROUP_TOKENS * 4  # of int8 keys and values, float32: two for each token and KV head
 PANELS = "panels16"
 PLAIN = Layout("plain", "float32")
+GATES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # activations of gates, as kernels number them
 
 # The kernel for an operation, under a layout of the state and a storage of product weights, or why there is none. A
 # storage is one word: float32, bfloat16, or int8 and int4 with the inputs that share a scale, as int8.32 or int4.row.
