@@ -44,9 +44,9 @@ def demand(plan: Plan, prompt_tokens: int, output_tokens: int) -> Demand:
     product's weights once, and keys and values of a sequence halfway through its answer."""
     flops, read = 0.0, float(plan.kv.token_bytes * (prompt_tokens + output_tokens / 2))
     for call in plan.calls:
-        if call.kernel.startswith("linear."):
+        if call.op in ("xllm.linear", "xllm.gated_linear"):
             rows = call.rows.at({"T": prompt_tokens, "S": 1})
-            flops += 2.0 * rows * call.ints["n"] * call.ints["k"]
+            flops += 2.0 * rows * call.ints["n"] * call.ints["k"] * (2 if "act" in call.ints else 1)
             read += plan.weights[call.args["weight"].removeprefix("@")].bytes
         if call.kernel.startswith(("attention.", "latent_attention.")):
             pairs = prompt_tokens * (prompt_tokens + 1) / 2

@@ -86,15 +86,18 @@ STORAGE = {
 
 
 def linear(name: str, k: int, n: int, rows: int, kernel: str) -> Case:
-    size, kind = cpu.packed_bytes(n, k, STORAGE[kernel]), cpu.quantised(STORAGE[kernel])
+    storage = STORAGE[kernel]
+    size, kind = cpu.packed_bytes(n, k, storage), cpu.quantised(storage)
     size = -(-size // 64) * 64
     copies = max(1, min(16, COLD_BYTES // size)) if rows <= 8 else 1
     weights, x, out = aligned(size * copies), floats(rows, k), floats(rows, n)
     weights.view(np.uint32)[:] = 0x3C003C00  # small and the same in every type
     args = {"x": address(x), "bias": None, "out": address(out)}
     ints = {"k": k, "n": n}
-    scratch = aligned(cpu.rows_bytes(k, STORAGE[kernel], "rounded" in kernel) * rows)
-    if kernel != "linear.f32":
+    if name == "gate-up":
+        kernel, ints = f"gated_{kernel}", {"k": k, "n": n // 2, "act": 0}
+    scratch = aligned(cpu.rows_bytes(k, storage, "rounded" in kernel) * rows)
+    if storage != "float32":
         args |= {"scratch_rows": address(scratch)}
     if kind:
         ints |= {"group": kind.group}

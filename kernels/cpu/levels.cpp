@@ -70,7 +70,7 @@ std::vector<const Level *> detect() {
 #endif
 }
 
-// Zen 5 does, Zen 4 does not, which lacks AVX-VNNI. Others were not there to be measured.
+// Zen 5 does, Zen 4 does not, which lacks AVX-VNNI. Others that have it are taken to be alike: none was there to be measured.
 bool detect_asks_ahead() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;

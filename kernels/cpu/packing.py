@@ -57,7 +57,7 @@ def quantised(storage: str) -> Quantised | None:
 
 def rows_bytes(k: int, storage: str, rounded: bool = False) -> int:
     """Of a row of k activations as a product with such weights takes it. bfloat16 on a matrix unit: three parts in
-    bfloat16, rounded: one; other levels leave that alone. float32: nothing."""
+    bfloat16; rounded, where the machine multiplies bfloat16: one; other levels leave that alone. float32: nothing."""
     if kind := quantised(storage):
         return kind.row_bytes(k, rounded)
     return -(-k // 32) * 64 * (1 if rounded else 3) if storage == "bfloat16" else 0

@@ -44,18 +44,20 @@ def test_a_share_is_of_the_highest_ceiling():
 
 def test_demand_is_counted_from_the_calls():
     weights = {
-        name: StoredWeight(name, (4, 8), Layout("plain", "float32"), bytes=100) for name in ("w", "head", "norm")
+        name: StoredWeight(name, (4, 8), Layout("plain", "float32"), bytes=100)
+        for name in ("w", "head", "norm", "gate")
     }
     calls = (
         Call("a", "xllm.linear", "linear.f32", {"weight": "@w"}, {"n": 4, "k": 8}),
         Call("b", "xllm.rms_norm", "rms_norm.f32", {"weight": "@norm"}, {"width": 8}),
         Call("c", "xllm.attention", "attention.f32", {}, {"q_heads": 2, "key_dim": 8, "value_dim": 8}),
-        Call("d", "xllm.linear", "linear.f32", {"weight": "@head"}, {"n": 4, "k": 8}, rows=LOGIT_ROWS),
+        Call("d", "xllm.linear", "linear_rounded.bf16", {"weight": "@head"}, {"n": 4, "k": 8}, rows=LOGIT_ROWS),
+        Call("e", "xllm.gated_linear", "gated_linear.f32", {"weight": "@gate"}, {"n": 2, "k": 8, "act": 0}),
     )
     plan = Plan(calls, {}, (), weights, KVLayout("float32", 16, 160, (0,)), "logits")
     needed = demand(plan, prompt_tokens=3, output_tokens=4)
-    assert needed.prefill_flops == 2 * 3 * 32 + 2 * 1 * 32 + 4 * 6 * 16
-    assert needed.step_bytes == 200 + 10 * 5  # the context halfway: 3 + 4 / 2 tokens of 10 bytes
+    assert needed.prefill_flops == 2 * 3 * 32 + 2 * 1 * 32 + 4 * 6 * 16 + 2 * 3 * 32
+    assert needed.step_bytes == 300 + 10 * 5  # the context halfway: 3 + 4 / 2 tokens of 10 bytes
 
 
 def test_saved_results_hold_facts_of_the_hardware_only(tmp_path):

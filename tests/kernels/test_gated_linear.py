@@ -47,7 +47,7 @@ class Product:
 
 
 @pytest.mark.parametrize("kernel", STORAGE)
-@pytest.mark.parametrize(("k", "n"), [(64, 48), (160, 7), (130, 40), (64, 1000), (515, 17)])
+@pytest.mark.parametrize(("k", "n"), [(64, 48), (160, 7), (130, 40), (64, 1000), (515, 17), (33, 3080), (3, 12296)])
 def test_same_bits_as_a_gate_behind_a_product(run, rng, kernel, k, n):
     for biased in (False, True):
         product = Product(rng, kernel, k, n, biased)

@@ -114,7 +114,9 @@ class ChooseKernels(Pass):
 def _is_head(operation: Operation) -> bool:
     """Whether an operation embeds tokens, or multiplies only the rows whose logits are wanted."""
     looks_up = operation.op == "xllm.embedding" and operation.args["ids"].kind == "input"
-    return looks_up or (operation.op == "xllm.linear" and operation.results[0].rows == LOGIT_ROWS)
+    return looks_up or (
+        operation.op in ("xllm.linear", "xllm.gated_linear") and operation.results[0].rows == LOGIT_ROWS
+    )
 
 
 def _linear(rows: Extent) -> bool:

@@ -1,7 +1,7 @@
 """The product of a gate and the factor beside it, and the gate behind them, as one operator.
 
 before:  %gu = xllm.linear(%x, @gate_up_proj, None)    after:  %m = xllm.gated_linear(%x, @gate_up_proj, None, "silu")
-         %m = xllm.gated_act(%gu, act="silu")
+         %m = xllm.gated_act(%gu, "silu")
 
 Of all columns of the product only half is written. Does not fire when the target lacks the kernel, when a kernel module
 has one for either part, when the product has another user, or when its weight is computed.

@@ -27,24 +27,26 @@ int64_t panels_of(const Call &c) { return (c.ints[kN] + 15) / 16; }
 constexpr int64_t kUnitsOfMany = 24;  // of many panels each, to keep threads busy
 int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
-// A unit is some panels times some rows. Few rows: as many panels as make about kUnitBytes of weights, so that threads end together.
+// A unit is some panels times some rows. Few rows: as many panels as make about kUnitWeights weights, so that threads end together.
 // Many rows: kPanelGroup panels and a block of rows that stays in L2; up to `most` panels where rows are converted for all of them.
-int64_t panels_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) {
-  if (most > kPanelGroup && rows > kTileRows) return max(kPanelGroup, min(most, panels_of(c) * row_blocks(rows) / kUnitsOfMany / kPanelGroup * kPanelGroup));
+int64_t panels_of_unit(const Call &c, int64_t rows, int64_t all, int64_t most = kPanelGroup) {
+  if (most > kPanelGroup && rows > kTileRows) return max(kPanelGroup, min(most, all * row_blocks(rows) / kUnitsOfMany / kPanelGroup * kPanelGroup));
   return rows > kTileRows || XK_VECTOR_BYTES == 64 ? kPanelGroup : max(1, min(kPanelGroup, kUnitWeights / (16 * c.ints[kK])));
 }
-// Of the gate where half of them, or one more, are of the other factor, whose columns may begin within a panel.
+// Those of what comes out. Gated, as many panels, or one more, are of the other factor, whose columns may begin within a panel: of many
+// rows half of all, few rows have as many of each.
 template <bool Gated>
-int64_t outputs_of_unit(const Call &c, int64_t rows, int64_t most = kPanelGroup) {
-  const int64_t panels = panels_of_unit(c, rows, most);
-  return Gated && rows > kFewRows ? max(1, (panels - (c.ints[kN] % 16 != 0)) / 2) : panels;
+int64_t out_panels(const Call &c, int64_t rows, int64_t most = kPanelGroup) {
+  const bool half = Gated && rows > kFewRows;
+  const int64_t panels = panels_of_unit(c, rows, (half ? 2 : 1) * panels_of(c), most);
+  return half ? max(1, (panels - (c.ints[kN] % 16 != 0)) / 2) : panels;
 }
 struct Cut {
   int64_t row, rows, first, panels, head;
 };
 template <bool Gated = false>
 Cut cut_of(const Call &c, const Step &s, int64_t unit, int64_t most, const Tiles &tiles) {
-  const int64_t blocks = row_blocks(c.rows(s)), each = outputs_of_unit<Gated>(c, c.rows(s), most), groups = (panels_of(c) + each - 1) / each;
+  const int64_t blocks = row_blocks(c.rows(s)), each = out_panels<Gated>(c, c.rows(s), most), groups = (panels_of(c) + each - 1) / each;
   const int64_t block = unit % blocks, first = unit / blocks % groups * each;
   const int64_t row = tiles.row(tiles.count * block / blocks), end = tiles.row(tiles.count * (block + 1) / blocks);
   return {row, end - row, first, min(each, panels_of(c) - first), unit / blocks / groups};
@@ -66,9 +68,9 @@ void put_gated(const float *gate, const float *up, int64_t rows, int64_t panels,
   const int64_t within = n % 16;  // of a panel: where `up` begins
   const auto biased = [&](f32x16 sum, int64_t at, int64_t end) { return bias ? sum + load_some(bias + at, end - at) : sum; };
   for (int64_t r = 0; r < rows; r++, out += n, gate += 16, up += 16)
-    for (int64_t p = 0, at = column; p < panels && at < n; p++, at += 16) {
+    for (int64_t p = 0, at = column; p < panels; p++, at += 16) {
       const float *factor = up + p * rows * 16;
-      float lane[32];
+      float lane[32] = {};
       if (within) {
         store(lane, load(factor));
         if (within + n - at > 16) store(lane + 16, load(factor + rows * 16));
@@ -88,8 +90,8 @@ void put_products(const Call &c, const Step &s, const Cut &cut, int64_t act, flo
   if constexpr (!Gated) return put_sums(sums, cut.rows, cut.panels, column, n, n, bias, out);
   const int64_t first = (n + column) / 16, end = (n + min(n, column + cut.panels * 16) + 15) / 16;
   multiply(first, end - first, up);
-  constexpr auto *silu = put_gated<Silu>, *gelu = put_gated<Gelu>, *tanh = put_gated<GeluTanh>, *relu = put_gated<Relu>, *relu2 = put_gated<Relu2>;
-  constexpr decltype(silu) acts[kActs] = {silu, gelu, tanh, relu, relu2};
+  constexpr auto *silu = put_gated<Silu>, *gelu = put_gated<Gelu>, *tanh = put_gated<GeluTanh>, *relu = put_gated<Relu>;
+  constexpr decltype(silu) acts[kActs] = {silu, gelu, tanh, relu, put_gated<Relu2>};
   acts[act](sums, up, cut.rows, cut.panels, column, n, bias, out);
 }
 
@@ -104,7 +106,7 @@ int64_t scratch(const Call &) { return sizeof(Memory); }
 
 template <bool Heads, int64_t Most = kPanelGroup, bool Gated = false>
 int64_t units(const Call &c, const Step &s) {
-  const int64_t each = outputs_of_unit<Gated>(c, c.rows(s), Most);
+  const int64_t each = out_panels<Gated>(c, c.rows(s), Most);
   return (Heads ? c.ints[kHeads] : 1) * ((panels_of(c) + each - 1) / each) * row_blocks(c.rows(s));
 }
 
@@ -133,7 +135,7 @@ void run_heads(const Call &c, const Step &s, int64_t unit, uint8_t *memory) {
 // --- bf16 weights, rows converted ---
 
 const char *check_rows(const Call &c) {
-  if (c.args[kScratchRows].kind == XK_NONE) return "scratch_rows must not be none where the machine multiplies bf16: compile the model again";
+  if (c.args[kScratchRows].kind == XK_NONE) return "scratch_rows must not be none where bf16 is multiplied: compile the model again";
   return check<false>(c);
 }
 constexpr auto *check_rounded = kRoundsFirst ? check_rows : check<false>;
@@ -154,8 +156,9 @@ struct TileCut {
 template <bool Gated>
 TileCut tile_cut(const Call &c, const Step &s) {
   const int64_t strips = (c.rows(s) + kStripRows - 1) / kStripRows, blocks = (strips + kStrips - 1) / kStrips;
-  const int64_t many = min(kPanelsOfTiles, panels_of(c) * blocks / kUnitsOfTiles / 2 * 2), each = strips == 1 ? kPanelGroup : max(2, many);
-  return {strips, blocks, Gated ? max(1, (each - (c.ints[kN] % 16 != 0)) / 2) : each};
+  const int64_t all = (Gated ? 2 : 1) * panels_of(c), many = max(2, min(kPanelsOfTiles, all * blocks / kUnitsOfTiles / 2 * 2));
+  if (strips == 1) return {strips, blocks, kPanelGroup};
+  return {strips, blocks, Gated ? max(1, (many - (c.ints[kN] % 16 != 0)) / 2) : many};
 }
 template <bool Gated>
 int64_t tile_units(const Call &c, const Step &s) {

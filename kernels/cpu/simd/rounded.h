@@ -15,7 +15,7 @@ constexpr bool kRoundsFirst = false;
 
 #if !defined(__AMX_BF16__)
 
-constexpr int64_t kPanelsOfRounded = 32;  // most of one unit: rows are rounded once for all of them
+constexpr int64_t kPanelsOfRounded = 32;  // most of one unit, for all of which rows are rounded once where that is not done before
 
 #if defined(__AVX512BF16__)
 
@@ -57,7 +57,7 @@ constexpr int64_t kApart = 16;          // between them: off the powers of two t
 struct RoundedMemory {
   float sums[kPanelsOfRounded * kRowBlock * 16];
   float rows[kRowBlock * (kRoundedDepth + kApart)];
-  uint8_t last[kPanelsOfRounded * PanelRounded::bytes];  // of an odd number of inputs, for each panel
+  uint8_t last[(kPanelsOfRounded + 1) * PanelRounded::bytes];  // of an odd number of inputs, for each panel
 };
 
 // Adds what `inputs` inputs of rounded rows, t.k elements and perhaps half of one, give to the sums of `panels` panels, `group` at a time.
@@ -73,15 +73,16 @@ static void add_rounded(Product t, int64_t inputs, int64_t rows, int64_t panels,
 }
 
 // Sums of `rows` rows (at most kRowBlock), `stride` floats apart, times `panels` panels: [panel][rows][16]. They are rounded here.
-static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels, RoundedMemory &memory,
-                            float *sums) {
+static void rounded_product(const float *x, int64_t stride, int64_t rows, const uint8_t *w, int64_t k, int64_t panels,
+                            RoundedMemory &memory, float *sums) {
   const bool few = rows <= kFewRows;  // these read the weights once, at best from end to end
   const int64_t apart = few ? kRowBlock * (kRoundedDepth + kApart) / rows / 16 * 16 : kRoundedDepth + kApart, depth = (apart - kApart) * kInputs;
   for (int64_t begin = 0; begin < k; begin += depth) {
     const int64_t inputs = min(depth, k - begin);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < inputs; i += 16) round16(x + r * stride + begin + i, inputs - i, memory.rows + r * apart + i / kInputs);
-    add_rounded({memory.rows, apart, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs, sums, 16, rows * 16, begin > 0},
+    add_rounded({memory.rows, apart, w + begin * PanelBf16::bytes, k * PanelBf16::bytes, inputs / kInputs,
+                 sums, 16, rows * 16, begin > 0},
                 inputs, rows, panels, few ? panels : kWide, memory);
   }
 }

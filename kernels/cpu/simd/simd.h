@@ -68,7 +68,7 @@ static inline bool streams(int, int64_t, int64_t) { return false; }
 #endif
 constexpr int fetch_into(int rows) { return rows > 4 ? 3 : kFetchInto; }  // many rows leave time to bring a line all the way
 static inline int64_t fetch_ahead(int panels, int64_t stride) {
-  return XK_VECTOR_BYTES == 64 && !(panels == 1 && xk::asks_ahead) ? panels * stride : kFetchAhead;
+  return XK_VECTOR_BYTES == 64 && !(kStreams && panels == 1 && xk::asks_ahead) ? panels * stride : kFetchAhead;
 }
 // What a tile of many rows fetches while it multiplies: the tiles that pass some panels share those that come next, as one alone would
 // wait for memory, which would then wait for the others. Bytes from a line of the first panel; 0, the line itself, is nothing.
@@ -84,7 +84,7 @@ static inline Ahead share_ahead(int tile, int tiles, int panels, int64_t stride)
   return {ahead + from * stride, ahead + (end - 1) * stride};
 }
 constexpr int64_t kRowBlock = 96;    // rows that share one pass over a panel: they stay in L2
-constexpr int64_t kDepthBlock = XK_VECTOR_BYTES == 64 ? 2048 : 256;  // part of K that stays in L2, or L1, while the rows pass
+constexpr int64_t kDepthBlock = XK_VECTOR_BYTES == 64 ? 2048 : 256;  // part of K that stays in L2 (with rows of up to about 3,000), or in L1, while they pass
 constexpr int64_t kPanelGroup = 4;   // most panels of one unit of work
 constexpr int64_t kUnitWeights = 32768;  // weights of one unit where there are few rows; wide vectors need kPanelGroup panels
 constexpr int64_t kKeyBlock = 64;    // tokens of one attention block; part of the definition of the result
