@@ -115,6 +115,7 @@ def _vllm(contender: Contender, model: Path, asked: Asked, threads: int) -> list
         "--model", model, "--served-model-name", model.stem, "--dtype", "bfloat16",
         "--max-model-len", str(128 * each), "--max-num-seqs", str(asked.sequences),
         "--num-gpu-blocks-override", str(asked.sequences * each + 1), "--no-enable-prefix-caching",
+        "--gpu-memory-utilization", "0.5",  # as in with_vllm.py
     ]  # fmt: skip
 
 

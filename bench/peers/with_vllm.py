@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bench.peers.child import Arrivals, Job
 
 PAGE_TOKENS = 128  # its own choice
+FREE_MEMORY = 0.5  # of all, that it wants to find free; nearly all by default, for pages it is not given here
 
 
 class Vllm:
@@ -22,6 +23,7 @@ class Vllm:
         self._engine = vllm.LLM(
             job.model, dtype="bfloat16", max_model_len=length, max_num_seqs=job.sequences, enable_prefix_caching=False,
             num_gpu_blocks_override=job.sequences * -(-length // PAGE_TOKENS) + 1, disable_log_stats=True,
+            gpu_memory_utilization=FREE_MEMORY,
         ).llm_engine  # fmt: skip
         self._settings = lambda output: vllm.SamplingParams(
             temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA

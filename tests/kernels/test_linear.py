@@ -20,7 +20,7 @@ def linear(run, x, packed, bias, n, suffix):
 
 
 @pytest.mark.parametrize("suffix", DTYPES)
-@pytest.mark.parametrize(("k", "n"), [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17)])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17), (2077, 33)])
 def test_matches_float64(run, rng, suffix, k, n):
     weight = rng.standard_normal((n, k), np.float32)
     bias = rng.standard_normal(n, np.float32)
@@ -34,7 +34,7 @@ def test_matches_float64(run, rng, suffix, k, n):
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_bits_do_not_depend_on_rows_or_threads(run, rng, suffix):
-    k, n = 1103, 70
+    k, n = 2103, 70
     packed = pack(rng.standard_normal((n, k), np.float32), DTYPES[suffix])
     bias = rng.standard_normal(n, np.float32)
     x = rng.standard_normal((max(ROWS), k), np.float32)

@@ -8,7 +8,7 @@ from xllm.kernels import cpu
 
 STORAGES = ("bfloat16", "int8.32", "int8.128", "int8.row", "int4.32", "int4.128", "int4.row")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 97, 200)
-SIZES = [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17)]
+SIZES = [(1, 1), (37, 23), (64, 64), (1030, 100), (515, 17), (4133, 33)]  # the last: more than one block of inputs
 FMA_LEVELS = [level for level in cpu.levels() if level != "x86-64-v2"]
 
 
@@ -133,6 +133,18 @@ def test_weights_of_a_neighbour_do_not_leak_into_an_odd_input(run, rng):
     weight[16:, 0] = np.inf
     out = linear(run, rng.standard_normal((3, 7), np.float32), pack(weight, "bfloat16"), None, 32, "bfloat16")
     assert np.isfinite(out[:, :16]).all()
+
+
+def test_pairs_need_a_place(run):
+    """Where the machine multiplies pairs of bfloat16, rows go there first; a plan without one is refused, not run."""
+    args = {"x": np.ones((9, 32), np.float32), "weight": pack(np.ones((16, 32), np.float32), "bfloat16"), "bias": None}
+    given = {**args, "out": np.full((9, 16), np.nan, np.float32)}
+    if run.runner.level.endswith(("-bf16", "-amx")):
+        with pytest.raises(cpu.KernelError, match="compile the model again"):
+            run("linear_rounded.bf16", given, {"k": 32, "n": 16}, rows=9)
+    else:
+        run("linear_rounded.bf16", given, {"k": 32, "n": 16}, rows=9)
+        assert (given["out"] == 32).all()
 
 
 @pytest.mark.skipif(len(FMA_LEVELS) < 2, reason="one level with FMA here")

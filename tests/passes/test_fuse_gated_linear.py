@@ -49,6 +49,12 @@ def test_gated_linear_misses(options: dict[str, Any], why: str) -> None:
     assert hits == 0 and len(misses) == 1 and why in misses[0], misses
 
 
+def test_gated_linear_needs_a_kernel() -> None:
+    context = replace(CONTEXT, target=replace(CONTEXT.target, fuses=frozenset()))  # pyright: ignore[reportArgumentType]
+    _, (hits, misses) = run(FuseGatedLinear(), packed, context=context)
+    assert hits == 0 and misses == ["target cpu has no kernel for the fused form"]
+
+
 @pytest.mark.parametrize("op", ["xllm.linear", "xllm.gated_act"])
 def test_gated_linear_leaves_kernel_modules_their_operators(op: str) -> None:
     context = replace(CONTEXT, providers=(Provider("mine", {op: lambda *_: None}),))

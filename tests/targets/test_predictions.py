@@ -95,6 +95,7 @@ def table(**changes) -> Tuning:
 def test_a_target_predicts_by_the_kernel_s_curve_or_by_the_limits() -> None:
     target, cost, sizes = CpuTarget("x86-64-v3", tuning=table()), Cost(TOKENS.times(800), TOKENS.times(100)), {"T": 3}
     assert target.seconds(cost, sizes, "linear.bf16") == CURVE.seconds(300, 2400)
+    assert target.seconds(cost, sizes, "gated_linear.bf16") == CURVE.seconds(300, 2400)
     assert target.seconds(cost, sizes, "rms_norm.f32") == 1e-6 + 2400 / 8e10
     assert target.seconds(cost, sizes) == target.seconds(cost, sizes, "of.nobody")
     assert CpuTarget("x86-64-v3").seconds(cost, sizes) == 3e-6 + 2400 / 90e9
