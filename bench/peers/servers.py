@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from bench import load
 from bench.peers.contenders import HOME, NATIVE, XLLM, Contender, environment
+from bench.peers.with_vllm import FREE_MEMORY
 from bench.server import serving
 
 START_SECONDS = 240.0
@@ -115,7 +116,7 @@ def _vllm(contender: Contender, model: Path, asked: Asked, threads: int) -> list
         "--model", model, "--served-model-name", model.stem, "--dtype", "bfloat16",
         "--max-model-len", str(128 * each), "--max-num-seqs", str(asked.sequences),
         "--num-gpu-blocks-override", str(asked.sequences * each + 1), "--no-enable-prefix-caching",
-        "--gpu-memory-utilization", "0.5",  # as in with_vllm.py
+        "--gpu-memory-utilization", str(FREE_MEMORY),
     ]  # fmt: skip
 
 

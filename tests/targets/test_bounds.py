@@ -24,10 +24,10 @@ Change = Callable[[dict[str, Any]], None]
 # beyond those they have.
 CHOICES = ("act", "scoring", "groups", "top_groups", "group_top")
 NO_SIZES = {"window", "interleaved", "renormalise", *CHOICES}
-# Plans with kernels that qwen3 has not.
+# Plans with kernels that qwen3 has not, or not by itself.
 OTHERS = {
     "latent": (MLA["deepseek-v3"], ()), "moe": (EXPERTS["gpt-oss"], ()), "experts": (EXPERTS["mixtral"], ("fuse-moe",)),
-    "recurrent": (HYBRIDS["qwen3-next"], ()),
+    "recurrent": (HYBRIDS["qwen3-next"], ()), "gates": (FAMILIES["qwen3"], ("fuse-gated-linear",)),
 }  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         *(("moe", *case) for case in grown("moe.")),
         *(("moe", *case) for case in grown("attention.")),
         *(("experts", *case) for case in grown("experts.")),
+        *(("gates", *case) for case in grown("gated_silu.")),
+        ("gates", of("gated_silu.", "ints", width=105), "out needs"),
         *(("recurrent", *case) for case in grown("causal_conv_silu.")),
         *(("recurrent", *case) for case in grown("gated_delta.")),
         ("recurrent", of("causal_conv_silu.", "ints", back=0), "its state ends at 1920, 0 bytes lie before the groups"),
